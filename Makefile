@@ -1,0 +1,41 @@
+# Bare `make` lists the targets. Everything runs in .venv, which `setup` makes from requirements.lock.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce bench test test-long check lock clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: .venv/ready ## a virtual environment with what requirements.lock pins
+
+.venv/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+reproduce: setup ## LAQ, GD, QGD, LAG on the embedded MNIST: the paper's table and figures, in results/laq-logistic
+	$(BIN)/python -m experiments.reproduce laq-logistic
+
+bench: setup ## speed and memory beside this machine's GEMM rate
+	$(BIN)/python -m experiments.bench
+
+test: setup ## the tests (under ten minutes on two cores)
+	$(BIN)/python -m pytest
+
+test-long: setup ## the tests that take minutes each
+	$(BIN)/python -m pytest -m long
+
+check: setup ## format, lint, types: what CI runs beside the tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+lock: setup ## pin again what pyproject.toml asks for (needs uv on the PATH)
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+		--extra experiments --extra dev --output-file requirements.lock pyproject.toml requirements-build.in
+
+clean: ## remove the environment and the results
+	rm -rf .venv results

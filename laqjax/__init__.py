@@ -1,0 +1,45 @@
+"""laqjax: lazily aggregated quantized gradients (LAQ, NeurIPS 2019) and their family, as one compiled program in JAX.
+
+Workers m = 1..M hold data, a server holds the model. Every round worker m computes its gradient, quantizes its *change*
+since the last upload to b bits, and sends it only when a rule says that the change matters.
+
+Notation
+    theta            params      [p]       the model as a flat vector
+    grad f_m         grad        [p]       gradient of worker m
+    Q_m(theta_hat)   memory      [p]       what the server holds for worker m
+    delta Q_m        innovation  [p]       decoded change of this round
+    R_m              radius                max-norm of grad - memory
+    b                bits                  per coordinate
+    eps_m            error_sq              squared quantization error; last_error_sq at the last upload
+    ||dtheta||^2     motion      [window]  the last D squared model steps
+    xi_d, D          xi, window            weights and length of that history
+    t_m, t_bar       silence, limit        rounds since the last upload, and their bound C
+    nabla            aggregate   [p]       the server's sum of all memories
+    alpha            lr                    step size
+
+Reading order: core (Algorithm 1) -> compressors, triggers -> algorithms -> oracle -> engine.
+"""
+
+from laqjax import algorithms, compressors, core, engine, oracle, triggers
+from laqjax.core import Algorithm, Shards, State
+from laqjax.engine import Diverged, Info, Output, init, join, run, stream
+
+__version__ = "0.1.0"
+__all__ = [
+    "Algorithm",
+    "Diverged",
+    "Info",
+    "Output",
+    "Shards",
+    "State",
+    "algorithms",
+    "compressors",
+    "core",
+    "engine",
+    "init",
+    "join",
+    "oracle",
+    "run",
+    "stream",
+    "triggers",
+]

@@ -1,0 +1,224 @@
+"""Run an algorithm: rounds as one compiled `lax.scan`, in chunks.
+
+A chunk is one compiled program of a fixed length that does as many of its rounds as it is told; whatever way a run is
+cut, the same program does every round, so a resumed run equals a straight one bit for bit. Progress, checkpoints and
+early stops live between chunks: `stream` is a generator.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from laqjax import core, oracle
+from laqjax.core import Algorithm, Shards, State
+
+CHUNK = 100  # rounds in one compiled program
+
+
+class Info(NamedTuple):
+    """Raw facts of K rounds, one row a round, on the host. Row k belongs to the model *before* step k."""
+
+    loss: Float[Array | np.ndarray, " K"]  # mean over workers
+    sent: Bool[Array | np.ndarray, "K M"]
+    bits_up: Int[Array | np.ndarray, "K M"]  # of each worker's message, 0 where nothing was sent; sum them in int64
+    bits_down: Int[Array | np.ndarray, " K"]
+    extra: dict[str, Any]  # what `record` named, [K, ...]
+
+
+class Output(NamedTuple):
+    """`state` resumes the run."""
+
+    info: Info
+    state: State
+
+
+class Diverged(FloatingPointError):
+    """The loss stopped being finite. `round` is the first such round, `info` what came before it in this call."""
+
+    def __init__(self, round: int, info: Info):
+        super().__init__(
+            f"diverged: the loss is not finite from round {round} on; a smaller lr, or more bits, keeps the run stable"
+        )
+        self.round, self.info = round, info
+
+
+def init(alg: Algorithm, params: Float[Array | np.ndarray, " p"], shards: Shards) -> State:
+    """The state before round 0, as a plain pytree that may be changed before it is run (memories, motion, ...).
+
+    Raises ValueError when parameters, data and algorithm do not fit each other.
+    """
+    _check(alg, params, shards)
+    return core.init(alg, jnp.array(params))
+
+
+def run(
+    alg: Algorithm,
+    start: Float[Array | np.ndarray, " p"] | State,
+    shards: Shards,
+    rounds: int,
+    key: PRNGKeyArray,
+    *,
+    record: Sequence[str] = (),
+    chunk: int = CHUNK,
+    workers_at_once: int | None = None,
+) -> Output:
+    """`rounds` rounds from `start` (parameters [p], or a state). See `stream` for the arguments and the errors."""
+    infos: list[Info] = []
+    state = None
+    try:
+        parts = stream(alg, start, shards, rounds, key, record=record, chunk=chunk, workers_at_once=workers_at_once)
+        for part in parts:
+            infos.append(part.info)
+            state = part.state
+    except Diverged as stop:
+        raise Diverged(stop.round, join([*infos, stop.info])) from None
+    assert state is not None
+    return Output(join(infos), state)
+
+
+def stream(
+    alg: Algorithm,
+    start: Float[Array | np.ndarray, " p"] | State,
+    shards: Shards,
+    rounds: int,
+    key: PRNGKeyArray,
+    *,
+    record: Sequence[str] = (),
+    chunk: int = CHUNK,
+    workers_at_once: int | None = None,
+) -> Iterator[Output]:
+    """The same as `run`, chunk after chunk: show progress, save, or leave the loop to stop early.
+
+    A yielded state is donated to the next chunk: use it (save it, or copy it) before asking for the next one. What the
+    caller passed is never donated.
+
+    record: facts to keep of every round beside the info: of the workers "grad", "target_sq", "innovation_sq",
+    "error_sq", "worker_loss" ([K, M, ...]), of the server "params", "direction_sq", "step_sq" ([K, ...]).
+    chunk: rounds in one compiled program. workers_at_once: workers whose gradients are computed side by side; None is
+    one after another on the CPU, where each tile then stays in cache, and all together elsewhere.
+    Raises ValueError before anything is compiled when arguments and data do not fit, `Diverged` when the loss is no
+    longer finite.
+    """
+    rounds = int(core.number("rounds", rounds, np.int32, least=1))
+    chunk = int(core.number("chunk", chunk, np.int32, least=1))
+    if workers_at_once is None:
+        workers_at_once = 1 if jax.default_backend() == "cpu" else alg.num_workers
+    workers_at_once = int(core.number("workers_at_once", workers_at_once, np.int32, least=1))
+    params = start.server.broadcast.params if isinstance(start, State) else start
+    _check(alg, params, shards)
+    names = tuple(sorted(set(record)))
+    # copies: the chunks consume their state
+    state = jax.tree.map(partial(jnp.array, copy=True), start) if isinstance(start, State) else init(alg, start, shards)
+    shards = jax.tree.map(jnp.asarray, shards)
+    first = int(state.server.broadcast.round)
+    for done in range(0, rounds, chunk):
+        count = min(chunk, rounds - done)
+        state, info = _chunk(alg, state, shards, key, count, length=chunk, record=names, at_once=workers_at_once)
+        info = _head(info, count)
+        if not np.all(np.isfinite(info.loss)):
+            good = int(np.argmin(np.isfinite(info.loss)))
+            raise Diverged(first + done + good, _head(info, good))
+        yield Output(info, state)
+
+
+def join(infos: Sequence[Info]) -> Info:
+    """Consecutive infos as one."""
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *infos)
+
+
+def _head(info: Info, rounds: int) -> Info:
+    """The first rounds, on the host."""
+    return jax.tree.map(lambda a: np.asarray(a)[:rounds], info)
+
+
+@partial(jax.jit, static_argnames=("length", "record", "at_once"), donate_argnames="state")
+def _chunk(
+    alg: Algorithm,
+    state: State,
+    shards: Shards,
+    key: PRNGKeyArray,
+    count: Int[Array, ""] | int,
+    *,
+    length: int,
+    record: tuple[str, ...],
+    at_once: int,
+) -> tuple[State, Info]:
+    """`count` <= `length` rounds; rows of the info from `count` on are zeros."""
+    step = partial(_round, alg, shards=shards, key=key, record=record, at_once=at_once)
+    nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(step, state)[1])
+
+    def body(state: State, i: Array) -> tuple[State, Info]:
+        return jax.lax.cond(i < count, step, lambda state: (state, nothing), state)
+
+    return jax.lax.scan(body, state, jnp.arange(length))
+
+
+def _round(
+    alg: Algorithm, state: State, *, shards: Shards, key: PRNGKeyArray, record: tuple[str, ...], at_once: int
+) -> tuple[State, Info]:
+    """One round of all workers and the server. The one place where a worker becomes M of them."""
+    server, workers = state
+    round_key = jax.random.fold_in(key, server.broadcast.round)
+
+    def one(index_and_worker: tuple[Array, core.Worker]) -> Any:
+        index, worker = index_and_worker
+        return core.worker_step(alg, worker, server.broadcast, shards, index, jax.random.fold_in(round_key, index))
+
+    indices = jnp.arange(alg.num_workers)
+    workers, uploads, facts = jax.lax.map(one, (indices, workers), batch_size=at_once if at_once > 1 else None)
+    # a product: XLA on the CPU sums over a leading axis many times slower
+    total = jnp.matmul(uploads.sent.astype(uploads.decoded.dtype), uploads.decoded, precision="highest")
+    server, server_facts = core.server_step(alg, server, total)
+    facts = server_facts | facts | {"worker_loss": facts["loss"]}
+    unknown = sorted(set(record) - set(facts))
+    if unknown:
+        raise ValueError(f"record = {unknown}: expected names among {sorted(facts)}")
+    info = Info(
+        loss=jnp.mean(facts["loss"]),
+        sent=uploads.sent,
+        bits_up=jnp.where(uploads.sent, uploads.bits, 0),
+        bits_down=jnp.int32(8 * server.broadcast.params.nbytes),
+        extra={name: facts[name] for name in record},
+    )
+    return State(server, workers), info
+
+
+def _check(alg: Algorithm, params: Any, shards: Shards) -> None:
+    """Raise ValueError when parameters, data and algorithm do not fit; only shapes and finiteness are looked at."""
+    p, m = alg.oracle.size, alg.num_workers
+    if np.shape(params) != (p,) or params.dtype != alg.oracle.dtype:
+        raise ValueError(
+            f"theta0 = {getattr(params, 'dtype', type(params))}{list(np.shape(params))}: expected {alg.oracle.dtype}[{p}], "
+            "a vector from oracle.ravel(params)"
+        )
+    if p * alg.oracle.dtype.itemsize * 8 > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"theta0 of {p} parameters: expected at most {2**31 // 64}, the bits of one message are counted in int32"
+        )
+    x, y, weight = (np.shape(a) for a in shards)
+    if len(x) < 2 or len(weight) != 2 or x[:2] != weight or y[:2] != weight:
+        raise ValueError(
+            f"shards: expected x [M, N, ...], y [M, N, ...] and weight [M, N], got {list(x)}, {list(y)}, {list(weight)}"
+        )
+    if x[0] != m:
+        raise ValueError(f"shards of {x[0]} workers for an algorithm of num_workers = {m}: expected the same number")
+    for name, array in zip(shards._fields, shards, strict=True):
+        if not jnp.issubdtype(array.dtype, jnp.number):
+            raise ValueError(
+                f"shards.{name} of dtype {array.dtype}: expected numbers (uint8 images, int32 labels, float data)"
+            )
+        if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(array))):
+            raise ValueError(f"shards.{name} holds NaN or infinity: expected finite data; clean or drop those rows")
+    total = np.asarray(shards.weight).sum(axis=1)
+    if np.any(np.asarray(shards.weight) < 0) or np.any(total <= 0):
+        worker = int(np.argmin(np.minimum(total, np.asarray(shards.weight).min(axis=1))))
+        raise ValueError(
+            f"shards.weight of worker {worker} sums to {total[worker]:g}: expected weights >= 0, at least one of them > 0"
+        )
+    if isinstance(alg.oracle, oracle.TiledOracle):
+        oracle.check(alg.oracle, shards)
