@@ -5,7 +5,6 @@ Matrices are stored [outputs, inputs] and activations [outputs, examples]: then 
 """
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import scipy.optimize
 from jaxtyping import Array, Float, Int
 
 import laqjax
+from experiments.files import write_text
 from laqjax.oracle import TiledOracle
 
 Tree = dict[str, Any]
@@ -155,16 +155,8 @@ def optimum(problem: Problem, shards: laqjax.Shards, cache: Path | None = None) 
         options = {"maxiter": 5000, "maxfun": 20000, "maxcor": 30, "ftol": 1e-15, "gtol": 1e-9}
         result = scipy.optimize.minimize(value_and_grad, start, jac=True, method="L-BFGS-B", options=options)
     if path:
-        write(path, repr(float(result.fun)))
+        write_text(path, repr(float(result.fun)))
     return float(result.fun)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a whole file or nothing: a temporary name, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text)
-    part.replace(path)
 
 
 def _affine(weight: Array, bias: Array, x: Array) -> Array:

@@ -11,7 +11,7 @@ recompile, and a sweep is a `vmap` over them), its structure is metadata (compil
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,7 @@ class Evidence:
 # ---- parts ------------------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class Oracle(Protocol):
     """Loss and gradient of one worker on the flat vector; see `laqjax.oracle`."""
 
@@ -115,6 +116,7 @@ class Oracle(Protocol):
     def __call__(self, params: Any, shards: Shards, worker: Any) -> tuple[Array, Array]: ...
 
 
+@runtime_checkable
 class Compressor(Protocol):
     """A scheme; see `laqjax.compressors`. `key` is the worker's key of this round."""
 
@@ -123,6 +125,7 @@ class Compressor(Protocol):
     def decode(self, message: Message, like: Float[Array, " p"]) -> Float[Array, " p"]: ...
 
 
+@runtime_checkable
 class Trigger(Protocol):
     """An upload rule: a stateless function of the evidence. `skips` is False for the rule that always sends."""
 
@@ -132,6 +135,7 @@ class Trigger(Protocol):
     def __call__(self, evidence: Evidence) -> Bool[Array, ""]: ...
 
 
+@runtime_checkable
 class Memory(Protocol):
     """What is compressed, what a worker remembers, and whether the server's aggregate persists."""
 
@@ -314,7 +318,7 @@ def worker_step(
         innovation_sq=square(decoded),
         error_sq=error_sq,
         last_error_sq=worker.last_error_sq,
-        motion=broadcast.motion[(broadcast.round - 1 - jnp.arange(alg.max_window)) % alg.max_window],
+        motion=broadcast.motion[(broadcast.round - 1 - jnp.arange(alg.max_window, dtype=jnp.int32)) % alg.max_window],
         silence=worker.silence,
         round=broadcast.round,
         worker=index,
