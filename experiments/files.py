@@ -61,7 +61,7 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     path = folder / "identity.json"
     identity = json.loads(json.dumps(identity, default=str))
     if path.exists():
-        there = json.loads(path.read_text())
+        there = read_json(path)
         if there != identity:
             keys = sorted(k for k in there.keys() | identity.keys() if there.get(k) != identity.get(k))
             difference = "; ".join(f"{k}: {there.get(k)} there, {identity.get(k)} asked for" for k in keys)
@@ -90,3 +90,11 @@ def provenance() -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The inverse of `write_json`; ValueError that names a file which is no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, or give another folder") from None

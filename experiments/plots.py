@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import tyro
+from matplotlib.colors import LogNorm
 
 from experiments.files import replacing
 
@@ -78,12 +79,134 @@ def comparison(folder: Path) -> None:
         raster(lazy, folder / "uploads")
 
 
+def last_target(summary: pl.DataFrame) -> str:
+    """The smallest target of a sweep, as it stands in the column names."""
+    return min((name.removeprefix("rounds_") for name in summary.columns if _is_target(name)), key=float)
+
+
+def _is_target(name: str) -> bool:
+    return name.startswith("rounds_") and name[7:8].isdigit() and not name.endswith("_ci95")
+
+
+def ranked(summary: pl.DataFrame, target: str) -> pl.DataFrame:
+    """The settings that reached the target on every seed, the fewest bits up first."""
+    return summary.filter(pl.col(f"bits_up_{target}").is_not_null()).sort(f"bits_up_{target}", f"rounds_{target}")
+
+
+def front(rows: pl.DataFrame, target: str) -> pl.DataFrame:
+    """The settings that no other beats in both bits up and rounds."""
+    fewest = pl.col(f"rounds_{target}").cum_min()
+    return ranked(rows, target).filter((pl.col(f"rounds_{target}") < fewest.shift(1)).fill_null(True))
+
+
+def label(row: dict[str, Any]) -> str:
+    """A setting in a few words."""
+    names = {"bits": "b", "limit": "C", "window": "D", "xi": "xi", "lr": "lr"}
+    return ", ".join([row["algorithm"], *(f"{names[k]}={row[k]:g}" for k in names if row[k] is not None)])
+
+
+def sweep(folder: Path) -> None:
+    """The figures of `experiments.sweep`."""
+    summary = pl.read_parquet(folder / "summary.parquet")
+    curves = pl.read_parquet(folder / "curves.parquet")
+    masks = pl.read_parquet(folder / "masks.parquet")
+    target = last_target(summary)
+    heat_maps(summary, target, folder / "bits-to-target")
+    best = ranked(summary, target)
+    if not len(best):
+        return
+    best_front = front(summary, target)
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(6, 4.2))
+        axis.scatter(
+            best[f"bits_up_{target}"], best[f"rounds_{target}"], s=14, alpha=0.5, label="reached on every seed"
+        )
+        axis.step(
+            best_front[f"bits_up_{target}"],
+            best_front[f"rounds_{target}"],
+            where="post",
+            color="C3",
+            label="Pareto front",
+        )
+        top = best.row(0, named=True)
+        axis.annotate(
+            label(top),
+            (top[f"bits_up_{target}"], top[f"rounds_{target}"]),
+            xytext=(8, 10),
+            textcoords="offset points",
+            fontsize=9,
+        )
+        axis.set(xscale="log", xlabel=f"bits up to f - f* <= {target}", ylabel="rounds")
+        axis.legend(frameon=False)
+        save(figure, folder / "pareto")
+    shown = best_front.head(8)
+    names = {row["point"]: label(row) for row in shown.iter_rows(named=True)}
+    chosen = curves.filter(pl.col("point").is_in(list(names))).with_columns(
+        method=pl.col("point").replace_strict(names, return_dtype=pl.String)
+    )
+    loss_curves(chosen, folder / "front")
+    mask = masks.row(by_predicate=pl.col("point") == best["point"][0], named=True)
+    size = mask["rounds"] * mask["workers"]
+    sent = np.unpackbits(np.frombuffer(mask["sent"], np.uint8), count=size).reshape(mask["rounds"], mask["workers"])
+    rows = {
+        "method": label(best.row(0, named=True)),
+        "round": range(len(sent)),
+        "sent": [np.flatnonzero(row).tolist() for row in sent],
+    }
+    raster(pl.DataFrame(rows, schema_overrides={"sent": pl.List(pl.Int64)}), folder / "uploads")
+
+
+def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
+    """Bits up to the target over b and C, a panel a D; the cheapest of the other axes in each cell, blank if never reached."""
+    lazy = summary.drop_nulls(["bits", "limit", "window"])
+    if not len(lazy):
+        return
+    b, c, d = (sorted(lazy[name].unique()) for name in ("bits", "limit", "window"))
+    if len(b) * len(c) * len(d) > 400:  # drawn at random, not a grid
+        return
+    cheapest = {key: group[f"bits_up_{target}"].min() for key, group in lazy.group_by("bits", "limit", "window")}
+    grids = np.array([[[cheapest.get((i, j, k)) or np.nan for j in c] for i in b] for k in d], float)
+    if np.isnan(grids).all():
+        return
+    plain: dict[Any, Any] = STYLE | {"axes.grid": False}
+    with plt.rc_context(plain):
+        figure, panels = plt.subplots(
+            1, len(d), figsize=(1.6 + (1 + 0.9 * len(c)) * len(d), 1.4 + 0.5 * len(b)), squeeze=False
+        )
+        norm = LogNorm(np.nanmin(grids), max(np.nanmax(grids), 1.01 * np.nanmin(grids)))
+        for axis, grid, window in zip(panels[0], grids, d, strict=True):
+            axis.imshow(grid, norm=norm, cmap="viridis_r", aspect="auto")
+            axis.set(title=f"D = {window:g}", xlabel="C", ylabel="b")
+            axis.set_xticks(range(len(c)), [f"{v:g}" for v in c])
+            axis.set_yticks(range(len(b)), [f"{v:g}" for v in b])
+            for (row, column), value in np.ndenumerate(grid):
+                text = "-" if np.isnan(value) else f"{value / 1e6:.3g}"
+                dark = not np.isnan(value) and norm(value) > 0.6
+                best = value == np.nanmin(grids)
+                axis.text(
+                    column,
+                    row,
+                    text,
+                    ha="center",
+                    va="center",
+                    color="w" if dark else "k",
+                    weight="bold" if best else None,
+                )
+        figure.suptitle(f"Mbit up to f - f* <= {target}", fontsize=10)
+        figure.colorbar(panels[0, 0].images[0], ax=panels[0].tolist(), label="bits up")
+        save(figure, path)
+
+
 def main(folder: tyro.conf.Positional[Path], /) -> None:
     """Draw the figures of a result folder again."""
-    if (folder / "curves.parquet").exists():
+    if (folder / "summary.parquet").exists():
+        sweep(folder)
+    elif (folder / "curves.parquet").exists():
         comparison(folder)
     else:
-        raise SystemExit(f"{folder}: no curves.parquet there; expected a folder that an experiment wrote")
+        raise SystemExit(
+            f"{folder}: neither summary.parquet nor curves.parquet there; expected a folder that an experiment wrote"
+        )
     print(*sorted(str(p) for p in folder.glob("*.png")), sep="\n")
 
 

@@ -22,7 +22,7 @@ Reading order: core (Algorithm 1) -> compressors, triggers -> algorithms -> orac
 
 from laqjax import algorithms, compressors, core, engine, oracle, triggers
 from laqjax.core import Algorithm, Shards, State
-from laqjax.engine import Diverged, Info, Output, init, join, run, stream
+from laqjax.engine import Diverged, Info, Output, init, join, run, stack, stream, sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +40,8 @@ __all__ = [
     "join",
     "oracle",
     "run",
+    "stack",
     "stream",
+    "sweep",
     "triggers",
 ]

@@ -5,6 +5,7 @@ cut, the same program does every round, so a resumed run equals a straight one b
 early stops live between chunks: `stream` is a generator.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from laqjax import core, oracle
@@ -104,26 +106,164 @@ def stream(
     Raises ValueError before anything is compiled when arguments and data do not fit, `Diverged` when the loss is no
     longer finite.
     """
-    rounds = int(core.number("rounds", rounds, np.int32, least=1))
-    chunk = int(core.number("chunk", chunk, np.int32, least=1))
-    if workers_at_once is None:
-        workers_at_once = 1 if jax.default_backend() == "cpu" else alg.num_workers
-    workers_at_once = int(core.number("workers_at_once", workers_at_once, np.int32, least=1))
+    rounds, chunk, workers_at_once, names = _arguments(alg, rounds, chunk, workers_at_once, record)
     params = start.server.broadcast.params if isinstance(start, State) else start
     _check(alg, params, shards)
-    names = tuple(sorted(set(record)))
     # copies: the chunks consume their state
     state = jax.tree.map(partial(jnp.array, copy=True), start) if isinstance(start, State) else init(alg, start, shards)
     shards = jax.tree.map(jnp.asarray, shards)
     first = int(state.server.broadcast.round)
     for done in range(0, rounds, chunk):
         count = min(chunk, rounds - done)
-        state, info = _chunk(alg, state, shards, key, count, length=chunk, record=names, at_once=workers_at_once)
+        state, info = _chunk(
+            alg, state, shards, key, np.int32(count), length=chunk, record=names, at_once=workers_at_once
+        )
         info = _head(info, count)
         if not np.all(np.isfinite(info.loss)):
             good = int(np.argmin(np.isfinite(info.loss)))
             raise Diverged(first + done + good, _head(info, good))
         yield Output(info, state)
+
+
+# ---- many points --------------------------------------------------------------------------------------------------
+
+# the axis of the points in a state: behind the workers', whose axis the round maps over; first everywhere else
+POINTS = State(server=0, workers=1)  # pyright: ignore[reportArgumentType]
+
+
+def stack(algs: Sequence[Algorithm]) -> Algorithm:
+    """Algorithms of one structure as one algorithm whose numbers carry a leading axis of points, for `sweep`.
+
+    Raises ValueError naming the first that differs in structure (another problem, other parts, another max_window).
+    """
+    first = jax.tree.structure(algs[0]), [np.shape(leaf) for leaf in jax.tree.leaves(algs[0])]
+    for i, alg in enumerate(algs):
+        if (jax.tree.structure(alg), [np.shape(leaf) for leaf in jax.tree.leaves(alg)]) != first:
+            raise ValueError(
+                f"algorithm {i} has another structure than algorithm 0: expected the same factory, oracle, optimizer and "
+                "num_workers, and one max_window for all windows"
+            )
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *algs)
+
+
+def take(points: Any, which: Any, axes: Any = 0) -> Any:
+    """Some points of a tree of points; `axes=POINTS` for a state. NumPy arrays stay on the host."""
+
+    def pick(a: Any, axis: int) -> Any:
+        return a[(slice(None),) * axis + (which,)]
+
+    return jax.tree.map(lambda axis, tree: jax.tree.map(lambda a: pick(a, axis), tree), axes, points)
+
+
+def sweep(
+    algs: Algorithm,
+    start: Float[Array | np.ndarray, "*points p"] | State,
+    shards: Shards,
+    rounds: int,
+    keys: PRNGKeyArray,
+    *,
+    memory: float | None = None,
+    batch: int | None = None,
+    record: Sequence[str] = (),
+    chunk: int = CHUNK,
+    workers_at_once: int | None = None,
+) -> Output:
+    """`run` for S points side by side: every leaf of `algs` has a leading axis [S] (see `stack`), `keys` is [S].
+
+    start: parameters [p] for all, [S, p], or a state of S points (its workers have the points behind their own axis:
+    `POINTS`). The info has the points behind the rounds ([K, S], [K, S, M], ...). The data is read once a round for all
+    points of a batch. Batches hold `batch` points, or what fits into `memory` bytes (None: half of what is free), all
+    share one compiled program (the last is filled up), and each is spread over all devices. A point that diverges holds
+    NaN and disturbs nobody. Equal batch sizes per device give equal bits; other sizes differ in the last ones.
+    """
+    points = keys.shape[0]
+    batch = batch or batch_size(take(algs, 0), shards, memory)
+    batch = min(batch, -(-points // jax.device_count()) * jax.device_count())
+    outs: list[Output] = []
+    for first in range(0, points, batch):
+        which = np.minimum(np.arange(first, first + batch), points - 1)
+        begin = (
+            take(start, which, POINTS) if isinstance(start, State) else start if np.ndim(start) == 1 else start[which]
+        )
+        kept = np.arange(min(batch, points - first))
+        infos = []
+        state = None
+        for out in sweep_stream(
+            take(algs, which),
+            begin,
+            shards,
+            rounds,
+            keys[which],
+            record=record,
+            chunk=chunk,
+            workers_at_once=workers_at_once,
+        ):
+            infos.append(out.info)
+            state = out.state
+        outs.append(Output(take(join(infos), kept, 1), take(state, kept, POINTS)))
+    info = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *(out.info for out in outs))
+    server = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(out.state.server for out in outs))
+    workers = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *(out.state.workers for out in outs))
+    return Output(info, State(server, workers))
+
+
+def sweep_stream(
+    algs: Algorithm,
+    start: Float[Array | np.ndarray, "*points p"] | State,
+    shards: Shards,
+    rounds: int,
+    keys: PRNGKeyArray,
+    *,
+    record: Sequence[str] = (),
+    chunk: int = CHUNK,
+    workers_at_once: int | None = None,
+) -> Iterator[Output]:
+    """One batch of points, chunk after chunk; to `sweep` what `stream` is to `run`. The points fill the devices evenly."""
+    rounds, chunk, workers_at_once, names = _arguments(algs, rounds, chunk, workers_at_once, record)
+    points, devices = keys.shape[0], jax.device_count()
+    if points % devices:
+        raise ValueError(f"{points} points on {devices} devices: expected a multiple; fill up with copies of a point")
+    params = start.server.broadcast.params if isinstance(start, State) else jnp.asarray(start)
+    _check(algs, params if params.ndim == 1 else params[0], shards)
+    if isinstance(start, State):
+        state = jax.tree.map(partial(jnp.array, copy=True), start)
+    else:
+        state = jax.vmap(core.init, (0, 0), POINTS)(algs, jnp.broadcast_to(params, (points, params.shape[-1])))
+    mesh = jax.make_mesh((devices,), ("sweep",), axis_types=(jax.sharding.AxisType.Auto,))
+    shards = jax.device_put(shards, jax.sharding.NamedSharding(mesh, P()))
+    for done in range(0, rounds, chunk):
+        count = min(chunk, rounds - done)
+        state, info = _chunk(
+            algs, state, shards, keys, np.int32(count), length=chunk, record=names, at_once=workers_at_once, mesh=mesh
+        )
+        yield Output(_head(info, count), state)
+
+
+def batch_size(alg: Algorithm, shards: Shards, memory: float | None = None) -> int:
+    """How many points of `alg` run side by side in `memory` bytes (None: half of what is free), a multiple of the devices."""
+    devices = jax.device_count()
+    if memory is None:
+        memory = free_memory() / 2
+    state = jax.eval_shape(partial(core.init, alg), jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype))
+    # a state comes in, goes out and is worked on (measured: 3.5 states of temporaries); a tile leaves its activations
+    point = 6 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    if isinstance(alg.oracle, oracle.TiledOracle):
+        point += 2 * oracle.activations(alg.oracle, shards)
+    fits = int(memory // point)
+    if fits < 1:
+        raise ValueError(
+            f"memory = {memory / 2**20:.0f} MiB: expected at least the {point / 2**20:.1f} MiB of one point"
+        )
+    on_cpu = jax.default_backend() == "cpu"  # forced CPU devices share one memory, accelerators have their own
+    return max(fits // devices, 1) * devices if on_cpu else fits * devices
+
+
+def free_memory() -> int:
+    """Bytes free on one device."""
+    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    if stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def join(infos: Sequence[Info]) -> Info:
@@ -136,30 +276,46 @@ def _head(info: Info, rounds: int) -> Info:
     return jax.tree.map(lambda a: np.asarray(a)[:rounds], info)
 
 
-@partial(jax.jit, static_argnames=("length", "record", "at_once"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("length", "record", "at_once", "mesh"), donate_argnames="state")
 def _chunk(
     alg: Algorithm,
     state: State,
     shards: Shards,
     key: PRNGKeyArray,
-    count: Int[Array, ""] | int,
+    count: Int[Array, ""],
     *,
     length: int,
     record: tuple[str, ...],
     at_once: int,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[State, Info]:
-    """`count` <= `length` rounds; rows of the info from `count` on are zeros."""
-    step = partial(_round, alg, shards=shards, key=key, record=record, at_once=at_once)
-    nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(step, state)[1])
+    """`count` <= `length` rounds; rows of the info from `count` on are zeros. With a mesh, of many points side by side."""
 
-    def body(state: State, i: Array) -> tuple[State, Info]:
-        return jax.lax.cond(i < count, step, lambda state: (state, nothing), state)
+    def rounds(alg: Algorithm, state: State, shards: Shards, key: PRNGKeyArray, count: Array) -> tuple[State, Info]:
+        def step(state: State) -> tuple[State, Info]:
+            one = partial(_round, shards=shards, record=record, at_once=at_once)
+            return (jax.vmap(one, (0, POINTS, 0), (POINTS, 0)) if mesh else one)(alg, state, key)
 
-    return jax.lax.scan(body, state, jnp.arange(length))
+        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(step, state)[1])
+
+        def body(state: State, i: Array) -> tuple[State, Info]:
+            return jax.lax.cond(i < count, step, lambda state: (state, nothing), state)
+
+        return jax.lax.scan(body, state, jnp.arange(length))
+
+    if mesh:
+        rounds = jax.shard_map(
+            rounds,
+            mesh=mesh,
+            in_specs=(P("sweep"), State(P("sweep"), P(None, "sweep")), P(), P("sweep"), P()),  # pyright: ignore[reportArgumentType]
+            out_specs=(State(P("sweep"), P(None, "sweep")), P(None, "sweep")),  # pyright: ignore[reportArgumentType]
+            check_vma=False,
+        )
+    return rounds(alg, state, shards, key, count)
 
 
 def _round(
-    alg: Algorithm, state: State, *, shards: Shards, key: PRNGKeyArray, record: tuple[str, ...], at_once: int
+    alg: Algorithm, state: State, key: PRNGKeyArray, *, shards: Shards, record: tuple[str, ...], at_once: int
 ) -> tuple[State, Info]:
     """One round of all workers and the server. The one place where a worker becomes M of them."""
     server, workers = state
@@ -186,6 +342,17 @@ def _round(
         extra={name: facts[name] for name in record},
     )
     return State(server, workers), info
+
+
+def _arguments(
+    alg: Algorithm, rounds: int, chunk: int, workers_at_once: int | None, record: Sequence[str]
+) -> tuple[int, int, int, tuple[str, ...]]:
+    """The arguments that `stream` and `sweep_stream` share, checked."""
+    if workers_at_once is None:
+        workers_at_once = 1 if jax.default_backend() == "cpu" else alg.num_workers
+    given = {"rounds": rounds, "chunk": chunk, "workers_at_once": workers_at_once}
+    checked = [int(core.number(name, value, np.int32, least=1)) for name, value in given.items()]
+    return (*checked, tuple(sorted(set(record))))  # pyright: ignore[reportReturnType]
 
 
 def _check(alg: Algorithm, params: Any, shards: Shards) -> None:

@@ -41,13 +41,19 @@ class TiledOracle:
         """The pytree as one vector; `unravel` is the inverse."""
         return ravel_pytree(params)[0]
 
+    def rows_per_tile(self, shards: Shards) -> int:
+        """The tile asked for, or equal tiles of about TILE_BYTES; never more than a shard."""
+        rows, shape = shards.y.shape[1], shards.x.shape[2:]
+        tiles = -(-rows * int(np.prod(shape)) * self.dtype.itemsize // TILE_BYTES)
+        return min(self.tile or -(-rows // max(tiles, 1)), rows)
+
     def __call__(
         self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""]
     ) -> tuple[Float[Array, ""], Float[Array, " p"]]:
         """Loss and gradient of worker `worker` at `params`: reduction over its shard + (l2 / 2) ||params||^2."""
         tree = self.unravel(params)
         rows = shards.y.shape[1]
-        tile = self.tile or _tile(rows, shards.x.shape[2:], self.dtype.itemsize)
+        tile = self.rows_per_tile(shards)
 
         def part(start: Any, size: int) -> tuple[Array, Any]:
             def cut(a: Any) -> Array:
@@ -58,13 +64,13 @@ class TiledOracle:
             return jax.value_and_grad(lambda tree: jnp.vdot(self.loss_fn(tree, x, y), weight.astype(self.dtype)))(tree)
 
         def accumulate(carry: Any, start: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, part(start, min(tile, rows))), None
+            return jax.tree.map(jnp.add, carry, part(start, tile)), None
 
         # summed as a pytree and made flat once: slices of the flat vector inside the loop cost half of the speed
         carry = (jnp.zeros((), self.dtype), jax.tree.map(jnp.zeros_like, tree))
         with jax.default_matmul_precision(self.precision):
-            whole = rows - rows % min(tile, rows)
-            carry, _ = jax.lax.scan(accumulate, carry, np.arange(0, whole, min(tile, rows), dtype=np.int32))
+            whole = rows - rows % tile
+            carry, _ = jax.lax.scan(accumulate, carry, np.arange(0, whole, tile, dtype=np.int32))
             if whole < rows:
                 carry = jax.tree.map(jnp.add, carry, part(np.int32(whole), rows - whole))
         loss, grad = carry[0], self.ravel(carry[1])
@@ -123,7 +129,10 @@ def check(oracle: TiledOracle, shards: Shards) -> None:
         )
 
 
-def _tile(rows: int, shape: tuple[int, ...], itemsize: int) -> int:
-    """Rows per tile: equal tiles of about TILE_BYTES."""
-    tiles = -(-rows * int(np.prod(shape)) * itemsize // TILE_BYTES)
-    return -(-rows // max(tiles, 1))
+def activations(oracle: TiledOracle, shards: Shards) -> int:
+    """Bytes that the forward pass of one tile keeps for the backward pass (traced only)."""
+    rows = oracle.rows_per_tile(shards)
+    x, y = (jax.ShapeDtypeStruct((rows, *a.shape[2:]), a.dtype) for a in (shards.x, shards.y))
+    tree = jax.eval_shape(oracle.unravel, jax.ShapeDtypeStruct((oracle.size,), oracle.dtype))
+    kept = jax.eval_shape(lambda tree, x, y: jax.vjp(lambda tree: oracle.loss_fn(tree, x, y), tree)[1], tree, x, y)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))

@@ -1,0 +1,659 @@
+"""Sweep b, C, D, xi, lr and seeds as one compiled program, and read off what is cheapest.
+
+    python -m experiments.sweep                                      the default grid on the embedded MNIST, 3 minutes
+    python -m experiments.sweep -b 2 4 8 -C 10 100 -D 1 10 --seeds 0 1 2 --target 1e-2 1e-3 --out results/mine
+    python -m experiments.sweep --random 200 -b 2 8 -C 1 200 --lr 0.005 0.05        two values are a range here
+    python -m experiments.sweep --shard 2/3 ...  and  python -m experiments.sweep merge DIR DIR DIR --out DIR
+
+Leaves in --out: points (a row a point), summary (mean and 95 % interval over seeds), curves (thinned), masks (who sent
+when), each as Parquet, the first two as CSV too; figures as PNG and SVG; the plan, the exact command and the versions.
+A batch's rows are safe when it ends: after a kill the same command goes on, and no row differs from an undisturbed run.
+"""
+
+import inspect
+import itertools
+import sys
+import time
+import tomllib
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import polars as pl
+import scipy.stats
+import tyro
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import laqjax
+from experiments import datasets, files, plots, problems
+from laqjax import algorithms, engine
+
+CHUNK = 50  # rounds between two looks at who is done
+MOST = 64  # points in a batch, for each device: more is not faster, and rows are safe later
+SHAPES = ("problem", "dataset", "partition", "partition_seed", "workers", "algorithm")  # one group, one compile each
+KNOBS = ("bits", "limit", "window", "xi", "lr")
+WHOLE = ("bits", "limit", "window", "seed", "workers", "partition_seed")
+COST = ("rounds", "uploads", "bits_up", "bits_down", "seconds")
+
+
+def short(letter: str) -> Any:
+    """A one-letter name for an option."""
+    return tyro.conf.arg(aliases=[f"-{letter}"])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A grid of points: every list is an axis."""
+
+    bits: Annotated[tuple[float, ...], short("b")] = (2, 3, 4, 8)
+    """b, per coordinate."""
+    limit: Annotated[tuple[float, ...], short("C")] = (10, 100)
+    """C, rounds of silence at most."""
+    window: Annotated[tuple[float, ...], short("D")] = (1, 10)
+    """D, rounds that the rule looks back on."""
+    xi: tuple[float, ...] = (0.8,)
+    """Sum of the weights of these rounds."""
+    lr: tuple[float, ...] = (0.02,)
+    """Step size."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the start and of the algorithm's draws."""
+    algorithm: tuple[str, ...] = ("laq",)
+    """Names in laqjax.algorithms; a knob that one does not have is left out there."""
+    problem: tuple[str, ...] = ("softmax",)
+    """softmax, network, ridge, logistic."""
+    dataset: tuple[str, ...] = ("mnist",)
+    """mnist, tfds:NAME, idx:DIR, libsvm:FILE, synthetic-linear?..., synthetic-logistic?..."""
+    partition: tuple[str, ...] = ("contiguous",)
+    """contiguous, shuffled, sorted, dirichlet:ALPHA, unequal:RATIO."""
+    partition_seed: tuple[int, ...] = (0,)
+    workers: tuple[int, ...] = (10,)
+    rounds: int = 600
+    target: tuple[float, ...] = (1e-1, 3e-2, 1e-2)
+    """Residuals f - f* at which the cost is read off; a point ends at the last."""
+    random: int | None = None
+    """Draw so many points instead of the grid: two values of an axis are its range then, more are choices."""
+    random_seed: int = 0
+    uplink_mbps: float = 10.0
+    """Of each worker's own link, for the simulated seconds."""
+    downlink_mbps: float = 100.0
+    latency_ms: float = 20.0
+    """One way."""
+    compute_ms: float | None = None
+    """Of a worker's gradient; measured here when not given."""
+    memory: float | None = None
+    """GiB for the points of a batch; half of what is free when not given."""
+    batch: int | None = None
+    """Points in a batch; as many as fit, at most 64 a device, when not given."""
+    shard: str = "1/1"
+    """i/n: only every n-th point, from the i-th; join the folders with `merge`."""
+    config: Path | None = None
+    """A TOML or YAML file of these settings; the command line goes before it."""
+    out: Path = Path("results/sweep")
+    smoke: bool = False
+    """Few examples, rounds and points."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Points that share data, problem and algorithm: one compiled program."""
+
+    shards: laqjax.Shards
+    problem: problems.Problem
+    oracle: Any
+    f_star: float
+    data: datasets.Dataset
+    points: list[dict[str, Any]]
+    algs: list[laqjax.Algorithm] = field(default_factory=list)
+
+
+def run(settings: Settings) -> Path:
+    """Run what is not yet done of a sweep; tables and figures in the output folder, which is returned."""
+    console = Console()
+    settings = configured(settings)
+    points = list(select(settings))
+    groups = checked(points, settings, console)
+    files.claim(settings.out, identity(settings))
+    plan = planned(groups, settings)
+    done = batches = sum(-(-len(group.points) // size) for group, size in zip(groups, plan["batch"], strict=True))
+    console.print(
+        f"{len(points)} points in {len(groups)} group(s), {batches} batch(es) of {plan['batch']} points, up to {settings.rounds} rounds"
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    began, fresh = time.perf_counter(), 0
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
+        task = progress.add_task("points x rounds", total=len(points) * settings.rounds, note="")
+        done = 0
+        for g, (group, size) in enumerate(zip(groups, plan["batch"], strict=True)):
+            for first in range(0, len(group.points), size):
+                part = settings.out / "batches" / f"{g:03d}-{first:06d}"
+                count = min(size, len(group.points) - first)
+                if not intact(part, console):
+
+                    def show(work: float, note: str, base: int = done) -> None:
+                        progress.update(task, completed=base * settings.rounds + work, note=note)
+
+                    compute = settings.compute_ms if settings.compute_ms is not None else plan["compute_ms"][g]
+                    frames = run_batch(group, range(first, first + count), size, settings, compute, show)
+                    for name, frame in frames.items():
+                        save(frame, part.with_name(f"{part.name}-{name}"))
+                    fresh += count
+                done += count
+                progress.update(task, completed=done * settings.rounds, note=f"{done} points done")
+    collect(settings.out)
+    spent = time.perf_counter() - began
+    files.write_json(settings.out / "run.json", files.provenance() | {"seconds": spent, "points_computed": fresh})
+    report(settings.out, console)
+    console.print(f"{spent:.0f} s; figures and tables: {settings.out}")
+    return settings.out
+
+
+def configured(settings: Settings) -> Settings:
+    """Settings with the config file's values where the command line left the default; smoke sizes."""
+    if settings.config:
+        text = settings.config.read_text()
+        given = tomllib.loads(text) if settings.config.suffix == ".toml" else yaml.safe_load(text)
+        known = {f.name: f for f in fields(Settings)}
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(f"{settings.config}: {unknown} are no settings; expected names among {sorted(known)}")
+        default = Settings()
+        for name, value in given.items():
+            value: Any = Path(value) if name == "out" else value
+            if isinstance(getattr(default, name), tuple):
+                value = tuple(value) if isinstance(value, list) else (value,)
+            if getattr(settings, name) == getattr(default, name):
+                settings = replace(settings, **{name: value})
+    if settings.smoke:
+        settings = replace(settings, rounds=min(settings.rounds, 60), target=(1.0, 0.5))
+    return settings
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """What makes a sweep this sweep; how it is cut into batches is the plan's, which the folder keeps."""
+    free = {"out", "config", "memory", "batch"}
+    return {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in free}
+
+
+def axes(settings: Settings) -> dict[str, tuple[Any, ...]]:
+    """The axes under their names in a row."""
+    names = {"seeds": "seed"}
+    return {
+        names.get(f.name, f.name): getattr(settings, f.name)
+        for f in fields(settings)
+        if f.name in (*SHAPES, *KNOBS, "seeds")
+    }
+
+
+def select(settings: Settings) -> Iterator[dict[str, Any]]:
+    """The points of this shard, duplicates (from knobs that an algorithm does not have) once."""
+    given = axes(settings)
+    empty = [name for name, values in given.items() if not values]
+    if empty:
+        raise ValueError(f"axis {empty[0]} has no values: expected one or more")
+    seen: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for values in drawn(given, settings) if settings.random else itertools.product(*given.values()):
+        point = dict(zip(given, values, strict=True))
+        own = knobs(point["algorithm"])
+        point |= {name: None for name in KNOBS if name not in own}
+        seen.setdefault(tuple(point.values()), point)
+    try:
+        i, n = (int(part) for part in settings.shard.split("/"))
+    except ValueError:
+        i = n = 0
+    if not 1 <= i <= n:
+        raise ValueError(f"shard = {settings.shard!r}: expected i/n with 1 <= i <= n, such as 2/3")
+    for number, point in enumerate(seen.values()):
+        if number % n == i - 1:
+            yield {"point": number, **point}
+
+
+def drawn(given: dict[str, tuple[Any, ...]], settings: Settings) -> Iterator[tuple[Any, ...]]:
+    """Random points: an axis of two numbers is a range (lr on a log scale), of more a choice."""
+    rng = np.random.default_rng(settings.random_seed)
+    for _ in range(settings.random or 0):
+        point = []
+        for name, values in given.items():
+            if len(values) == 2 and name in KNOBS:
+                low, high = sorted(values)
+                if name in WHOLE:
+                    point.append(float(rng.integers(int(low), int(high), endpoint=True)))
+                else:
+                    point.append(
+                        float(
+                            np.exp(rng.uniform(np.log(low), np.log(high))) if name == "lr" else rng.uniform(low, high)
+                        )
+                    )
+            else:
+                point.append(values[rng.integers(len(values))])
+        yield tuple(point)
+
+
+def knobs(name: str) -> set[str]:
+    """The keyword arguments of a named algorithm; ValueError when there is none of that name."""
+    factory = factories().get(name)
+    if factory is None:
+        raise ValueError(f"algorithm = {name!r}: expected one of {', '.join(sorted(factories()))}")
+    own = set()
+    for parameter in inspect.signature(factory).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            own |= set(typing.get_type_hints(typing.get_args(parameter.annotation)[0]))
+        else:
+            own.add(parameter.name)
+    return own
+
+
+def factories() -> dict[str, Callable[..., laqjax.Algorithm]]:
+    """The named algorithms of the library."""
+    public = inspect.getmembers(algorithms, inspect.isfunction)
+    return {name: f for name, f in public if f.__module__ == algorithms.__name__ and not name.startswith("_")}
+
+
+@cache
+def loaded(name: str) -> datasets.Dataset:
+    """A data set, read once."""
+    return datasets.load(name)
+
+
+def problem_of(name: str, data: datasets.Dataset) -> problems.Problem:
+    """A problem fit for the data."""
+    if name in ("softmax", "network") and data.num_classes:
+        return getattr(problems, name)(data.x.shape[1], data.num_classes)
+    if name in ("ridge", "logistic"):
+        return getattr(problems, name)(data.x.shape[1])
+    raise ValueError(
+        f"problem = {name!r} on {data.name}: expected softmax or network for classes, ridge or logistic else"
+    )
+
+
+def checked(points: Sequence[dict[str, Any]], settings: Settings, console: Console) -> list[Group]:
+    """The groups with all algorithms built; every bad point is named before anything is compiled."""
+    for name in ("uplink_mbps", "downlink_mbps"):
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"{name} = {getattr(settings, name)}: expected a number > 0")
+    if any(t <= 0 for t in settings.target) or list(settings.target) != sorted(settings.target, reverse=True):
+        raise ValueError(f"target = {settings.target}: expected residuals > 0, the largest first")
+    laqjax.core.number("rounds", settings.rounds, np.int32, least=1)
+    laqjax.core.number("batch", settings.batch or 1, np.int32, least=1)
+    groups: dict[tuple[Any, ...], Group] = {}
+    bad: list[str] = []
+    widest = max((int(p["window"]) for p in points if p["window"]), default=1)
+    for point in points:
+        key = tuple(point[name] for name in SHAPES)
+        if key not in groups:
+            data = loaded(point["dataset"])
+            shards = datasets.partition(data.x, data.y, point["workers"], point["partition"], point["partition_seed"])
+            if settings.smoke:
+                shards = laqjax.Shards(*(array[:, :200] for array in shards))
+            problem = next(
+                (g.problem for g in groups.values() if g.data is data and g.problem.name == point["problem"]), None
+            )
+            problem = problem or problem_of(point["problem"], data)
+            oracle = next((g.oracle for g in groups.values() if g.problem is problem), None) or problem.oracle()
+            groups[key] = Group(shards, problem, oracle, np.nan, data, [])
+        group = groups[key]
+        try:
+            group.algs.append(build(point, group.oracle, widest))
+            group.points.append(point)
+        except ValueError as error:
+            bad.append(f"  point {point['point']}: {error}")
+    if bad:
+        raise ValueError("\n".join([f"{len(bad)} of {len(points)} points cannot run:", *bad]))
+    out = []
+    for group in groups.values():
+        with console.status("f* by a solver in float64 (half a minute on MNIST, then cached)"):
+            convex = group.problem.name != "network"
+            f_star = problems.optimum(group.problem, group.shards, cache=Path("results") / "cache") if convex else 0.0
+        out.append(replace(group, f_star=f_star, shards=jax.tree.map(jnp.asarray, group.shards)))
+    return out
+
+
+def build(point: dict[str, Any], oracle: Any, max_window: int) -> laqjax.Algorithm:
+    """The algorithm of a point."""
+    given = {name: point[name] for name in KNOBS if point[name] is not None}
+    if "max_window" in knobs(point["algorithm"]):
+        given["max_window"] = max_window
+    return factories()[point["algorithm"]](oracle, num_workers=point["workers"], **given)
+
+
+def planned(groups: Sequence[Group], settings: Settings) -> dict[str, Any]:
+    """Batch sizes and compute times, fixed when a sweep starts and kept in its folder: results follow from them."""
+    path = settings.out / "plan.json"
+    if path.exists():
+        plan = files.read_json(path)
+        if plan["devices"] != jax.device_count():
+            raise ValueError(
+                f"{path} was made for {plan['devices']} devices, here are {jax.device_count()}: expected the same, or another --out"
+            )
+        return plan
+    memory = None if settings.memory is None else settings.memory * 2**30
+    devices = jax.device_count()
+    sizes, compute = [], []
+    for group in groups:
+        fits = engine.batch_size(group.algs[0], group.shards, memory)
+        wanted = min(settings.batch or MOST * devices, -(-len(group.points) // devices) * devices)
+        sizes.append(max(min(fits, wanted) // devices, 1) * devices)
+        compute.append(settings.compute_ms if settings.compute_ms is not None else gradient_ms(group))
+    plan = {"batch": sizes, "compute_ms": compute, "devices": devices}
+    files.write_json(path, plan)
+    return plan
+
+
+def gradient_ms(group: Group) -> float:
+    """Milliseconds of one worker's gradient on this machine: what the simulated link model calls compute time."""
+    params = group.problem.theta0(group.oracle)
+    gradient = jax.jit(group.oracle)
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        jax.block_until_ready(gradient(params, group.shards, np.int32(0)))
+        times.append(time.perf_counter() - began)
+    return 1e3 * min(times)
+
+
+def run_batch(
+    group: Group, which: range, size: int, settings: Settings, compute_ms: float, show: Callable[[float, str], None]
+) -> dict[str, pl.DataFrame]:
+    """Run a batch of points, filled up to `size`, until each is at the last target, has diverged, or the rounds are done.
+
+    When half of the points or fewer are left, the batch is cut in half: which points remain follows from the plan alone.
+    """
+    count, rounds = len(which), settings.rounds
+    algs = engine.stack([group.algs[min(i, which[-1])] for i in range(which[0], which[0] + size)])
+    seeds = [group.points[min(i, which[-1])]["seed"] for i in range(which[0], which[0] + size)]
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    state: Any = jnp.stack([group.problem.theta0(group.oracle, seed) for seed in seeds])
+    workers = group.shards.y.shape[0]
+    loss = np.full((rounds, count), np.nan)
+    sent = np.zeros((rounds, count, workers), bool)
+    up = np.zeros((rounds, count, workers), np.int64)
+    down = np.zeros((rounds, count), np.int64)
+    ran = np.zeros(count, int)  # rounds done
+    accuracy = np.full(count, np.nan)
+    slots = np.minimum(np.arange(size), count - 1)  # the point in each place of the batch
+    running = np.ones(count, bool)
+    predict = accuracies(group)
+    done = 0
+    while running.any():
+        for out in engine.sweep_stream(algs, state, group.shards, rounds - done, keys, chunk=min(CHUNK, rounds)):
+            length, state = len(out.info.loss), out.state
+            here, place = np.unique(slots, return_index=True)  # copies fill the batch up
+            here, place = here[running[here]], place[running[here]]
+            rows = slice(done, done + length)
+            loss[rows, here] = out.info.loss[:, place]
+            sent[rows, here] = out.info.sent[:, place]
+            up[rows, here] = out.info.bits_up[:, place]
+            down[rows, here] = out.info.bits_down[:, place]
+            done += length
+            ran[here] = done
+            ended = ~np.isfinite(loss[rows, here]).all(axis=0) | (
+                loss[rows, here] - group.f_star <= settings.target[-1]
+            ).any(axis=0)
+            ended |= done == rounds
+            if ended.any():
+                score = predict(out.state.server.broadcast.params)
+                accuracy[here[ended]] = score[place[ended]]
+                running[here[ended]] = False
+            left = np.count_nonzero(running)
+            show(
+                float(np.where(running, done, rounds).sum()),
+                f"{count - left} of {count} done in this batch, round {done}",
+            )
+            half = size // 2 // jax.device_count() * jax.device_count()
+            if not left or (left <= half and half):
+                break
+        if running.any():
+            remaining = np.flatnonzero(running)
+            while size // 2 // jax.device_count() * jax.device_count() >= max(len(remaining), 1):
+                size = size // 2 // jax.device_count() * jax.device_count()
+            kept = remaining[np.minimum(np.arange(size), len(remaining) - 1)]
+            place = np.array([np.flatnonzero(slots == point)[0] for point in kept])
+            algs, keys, state, slots = (
+                engine.take(algs, place),
+                keys[place],
+                engine.take(state, place, engine.POINTS),
+                kept,
+            )
+    points = [group.points[i] for i in which]
+    return frames(points, group.f_star, settings, compute_ms, loss, sent, up, down, ran, accuracy)
+
+
+def accuracies(group: Group) -> Callable[[Any], np.ndarray]:
+    """Test accuracy of many parameter vectors, NaN where the problem or the data have none."""
+    accuracy, x, y = group.problem.accuracy, group.data.x_test, group.data.y_test
+    if accuracy is None or x is None:
+        return lambda params: np.full(len(params), np.nan)
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    one = jax.jit(lambda params: accuracy(group.oracle.unravel(params), x, y))
+    return lambda params: np.array([float(one(row)) for row in params])
+
+
+def frames(
+    points: Sequence[dict[str, Any]],
+    f_star: float,
+    settings: Settings,
+    compute_ms: float,
+    loss: np.ndarray,
+    sent: np.ndarray,
+    up: np.ndarray,
+    down: np.ndarray,
+    ran: np.ndarray,
+    accuracy: np.ndarray,
+) -> dict[str, pl.DataFrame]:
+    """A row a point, its thinned curve, and its masks. Row k of a curve is the model after k rounds."""
+    slowest = up.max(axis=2) / (settings.uplink_mbps * 1e6) + settings.latency_ms / 1e3
+    spent = (
+        compute_ms / 1e3
+        + settings.latency_ms / 1e3
+        + down / (settings.downlink_mbps * 1e6)
+        + np.where(sent.any(axis=2), slowest, 0)
+    )
+    before = {
+        "uploads": np.cumsum(sent.sum(axis=2), axis=0) - sent.sum(axis=2),
+        "bits_up": np.cumsum(up.sum(axis=2), axis=0) - up.sum(axis=2),
+        "bits_down": np.cumsum(down, axis=0) - down,
+        "seconds": np.cumsum(spent, axis=0) - spent,
+    }
+    rows, curves, masks = [], [], []
+    for i, point in enumerate(points):
+        mine = loss[: ran[i], i]
+        finite = np.isfinite(mine)
+        good = ran[i] if finite.all() else int(np.argmin(finite))
+        row = dict(point) | {"f_star": f_star, "diverged": bool(good < ran[i])}
+        last, k = good - 1, None
+        for target in settings.target:
+            met = np.flatnonzero(mine[:good] - f_star <= target)
+            k = int(met[0]) if len(met) else None
+            row |= {f"rounds_{target:g}": k} | {
+                f"{name}_{target:g}": None if k is None else values[k, i].item() for name, values in before.items()
+            }
+        last = last if k is None else k
+        row |= {"reached": k is not None, "rounds_run": int(ran[i]), "final_loss": float(mine[last]) if good else None}
+        row |= {"accuracy": None if np.isnan(accuracy[i]) or row["diverged"] else float(accuracy[i])}
+        rows.append(row)
+        kept = np.asarray(plots.thinned(last + 1, 200), int)
+        curves.append(
+            pl.DataFrame({"point": point["point"], "round": kept, "loss": mine[kept], "residual": mine[kept] - f_star})
+            .with_columns(**{name: pl.Series(values[kept, i]) for name, values in before.items()})
+            .with_columns(bits=pl.col("bits_up") + pl.col("bits_down"))
+        )
+        masks.append(
+            {
+                "point": point["point"],
+                "rounds": last,
+                "workers": sent.shape[2],
+                "sent": np.packbits(sent[:last, i]).tobytes(),
+            }
+        )
+    kinds = {name: pl.Float64 for t in settings.target for name in (f"seconds_{t:g}",)} | {
+        "accuracy": pl.Float64,
+        "final_loss": pl.Float64,
+    }
+    kinds |= {f"{name}_{t:g}": pl.Int64 for t in settings.target for name in COST[:-1]}
+    kinds |= {name: pl.Float64 for name in KNOBS}
+    return {
+        "curves": pl.concat(curves),
+        "masks": pl.DataFrame(masks),
+        "points": pl.DataFrame(
+            rows, schema_overrides=kinds, infer_schema_length=None
+        ),  # last: a batch is done when its points are there
+    }
+
+
+def save(frame: pl.DataFrame, path: Path, csv: bool = False) -> None:
+    """Parquet, and CSV for people."""
+    with files.replacing(path.with_name(path.name + ".parquet")) as part:
+        frame.write_parquet(part)
+    if csv:
+        with files.replacing(path.with_name(path.name + ".csv")) as part:
+            frame.write_csv(part)
+
+
+def intact(part: Path, console: Console) -> bool:
+    """Whether a batch's files are all there and readable; damaged ones are set aside, not overwritten."""
+    whole = True
+    for name in ("curves", "masks", "points"):
+        path = part.with_name(f"{part.name}-{name}.parquet")
+        if not path.exists():
+            whole = False
+            continue
+        try:
+            pl.read_parquet(path)
+        except Exception as error:
+            aside = next(
+                p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.damaged-{n}")).exists()
+            )
+            path.rename(aside)
+            console.print(
+                f"[red]{path} is damaged ({type(error).__name__}); kept as {aside.name}, the batch is computed again[/red]"
+            )
+            whole = False
+    return whole
+
+
+def collect(folder: Path) -> None:
+    """The batches' rows as one file of each kind, and the summary over seeds."""
+    for name in ("points", "curves", "masks"):
+        parts = [pl.read_parquet(path) for path in sorted((folder / "batches").glob(f"*-{name}.parquet"))]
+        save(
+            pl.concat(parts, how="diagonal_relaxed").sort("point", maintain_order=True),
+            folder / name,
+            csv=name == "points",
+        )
+    save(summarised(pl.read_parquet(folder / "points.parquet")), folder / "summary", csv=True)
+
+
+def summarised(points: pl.DataFrame) -> pl.DataFrame:
+    """Mean and half of the 95 % interval (Student's t) over seeds, a row a setting; a cost only where all seeds reached it."""
+    by = [name for name in (*SHAPES, *KNOBS) if name in points.columns]
+    costs = [name for name in points.columns if name.rsplit("_", 1)[0] in COST and name != "rounds_run"]
+    measures = [*costs, "final_loss", "accuracy"]
+
+    def half(values: pl.Series) -> float | None:
+        n = values.drop_nulls().len()
+        return None if n < 2 else float(scipy.stats.t.ppf(0.975, n - 1) * values.std() / np.sqrt(n))  # pyright: ignore[reportOperatorIssue]
+
+    rows = []
+    for key, group in points.group_by(by, maintain_order=True):
+        row = dict(zip(by, key, strict=True)) | {
+            "seeds": len(group),
+            "reached": int(group["reached"].sum()),
+            "diverged": int(group["diverged"].sum()),
+        }
+        row |= {"point": group["point"][0]}
+        for name in measures:
+            whole = group[name].null_count() == 0
+            row |= {name: group[name].mean() if whole else None, f"{name}_ci95": half(group[name]) if whole else None}
+        rows.append(row)
+    return pl.DataFrame(
+        rows, infer_schema_length=None, schema_overrides={m + e: pl.Float64 for m in measures for e in ("", "_ci95")}
+    )
+
+
+def report(folder: Path, console: Console) -> None:
+    """Figures, and the cheapest settings as a short table."""
+    plots.sweep(folder)
+    summary = pl.read_parquet(folder / "summary.parquet")
+    target = plots.last_target(summary)
+    ranked = plots.ranked(summary, target)
+    settings = [name for name in (*SHAPES, *KNOBS) if summary[name].n_unique() > 1] or ["algorithm"]
+    titles = ("rounds", "uploads", "Mbit up", "Mbit up + down", "seconds", "accuracy")
+    table = Table(*settings, *titles, title=f"cheapest to f - f* <= {target} (simulated seconds on the link model)")
+    for row in ranked.head(10).iter_rows(named=True):
+        cost = {name: row[f"{name}_{target}"] for name in COST}
+        cells = [f"{cost['rounds']:.0f}", f"{cost['uploads']:.0f}", f"{cost['bits_up'] / 1e6:.3g}"]
+        cells += [f"{(cost['bits_up'] + cost['bits_down']) / 1e6:.3g}", f"{cost['seconds']:.3g}"]
+        table.add_row(
+            *(f"{row[s]:g}" if isinstance(row[s], float) else str(row[s]) for s in settings),
+            *cells,
+            "" if row["accuracy"] is None else f"{row['accuracy']:.4f}",
+        )
+    console.print(table)
+    missed = len(summary) - len(ranked)
+    if missed:
+        console.print(
+            f"{missed} of {len(summary)} settings did not reach {target} ({int((summary['diverged'] > 0).sum())} diverged)"
+        )
+
+
+def merge(folders: tyro.conf.Positional[tuple[Path, ...]], /, out: Path) -> None:
+    """Join the folders of `--shard i/n` runs of one sweep."""
+    console = Console()
+    seen: dict[str, Any] = {}
+    shards = set()
+    for folder in folders:
+        there = files.read_json(folder / "identity.json")
+        shards.add(there.pop("shard"))
+        if seen and there != seen:
+            keys = sorted(k for k in there if there[k] != seen.get(k))
+            raise ValueError(
+                f"{folder} holds another sweep: {', '.join(f'{k}: {there[k]} here, {seen.get(k)} there' for k in keys)}"
+            )
+        seen = there
+    n = int(next(iter(shards)).split("/")[1])
+    wanted = {f"{i}/{n}" for i in range(1, n + 1)}
+    if shards != wanted:
+        raise ValueError(f"shards {sorted(shards)}: expected {sorted(wanted)}, each once")
+    files.claim(out, seen | {"shard": "1/1"})
+    for name in ("points", "curves", "masks"):
+        parts = [pl.read_parquet(folder / f"{name}.parquet") for folder in folders]
+        save(
+            pl.concat(parts, how="diagonal_relaxed").sort("point", maintain_order=True),
+            out / name,
+            csv=name == "points",
+        )
+    save(summarised(pl.read_parquet(out / "points.parquet")), out / "summary", csv=True)
+    files.write_json(out / "run.json", files.provenance() | {"merged": [str(folder) for folder in folders]})
+    report(out, console)
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    """The command line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given[:1] == ["merge"]:
+            tyro.cli(merge, args=given[1:], prog="experiments.sweep merge")
+        else:
+            run(tyro.cli(Settings, args=given, prog="experiments.sweep", description=__doc__))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from the last finished batch") from None
+
+
+if __name__ == "__main__":
+    main()
