@@ -118,20 +118,13 @@ def sweep(folder: Path) -> None:
     best_front = front(summary, target)
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(6, 4.2))
-        axis.scatter(
-            best[f"bits_up_{target}"], best[f"rounds_{target}"], s=14, alpha=0.5, label="reached on every seed"
-        )
-        axis.step(
-            best_front[f"bits_up_{target}"],
-            best_front[f"rounds_{target}"],
-            where="post",
-            color="C3",
-            label="Pareto front",
-        )
+        x, y = f"bits_up_{target}", f"rounds_{target}"
+        axis.scatter(best[x], best[y], s=14, alpha=0.5, label="reached on every seed")
+        axis.plot(best_front[x], best_front[y], "o-", drawstyle="steps-post", color="C3", label="Pareto front")
         top = best.row(0, named=True)
         axis.annotate(
             label(top),
-            (top[f"bits_up_{target}"], top[f"rounds_{target}"]),
+            (top[x], top[y]),
             xytext=(8, 10),
             textcoords="offset points",
             fontsize=9,
