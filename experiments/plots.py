@@ -72,9 +72,8 @@ def comparison(folder: Path) -> None:
     residual = not curves["residual"].is_nan().all()
     shown = curves if residual else curves.with_columns(residual=pl.col("loss"))
     loss_curves(shown, folder / "loss", ylabel="f - f*" if residual else "f")
-    lazy = curves.filter(
-        pl.len().over("method") * pl.col("workers").first() > pl.col("uploads").max().over("method") + 1
-    )
+    all_sent = pl.col("round").max().over("method") * pl.col("workers")
+    lazy = curves.filter(pl.col("uploads").max().over("method") < all_sent)
     if len(lazy):
         raster(lazy, folder / "uploads")
 

@@ -165,7 +165,7 @@ def follow(alg: laqjax.Algorithm, theta0: Any, shards: laqjax.Shards, goal: Goal
     key = jax.random.key(0)
     state, hits = laqjax.init(alg, theta0, shards), np.zeros((0, 2))  # hits: round, accuracy
     none = np.zeros((0, alg.num_workers), np.int32)
-    info = laqjax.Info(np.zeros(0, theta0.dtype), none.astype(bool), none, none[:, 0], {})
+    info = laqjax.Info(np.zeros(0), none.astype(bool), none, none[:, 0], {})
     if path.exists():
         state, info, hits = files.load_tree(path, (state, info, hits))
     goal.progress.start_task(goal.task)
@@ -178,7 +178,7 @@ def follow(alg: laqjax.Algorithm, theta0: Any, shards: laqjax.Shards, goal: Goal
         except laqjax.Diverged as stop:
             goal.progress.console.print(f"[red]{goal.progress.tasks[goal.task].description} {stop}[/red]")
             return rows(laqjax.join([info, stop.info._replace(extra={})]), hits, goal.f_star)
-        new = out.info._replace(extra={})
+        new = out.info._replace(extra={}, loss=out.info.loss.astype(np.float64))
         for target in goal.targets:
             met = np.flatnonzero(new.loss - goal.f_star <= target)
             if len(met) and not np.any(info.loss - goal.f_star <= target):
@@ -198,7 +198,7 @@ def rows(info: laqjax.Info, hits: np.ndarray, f_star: float) -> pl.DataFrame:
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     up, down = until(info.bits_up.sum(axis=1, dtype=np.int64)), until(np.asarray(info.bits_down))
-    loss = np.append(np.asarray(info.loss, np.float64), np.nan)
+    loss = np.append(info.loss, np.nan)
     accuracy = {int(k): value for k, value in hits}
     return pl.DataFrame(
         {
