@@ -148,6 +148,22 @@ def sweep(folder: Path) -> None:
     raster(pl.DataFrame(rows, schema_overrides={"sent": pl.List(pl.Int64)}), folder / "uploads")
 
 
+def lag(folder: Path) -> None:
+    """Residual against uploads, a panel a problem, from what `experiments.lag` left."""
+    curves = pl.read_parquet(folder / "lag.parquet")
+    problems = curves["method"].str.split(": ").list.first().unique(maintain_order=True).to_list()
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(problems), figsize=(4 * len(problems), 3.6), sharey=True)
+        for axis, problem in zip(axes, problems, strict=True):
+            mine = curves.filter(pl.col("method").str.starts_with(f"{problem}: "))
+            for (method,), rows in mine.group_by(["method"], maintain_order=True):
+                axis.plot(rows["uploads"].clip(1), rows["residual"].clip(1e-9), label=str(method).split(": ")[1])
+            axis.set(xscale="log", yscale="log", xlabel="uploads", title=problem)
+        axes[0].set_ylabel("f - f*")
+        axes[0].legend(frameon=False)
+        save(figure, folder / "uploads")
+
+
 def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
     """Bits up to the target over b and C, a panel a D; the cheapest of the other axes in each cell, blank if never reached."""
     lazy = summary.drop_nulls(["bits", "limit", "window"])
@@ -193,6 +209,8 @@ def main(folder: tyro.conf.Positional[Path], /) -> None:
     """Draw the figures of a result folder again."""
     if (folder / "summary.parquet").exists():
         sweep(folder)
+    elif (folder / "lag.parquet").exists():
+        lag(folder)
     elif (folder / "curves.parquet").exists():
         comparison(folder)
     else:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import laqjax
-from experiments import datasets, files, plots, problems
+from experiments import datasets, files, lag, plots, problems
 from laqjax import algorithms
 
 TARGETS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -68,6 +68,16 @@ def laq_logistic(settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
 def laq_nn(settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
     """The 784-200-10 network on MNIST, 10 workers, b = 8, 8000 rounds: NeurIPS 2019, figure 5 and table 2."""
     compare("laq-nn", settings, bits=8, default_rounds=8000, targets=(), published=PUBLISHED_NETWORK)
+
+
+def lag_table(data: Path, out: Path = Path("results/lag")) -> None:
+    """LAG's real-data table: uploads to 1e-8, linear and logistic, M = 9 and 18 (NeurIPS 2018, table 5).
+
+    Args:
+        data: Folder laid out as the authors publish it: dataN/data.txt and dataN/y.txt.
+        out: Folder for the results.
+    """
+    lag.table(data, out, Console())
 
 
 def compare(
@@ -289,7 +299,7 @@ def accuracy_on(problem: problems.Problem, oracle: Any, data: datasets.Dataset) 
 def main() -> None:
     """The command line."""
     try:
-        tyro.extras.subcommand_cli_from_dict({"laq-logistic": laq_logistic, "laq-nn": laq_nn})
+        tyro.extras.subcommand_cli_from_dict({"laq-logistic": laq_logistic, "laq-nn": laq_nn, "lag": lag_table})
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -37,11 +37,29 @@ class Shards(NamedTuple):
     weight: Num[Array | np.ndarray, "M N"]  # 0 marks padding
 
 
-class Message(NamedTuple):
-    """What a worker would send: the compressor's arrays, and their size on the wire in bits (whole bytes)."""
+class Keys(NamedTuple):
+    """The draws of one worker in one round: the same on every engine."""
 
-    payload: dict[str, Array]
-    bits: Int[Array, ""]
+    own: PRNGKeyArray  # fold_in(fold_in(run, round), worker)
+    shared: PRNGKeyArray  # fold_in(fold_in(run, round), M), the same for all workers
+    run: PRNGKeyArray
+
+
+class Field(NamedTuple):
+    """A piece of a message: numbers of `bits` bits each (0: not there), only those where `kept` if that is given."""
+
+    values: Any
+    bits: Any
+    kept: Any = None
+
+
+def bill(fields: list[Field]) -> Int[Array, ""]:
+    """Bits of a message on the wire: its fields, rounded up to whole bytes once."""
+    total = jnp.int32(0)
+    for values, bits, kept in fields:
+        count = np.size(values) if kept is None else jnp.sum(kept, dtype=jnp.int32)
+        total += jnp.asarray(count, jnp.int32) * jnp.asarray(bits, jnp.int32)
+    return (total + 7) // 8 * 8
 
 
 class Broadcast(NamedTuple):
@@ -50,6 +68,7 @@ class Broadcast(NamedTuple):
     params: Float[Array, " p"]
     motion: Float[Array, " window"]  # ring buffer: ||params^{k+1} - params^k||^2 stands at k mod window
     round: Int[Array, ""]
+    snapshot: Float[Array, " p"] | None = None  # the model of the last round that is a multiple of the window
 
 
 class Server(NamedTuple):
@@ -61,11 +80,14 @@ class Server(NamedTuple):
 
 
 class Worker(NamedTuple):
-    """What a worker keeps (the engine stacks M of them). `memory` is None where nothing is remembered."""
+    """What a worker keeps (the engine stacks M of them). What the algorithm does not need is None."""
 
-    memory: Float[Array, " p"] | None
+    memory: Any  # [p], what the memory says
     last_error_sq: Float[Array, ""]  # squared quantization error at the last upload
     silence: Int[Array, ""]  # rounds since the last upload
+    stale_params: Any = None  # [p], the model of the last upload
+    last_grad: Any = None  # [p], of the round before
+    last_drift: Any = None  # [p], gradient minus gradient of the snapshot, at the last upload
 
 
 class State(NamedTuple):
@@ -86,7 +108,10 @@ class Upload(NamedTuple):
 @register_dataclass
 @dataclass(frozen=True)
 class Evidence:
-    """The one record an upload rule decides on. Squares are squared Euclidean norms."""
+    """The one record an upload rule decides on. Squares are squared Euclidean norms.
+
+    The optional ones are computed only for rules that name them in `needs`.
+    """
 
     target_sq: Float[Array, ""]
     innovation_sq: Float[Array, ""]  # of the decoded message
@@ -97,7 +122,21 @@ class Evidence:
     round: Int[Array, ""]
     worker: Int[Array, ""]
     lr: Float[Array, ""]
+    shared: PRNGKeyArray  # for draws that all workers share
     num_workers: int = static()
+    stale_sq: Float[Array, ""] | None = None  # gradient - gradient of the last upload's model on the same sample
+    drift_sq: Float[Array, ""] | None = None  # model - model of the last upload
+    progress_sq: Float[Array, ""] | None = None  # gradient - gradient of the round before
+    variance_sq: Float[Array, ""] | None = None  # (gradient - gradient of the snapshot) - the same at the last upload
+
+    def __getitem__(self, name: str) -> Float[Array, ""]:
+        """A field that has to be there; ValueError saying what to do when it is not."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(
+                f"the rule reads {name}, which this algorithm does not compute: put {name!r} into the rule's `needs`"
+            )
+        return value
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------
@@ -113,40 +152,58 @@ class Oracle(Protocol):
     @property
     def dtype(self) -> np.dtype: ...
 
-    def __call__(self, params: Any, shards: Shards, worker: Any) -> tuple[Array, Array]: ...
+    def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> tuple[Array, Array]: ...
 
 
 @runtime_checkable
+class Sampler(Protocol):
+    """Which rows of a shard a round uses; see `laqjax.oracle`."""
+
+    def __call__(self, keys: Keys, shards: Shards, worker: Any, round: Any) -> Any: ...
+
+
 class Compressor(Protocol):
-    """A scheme; see `laqjax.compressors`. `key` is the worker's key of this round."""
+    """A scheme; see `laqjax.compressors`."""
 
-    def encode(self, target: Float[Array, " p"], key: PRNGKeyArray) -> Message: ...
+    def encode(self, target: Float[Array, " p"], keys: Keys) -> dict[str, Any]: ...
 
-    def decode(self, message: Message, like: Float[Array, " p"]) -> Float[Array, " p"]: ...
+    def decode(self, payload: dict[str, Any], like: Any) -> Float[Array, " p"]: ...
+
+    def wire(self, payload: dict[str, Any], like: Any) -> list[Field]: ...
+
+    def unwire(self, read: Callable[[int, int], np.ndarray], like: Any) -> Any: ...
 
 
-@runtime_checkable
 class Trigger(Protocol):
-    """An upload rule: a stateless function of the evidence. `skips` is False for the rule that always sends."""
+    """An upload rule: a stateless function of the evidence.
+
+    skips: False for the rule that always sends. asks: the server decides, and sends the model to those it asks only.
+    needs: the optional evidence that it reads.
+    """
 
     @property
     def skips(self) -> bool: ...
 
+    @property
+    def asks(self) -> bool: ...
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
     def __call__(self, evidence: Evidence) -> Bool[Array, ""]: ...
 
 
-@runtime_checkable
 class Memory(Protocol):
     """What is compressed, what a worker remembers, and whether the server's aggregate persists."""
 
     @property
     def persists(self) -> bool: ...
 
-    def init(self, params: Float[Array, " p"]) -> Float[Array, " p"] | None: ...
+    def init(self, params: Float[Array, " p"]) -> Any: ...
 
-    def target(self, memory: Any, grad: Float[Array, " p"]) -> Float[Array, " p"]: ...
+    def target(self, memory: Any, grad: Float[Array, " p"], keys: Keys) -> Float[Array, " p"]: ...
 
-    def update(self, memory: Any, target: Float[Array, " p"], decoded: Float[Array, " p"]) -> Any: ...
+    def update(self, memory: Any, target: Any, decoded: Float[Array, " p"], grad: Float[Array, " p"]) -> Any: ...
 
     def aggregate(self, aggregate: Any, total: Float[Array, " p"]) -> tuple[Float[Array, " p"], Any]: ...
 
@@ -161,10 +218,10 @@ class Fresh:
     def init(self, params):
         return None
 
-    def target(self, memory, grad):
+    def target(self, memory, grad, keys):
         return grad
 
-    def update(self, memory, target, decoded):
+    def update(self, memory, target, decoded, grad):
         return None
 
     def aggregate(self, aggregate, total):
@@ -190,14 +247,40 @@ class Innovation:
     def init(self, params):
         return jnp.zeros_like(params)
 
-    def target(self, memory, grad):
+    def target(self, memory, grad, keys):
         return grad - memory
 
-    def update(self, memory, target, decoded):
+    def update(self, memory, target, decoded, grad):
         return memory + self.damping * decoded
 
     def aggregate(self, aggregate, total):
         return aggregate + total, aggregate + self.damping * total
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate of the gradient that moves by compressed differences (MARINA, Gorbunov et al. 2021, Algorithm 1).
+
+    target = grad - last grad, or grad - estimate in the rounds in which the shared coin sends everything. A worker
+    remembers (estimate, last grad).
+    """
+
+    probability: Float[Array, ""]
+    persists = True
+
+    def init(self, params):
+        return jnp.zeros_like(params), jnp.zeros_like(params)
+
+    def target(self, memory, grad, keys):
+        estimate, last = memory
+        return grad - jnp.where(toss(keys, self.probability), estimate, last)
+
+    def update(self, memory, target, decoded, grad):
+        return memory[0] + decoded, grad
+
+    def aggregate(self, aggregate, total):
+        return aggregate + total, aggregate + total
 
 
 @register_dataclass
@@ -210,10 +293,10 @@ class ErrorFeedback:
     def init(self, params):
         return jnp.zeros_like(params)
 
-    def target(self, memory, grad):
+    def target(self, memory, grad, keys):
         return memory + grad
 
-    def update(self, memory, target, decoded):
+    def update(self, memory, target, decoded, grad):
         return target - decoded
 
     def aggregate(self, aggregate, total):
@@ -234,6 +317,8 @@ class Algorithm:
     num_workers: int = static()
     max_window: int = static()
     optimizer: Callable[[Any], optax.GradientTransformation] = static()
+    sampler: Sampler | None = None  # None: the whole shard
+    downlink: Compressor | None = None  # of the model's step; None: the model is sent as it is
 
 
 def assemble(
@@ -247,6 +332,8 @@ def assemble(
     initial_silence: int = 0,
     max_window: int = 1,
     optimizer: Callable[[Any], optax.GradientTransformation] = optax.sgd,
+    sampler: Sampler | None = None,
+    downlink: Compressor | None = None,
 ) -> Algorithm:
     """Put parts together; raises ValueError for numbers and combinations that cannot work."""
     if trigger.skips and not memory.persists:
@@ -264,6 +351,8 @@ def assemble(
         num_workers=int(number("num_workers", num_workers, np.int32, least=1)),
         max_window=int(number("max_window", max_window, np.int32, least=1)),
         optimizer=optimizer,
+        sampler=sampler,
+        downlink=downlink,
     )
 
 
@@ -296,61 +385,104 @@ def number(
 
 def init(alg: Algorithm, params: Float[Array, " p"]) -> State:
     """The state before round 0: zero memories, no motion, silence as the algorithm says."""
-    memory = alg.memory.init(params)
-    worker = Worker(memory, jnp.zeros((), params.dtype), jnp.asarray(alg.initial_silence))
-    broadcast = Broadcast(params, jnp.zeros(alg.max_window, params.dtype), jnp.zeros((), jnp.int32))
-    aggregate = jnp.zeros_like(params) if alg.memory.persists else None
+    needs, zeros = alg.trigger.needs, jnp.zeros_like(params)
+    worker = Worker(
+        memory=alg.memory.init(params),
+        last_error_sq=jnp.zeros((), params.dtype),
+        silence=jnp.asarray(alg.initial_silence),
+        stale_params=params if needs & {"stale_sq", "drift_sq"} else None,
+        last_grad=zeros if "progress_sq" in needs else None,
+        last_drift=zeros if "variance_sq" in needs else None,
+    )
+    motion, round = jnp.zeros(alg.max_window, params.dtype), jnp.zeros((), jnp.int32)
+    broadcast = Broadcast(params, motion, round, params if "variance_sq" in needs else None)
+    aggregate = zeros if alg.memory.persists else None
     workers = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (alg.num_workers, *leaf.shape)), worker)
     return State(Server(broadcast, aggregate, alg.optimizer(alg.lr).init(params)), workers)
 
 
 def worker_step(
-    alg: Algorithm, worker: Worker, broadcast: Broadcast, shards: Shards, index: Int[Array, ""], key: PRNGKeyArray
+    alg: Algorithm, worker: Worker, broadcast: Broadcast, shards: Shards, index: Int[Array, ""], keys: Keys
 ) -> tuple[Worker, Upload, dict[str, Array]]:
     """One round of worker `index`: gradient, message, decision, memory. Returns also this round's raw facts."""
-    loss, grad = alg.oracle(broadcast.params, shards, index)
-    target = alg.memory.target(worker.memory, grad)
-    message = alg.compressor.encode(target, key)
-    decoded = alg.compressor.decode(message, target)
+    needs, params = alg.trigger.needs, broadcast.params
+    rows = alg.sampler(keys, shards, index, broadcast.round) if alg.sampler else None
+    loss, grad = alg.oracle(params, shards, index, rows)
+    target = alg.memory.target(worker.memory, grad, keys)
+    payload = alg.compressor.encode(target, keys)
+    decoded = alg.compressor.decode(payload, target)
     error_sq = square(target - decoded)
+    optional, drift = {}, None
+    if "stale_sq" in needs:
+        optional["stale_sq"] = square(grad - alg.oracle(worker.stale_params, shards, index, rows)[1])
+    if "drift_sq" in needs:
+        optional["drift_sq"] = square(params - worker.stale_params)
+    if "progress_sq" in needs:
+        optional["progress_sq"] = square(grad - worker.last_grad)
+    if "variance_sq" in needs:
+        drift = grad - alg.oracle(broadcast.snapshot, shards, index, rows)[1]
+        optional["variance_sq"] = square(drift - worker.last_drift)
     evidence = Evidence(
         target_sq=square(target),
         innovation_sq=square(decoded),
         error_sq=error_sq,
         last_error_sq=worker.last_error_sq,
-        motion=broadcast.motion[(broadcast.round - 1 - jnp.arange(alg.max_window, dtype=jnp.int32)) % alg.max_window],
+        motion=broadcast.motion[(broadcast.round - 1 - jnp.arange(alg.max_window)) % alg.max_window],
         silence=worker.silence,
         round=broadcast.round,
         worker=index,
         lr=alg.lr,
+        shared=keys.shared,
         num_workers=alg.num_workers,
+        **optional,
     )
     sent = alg.trigger(evidence)
     after = Worker(
-        memory=alg.memory.update(worker.memory, target, decoded),
+        memory=alg.memory.update(worker.memory, target, decoded, grad),
         last_error_sq=error_sq,
         silence=jnp.zeros_like(worker.silence),
+        stale_params=None if worker.stale_params is None else params,
+        last_grad=worker.last_grad,
+        last_drift=drift,
     )
     silent = worker._replace(silence=worker.silence + 1)
     worker = jax.tree.map(lambda a, b: jnp.where(sent, a, b), after, silent)
-    facts = {"loss": loss, "grad": grad, "target_sq": evidence.target_sq}
-    facts |= {"innovation_sq": evidence.innovation_sq, "error_sq": error_sq}
-    return worker, Upload(decoded, sent, message.bits), facts
+    worker = worker._replace(last_grad=None if worker.last_grad is None else grad)
+    computed = 1 + len(needs & {"stale_sq", "variance_sq"})
+    facts = {name: getattr(evidence, name) for name in ("target_sq", "innovation_sq", "error_sq", *optional)}
+    # a worker that the server does not ask computes nothing
+    facts |= {"loss": loss, "grad": grad, "gradients": jnp.where(sent, computed, 0 if alg.trigger.asks else computed)}
+    return worker, Upload(decoded, sent, bill(alg.compressor.wire(payload, target))), facts
 
 
-def server_step(alg: Algorithm, server: Server, total: Float[Array, " p"]) -> tuple[Server, dict[str, Array]]:
-    """One round of the server: `total` is the sum of the decoded messages that were sent."""
+def server_step(
+    alg: Algorithm, server: Server, total: Float[Array, " p"], uploads: Int[Array, ""], keys: Keys
+) -> tuple[Server, Int[Array, ""], dict[str, Array]]:
+    """One round of the server: `total` is the sum of the `uploads` messages sent. Returns also the bits sent down."""
     direction, aggregate = alg.memory.aggregate(server.aggregate, total)
-    params, motion, k = server.broadcast
+    params, motion, k, snapshot = server.broadcast
+    updates: Any
     updates, optimizer = alg.optimizer(alg.lr).update(direction, server.optimizer, params)
+    down = bill([Field(params, 8 * params.dtype.itemsize)])
+    if alg.downlink:
+        payload = alg.downlink.encode(updates, keys)
+        updates, down = alg.downlink.decode(payload, updates), bill(alg.downlink.wire(payload, updates))
     moved: Any = optax.apply_updates(params, updates)
     # the step really taken, so that the rule holds for any optimizer
     step_sq = square(moved - params)
-    broadcast = Broadcast(moved, motion.at[k % alg.max_window].set(step_sq), k + 1)
+    if snapshot is not None:
+        snapshot = jnp.where((k + 1) % alg.max_window == 0, moved, snapshot)
+    broadcast = Broadcast(moved, motion.at[k % alg.max_window].set(step_sq), k + 1, snapshot)
     facts = {"direction_sq": square(direction), "step_sq": step_sq, "params": params}
-    return Server(broadcast, aggregate, optimizer), facts
+    # one broadcast to all, or a message to each worker that was asked
+    return Server(broadcast, aggregate, optimizer), down * (uploads if alg.trigger.asks else 1), facts
 
 
 def square(v: Float[Array, " p"]) -> Float[Array, ""]:
     """||v||^2."""
     return jnp.sum(v * v)
+
+
+def toss(keys: Keys, probability: Float[Array, ""]) -> Bool[Array, ""]:
+    """The coin of the round, the same for all workers."""
+    return jax.random.uniform(keys.shared, (), jnp.float32) < probability

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from laqjax import core, oracle
 from laqjax.core import Algorithm, Shards, State
@@ -110,7 +110,9 @@ def stream(
     params = start.server.broadcast.params if isinstance(start, State) else start
     _check(alg, params, shards)
     # copies: the chunks consume their state
-    state = jax.tree.map(partial(jnp.array, copy=True), start) if isinstance(start, State) else init(alg, start, shards)
+    state = jax.tree.map(
+        partial(jnp.array, copy=True), start if isinstance(start, State) else core.init(alg, jnp.asarray(start))
+    )
     shards = jax.tree.map(jnp.asarray, shards)
     first = int(state.server.broadcast.round)
     for done in range(0, rounds, chunk):
@@ -160,7 +162,7 @@ def sweep(
     start: Float[Array | np.ndarray, "*points p"] | State,
     shards: Shards,
     rounds: int,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " S"],
     *,
     memory: float | None = None,
     batch: int | None = None,
@@ -212,7 +214,7 @@ def sweep_stream(
     start: Float[Array | np.ndarray, "*points p"] | State,
     shards: Shards,
     rounds: int,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " S"],
     *,
     record: Sequence[str] = (),
     chunk: int = CHUNK,
@@ -225,10 +227,10 @@ def sweep_stream(
         raise ValueError(f"{points} points on {devices} devices: expected a multiple; fill up with copies of a point")
     params = start.server.broadcast.params if isinstance(start, State) else jnp.asarray(start)
     _check(algs, params if params.ndim == 1 else params[0], shards)
-    if isinstance(start, State):
-        state = jax.tree.map(partial(jnp.array, copy=True), start)
-    else:
+    state = start
+    if not isinstance(state, State):
         state = jax.vmap(core.init, (0, 0), POINTS)(algs, jnp.broadcast_to(params, (points, params.shape[-1])))
+    state = jax.tree.map(partial(jnp.array, copy=True), state)
     mesh = jax.make_mesh((devices,), ("sweep",), axis_types=(jax.sharding.AxisType.Auto,))
     shards = jax.device_put(shards, jax.sharding.NamedSharding(mesh, P()))
     for done in range(0, rounds, chunk):
@@ -281,7 +283,7 @@ def _chunk(
     alg: Algorithm,
     state: State,
     shards: Shards,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | Key[Array, " S"],
     count: Int[Array, ""],
     *,
     length: int,
@@ -291,7 +293,7 @@ def _chunk(
 ) -> tuple[State, Info]:
     """`count` <= `length` rounds; rows of the info from `count` on are zeros. With a mesh, of many points side by side."""
 
-    def rounds(alg: Algorithm, state: State, shards: Shards, key: PRNGKeyArray, count: Array) -> tuple[State, Info]:
+    def rounds(alg: Algorithm, state: State, shards: Shards, key: Any, count: Array) -> tuple[State, Info]:
         def step(state: State) -> tuple[State, Info]:
             one = partial(_round, shards=shards, record=record, at_once=at_once)
             return (jax.vmap(one, (0, POINTS, 0), (POINTS, 0)) if mesh else one)(alg, state, key)
@@ -301,7 +303,7 @@ def _chunk(
         def body(state: State, i: Array) -> tuple[State, Info]:
             return jax.lax.cond(i < count, step, lambda state: (state, nothing), state)
 
-        return jax.lax.scan(body, state, jnp.arange(length))
+        return jax.lax.scan(body, state, jnp.arange(length, dtype=jnp.int32))
 
     if mesh:
         rounds = jax.shard_map(
@@ -320,16 +322,19 @@ def _round(
     """One round of all workers and the server. The one place where a worker becomes M of them."""
     server, workers = state
     round_key = jax.random.fold_in(key, server.broadcast.round)
+    shared = jax.random.fold_in(round_key, alg.num_workers)
 
     def one(index_and_worker: tuple[Array, core.Worker]) -> Any:
         index, worker = index_and_worker
-        return core.worker_step(alg, worker, server.broadcast, shards, index, jax.random.fold_in(round_key, index))
+        keys = core.Keys(jax.random.fold_in(round_key, index), shared, key)
+        return core.worker_step(alg, worker, server.broadcast, shards, index, keys)
 
-    indices = jnp.arange(alg.num_workers)
+    indices = jnp.arange(alg.num_workers, dtype=jnp.int32)
     workers, uploads, facts = jax.lax.map(one, (indices, workers), batch_size=at_once if at_once > 1 else None)
     # a product: XLA on the CPU sums over a leading axis many times slower
     total = jnp.matmul(uploads.sent.astype(uploads.decoded.dtype), uploads.decoded, precision="highest")
-    server, server_facts = core.server_step(alg, server, total)
+    count = jnp.sum(uploads.sent, dtype=jnp.int32)
+    server, bits_down, server_facts = core.server_step(alg, server, total, count, core.Keys(shared, shared, key))
     facts = server_facts | facts | {"worker_loss": facts["loss"]}
     unknown = sorted(set(record) - set(facts))
     if unknown:
@@ -338,7 +343,7 @@ def _round(
         loss=jnp.mean(facts["loss"]),
         sent=uploads.sent,
         bits_up=jnp.where(uploads.sent, uploads.bits, 0),
-        bits_down=jnp.int32(8 * server.broadcast.params.nbytes),
+        bits_down=bits_down,
         extra={name: facts[name] for name in record},
     )
     return State(server, workers), info

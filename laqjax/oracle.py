@@ -14,13 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import register_dataclass
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from laqjax.core import Shards, number, static
+from laqjax.core import Keys, Shards, number, static
 
 TILE_BYTES = (
     4 * 2**20
 )  # of one tile in the parameters' dtype: in the second-level cache of two cores, above it in the third
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`size` rows of a shard: a run from `start`, or those of `index` [size]."""
+
+    size: int
+    start: Int[Array, ""] | None = None
+    index: Int[Array, " size"] | None = None
 
 
 @register_dataclass
@@ -48,36 +57,81 @@ class TiledOracle:
         return min(self.tile or -(-rows // max(tiles, 1)), rows)
 
     def __call__(
-        self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""]
+        self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""], rows: Rows | None = None
     ) -> tuple[Float[Array, ""], Float[Array, " p"]]:
-        """Loss and gradient of worker `worker` at `params`: reduction over its shard + (l2 / 2) ||params||^2."""
+        """Loss and gradient of worker `worker` at `params`: reduction over its rows + (l2 / 2) ||params||^2."""
         tree = self.unravel(params)
-        rows = shards.y.shape[1]
-        tile = self.rows_per_tile(shards)
+        size = rows.size if rows else shards.y.shape[1]
+        tile = min(self.rows_per_tile(shards), size)
 
-        def part(start: Any, size: int) -> tuple[Array, Any]:
+        def part(start: Any, count: int) -> tuple[Array, Array, Any]:
             def cut(a: Any) -> Array:
-                at = [jnp.asarray(i, jnp.int32) for i in (worker, start, *(0,) * (a.ndim - 2))]
-                return jax.lax.dynamic_slice(a, at, (1, size, *a.shape[2:]))[0]
+                if rows and rows.index is not None:
+                    return a[worker, jax.lax.dynamic_slice(rows.index, (start,), (count,))]
+                first = start + rows.start if rows else start
+                at = [jnp.asarray(i, jnp.int32) for i in (worker, first, *(0,) * (a.ndim - 2))]
+                return jax.lax.dynamic_slice(a, at, (1, count, *a.shape[2:]))[0]
 
             x, y, weight = jax.tree.map(cut, shards)
-            return jax.value_and_grad(lambda tree: jnp.vdot(self.loss_fn(tree, x, y), weight.astype(self.dtype)))(tree)
+            weight = weight.astype(self.dtype)
+            loss, grad = jax.value_and_grad(lambda tree: jnp.vdot(self.loss_fn(tree, x, y), weight))(tree)
+            return loss, jnp.sum(weight), grad
 
         def accumulate(carry: Any, start: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, part(start, tile)), None
 
         # summed as a pytree and made flat once: slices of the flat vector inside the loop cost half of the speed
-        carry = (jnp.zeros((), self.dtype), jax.tree.map(jnp.zeros_like, tree))
+        zero = jnp.zeros((), self.dtype)
+        carry = (zero, zero, jax.tree.map(jnp.zeros_like, tree))
         with jax.default_matmul_precision(self.precision):
-            whole = rows - rows % tile
+            whole = size - size % tile
             carry, _ = jax.lax.scan(accumulate, carry, np.arange(0, whole, tile, dtype=np.int32))
-            if whole < rows:
-                carry = jax.tree.map(jnp.add, carry, part(np.int32(whole), rows - whole))
-        loss, grad = carry[0], self.ravel(carry[1])
+            if whole < size:
+                carry = jax.tree.map(jnp.add, carry, part(np.int32(whole), size - whole))
+        loss, weight, grad = carry[0], carry[1], self.ravel(carry[2])
         if self.reduction == "mean":
-            scale = 1 / jnp.sum(jax.lax.dynamic_index_in_dim(shards.weight, worker, keepdims=False), dtype=self.dtype)
-            loss, grad = loss * scale, grad * scale
+            loss, grad = loss / weight, grad / weight
         return loss + self.l2 / 2 * jnp.sum(params * params), grad + self.l2 * params
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Blocks:
+    """Minibatches as the authors draw them: one of the shard's fixed runs of `size` rows, at random, every round."""
+
+    size: int = static()
+
+    def __call__(self, keys: Keys, shards: Shards, worker: Any, round: Any) -> Rows:
+        blocks = jnp.maximum(_rows(shards, worker) // self.size, 1)
+        return Rows(self.size, start=self.size * jax.random.randint(_sample(keys.own), (), 0, blocks))
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Epochs:
+    """Minibatches without replacement: the shard in a new random order each epoch, `size` rows a round."""
+
+    size: int = static()
+
+    def __call__(self, keys: Keys, shards: Shards, worker: Any, round: Any) -> Rows:
+        rows = _rows(shards, worker)
+        rounds = jnp.maximum(rows // self.size, 1)
+        key = jax.random.fold_in(jax.random.fold_in(_sample(keys.run), round // rounds), worker)
+        place = jnp.where(
+            jnp.arange(shards.y.shape[1]) < rows, jax.random.uniform(key, shards.y.shape[1:2], jnp.float32), 2
+        )
+        order = jnp.argsort(place)  # padding comes last
+        return Rows(self.size, index=jax.lax.dynamic_slice(order, (round % rounds * self.size,), (self.size,)))
+
+
+def _rows(shards: Shards, worker: Any) -> Int[Array, ""]:
+    """Rows of a worker that are not padding (which stands at the end)."""
+    return jnp.sum(shards.weight[worker] > 0, dtype=jnp.int32)
+
+
+def _sample(key: PRNGKeyArray) -> PRNGKeyArray:
+    """The sample's own stream: the compressor draws from the key itself."""
+    return jax.random.fold_in(key, 0x5A)
 
 
 def from_loss(

@@ -1,0 +1,70 @@
+"""Constants of smoothness, admissible steps and Lyapunov functions: for default step sizes, and for property tests.
+
+Steps are for f = sum_m f_m and theta -= lr sum_m (...), the convention of the lazy family; theorems stated for the mean
+of the f_m are divided by M. L: smoothness of f, L_m: of f_m.
+"""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from laqjax.core import Shards
+
+CURVATURE = {"ridge": 1.0, "logistic": 0.25, "softmax": 0.5}  # of the loss in its linear predictor, at most
+
+
+def smoothness(shards: Shards, problem: str, *, l2: float, reduction: str) -> tuple[np.ndarray, float]:
+    """(L_m [M], L) of a linear model: curvature x the largest eigenvalue of the weighted Gram matrix + l2.
+
+    x is [M, N, features]; bytes count as pixels in 0..1 and softmax has a bias, as in `experiments.problems`. Exact
+    eigenvalues: an upper bound only through the curvature. Raises ValueError for a problem that has no such bound.
+    """
+    if problem not in CURVATURE:
+        raise ValueError(f"problem = {problem!r}: expected one of {', '.join(CURVATURE)}; give the step size otherwise")
+    grams = []
+    for x, weight in zip(np.asarray(shards.x), np.asarray(shards.weight, np.float64), strict=True):
+        rows = x.reshape(len(x), -1) / (255.0 if x.dtype == np.uint8 else 1.0)
+        if problem == "softmax":
+            rows = np.column_stack([rows, np.ones(len(rows))])
+        scale = weight.sum() if reduction == "mean" else 1.0
+        grams.append(rows.T @ (rows * (weight / scale)[:, None]))
+    top = [np.linalg.eigvalsh(gram)[-1] for gram in [*grams, np.sum(grams, axis=0)]]
+    each = CURVATURE[problem] * np.array(top[:-1]) + l2
+    return each, float(CURVATURE[problem] * top[-1] + len(grams) * l2)
+
+
+def sum_of_xi(lr: float, smooth: float) -> float:
+    """The largest sum of xi for which LAQ's Lyapunov function is proved to fall: (1 - lr L) / 2."""
+    return max((1 - lr * smooth) / 2, 0.0)
+
+
+def lyapunov(loss: Any, motion: Float[Any, "*rounds window"], xi: Float[Any, " window"], lr: float) -> Any:
+    """V = f + sum_d beta_d motion_d with beta_d = (1 / lr) sum_{j >= d} xi_j, motion newest first.
+
+    V(k+1) <= V(k) - (lr / 2) ||grad f||^2 + lr M sum_m (4 error_sq_m + 3 last_error_sq_m) where sum xi <= (1 - lr L) / 2.
+    """
+    return loss + motion @ (np.cumsum(xi[::-1])[::-1] / lr)
+
+
+def lr_ef21(each: np.ndarray, smooth: float, delta: float, zeta: float = 0.0) -> float:
+    """EF21's step for a compressor of contraction `delta` (Theorem 1), CLAG's for zeta > 0 (3PC, Lemma C.3, Theorem 5.5)."""
+    workers, root = len(each), 1 - np.sqrt(1 - delta)
+    ratio = max((1 - delta) / root, zeta) / root
+    return 1 / (smooth + workers * np.sqrt(np.mean(each**2)) * np.sqrt(ratio))
+
+
+def lr_diana(each: np.ndarray, smooth: float, omega: float) -> float:
+    """DIANA's step for an unbiased compressor of variance `omega`: 1 / (L + 6 omega max L_m) (damping 1 / (1 + omega))."""
+    return 1 / (smooth + 6 * omega * float(np.max(each)))
+
+
+def lr_marina(each: np.ndarray, smooth: float, omega: float, probability: float) -> float:
+    """MARINA's step: 1 / (L + rms(L_m) sqrt(M (1 - p) omega / p)) (Theorem 2.1)."""
+    workers = len(each)
+    return 1 / (smooth + np.sqrt(np.mean(each**2)) * np.sqrt(workers * (1 - probability) * omega / probability))
+
+
+def lr_unbiased(each: np.ndarray, smooth: float, omega: float) -> float:
+    """Step of compressed gradients without memory: 1 / (L + 2 omega max L_m); it ends at the variance's floor."""
+    return 1 / (smooth + 2 * omega * float(np.max(each)))
