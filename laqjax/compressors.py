@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, Integer, UInt8, UInt16
 
 from laqjax.core import Message, number
 
@@ -82,7 +82,7 @@ def grid(bits: int) -> Grid:
     return Grid(number("bits", bits, np.int32, least=1, most=16))
 
 
-def pack(codes: Int[Any, " p"], bits: int) -> UInt8[Array, " bytes"]:
+def pack(codes: Integer[Any, " p"], bits: int) -> UInt8[Array, " bytes"]:
     """Codes in 0 .. 2^bits - 1 as ceil(p bits / 8) bytes, for any bits in 1..16. Bit planes, least significant first:
     whole planes move as vectors, where interleaved codes would move bit by bit.
     """
@@ -90,7 +90,7 @@ def pack(codes: Int[Any, " p"], bits: int) -> UInt8[Array, " bytes"]:
     return jnp.packbits(planes.astype(jnp.uint8).reshape(-1))
 
 
-def unpack(data: UInt8[Any, " bytes"], bits: int, size: int) -> Int[Array, " p"]:
+def unpack(data: UInt8[Any, " bytes"], bits: int, size: int) -> UInt16[Array, " p"]:
     """The inverse of `pack`: `size` codes as uint16."""
     planes = jnp.unpackbits(jnp.asarray(data), count=bits * size).reshape(bits, size).astype(jnp.uint16)
     return jnp.sum(jnp.left_shift(planes, jnp.arange(bits, dtype=jnp.uint16)[:, None]), axis=0, dtype=jnp.uint16)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from laqjax import core, oracle
 from laqjax.core import Algorithm, Shards, State
@@ -160,7 +160,7 @@ def sweep(
     start: Float[Array | np.ndarray, "*points p"] | State,
     shards: Shards,
     rounds: int,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " S"],
     *,
     memory: float | None = None,
     batch: int | None = None,
@@ -212,7 +212,7 @@ def sweep_stream(
     start: Float[Array | np.ndarray, "*points p"] | State,
     shards: Shards,
     rounds: int,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " S"],
     *,
     record: Sequence[str] = (),
     chunk: int = CHUNK,
@@ -281,7 +281,7 @@ def _chunk(
     alg: Algorithm,
     state: State,
     shards: Shards,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | Key[Array, " S"],
     count: Int[Array, ""],
     *,
     length: int,
@@ -291,7 +291,7 @@ def _chunk(
 ) -> tuple[State, Info]:
     """`count` <= `length` rounds; rows of the info from `count` on are zeros. With a mesh, of many points side by side."""
 
-    def rounds(alg: Algorithm, state: State, shards: Shards, key: PRNGKeyArray, count: Array) -> tuple[State, Info]:
+    def rounds(alg: Algorithm, state: State, shards: Shards, key: Any, count: Array) -> tuple[State, Info]:
         def step(state: State) -> tuple[State, Info]:
             one = partial(_round, shards=shards, record=record, at_once=at_once)
             return (jax.vmap(one, (0, POINTS, 0), (POINTS, 0)) if mesh else one)(alg, state, key)
@@ -301,7 +301,7 @@ def _chunk(
         def body(state: State, i: Array) -> tuple[State, Info]:
             return jax.lax.cond(i < count, step, lambda state: (state, nothing), state)
 
-        return jax.lax.scan(body, state, jnp.arange(length))
+        return jax.lax.scan(body, state, jnp.arange(length, dtype=jnp.int32))
 
     if mesh:
         rounds = jax.shard_map(
