@@ -375,7 +375,7 @@ def number(
     except (TypeError, ValueError):
         given = np.asarray(np.nan)
     valid = given.shape == () and np.isfinite(given) and least <= given <= most and given > above
-    if not valid or isinstance(value, bool) or (whole and given != np.floor(given)):
+    if not valid or isinstance(value, bool | np.bool_) or (whole and given != np.floor(given)):
         raise ValueError(f"{name} = {value!r}: expected {expected}")
     return np.asarray(given, dtype)
 

@@ -110,9 +110,7 @@ def stream(
     params = start.server.broadcast.params if isinstance(start, State) else start
     _check(alg, params, shards)
     # copies: the chunks consume their state
-    state = jax.tree.map(
-        partial(jnp.array, copy=True), start if isinstance(start, State) else core.init(alg, jnp.asarray(start))
-    )
+    state = _copy(start, partial(core.init, alg), jnp.asarray(params))
     shards = jax.tree.map(jnp.asarray, shards)
     first = int(state.server.broadcast.round)
     for done in range(0, rounds, chunk):
@@ -227,10 +225,8 @@ def sweep_stream(
         raise ValueError(f"{points} points on {devices} devices: expected a multiple; fill up with copies of a point")
     params = start.server.broadcast.params if isinstance(start, State) else jnp.asarray(start)
     _check(algs, params if params.ndim == 1 else params[0], shards)
-    state = start
-    if not isinstance(state, State):
-        state = jax.vmap(core.init, (0, 0), POINTS)(algs, jnp.broadcast_to(params, (points, params.shape[-1])))
-    state = jax.tree.map(partial(jnp.array, copy=True), state)
+    begin = partial(jax.vmap(core.init, (0, 0), POINTS), algs)
+    state = _copy(start, begin, jnp.broadcast_to(params, (points, params.shape[-1])))
     mesh = jax.make_mesh((devices,), ("sweep",), axis_types=(jax.sharding.AxisType.Auto,))
     shards = jax.device_put(shards, jax.sharding.NamedSharding(mesh, P()))
     for done in range(0, rounds, chunk):
@@ -360,10 +356,19 @@ def _arguments(
     return (*checked, tuple(sorted(set(record))))  # pyright: ignore[reportReturnType]
 
 
+def _copy(start: Any, begin: Any, params: Any) -> State:
+    """The state to start from, as arrays of our own: a chunk consumes its state. ValueError for another algorithm's."""
+    state = start if isinstance(start, State) else begin(params)
+    shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (jax.eval_shape(begin, params), state)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"state: expected one that `init` makes for this algorithm, {shapes[0]}; got {shapes[1]}")
+    return jax.tree.map(partial(jnp.array, copy=True), state)
+
+
 def _check(alg: Algorithm, params: Any, shards: Shards) -> None:
     """Raise ValueError when parameters, data and algorithm do not fit; only shapes and finiteness are looked at."""
     p, m = alg.oracle.size, alg.num_workers
-    if np.shape(params) != (p,) or params.dtype != alg.oracle.dtype:
+    if np.shape(params) != (p,) or getattr(params, "dtype", None) != alg.oracle.dtype:
         raise ValueError(
             f"theta0 = {getattr(params, 'dtype', type(params))}{list(np.shape(params))}: expected {alg.oracle.dtype}[{p}], "
             "a vector from oracle.ravel(params)"
@@ -387,10 +392,14 @@ def _check(alg: Algorithm, params: Any, shards: Shards) -> None:
         if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(array))):
             raise ValueError(f"shards.{name} holds NaN or infinity: expected finite data; clean or drop those rows")
     total = np.asarray(shards.weight).sum(axis=1)
-    if np.any(np.asarray(shards.weight) < 0) or np.any(total <= 0):
-        worker = int(np.argmin(np.minimum(total, np.asarray(shards.weight).min(axis=1))))
+    bad = (total <= 0) | np.any(np.asarray(shards.weight) < 0, axis=1)
+    if np.any(bad):
+        worker = int(np.argmax(bad))
         raise ValueError(
             f"shards.weight of worker {worker} sums to {total[worker]:g}: expected weights >= 0, at least one of them > 0"
         )
+    size = getattr(alg.sampler, "size", 1)
+    if not 1 <= size <= weight[1]:
+        raise ValueError(f"sampler of {size} rows for shards of {weight[1]}: expected 1 to {weight[1]}")
     if isinstance(alg.oracle, oracle.TiledOracle):
         oracle.check(alg.oracle, shards)

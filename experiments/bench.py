@@ -1,0 +1,356 @@
+"""How fast laqjax is on this machine, and how much memory it takes, beside the goals it is held to.
+
+    python -m experiments.bench [--json FILE] [--quick] [--only NAME ...]
+
+Cost: three minutes and 2 GB on two cores; --quick under one minute, with rougher times. NAME is one of GROUPS or FRESH.
+
+Expect ratios, not milliseconds: times move by a factor of two and more with whatever else the machine does. So the
+contestants of a group run in turns in one process, by calls of about equal length, the best call counts, and a share of
+GEMM is that of the rate of a float32 matrix product that takes the same turns. Ratios too are off, and flatter
+laqjax, where other processes take more than a few per cent of the CPU: the title says how much they took. The compile
+time (of a first round) and the peak memory are those of fresh processes that load the data and call `laqjax.run`.
+"""
+
+import json as json_format
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import laqjax
+from experiments import datasets, files, problems
+
+GEMM = 2048  # rows and columns
+STREAM = 2**26  # floats
+CLASSES = 10
+FLOPS = {"softmax": 4 * 60000 * 784 * 10, "network": 3.8e10}  # of one round: the products, forward and backward
+BITS = {"softmax": 4, "network": 8}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`call` does `rounds` rounds of `flops` floating-point operations each, and returns when they are done."""
+
+    call: Callable[[], Any]
+    rounds: int = 1
+    flops: float | None = None
+
+
+# ---- contestants ----------------------------------------------------------------------------------------------------
+
+
+def laqjax_run(shards: laqjax.Shards, kind: str, algorithm: str, rounds: int, **knobs: Any) -> Contestant:
+    """`laqjax.run`, with all that it does."""
+    problem = getattr(problems, kind)(shards.x.shape[-1], CLASSES)
+    oracle = problem.oracle()
+    alg = getattr(laqjax.algorithms, algorithm)(oracle, lr=0.02, num_workers=len(shards.x), **knobs)
+    theta0, key = problem.theta0(oracle), jax.random.key(0)
+    run = repeat(lambda: laqjax.run(alg, theta0, shards, rounds, key), 1)
+    return Contestant(run.call, rounds, FLOPS[kind])
+
+
+def repeat(call: Callable[[], Any], times: int, flops: float | None = None) -> Contestant:
+    """`call` does one round."""
+    return Contestant(lambda: [jax.block_until_ready(call()) for _ in range(times)], times, flops)
+
+
+def gemm() -> Contestant:
+    """A square product, the unit of rates."""
+    a = jnp.asarray(np.random.default_rng(0).random((GEMM, GEMM), np.float32))
+    product = jax.jit(jnp.matmul)
+    return repeat(lambda: product(a, a), 4, 2 * GEMM**3)
+
+
+def stream() -> Contestant:
+    """Read and write a large array, in place: fresh pages would cost more than the traffic."""
+    add = jax.jit(lambda a: a + 1, donate_argnums=0)
+    holder = [jnp.zeros(STREAM, jnp.float32)]
+
+    def call() -> Any:
+        holder[0] = add(holder[0])
+        return holder[0]
+
+    return repeat(call, 8)
+
+
+def plain(shards: laqjax.Shards) -> Contestant:
+    """Losses and gradients alone, as one would write them: float32 images, vmap over the workers."""
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        return -jnp.mean(jnp.sum(jax.nn.log_softmax(x @ params["weight"] + params["bias"]) * y, axis=-1))
+
+    data = [jnp.asarray(a) for a in floats(shards, np.float32)]
+    params = {"bias": jnp.zeros(CLASSES), "weight": jnp.zeros((data[0].shape[-1], CLASSES))}
+    grads = jax.jit(jax.vmap(jax.value_and_grad(loss), (None, 0, 0)))
+    return repeat(lambda: grads(params, *data), 8)
+
+
+def numpy_laq(shards: laqjax.Shards) -> Contestant:
+    """LAQ in NumPy, float64."""
+    data, theta = floats(shards, np.float64), start(shards)
+    return Contestant(lambda: twin(np, *data, theta, rounds=3), 3)
+
+
+def pytorch_laq(shards: laqjax.Shards) -> Contestant:
+    """LAQ in PyTorch, float32, on all cores."""
+    import torch  # here: optional, and seconds to import
+
+    torch.set_num_threads(cores())
+    arrays = (*floats(shards, np.float32), start(shards).astype(np.float32))
+    images, onehot, theta = (torch.from_numpy(a) for a in arrays)
+    return Contestant(lambda: twin(torch, images, onehot, theta, rounds=8), 8)
+
+
+def twin(xp: Any, images: Any, onehot: Any, theta: Any, rounds: int) -> list[tuple[Any, Any]]:
+    """LAQ with softmax regression, vectorised over the workers, on `xp` = NumPy or PyTorch: (loss, sent) of each round.
+
+    images [M, N, features], onehot [M, N, classes], theta [p] = bias, weight [classes, features]. Of the ways tried to
+    write the two products, this is the fastest in both.
+    """
+    workers, n, classes = onehot.shape
+    lr, l2, xi, window, limit, half = 0.02, 0.01, 0.8, 10, 100, 2 ** (BITS["softmax"] - 1)
+    memory, aggregate, motion = xp.stack([0 * theta] * workers), 0 * theta, [0.0] * window
+    last_error, silence = memory[:, 0], memory[:, 0] + limit
+    history = []
+    for _ in range(rounds):
+        logits = images @ theta[classes:].reshape(classes, -1).T + theta[:classes]
+        logits = logits - xp.amax(logits, 2)[..., None]
+        exps = xp.exp(logits)
+        sums = exps.sum(2)[..., None]
+        losses = (xp.log(sums).sum((1, 2)) - (logits * onehot).sum((1, 2))) / n + l2 / 2 * (theta**2).sum()
+        residual = (exps / sums - onehot) / n
+        products = (residual.swapaxes(1, 2) @ images).reshape(workers, -1)
+        target = xp.concatenate([residual.sum(1), products], 1) + l2 * theta - memory
+        step = 2 * xp.amax(xp.abs(target), 1)[:, None] / (2 * half - 1)
+        innovation = step * (xp.floor(target / step + half) - half + 0.5)
+        error = ((target - innovation) ** 2).sum(1)
+        threshold = xi / window * sum(motion) / (lr * workers) ** 2 + 3 * (error + last_error)
+        sent = ((innovation**2).sum(1) >= threshold) | (silence >= limit)
+        innovation = innovation * sent[:, None]
+        memory, aggregate = memory + innovation, aggregate + innovation.sum(0)
+        last_error, silence = xp.where(sent, error, last_error), xp.where(sent, 0 * silence, silence + 1)
+        theta = theta - lr * aggregate
+        motion = [float(((lr * aggregate) ** 2).sum()), *motion[:-1]]
+        history.append((losses.mean(), sent))
+    return history
+
+
+def floats(shards: laqjax.Shards, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Images in 0..1 and one-hot labels."""
+    return np.divide(shards.x, 255, dtype=dtype), np.eye(CLASSES, dtype=dtype)[np.asarray(shards.y)]
+
+
+def start(shards: laqjax.Shards) -> np.ndarray:
+    """The theta0 of softmax regression, float64."""
+    params = problems.softmax(shards.x.shape[-1], CLASSES).start(0)
+    return np.concatenate([params["bias"], params["weight"].ravel()])
+
+
+# A group takes turns with a GEMM of its own. The calls take half a second to a second each.
+GROUPS: dict[str, dict[str, Callable[[laqjax.Shards], Contestant]]] = {
+    "softmax": {
+        "stream": lambda shards: stream(),
+        "laq": lambda shards: laqjax_run(shards, "softmax", "laq", 20, bits=BITS["softmax"]),
+        "gd": lambda shards: laqjax_run(shards, "softmax", "gd", 20),
+        "plain": plain,
+        "numpy": numpy_laq,
+        "pytorch": pytorch_laq,
+    },
+    "network": {
+        "network-laq": lambda shards: laqjax_run(shards, "network", "laq", 2, bits=BITS["network"]),
+        "network-gd": lambda shards: laqjax_run(shards, "network", "gd", 2),
+    },
+}
+SECONDS = {"softmax": 75, "network": 35}  # of turns, a tenth of them with --quick
+FRESH = {"fresh-softmax": "softmax", "fresh-network": "network"}
+GOALS = (  # names of `numbers`
+    ("laq, share of GEMM", ">=", 0.25),
+    ("laq, share of GEMM", ">=", 0.35),
+    ("laq / gd", "<=", 1.10),
+    ("laq / plain", "<=", 0.75),
+    ("numpy / laq", ">=", 4),
+    ("pytorch / laq", ">=", 1.8),
+    ("network-laq, share of GEMM", ">=", 0.60),
+    ("fresh-softmax, compile s", "<=", 5),
+    ("fresh-network, compile s", "<=", 5),
+    ("fresh-softmax, peak MB", "<=", 600),
+    ("fresh-network, peak MB", "<=", 1500),
+)
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def measure(chosen: set[str], quick: bool, note: Callable[[str], Any]) -> dict[str, Any]:
+    """Machine, seconds of every call, and what fresh processes say. `note` is told what runs."""
+    report: dict[str, Any] = {"machine": machine(), "others": 0.0}
+    report |= {key: {} for key in ("fresh", "seconds", "flops", "missing")}
+    for name in [name for name in FRESH if name in chosen]:
+        note(name)
+        runs = [in_fresh_process(FRESH[name]) for _ in range(1 if quick else 2)]
+        report["fresh"][name] = {key: min(run[key] for run in runs) for key in runs[0]}
+    if chosen <= FRESH.keys():
+        return report
+    shards = laqjax.Shards(*map(jnp.asarray, mnist()))
+    others, wall = cpu_seconds_of_others(), time.perf_counter()
+    for group, builders in GROUPS.items():
+        contestants = {"gemm": gemm()}
+        for name in [name for name in builders if name in chosen]:
+            try:
+                contestants[name] = builders[name](shards)
+            except ImportError as error:
+                report["missing"][name] = str(error)
+        if len(contestants) > 1:
+            note(", ".join(contestants))
+            report["seconds"][group] = race(contestants, SECONDS[group] / (10 if quick else 1))
+            report["flops"] |= {name: contestant.flops for name, contestant in contestants.items()}
+    report["others"] = (cpu_seconds_of_others() - others) / (time.perf_counter() - wall) / cores()
+    return report
+
+
+def race(contestants: Mapping[str, Contestant], seconds: float) -> dict[str, list[float]]:
+    """Seconds per round of every call: all contestants in turn until the time is up, at least twice."""
+    for contestant in contestants.values():
+        contestant.call()  # compiles
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    end, turn = time.perf_counter() + seconds, 0
+    while turn < 2 or time.perf_counter() < end:
+        # there and back again, so that nobody always runs after the same neighbour
+        for name in list(contestants)[:: -1 if turn % 2 else 1]:
+            begin = time.perf_counter()
+            contestants[name].call()
+            times[name].append((time.perf_counter() - begin) / contestants[name].rounds)
+        turn += 1
+    return times
+
+
+def in_fresh_process(kind: str) -> dict[str, float]:
+    """`fresh`, in a new Python without a compilation cache."""
+    command = [sys.executable, "-c", f"from experiments import bench; bench.fresh({kind!r})"]
+    env, root = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}, Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=env, stdout=subprocess.PIPE, check=True)
+    return json_format.loads(done.stdout.splitlines()[-1])
+
+
+def fresh(kind: str) -> None:
+    """Load the data, run four rounds one by one, print what that took."""
+    one_round = laqjax_run(mnist(), kind, "laq", 1, bits=BITS[kind])
+    seconds = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        one_round.call()
+        seconds.append(time.perf_counter() - begin)
+    print(json_format.dumps({"compile s": seconds[0] - seconds[1], "peak MB": peak() / 1e6}))
+
+
+def mnist() -> laqjax.Shards:
+    """The reference data: 10 workers, 6000 images each."""
+    data = datasets.load("mnist")
+    return datasets.partition(data.x, data.y, 10, "contiguous")
+
+
+def peak() -> int:
+    """Peak resident memory of this process, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux `ru_maxrss` would include what the parent held when it started this process
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_seconds_of_others() -> float:
+    """CPU time of all other processes since the machine started; 0 where the system does not tell."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system = map(int, stat.read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    info = Path("/proc/cpuinfo")
+    _, _, cpu = (info.read_text() if info.exists() else "").partition("model name\t: ")
+    torch = {"torch": version("torch")} if find_spec("torch") else {}
+    facts = files.provenance()
+    return facts | {"cores": cores(), "cpu": cpu.partition("\n")[0], "versions": facts["versions"] | torch}
+
+
+def numbers(report: Mapping[str, Any]) -> dict[str, float]:
+    """What GOALS speak of: shares of GEMM, ratios of the best times in a group, and the fresh processes' numbers."""
+    found = {f"{name}, {key}": value for name, facts in report["fresh"].items() for key, value in facts.items()}
+    for times in report["seconds"].values():
+        best = {name: min(seconds) for name, seconds in times.items()}
+        rate = {name: flops / best[name] for name, flops in report["flops"].items() if flops and name in best}
+        found |= {f"{name}, share of GEMM": value / rate["gemm"] for name, value in rate.items()}
+        found |= {f"{a} / {b}": best[a] / best[b] for a in best for b in best if a != b}
+    return found
+
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+    """A table of times, and one of goals."""
+    facts, found = report["machine"], numbers(report)
+    title = f"one round on {facts['cores']} cores of {facts['cpu'] or 'an unknown CPU'}"
+    table = Table("", title=f"{title}; other processes took {report['others']:.0%}")
+    for name in ("ms, best", "ms, median", "rate", "share of GEMM"):
+        table.add_column(name, justify="right")
+    for times in report["seconds"].values():
+        for name, seconds in times.items():
+            best, flops, share = min(seconds), report["flops"][name], found.get(f"{name}, share of GEMM")
+            rate = f"{flops / best / 1e9:.0f} GFLOP/s" if flops else ""
+            rate = f"{8 * STREAM / best / 1e9:.1f} GB/s" if name == "stream" else rate
+            median = statistics.median(seconds)
+            table.add_row(name, f"{1e3 * best:.1f}", f"{1e3 * median:.1f}", rate, f"{share:.0%}" if share else "")
+        table.add_section()
+    for name, reason in report["missing"].items():
+        table.add_row(name, "", "", f"not installed: {reason}", "")
+    console.print(table)
+    table = Table("", "goal", "measured", "verdict", title="goals")
+    for name, sign, bound in GOALS:
+        if name in found:
+            met = found[name] >= bound if sign == ">=" else found[name] <= bound
+            verdict = f"{'[green]met' if met else '[red]missed'} by {abs(found[name] / bound - 1):.0%}"
+            table.add_row(name, f"{sign} {bound:g}", f"{found[name]:.3g}", verdict)
+    console.print(table)
+
+
+def main(json: Path | None = None, quick: bool = False, only: tuple[str, ...] = ()) -> None:
+    """Measure, print, and write what was measured.
+
+    Args:
+        json: file for everything, single calls too.
+        quick: fewer turns.
+        only: what to measure, out of GROUPS and FRESH (default: all).
+    """
+    names = [*FRESH, *(name for builders in GROUPS.values() for name in builders)]
+    if unknown := sorted(set(only) - set(names)):
+        sys.exit(f"--only {' '.join(unknown)}: expected some of {' '.join(names)}")
+    console = Console()
+    with console.status("") as status:
+        report = measure(set(only or names), quick, status.update)
+    show(report, console)
+    if json:
+        files.write_json(json, report | {"numbers": numbers(report), "goals": GOALS})
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -1,0 +1,106 @@
+"""Strict modes for all tests, and the two problems that they run on: a toy, and MNIST in the authors' order."""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from beartype import BeartypeConf, FrozenDict, beartype
+from hypothesis import settings
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# the same examples every time; a deadline would measure compilation
+settings.register_profile("laqjax", deadline=None, derandomize=True)
+settings.load_profile("laqjax")
+
+# shapes and dtypes of arrays; the library takes numbers of every kind and checks them itself, in words
+_beartype = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({bool: object, int: object, float: object})))
+
+
+def typecheck(function):
+    """Constructors stay unchecked: while JAX rebuilds a pytree its fields also hold shapes, axes and placeholders."""
+    return function if function.__name__ == "__init__" else _beartype(function)
+
+
+# before the first import of the library: the shapes in its annotations are then checked at every call
+jaxtyping.install_import_hook("laqjax", "conftest.typecheck")
+
+from experiments import datasets  # noqa: E402
+from laqjax import Shards, engine, oracle  # noqa: E402
+
+KEY = jax.random.key(0)
+
+
+class Toy(NamedTuple):
+    """An oracle, a start and data: p = 63 (whole bytes for few b only), shards of unequal size with padding."""
+
+    oracle: oracle.TiledOracle
+    theta0: jax.Array
+    shards: Shards
+
+
+def softmax_loss(params: Any, x: Any, y: Any) -> jax.Array:
+    """Cross-entropy per example; pixels are bytes."""
+    weight = params["weight"]
+    logits = (weight / 255) @ x.astype(weight.dtype).T + params["bias"][:, None]
+    mine = jnp.take_along_axis(logits, y[None], axis=0)[0]
+    return jax.nn.logsumexp(logits, axis=0) - mine
+
+
+def softmax_params(rng: np.random.Generator, classes: int, pixels: int, dtype: Any) -> dict[str, jax.Array]:
+    """A random start."""
+    weight = rng.uniform(-0.1, 0.1, (classes, pixels))
+    return {"bias": jnp.zeros(classes, dtype), "weight": jnp.asarray(weight, dtype)}
+
+
+@cache
+def make_toy(dtype: Any) -> Toy:
+    """Three classes of 20-pixel images on 4 workers, the last pixel dead as MNIST's corners are."""
+    rng = np.random.default_rng(0)
+    sizes = (5, 12, 9, 12)
+    weight = np.array([[1] * n + [0] * (max(sizes) - n) for n in sizes], np.float32)
+    y = rng.integers(0, 3, weight.shape).astype(np.int32)
+    y[0] = 0  # one worker sees one class only
+    # x and y are filled in the padding too: what stands there must not matter
+    x = np.clip(rng.normal(60 + 120 * rng.random((3, 20))[y], 40), 0, 255).astype(np.uint8)
+    x[..., -1] = 0
+    for shared in (x, y, weight):
+        shared.setflags(write=False)
+    params = softmax_params(rng, 3, 20, dtype)
+    tiled = oracle.from_loss(softmax_loss, params, l2=0.01, tile=5)
+    return Toy(tiled, tiled.ravel(params), Shards(x, y, weight))
+
+
+def programs() -> int:
+    """How many programs the engine has compiled."""
+    chunk: Any = engine._chunk
+    return chunk._cache_size()
+
+
+@pytest.fixture
+def x64():
+    """Double precision inside the test; the flag is this thread's only."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def toy() -> Toy:
+    return make_toy(np.float32)
+
+
+@pytest.fixture
+def toy64(x64) -> Toy:
+    return make_toy(np.float64)
+
+
+@pytest.fixture(scope="session")
+def mnist() -> Shards:
+    """MNIST's training images in file order, 6000 for each of the 10 workers."""
+    train = datasets.load("mnist")
+    return datasets.partition(train.x, train.y, 10, "contiguous")

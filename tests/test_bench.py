@@ -1,0 +1,86 @@
+"""The bench measures what it says: its rivals compute what laqjax computes, and a small race gives all numbers."""
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import laqjax
+from experiments import bench, problems
+
+
+@pytest.fixture(autouse=True)
+def as_a_user():
+    """The contestants are written for JAX's defaults, not for the strict modes of the other tests."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def shards(mnist):
+    return laqjax.Shards(*(a[:, :30] for a in mnist))
+
+
+def run(shards, rounds):
+    problem = problems.softmax(784, 10)
+    oracle = problem.oracle()
+    alg = laqjax.algorithms.laq(oracle, lr=0.02, num_workers=10, bits=4)
+    return laqjax.run(alg, problem.theta0(oracle), shards, rounds, jax.random.key(0), chunk=rounds).info
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_twin_is_laq(shards, name):
+    xp = pytest.importorskip(name)
+    convert = xp.asarray if name == "numpy" else xp.from_numpy
+    arrays = [*bench.floats(shards, np.float64), bench.start(shards)]
+    history = bench.twin(xp, *(convert(a) for a in arrays), rounds=12)
+    info = run(shards, 12)
+    np.testing.assert_allclose([float(loss) for loss, _ in history], info.loss, rtol=1e-5)
+    np.testing.assert_array_equal([np.asarray(sent) for _, sent in history], info.sent)
+    assert 0 < info.sent[1:].mean() < 1
+
+
+def test_plain_is_the_gradient_without_l2(shards):
+    (losses, grads), *_ = bench.plain(shards).call()
+    assert losses.shape == (10,)
+    np.testing.assert_allclose(losses, np.log(10), rtol=1e-6)
+    images, onehot = bench.floats(shards, np.float64)
+    expected = np.einsum("mnc,mnf->mfc", 0.1 - onehot, images) / 30
+    np.testing.assert_allclose(grads["weight"], expected, atol=1e-6)
+
+
+def test_race_and_report(shards):
+    contestants = {name: bench.GROUPS["softmax"][name](shards) for name in ("laq", "gd")}
+    contestants["gemm"] = bench.repeat(lambda: jax.numpy.ones(3), 2, flops=1e6)
+    times = bench.race(contestants, seconds=0)
+    assert {len(calls) for calls in times.values()} == {2}
+    flops = {name: contestant.flops for name, contestant in contestants.items()}
+    report = {
+        "machine": bench.machine(),
+        "fresh": {},
+        "seconds": {"softmax": times},
+        "flops": flops,
+        "missing": {},
+        "others": 0.125,
+    }
+    report["fresh"]["fresh-softmax"] = {"compile s": 2.0, "peak MB": bench.peak() / 1e6}
+    report["missing"]["pytorch"] = "No module named 'torch'"
+    found = bench.numbers(report)
+    assert found["laq / gd"] == pytest.approx(min(times["laq"]) / min(times["gd"]))
+    console = Console(record=True, width=200)
+    bench.show(report, console)
+    text = console.export_text()
+    for name in ("took 12%", "laq / gd", "fresh-softmax, compile s", "met by 60%", "not installed", "share of GEMM"):
+        assert name in text
+
+
+def test_every_goal_names_something_measured():
+    every = {name for builders in bench.GROUPS.values() for name in builders} | bench.FRESH.keys()
+    for goal, sign, _ in bench.GOALS:
+        assert sign in ("<=", ">=")
+        assert set(goal.partition(", ")[0].split(" / ")) <= every, goal
+
+
+def test_unknown_name_is_refused():
+    with pytest.raises(SystemExit, match=r"no-such.*network-laq"):
+        bench.main(only=("no-such",))

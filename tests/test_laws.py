@@ -1,0 +1,339 @@
+"""Laws that every named algorithm obeys, reductions between them, and what the engine promises. A newcomer adds a row."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import KEY, Toy, programs
+
+import laqjax
+from laqjax import Algorithm, Shards, algorithms, compressors, core, engine, triggers
+
+
+class Row(NamedTuple):
+    """A named algorithm, knobs to test it with, and other values of all of them in every kind of number."""
+
+    factory: Callable[..., Algorithm]
+    knobs: dict[str, Any]
+    others: dict[str, tuple[Any, ...]]
+
+
+LR = {"lr": (0.03, np.float64(0.01), np.float32(0.07), jnp.float32(0.02), 1)}
+BITS = {"bits": (2, np.int64(5), np.uint8(16), jnp.int32(1), 7)}
+LAZY = {
+    "xi": (0.5, np.float64(0.1), np.ones(3) / 10, [0.1, 0, 0.2, 0, 0.3, 0], jnp.float32(0.3)),
+    "window": (2, np.int64(4), 3, 6, jnp.int32(5)),
+    "limit": (3, np.int32(9), jnp.int32(4), None, 1),
+    "ramp": (True, False, np.bool_(True), False, True),
+    "first_upload": ("rule", "forced", "rule", "rule", "forced"),
+}
+LAZY_KNOBS = dict(xi=0.4, window=4, limit=6, max_window=6)
+ROWS = {
+    "gd": Row(algorithms.gd, {}, LR),
+    "qgd": Row(algorithms.qgd, dict(bits=3), LR | BITS),
+    "lag_wk": Row(algorithms.lag_wk, LAZY_KNOBS, LR | LAZY),
+    "laq": Row(algorithms.laq, LAZY_KNOBS | dict(bits=3), LR | BITS | LAZY),
+}
+LAZY_ROWS = ["lag_wk", "laq"]
+RECORD = ["error_sq", "grad", "innovation_sq", "params", "step_sq", "target_sq"]
+CHUNK = 10
+
+
+def make(name: str, toy: Toy, **knobs: Any) -> Algorithm:
+    row = ROWS[name]
+    return row.factory(toy.oracle, **{"lr": 0.05, "num_workers": 4, **row.knobs, **knobs})
+
+
+def run(alg: Algorithm, start: Any, shards: Shards, rounds: int, key: jax.Array = KEY) -> laqjax.Output:
+    """All tests use one chunk and one record, so that each algorithm compiles once."""
+    return laqjax.run(alg, start, shards, rounds, key, record=RECORD, chunk=CHUNK)
+
+
+def identical(a: Any, b: Any) -> None:
+    """Same structure, dtypes and bits."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right), strict=True)
+
+
+def avals(tree: Any) -> list[Any]:
+    return [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(jax.eval_shape(lambda t: t, tree))]
+
+
+# ---- the contract of every named algorithm ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("dtype", ["toy", "toy64"])
+def test_the_state_is_a_fixed_point(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
+    toy: Toy = request.getfixturevalue(dtype)
+    alg = make(name, toy)
+    state = laqjax.init(alg, toy.theta0, toy.shards)
+    after = run(alg, state, toy.shards, 1).state
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert avals(after) == avals(state)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_other_numbers_do_not_recompile(name: str, toy: Toy) -> None:
+    others = ROWS[name].others
+    out = run(make(name, toy), toy.theta0, toy.shards, 2)
+    compiled = programs()
+    on_device = Shards(*map(jnp.asarray, toy.shards))
+    calls = [(np.asarray(toy.theta0), toy.shards, 3), (out.state, on_device, 4), (toy.theta0, on_device, np.int64(9))]
+    for i in range(len(others["lr"])):
+        start, shards, rounds = calls[i % len(calls)]
+        alg = make(name, toy, **{knob: values[i] for knob, values in others.items()})
+        run(alg, start, shards, rounds, jax.random.key(i))
+    assert programs() == compiled
+
+
+def points_of(name: str, toy: Toy) -> list[Algorithm]:
+    others = ROWS[name].others
+    return [make(name, toy, **{k: v[i] for k, v in others.items()} | {"lr": 0.02 * (i + 1)}) for i in range(5)]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_sweep_is_a_loop(name: str, toy64: Toy) -> None:
+    algs, keys, shards = points_of(name, toy64), jax.random.split(KEY, 5), toy64.shards
+    sweep = laqjax.sweep(laqjax.stack(algs), toy64.theta0, shards, CHUNK, keys, batch=3, record=RECORD, chunk=CHUNK)
+    for i, alg in enumerate(algs):
+        info, state = run(alg, toy64.theta0, shards, CHUNK, keys[i])
+        np.testing.assert_array_equal(sweep.info.sent[:, i], info.sent)
+        np.testing.assert_array_equal(sweep.info.bits_up[:, i], info.bits_up)
+        np.testing.assert_allclose(sweep.info.loss[:, i], info.loss, rtol=1e-12)
+        point = engine.take(sweep.state, i, engine.POINTS)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), point, state)
+
+
+def test_a_sweep_cut_anywhere_is_the_same_sweep(toy64: Toy) -> None:
+    points, keys = laqjax.stack(points_of("laq", toy64)), jax.random.split(KEY, 5)
+
+    def sweep(start: Any, rounds: int) -> laqjax.Output:
+        return laqjax.sweep(points, start, toy64.shards, rounds, keys, batch=3, record=RECORD, chunk=CHUNK)
+
+    straight, first = sweep(toy64.theta0, 23), sweep(toy64.theta0, 9)
+    rest = sweep(first.state, 14)
+    identical((laqjax.join([first.info, rest.info]), rest.state), tuple(straight))
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(("dtype", "rounding"), [("toy", 1e-6), ("toy64", 1e-14)])
+def test_memories(name: str, dtype: str, rounding: float, request: pytest.FixtureRequest) -> None:
+    """Silence changes nothing at a worker but its count, and the server's aggregate is the sum of the memories."""
+    toy: Toy = request.getfixturevalue(dtype)
+    alg = make(name, toy)
+    state = laqjax.init(alg, toy.theta0, toy.shards)
+    silent = 0
+    for _ in range(25):
+        before = jax.device_get(state.workers)
+        info, state = run(alg, state, toy.shards, 1)
+        workers, sent = jax.device_get(state.workers), info.sent[0]
+        np.testing.assert_array_equal(workers.silence, np.where(sent, 0, before.silence + 1))
+        identical(*([leaf[~sent] for leaf in jax.tree.leaves(w[:2])] for w in (before, workers)))
+        if workers.memory is not None:
+            error = np.abs(np.asarray(state.server.aggregate) - workers.memory.sum(axis=0)).max()
+            assert error <= rounding * np.abs(workers.memory).max()
+        silent += np.sum(~sent)
+    assert (silent > 0) == (name in LAZY_ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("dtype", ["toy", "toy64"])
+def test_billed_bits_are_bytes(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
+    toy: Toy = request.getfixturevalue(dtype)
+    alg = make(name, toy)
+    compressor: Any = alg.compressor
+    message = compressor.encode(toy.theta0, KEY)
+    data = compressor.pack(message)
+    assert 8 * len(data) == message.bits
+    back = compressor.unpack(data, toy.theta0)
+    identical(back, message)
+    identical(compressor.decode(back, toy.theta0), compressor.decode(message, toy.theta0))
+    info = run(alg, toy.theta0, toy.shards, 20).info
+    np.testing.assert_array_equal(info.bits_up, 8 * len(data) * info.sent)
+    np.testing.assert_array_equal(info.bits_down, 8 * toy.theta0.nbytes)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_run_cut_anywhere_is_the_same_run(name: str, toy: Toy) -> None:
+    alg = make(name, toy)
+    straight = run(alg, toy.theta0, toy.shards, 100)
+    for cut in ([50, 50], [1, 37, 62]):
+        start, infos = toy.theta0, []
+        for rounds in cut:
+            out = run(alg, start, toy.shards, rounds)
+            start = out.state
+            infos.append(out.info)
+        identical((laqjax.join(infos), start), tuple(straight))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_stream_is_the_run(name: str, toy: Toy) -> None:
+    alg = make(name, toy)
+    straight = run(alg, toy.theta0, toy.shards, 31)
+    infos, state = [], None
+    for out in laqjax.stream(alg, toy.theta0, toy.shards, 31, KEY, record=RECORD, chunk=CHUNK):
+        infos.append(out.info)
+        state = jax.tree.map(np.array, out.state)  # a copy: the next chunk consumes it
+    assert [len(info.loss) for info in infos] == [10, 10, 10, 1]
+    identical((laqjax.join(infos), state), tuple(straight))
+    # whoever leaves the loop early holds a state that goes on
+    left = next(laqjax.stream(alg, toy.theta0, toy.shards, 31, KEY, record=RECORD, chunk=CHUNK))
+    identical(run(alg, left.state, toy.shards, 21).state, straight.state)
+
+
+def test_workers_side_by_side_are_workers_in_turn(toy64: Toy) -> None:
+    alg = make("laq", toy64)
+    one, three = (laqjax.run(alg, toy64.theta0, toy64.shards, 30, KEY, chunk=30, workers_at_once=n) for n in (1, 3))
+    np.testing.assert_array_equal(three.info.sent, one.info.sent)
+    np.testing.assert_allclose(three.info.loss, one.info.loss, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_callers_arrays_survive(name: str, toy: Toy) -> None:
+    alg = make(name, toy)
+    shards = Shards(*map(jnp.asarray, toy.shards))
+    state = laqjax.init(alg, toy.theta0, shards)
+    # the caller's vector stands in two places: neither is donated
+    state = state._replace(server=state.server._replace(broadcast=state.server.broadcast._replace(params=toy.theta0)))
+    given = alg, toy.theta0, state, shards
+    copies = jax.tree.map(np.array, given)
+    first, *others = (run(alg, start, shards, 5) for start in (toy.theta0, state, toy.theta0, state))
+    identical(given, copies)
+    for out in others:
+        identical(out, first)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_zero_gradient_moves_nothing(name: str, x64: None) -> None:
+    toy, _ = quadratic()
+    still = toy.shards._replace(y=np.zeros((4, 12)))
+    (info, state), zero = run(make(name, toy), toy.theta0, still, 10), np.zeros(5)
+    assert not any(np.any(fact) for fact in (info.loss, *info.extra.values()))
+    np.testing.assert_array_equal(state.server.broadcast.params, zero)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_it_converges_on_a_strongly_convex_quadratic(name: str, x64: None) -> None:
+    toy, solution = quadratic()
+    info, state = run(make(name, toy), toy.theta0, toy.shards, 1000)
+    assert np.linalg.norm(np.asarray(state.server.broadcast.params) - solution) < 1e-10 * np.linalg.norm(solution)
+    assert info.sent.all() == (name not in LAZY_ROWS)
+
+
+def square_loss(params: Any, x: Any, y: Any) -> jax.Array:
+    return (x @ params - y) ** 2 / 2
+
+
+def quadratic() -> tuple[Toy, np.ndarray]:
+    """Ridge regression of 5 features in double precision, its smoothness about 10, and its solution."""
+    rng = np.random.default_rng(0)
+    scale = np.array([1, 1.4, 1, 0.5])[:, None, None]
+    x, y = scale * rng.normal(size=(4, 12, 5)), rng.normal(size=(4, 12))
+    hessian = np.einsum("mni,mnj->ij", x, x) / 12 + 4 * 0.1 * np.eye(5)
+    solution = np.linalg.solve(hessian, np.einsum("mni,mn->i", x, y) / 12)
+    assert np.linalg.norm(hessian, 2) < 12
+    oracle = laqjax.oracle.from_loss(square_loss, jnp.zeros(5), l2=0.1)
+    return Toy(oracle, jnp.zeros(5), Shards(x, y, np.ones((4, 12)))), solution
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_motion_is_the_step_really_taken(name: str, toy: Toy) -> None:
+    info, state = run(make(name, toy), toy.theta0, toy.shards, 25)
+    broadcast = jax.device_get(state.server.broadcast)
+    path = np.concatenate([info.extra["params"], broadcast.params[None]]).astype(np.float64)
+    np.testing.assert_allclose(info.extra["step_sq"], np.sum(np.diff(path, axis=0) ** 2, axis=1), rtol=1e-5)
+    window = len(broadcast.motion)
+    for k in range(25 - window, 25):
+        assert broadcast.motion[k % window] == info.extra["step_sq"][k]
+
+
+# ---- reductions -------------------------------------------------------------------------------------------------
+
+
+def test_lag_with_xi_zero_is_gd(toy64: Toy) -> None:
+    gd = run(make("gd", toy64), toy64.theta0, toy64.shards, 50).info
+    lag = run(make("lag_wk", toy64, xi=0, limit=None), toy64.theta0, toy64.shards, 50).info
+    assert lag.sent.all()
+    np.testing.assert_array_equal(lag.bits_up, gd.bits_up)
+    np.testing.assert_allclose(lag.extra["params"], gd.extra["params"], rtol=1e-9, atol=1e-13)
+
+
+def test_laq_with_the_identity_is_lag(toy: Toy) -> None:
+    laq = replace(make("laq", toy), compressor=compressors.identity())
+    outs = [run(alg, toy.theta0, toy.shards, 50) for alg in (laq, make("lag_wk", toy))]
+    identical(*outs)
+    assert not outs[0].info.sent.all()
+
+
+def test_patience_of_zero_always_sends(toy64: Toy) -> None:
+    laq = make("laq", toy64, first_upload="rule")
+    eager = replace(laq, trigger=triggers.patience(laq.trigger.rule, 0))  # pyright: ignore[reportAttributeAccessIssue]
+    assert not run(laq, toy64.theta0, toy64.shards, 50).info.sent.all()
+    laq, qgd = (run(alg, toy64.theta0, toy64.shards, 50).info for alg in (eager, make("qgd", toy64)))
+    assert laq.sent.all()
+    np.testing.assert_allclose(laq.extra["params"], qgd.extra["params"], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", LAZY_ROWS)
+def test_patience_counts_the_silent_rounds(name: str, toy: Toy) -> None:
+    # with these weights no innovation outweighs the motion, once there is any: only patience sends
+    for first_upload, rounds in (("forced", [0, 5, 10, 15]), ("rule", [4, 9, 14, 19])):
+        alg = make(name, toy, xi=1e20, limit=4, first_upload=first_upload)
+        state = laqjax.init(alg, toy.theta0, toy.shards)
+        moved = state.server.broadcast._replace(motion=jnp.ones(6))
+        info = run(alg, state._replace(server=state.server._replace(broadcast=moved)), toy.shards, 20).info
+        np.testing.assert_array_equal(info.sent.T, [np.isin(np.arange(20), rounds)] * 4)
+
+
+@pytest.mark.parametrize("name", LAZY_ROWS)
+def test_the_forced_first_upload(name: str, toy: Toy) -> None:
+    # the rule alone: LAG's sends, there being neither motion nor error; LAQ's 1-bit grid is too coarse to be worth it
+    knobs = {"bits": 1} if name == "laq" else {}
+    algs = [make(name, toy, first_upload=first, **knobs) for first in ("forced", "rule")]
+    forced, rule = (run(alg, toy.theta0, toy.shards, 1).info.sent for alg in algs)
+    assert forced.all()
+    assert rule.any() == rule.all() == (name == "lag_wk")
+
+
+@pytest.mark.parametrize("memory", [core.Fresh(), core.ErrorFeedback()])
+def test_a_rule_that_skips_needs_a_memory_that_persists(memory: core.Memory, toy: Toy) -> None:
+    lazy = triggers.lazy(0.8, 10, np.float32)
+    for trigger in (lazy, triggers.patience(lazy, 100)):
+        with pytest.raises(ValueError, match=f"memory {type(memory).__name__} does not persist"):
+            core.assemble(toy.oracle, compressors.identity(), trigger, memory, lr=0.1, num_workers=4)
+    core.assemble(toy.oracle, compressors.identity(), triggers.always(), memory, lr=0.1, num_workers=4)
+
+
+def test_the_server_can_be_adam(toy64: Toy) -> None:
+    """The aggregate is what the optimizer gets, and the step that it makes is what the rule watches."""
+    alg, adam = make("laq", toy64, optimizer=optax.adam), optax.adam(0.05)
+    state = laqjax.init(alg, toy64.theta0, toy64.shards)
+    params: Any = toy64.theta0
+    memory = adam.init(params)
+    uploads = 0
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes float and int
+        for k in range(15):
+            (info, state), before = run(alg, state, toy64.shards, 1), params
+            updates, memory = adam.update(jnp.asarray(state.server.aggregate), memory, params)
+            params = optax.apply_updates(params, updates)
+            np.testing.assert_allclose(state.server.broadcast.params, params, rtol=1e-12)
+            np.testing.assert_allclose(state.server.broadcast.motion[k % 6], jnp.sum((params - before) ** 2), rtol=1e-9)
+            uploads += np.sum(info.sent)
+    assert uploads < 15 * 4
+
+
+def test_the_sum_of_bits_does_not_overflow() -> None:
+    """2^22 floats, 4 workers, 5 rounds: 2.7e9 bits, beyond int32. The info is on the host, where NumPy sums in int64."""
+    oracle = laqjax.oracle.from_loss(lambda params, x, y: jnp.mean(params) * y, jnp.zeros(2**22))
+    shards = Shards(np.zeros((4, 1, 1), np.float32), *2 * [np.ones((4, 1), np.float32)])
+    info = laqjax.run(algorithms.gd(oracle, lr=0.1, num_workers=4), jnp.zeros(2**22), shards, 5, KEY, chunk=5).info
+    assert info.bits_up.sum() == 5 * 4 * 32 * 2**22
