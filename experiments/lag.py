@@ -83,16 +83,15 @@ def methods(problem: str, shards: laqjax.Shards) -> dict[str, tuple[laqjax.Algor
     each, smooth = theory.smoothness(shards, model.name, l2=l2, reduction="sum")
     smooth -= (workers - 1) * l2  # the authors add lambda once
     server: dict[str, Any] = {"num_workers": workers, "lr": 1 / smooth}
-    lags = {"xi": 1.0, "window": 10, "limit": None, "first_upload": "rule"}
+    lags: dict[str, Any] = {"xi": 1.0, "window": 10, "limit": None, "first_upload": "rule"}
     late = lambda alg: replace(alg, trigger=After(alg.trigger, np.int32(10)))  # noqa: E731
+    make: Any = algorithms
     algs: dict[str, laqjax.Algorithm] = {
-        "GD": algorithms.gd(oracle, **server),
-        "LAG-WK": late(algorithms.lag_wk(oracle, **server, **lags)),
-        "LAG-PS": late(algorithms.lag_ps(oracle, smoothness=each, **server, **(lags | {"xi": 10.0}))),
-        "Cyc-IAG": algorithms.iag_cyclic(oracle, **(server | {"lr": 1 / (smooth * workers)})),
-        "Num-IAG": algorithms.iag_random(
-            oracle, smoothness=each, **(server | {"lr": 0.5 / (smooth * np.sqrt(workers))})
-        ),
+        "GD": make.gd(oracle, **server),
+        "LAG-WK": late(make.lag_wk(oracle, **server, **lags)),
+        "LAG-PS": late(make.lag_ps(oracle, smoothness=each, **server, **(lags | {"xi": 10.0}))),
+        "Cyc-IAG": make.iag_cyclic(oracle, **(server | {"lr": 1 / (smooth * workers)})),
+        "Num-IAG": make.iag_random(oracle, smoothness=each, **(server | {"lr": 0.5 / (smooth * np.sqrt(workers))})),
     }
     return {name: (alg, start(name, alg, shards, workers)) for name, alg in algs.items()}
 
@@ -116,9 +115,7 @@ def start(name: str, alg: laqjax.Algorithm, shards: laqjax.Shards, workers: int)
     )
 
 
-def follow(
-    alg: laqjax.Algorithm, state: laqjax.State, shards: laqjax.Shards, optimum: float
-) -> tuple[pl.DataFrame, int]:
+def follow(alg: laqjax.Algorithm, state: laqjax.State, shards: laqjax.Shards, optimum: Any) -> tuple[pl.DataFrame, int]:
     """Rows of a run until the total loss is within 1e-8 of the optimum, and the uploads as the authors count them.
 
     Their loop measures the loss of a round's model after that round's uploads; their counter starts at 1 and gains 1

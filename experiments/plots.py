@@ -164,6 +164,63 @@ def lag(folder: Path) -> None:
         save(figure, folder / "uploads")
 
 
+def pareto_of_methods(folder: Path) -> None:
+    """Residual against bits up, one line a method, and each method's cost at its target as a point."""
+    curves = pl.read_parquet(folder / "family.parquet")
+    table = pl.read_parquet(folder / "table.parquet").filter(pl.col("target").is_not_null())
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5))
+        colors = plt.get_cmap("tab20")
+        for i, ((method,), rows) in enumerate(curves.group_by(["method"], maintain_order=True)):
+            style = {"color": colors(i % 20), "linestyle": "-" if i < 13 else "--", "linewidth": 1.3}
+            left.plot(rows["bits_up"], rows["residual"].clip(1e-12), label=method, **style)
+        left.set(xscale="log", yscale="log", xlabel="bits up", ylabel="f - f*")
+        left.legend(frameon=False, fontsize=7, ncols=2, loc="lower left")
+        right.scatter(table["bits_up"], table["round"], s=16)
+        for row in table.iter_rows(named=True):
+            right.annotate(
+                row["method"], (row["bits_up"], row["round"]), xytext=(4, 3), textcoords="offset points", fontsize=8
+            )
+        if len(table):
+            best = table.sort("bits_up", "round").filter(
+                (pl.col("round") < pl.col("round").cum_min().shift(1)).fill_null(True)
+            )
+            right.plot(best["bits_up"], best["round"], drawstyle="steps-post", color="C3", label="Pareto front")
+            right.set(
+                xscale="log", yscale="log", xlabel=f"bits up to f - f* <= {table['target'][0]:g}", ylabel="rounds"
+            )
+            right.legend(frameon=False)
+        save(figure, folder / "family")
+
+
+def heterogeneity(folder: Path) -> None:
+    """Share of GD's uploads that is saved, over the spread of L_m and over Dirichlet alpha."""
+    table = pl.read_parquet(folder / "heterogeneity.parquet")
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+        for axis, ((name,), rows) in zip(axes, table.group_by(["axis"], maintain_order=True), strict=True):
+            for method in ("LAQ", "LAG-WK"):
+                axis.plot(rows["value"], 100 * rows[f"{method} saves"], "o-", label=method)
+            axis.set(xlabel=name, xscale="log" if "alpha" in str(name) else "linear")
+        axes[0].set_ylabel("uploads saved against GD, %")
+        axes[0].legend(frameon=False)
+        save(figure, folder / "heterogeneity")
+
+
+def accuracy_curves(folder: Path) -> None:
+    """Test accuracy against rounds, uploads and bits, one line a method."""
+    curves = pl.read_parquet(folder / "curves.parquet").filter(pl.col("accuracy").is_not_null())
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(AXES), figsize=(4 * len(AXES), 3.6), sharey=True)
+        for axis, (column, name) in zip(axes, AXES.items(), strict=True):
+            for (method,), rows in curves.group_by(["method"], maintain_order=True):
+                axis.plot(rows[column], rows["accuracy"], label=method, linewidth=1.4)
+            axis.set(xscale="log", xlabel=name)
+        axes[0].set_ylabel("test accuracy")
+        axes[0].legend(frameon=False, fontsize=8)
+        save(figure, folder / "accuracy")
+
+
 def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
     """Bits up to the target over b and C, a panel a D; the cheapest of the other axes in each cell, blank if never reached."""
     lazy = summary.drop_nulls(["bits", "limit", "window"])
@@ -211,8 +268,14 @@ def main(folder: tyro.conf.Positional[Path], /) -> None:
         sweep(folder)
     elif (folder / "lag.parquet").exists():
         lag(folder)
+    elif (folder / "family.parquet").exists():
+        pareto_of_methods(folder)
+    elif (folder / "heterogeneity.parquet").exists():
+        heterogeneity(folder)
     elif (folder / "curves.parquet").exists():
         comparison(folder)
+        if pl.read_parquet(folder / "curves.parquet")["accuracy"].count() > 100:
+            accuracy_curves(folder)
     else:
         raise SystemExit(
             f"{folder}: neither summary.parquet nor curves.parquet there; expected a folder that an experiment wrote"

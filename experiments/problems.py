@@ -105,10 +105,14 @@ def ridge(features: int, l2: float = 0.0, reduction: str = "sum") -> Problem:
 
 
 def logistic(features: int, l2: float = 1e-4, reduction: str = "sum") -> Problem:
-    """Binary logistic regression, log(1 + exp(-y x'theta)) per example with labels -1 and 1, as LAG's."""
+    """Binary logistic regression, log(1 + exp(-y x'theta)) per example, as LAG's.
+
+    Class ids 0 and 1 (integers) stand for -1 and 1; float labels are used as they are.
+    """
 
     def margin(params: Tree, x: Array, y: Array) -> Array:
-        return y.astype(params["weight"].dtype) * (x.astype(params["weight"].dtype) @ params["weight"])
+        sign = 2 * y - 1 if jnp.issubdtype(y.dtype, jnp.integer) else y
+        return sign.astype(params["weight"].dtype) * (x.astype(params["weight"].dtype) @ params["weight"])
 
     return Problem(
         "logistic",
@@ -118,6 +122,12 @@ def logistic(features: int, l2: float = 1e-4, reduction: str = "sum") -> Problem
         reduction,
         lambda params, x, y: jnp.mean(margin(params, x, y) > 0),
     )
+
+
+def authors_start(oracle: Any) -> Array:
+    """The theta0 of the authors' program (there: weight [784, 10] first, then bias): late rounds depend on the start."""
+    theta0 = np.load(Path(__file__).parent / "mnist" / "laq_logistic_theta0.npy").astype(oracle.dtype)
+    return oracle.ravel({"bias": theta0[7840:], "weight": theta0[:7840].reshape(784, 10).T})
 
 
 def cross_entropy(logits: Float[Array, "classes n"], y: Int[Array, " n"]) -> Float[Array, " n"]:

@@ -163,24 +163,31 @@ def run(settings: Settings) -> Path:
 
 
 def configured(settings: Settings) -> Settings:
-    """Settings with the config file's values where the command line left the default; smoke sizes."""
-    if settings.config:
-        text = settings.config.read_text()
-        given = tomllib.loads(text) if settings.config.suffix == ".toml" else yaml.safe_load(text)
-        known = {f.name: f for f in fields(Settings)}
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise ValueError(f"{settings.config}: {unknown} are no settings; expected names among {sorted(known)}")
-        default = Settings()
-        for name, value in given.items():
-            value: Any = Path(value) if name == "out" else value
-            if isinstance(getattr(default, name), tuple):
-                value = tuple(value) if isinstance(value, list) else (value,)
-            if getattr(settings, name) == getattr(default, name):
-                settings = replace(settings, **{name: value})
+    """Settings with smoke sizes."""
     if settings.smoke:
         settings = replace(settings, rounds=min(settings.rounds, 60), target=(1.0, 0.5))
     return settings
+
+
+def from_file(path: Path) -> list[str]:
+    """A TOML or YAML file as command-line arguments: one set of names, types and errors for both."""
+    text = path.read_text()
+    try:
+        given = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text) or {}
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no {'TOML' if path.suffix == '.toml' else 'YAML'}: {error}") from None
+    known = {f.name for f in fields(Settings)} - {"config"}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"{path}: {unknown} are no settings; expected names among {sorted(known)}")
+    arguments = []
+    for name, value in given.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            arguments += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
 
 
 def identity(settings: Settings) -> dict[str, Any]:
@@ -205,6 +212,8 @@ def select(settings: Settings) -> Iterator[dict[str, Any]]:
     empty = [name for name, values in given.items() if not values]
     if empty:
         raise ValueError(f"axis {empty[0]} has no values: expected one or more")
+    if settings.random is not None:
+        laqjax.core.number("random", settings.random, np.int32, least=1)
     seen: dict[tuple[Any, ...], dict[str, Any]] = {}
     for values in drawn(given, settings) if settings.random else itertools.product(*given.values()):
         point = dict(zip(given, values, strict=True))
@@ -217,6 +226,8 @@ def select(settings: Settings) -> Iterator[dict[str, Any]]:
         i = n = 0
     if not 1 <= i <= n:
         raise ValueError(f"shard = {settings.shard!r}: expected i/n with 1 <= i <= n, such as 2/3")
+    if n > len(seen):
+        raise ValueError(f"shard = {settings.shard!r}: expected at most {len(seen)} shards for {len(seen)} points")
     for number, point in enumerate(seen.values()):
         if number % n == i - 1:
             yield {"point": number, **point}
@@ -273,10 +284,10 @@ def problem_of(name: str, data: datasets.Dataset) -> problems.Problem:
     """A problem fit for the data."""
     if name in ("softmax", "network") and data.num_classes:
         return getattr(problems, name)(data.x.shape[1], data.num_classes)
-    if name in ("ridge", "logistic"):
+    if name == "ridge" or (name == "logistic" and data.num_classes in (None, 2)):
         return getattr(problems, name)(data.x.shape[1])
     raise ValueError(
-        f"problem = {name!r} on {data.name}: expected softmax or network for classes, ridge or logistic else"
+        f"problem = {name!r} on {data.name}: expected softmax or network for classes, logistic for two, ridge for numbers"
     )
 
 
@@ -309,7 +320,7 @@ def checked(points: Sequence[dict[str, Any]], settings: Settings, console: Conso
         try:
             group.algs.append(build(point, group.oracle, widest))
             group.points.append(point)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # TypeError: an algorithm that needs more than this command line gives
             bad.append(f"  point {point['point']}: {error}")
     if bad:
         raise ValueError("\n".join([f"{len(bad)} of {len(points)} points cannot run:", *bad]))
@@ -494,9 +505,9 @@ def frames(
         masks.append(
             {
                 "point": point["point"],
-                "rounds": last,
+                "rounds": max(last, 0),
                 "workers": sent.shape[2],
-                "sent": np.packbits(sent[:last, i]).tobytes(),
+                "sent": np.packbits(sent[: max(last, 0), i]).tobytes(),
             }
         )
     kinds = {name: pl.Float64 for t in settings.target for name in (f"seconds_{t:g}",)} | {
@@ -546,9 +557,9 @@ def intact(part: Path, console: Console) -> bool:
 
 
 def collect(folder: Path) -> None:
-    """The batches' rows as one file of each kind, and the summary over seeds."""
+    """The batches' rows as one file of each kind, and the summary over seeds. A kill leaves unfinished files named .PID..."""
     for name in ("points", "curves", "masks"):
-        parts = [pl.read_parquet(path) for path in sorted((folder / "batches").glob(f"*-{name}.parquet"))]
+        parts = [pl.read_parquet(path) for path in sorted((folder / "batches").glob(f"[0-9]*-{name}.parquet"))]
         save(
             pl.concat(parts, how="diagonal_relaxed").sort("point", maintain_order=True),
             folder / name,
@@ -614,20 +625,22 @@ def merge(folders: tyro.conf.Positional[tuple[Path, ...]], /, out: Path) -> None
     """Join the folders of `--shard i/n` runs of one sweep."""
     console = Console()
     seen: dict[str, Any] = {}
-    shards = set()
+    shards = []
     for folder in folders:
         there = files.read_json(folder / "identity.json")
-        shards.add(there.pop("shard"))
+        shards.append(there.pop("shard"))
+        if not (folder / "points.parquet").exists():
+            raise ValueError(f"{folder} is not finished: expected points.parquet there; run its command again first")
         if seen and there != seen:
             keys = sorted(k for k in there if there[k] != seen.get(k))
             raise ValueError(
                 f"{folder} holds another sweep: {', '.join(f'{k}: {there[k]} here, {seen.get(k)} there' for k in keys)}"
             )
         seen = there
-    n = int(next(iter(shards)).split("/")[1])
-    wanted = {f"{i}/{n}" for i in range(1, n + 1)}
-    if shards != wanted:
-        raise ValueError(f"shards {sorted(shards)}: expected {sorted(wanted)}, each once")
+    n = int(shards[0].split("/")[1]) if shards else 1
+    wanted = [f"{i}/{n}" for i in range(1, n + 1)]
+    if sorted(shards) != sorted(wanted):
+        raise ValueError(f"shards {shards}: expected {wanted}, each once")
     files.claim(out, seen | {"shard": "1/1"})
     for name in ("points", "curves", "masks"):
         parts = [pl.read_parquet(folder / f"{name}.parquet") for folder in folders]
@@ -641,6 +654,14 @@ def merge(folders: tyro.conf.Positional[tuple[Path, ...]], /, out: Path) -> None
     report(out, console)
 
 
+def parsed(given: Sequence[str]) -> Settings:
+    """The settings of a command line; those of its config file stand before it, so that the command line wins."""
+    settings = tyro.cli(Settings, args=given, prog="experiments.sweep", description=__doc__)
+    if settings.config:
+        settings = tyro.cli(Settings, args=[*from_file(settings.config), *given], prog="experiments.sweep")
+    return settings
+
+
 def main(arguments: Iterable[str] | None = None) -> None:
     """The command line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -648,7 +669,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         if given[:1] == ["merge"]:
             tyro.cli(merge, args=given[1:], prog="experiments.sweep merge")
         else:
-            run(tyro.cli(Settings, args=given, prog="experiments.sweep", description=__doc__))
+            run(parsed(given))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:

@@ -243,7 +243,7 @@ class Sampled:
         chance = jnp.minimum(budget * size / jnp.maximum(jnp.sum(size), jnp.finfo(target.dtype).tiny), 1)
         for _ in range(2):  # what the certain ones left over goes to the others
             free = chance < 1
-            left = budget - (target.size - jnp.sum(free))
+            left = budget - jnp.sum(~free, dtype=target.dtype)
             share = left / jnp.maximum(jnp.sum(jnp.where(free, chance, 0)), jnp.finfo(target.dtype).tiny)
             chance = jnp.where(free, jnp.clip(chance * jnp.maximum(share, 1), 0, 1), 1)
         kept = jax.random.uniform(keys.own, target.shape, target.dtype) < chance
@@ -273,7 +273,7 @@ class Natural:
     def encode(self, target, keys):
         fraction, exponent = jnp.frexp(jnp.abs(target))  # |target| = fraction 2^exponent, fraction in [1/2, 1)
         up = jax.random.uniform(keys.own, target.shape, target.dtype) < 2 * fraction - 1
-        code = exponent - 1 + up + jnp.finfo(target.dtype).maxexp - 1
+        code = exponent - 1 + up.astype(exponent.dtype) + jnp.finfo(target.dtype).maxexp - 1
         code = jnp.clip(code, 0, 2 * (jnp.finfo(target.dtype).maxexp - 1))
         return {"negative": jnp.signbit(target), "exponent": jnp.where(target == 0, 0, code)}
 
@@ -340,10 +340,13 @@ class Coin:
         return jnp.where(payload["full"], payload["values"], self.compressor.decode(payload["inner"], like))
 
     def wire(self, payload, like):
-        full = jnp.asarray(payload["full"])
+        full = jnp.asarray(payload["full"], jnp.int32)
         inner = self.compressor.wire(payload["inner"], like)
         # a field of no bits is not there
-        fields = [Field(payload["values"], bits_of(like) * full), *(f._replace(bits=f.bits * ~full) for f in inner)]
+        fields = [
+            Field(payload["values"], bits_of(like) * full),
+            *(f._replace(bits=jnp.asarray(f.bits, jnp.int32) * (1 - full)) for f in inner),
+        ]
         return [Field(full, 1), *fields]
 
     def unwire(self, read, like):

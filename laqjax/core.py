@@ -162,6 +162,7 @@ class Sampler(Protocol):
     def __call__(self, keys: Keys, shards: Shards, worker: Any, round: Any) -> Any: ...
 
 
+@runtime_checkable
 class Compressor(Protocol):
     """A scheme; see `laqjax.compressors`."""
 
@@ -174,6 +175,7 @@ class Compressor(Protocol):
     def unwire(self, read: Callable[[int, int], np.ndarray], like: Any) -> Any: ...
 
 
+@runtime_checkable
 class Trigger(Protocol):
     """An upload rule: a stateless function of the evidence.
 
@@ -193,6 +195,7 @@ class Trigger(Protocol):
     def __call__(self, evidence: Evidence) -> Bool[Array, ""]: ...
 
 
+@runtime_checkable
 class Memory(Protocol):
     """What is compressed, what a worker remembers, and whether the server's aggregate persists."""
 
@@ -427,7 +430,7 @@ def worker_step(
         innovation_sq=square(decoded),
         error_sq=error_sq,
         last_error_sq=worker.last_error_sq,
-        motion=broadcast.motion[(broadcast.round - 1 - jnp.arange(alg.max_window)) % alg.max_window],
+        motion=broadcast.motion[(broadcast.round - 1 - jnp.arange(alg.max_window, dtype=jnp.int32)) % alg.max_window],
         silence=worker.silence,
         round=broadcast.round,
         worker=index,
@@ -462,7 +465,8 @@ def server_step(
     direction, aggregate = alg.memory.aggregate(server.aggregate, total)
     params, motion, k, snapshot = server.broadcast
     updates: Any
-    updates, optimizer = alg.optimizer(alg.lr).update(direction, server.optimizer, params)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes float and int
+        updates, optimizer = alg.optimizer(alg.lr).update(direction, server.optimizer, params)
     down = bill([Field(params, 8 * params.dtype.itemsize)])
     if alg.downlink:
         payload = alg.downlink.encode(updates, keys)

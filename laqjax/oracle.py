@@ -103,7 +103,7 @@ class Blocks:
 
     def __call__(self, keys: Keys, shards: Shards, worker: Any, round: Any) -> Rows:
         blocks = jnp.maximum(_rows(shards, worker) // self.size, 1)
-        return Rows(self.size, start=self.size * jax.random.randint(_sample(keys.own), (), 0, blocks))
+        return Rows(self.size, start=self.size * jax.random.randint(_sample(keys.own), (), 0, blocks, jnp.int32))
 
 
 @register_dataclass
@@ -118,7 +118,9 @@ class Epochs:
         rounds = jnp.maximum(rows // self.size, 1)
         key = jax.random.fold_in(jax.random.fold_in(_sample(keys.run), round // rounds), worker)
         place = jnp.where(
-            jnp.arange(shards.y.shape[1]) < rows, jax.random.uniform(key, shards.y.shape[1:2], jnp.float32), 2
+            jnp.arange(shards.y.shape[1], dtype=jnp.int32) < rows,
+            jax.random.uniform(key, shards.y.shape[1:2], jnp.float32),
+            2,
         )
         order = jnp.argsort(place)  # padding comes last
         return Rows(self.size, index=jax.lax.dynamic_slice(order, (round % rounds * self.size,), (self.size,)))
