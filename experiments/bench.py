@@ -2,7 +2,7 @@
 
     python -m experiments.bench [--json FILE] [--quick] [--only NAME ...]
 
-Cost: three minutes and 2 GB on two cores; --quick under one minute, with rougher times. NAME is one of GROUPS or FRESH.
+Cost: five minutes and 2 GB on two cores; --quick under one minute, with rougher times. NAME is one of GROUPS or FRESH.
 
 Expect ratios, not milliseconds: times move by a factor of two and more with whatever else the machine does. So the
 contestants of a group run in turns in one process, by calls of about equal length, the best call counts, and a share of
@@ -62,6 +62,17 @@ def laqjax_run(shards: laqjax.Shards, kind: str, algorithm: str, rounds: int, **
     theta0, key = problem.theta0(oracle), jax.random.key(0)
     run = repeat(lambda: laqjax.run(alg, theta0, shards, rounds, key), 1)
     return Contestant(run.call, rounds, FLOPS[kind])
+
+
+def laqjax_sweep(shards: laqjax.Shards, kind: str, points: int, rounds: int) -> Contestant:
+    """`laqjax.sweep` over limits, with all that it does; a round is one round of one point."""
+    problem = getattr(problems, kind)(shards.x.shape[-1], CLASSES)
+    oracle = problem.oracle()
+    knobs: dict[str, Any] = {"lr": 0.02, "num_workers": len(shards.x), "bits": BITS[kind]}
+    algs = laqjax.stack([laqjax.algorithms.laq(oracle, limit=10 + i, **knobs) for i in range(points)])
+    theta0, keys = problem.theta0(oracle), jax.random.split(jax.random.key(0), points)
+    run = repeat(lambda: laqjax.sweep(algs, theta0, shards, rounds, keys, batch=points), 1)
+    return Contestant(run.call, rounds * points, FLOPS[kind])
 
 
 def repeat(call: Callable[[], Any], times: int, flops: float | None = None) -> Contestant:
@@ -175,9 +186,15 @@ GROUPS: dict[str, dict[str, Callable[[laqjax.Shards], Contestant]]] = {
         "network-laq": lambda shards: laqjax_run(shards, "network", "laq", 2, bits=BITS["network"]),
         "network-gd": lambda shards: laqjax_run(shards, "network", "gd", 2),
     },
+    "sweep": {
+        "one": lambda shards: laqjax_run(shards, "softmax", "laq", 20, bits=BITS["softmax"]),
+        "sweep-16": lambda shards: laqjax_sweep(shards, "softmax", 16, 8),
+        "sweep-64": lambda shards: laqjax_sweep(shards, "softmax", 64, 4),
+    },
+    "network-sweep": {"network-sweep-8": lambda shards: laqjax_sweep(shards, "network", 8, 2)},
 }
-SECONDS = {"softmax": 75, "network": 35}  # of turns, a tenth of them with --quick
-FRESH = {"fresh-softmax": "softmax", "fresh-network": "network"}
+SECONDS = {"softmax": 75, "network": 35, "sweep": 60, "network-sweep": 30}  # of turns, a tenth of them with --quick
+FRESH = {"fresh-softmax": "softmax", "fresh-network": "network", "fresh-sweep": "sweep"}
 GOALS = (  # names of `numbers`
     ("laq, share of GEMM", ">=", 0.25),
     ("laq, share of GEMM", ">=", 0.35),
@@ -186,8 +203,14 @@ GOALS = (  # names of `numbers`
     ("numpy / laq", ">=", 4),
     ("pytorch / laq", ">=", 1.8),
     ("network-laq, share of GEMM", ">=", 0.60),
+    ("sweep-16, share of GEMM", ">=", 0.75),
+    ("sweep-64, share of GEMM", ">=", 0.75),
+    ("sweep-16 / one", "<=", 0.45),
+    ("sweep-64 / one", "<=", 0.45),
+    ("network-sweep-8, share of GEMM", ">=", 0.80),
     ("fresh-softmax, compile s", "<=", 5),
     ("fresh-network, compile s", "<=", 5),
+    ("fresh-sweep, compile s", "<=", 10),
     ("fresh-softmax, peak MB", "<=", 600),
     ("fresh-network, peak MB", "<=", 1500),
 )
@@ -249,7 +272,11 @@ def in_fresh_process(kind: str) -> dict[str, float]:
 
 def fresh(kind: str) -> None:
     """Load the data, run four rounds one by one, print what that took."""
-    one_round = laqjax_run(mnist(), kind, "laq", 1, bits=BITS[kind])
+    shards = mnist()
+    sweeping = kind == "sweep"
+    one_round = (
+        laqjax_sweep(shards, "softmax", 16, 1) if sweeping else laqjax_run(shards, kind, "laq", 1, bits=BITS[kind])
+    )
     seconds = []
     for _ in range(4):
         begin = time.perf_counter()

@@ -148,6 +148,23 @@ def sweep(folder: Path) -> None:
     raster(pl.DataFrame(rows, schema_overrides={"sent": pl.List(pl.Int64)}), folder / "uploads")
 
 
+def tune(folder: Path) -> None:
+    """Bits up over the trials, from what `experiments.tune` left."""
+    trials = pl.read_parquet(folder / "trials.parquet")
+    bits = trials["bits_up"].fill_null(np.nan).to_numpy()
+    if np.isnan(bits).all():
+        return
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(6, 4))
+        axis.plot(trials["trial"], bits, "o", markersize=4, alpha=0.6, label="reached on every seed")
+        axis.plot(trials["trial"], np.fmin.accumulate(bits), drawstyle="steps-post", color="C3", label="fewest so far")
+        if not np.isnan(bits[0]):
+            axis.axhline(bits[0], color="k", linestyle="--", linewidth=1, label="the paper's setting")
+        axis.set(yscale="log", xlabel="trial", ylabel=f"bits up to f - f* <= {trials['target'][0]:g}")
+        axis.legend(frameon=False)
+        save(figure, folder / "trials")
+
+
 def lag(folder: Path) -> None:
     """Residual against uploads, a panel a problem, from what `experiments.lag` left."""
     curves = pl.read_parquet(folder / "lag.parquet")
@@ -268,6 +285,8 @@ def main(folder: tyro.conf.Positional[Path], /) -> None:
         sweep(folder)
     elif (folder / "lag.parquet").exists():
         lag(folder)
+    elif (folder / "trials.parquet").exists():
+        tune(folder)
     elif (folder / "family.parquet").exists():
         pareto_of_methods(folder)
     elif (folder / "heterogeneity.parquet").exists():

@@ -76,6 +76,8 @@ class Settings:
     """contiguous, shuffled, sorted, dirichlet:ALPHA, unequal:RATIO."""
     partition_seed: tuple[int, ...] = (0,)
     workers: tuple[int, ...] = (10,)
+    authors: bool = False
+    """The lazy rule of the authors' program: first upload by the rule, xi ramped up over the first D rounds."""
     rounds: int = 600
     target: tuple[float, ...] = (1e-1, 3e-2, 1e-2)
     """Residuals f - f* at which the cost is read off; a point ends at the last."""
@@ -318,7 +320,7 @@ def checked(points: Sequence[dict[str, Any]], settings: Settings, console: Conso
             groups[key] = Group(shards, problem, oracle, np.nan, data, [])
         group = groups[key]
         try:
-            group.algs.append(build(point, group.oracle, widest))
+            group.algs.append(build(point, group.oracle, widest, settings.authors))
             group.points.append(point)
         except (TypeError, ValueError) as error:  # TypeError: an algorithm that needs more than this command line gives
             bad.append(f"  point {point['point']}: {error}")
@@ -333,11 +335,12 @@ def checked(points: Sequence[dict[str, Any]], settings: Settings, console: Conso
     return out
 
 
-def build(point: dict[str, Any], oracle: Any, max_window: int) -> laqjax.Algorithm:
+def build(point: dict[str, Any], oracle: Any, max_window: int, authors: bool = False) -> laqjax.Algorithm:
     """The algorithm of a point."""
-    given = {name: point[name] for name in KNOBS if point[name] is not None}
+    given: dict[str, Any] = {name: point[name] for name in KNOBS if point[name] is not None}
     if "max_window" in knobs(point["algorithm"]):
-        given["max_window"] = max_window
+        given |= {"max_window": max_window}
+        given |= {"ramp": True, "first_upload": "rule"} if authors else {}
     return factories()[point["algorithm"]](oracle, num_workers=point["workers"], **given)
 
 
