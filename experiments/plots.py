@@ -100,8 +100,10 @@ def front(rows: pl.DataFrame, target: str) -> pl.DataFrame:
 
 def label(row: dict[str, Any]) -> str:
     """A setting in a few words."""
-    names = {"bits": "b", "limit": "C", "window": "D", "xi": "xi", "lr": "lr"}
-    return ", ".join([row["algorithm"], *(f"{names[k]}={row[k]:g}" for k in names if row[k] is not None)])
+    names = {"bits": "b", "limit": "C", "window": "D"} | {
+        k: k for k in ("xi", "lr", "zeta", "damping", "probability", "c", "levels", "density")
+    }
+    return ", ".join([row["algorithm"], *(f"{names[k]}={row[k]:.3g}" for k in names if row.get(k) is not None)])
 
 
 def sweep(folder: Path) -> None:

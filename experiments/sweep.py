@@ -35,13 +35,15 @@ from rich.table import Table
 
 import laqjax
 from experiments import datasets, files, plots, problems
-from laqjax import algorithms, engine
+from laqjax import algorithms, engine, theory
 
 CHUNK = 50  # rounds between two looks at who is done
 MOST = 64  # points in a batch, for each device: more is not faster, and rows are safe later
-SHAPES = ("problem", "dataset", "partition", "partition_seed", "workers", "algorithm")  # one group, one compile each
-KNOBS = ("bits", "limit", "window", "xi", "lr")
-WHOLE = ("bits", "limit", "window", "seed", "workers", "partition_seed")
+# one group, one compile each
+SHAPES = ("problem", "dataset", "partition", "partition_seed", "workers", "algorithm", "compressor", "k", "minibatch")
+OPTIONAL = ("levels", "density", "zeta", "damping", "probability", "c", "min_bits", "max_bits", "bits_down")
+KNOBS = ("bits", "limit", "window", "xi", "lr", *OPTIONAL)
+WHOLE = ("bits", "limit", "window", "levels", "min_bits", "max_bits", "bits_down")
 COST = ("rounds", "uploads", "bits_up", "bits_down", "seconds")
 
 
@@ -68,6 +70,21 @@ class Settings:
     """Of the start and of the algorithm's draws."""
     algorithm: tuple[str, ...] = ("laq",)
     """Names in laqjax.algorithms; a knob that one does not have is left out there."""
+    compressor: tuple[str, ...] = ()
+    """Of ef21, clag, diana, marina: top_k:K, rand_k:K, natural, sign, ternary, qsgd:LEVELS, grid:BITS."""
+    k: tuple[int, ...] = ()
+    """Of topk_ef; a tenth of the parameters when not given."""
+    minibatch: tuple[int, ...] = ()
+    """Rows per worker and round, one of the shard's fixed blocks; the whole shard when not given."""
+    levels: tuple[float, ...] = ()
+    density: tuple[float, ...] = ()
+    zeta: tuple[float, ...] = ()
+    damping: tuple[float, ...] = ()
+    probability: tuple[float, ...] = ()
+    c: tuple[float, ...] = ()
+    min_bits: tuple[float, ...] = ()
+    max_bits: tuple[float, ...] = ()
+    bits_down: tuple[float, ...] = ()
     problem: tuple[str, ...] = ("softmax",)
     """softmax, network, ridge, logistic."""
     dataset: tuple[str, ...] = ("mnist",)
@@ -129,15 +146,8 @@ def run(settings: Settings) -> Path:
     console.print(
         f"{len(points)} points in {len(groups)} group(s), {batches} batch(es) of {plan['batch']} points, up to {settings.rounds} rounds"
     )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     began, fresh = time.perf_counter(), 0
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
+    with bar(console) as progress:
         task = progress.add_task("points x rounds", total=len(points) * settings.rounds, note="")
         done = 0
         for g, (group, size) in enumerate(zip(groups, plan["batch"], strict=True)):
@@ -164,21 +174,28 @@ def run(settings: Settings) -> Path:
     return settings.out
 
 
-def configured(settings: Settings) -> Settings:
+def bar(console: Console) -> Progress:
+    """Progress with the time to go and a note."""
+    percent, note = TextColumn("{task.percentage:.0f} %"), TextColumn("{task.fields[note]}")
+    named = TextColumn("{task.description}")
+    return Progress(named, BarColumn(), percent, TimeElapsedColumn(), TimeRemainingColumn(), note, console=console)
+
+
+def configured(settings: Any) -> Any:
     """Settings with smoke sizes."""
     if settings.smoke:
         settings = replace(settings, rounds=min(settings.rounds, 60), target=(1.0, 0.5))
     return settings
 
 
-def from_file(path: Path) -> list[str]:
+def from_file(path: Path, kind: type[Settings]) -> list[str]:
     """A TOML or YAML file as command-line arguments: one set of names, types and errors for both."""
     text = path.read_text()
     try:
         given = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text) or {}
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no {'TOML' if path.suffix == '.toml' else 'YAML'}: {error}") from None
-    known = {f.name for f in fields(Settings)} - {"config"}
+    known = {f.name for f in fields(kind)} - {"config"}
     unknown = sorted(set(given) - known)
     if unknown:
         raise ValueError(f"{path}: {unknown} are no settings; expected names among {sorted(known)}")
@@ -201,8 +218,9 @@ def identity(settings: Settings) -> dict[str, Any]:
 def axes(settings: Settings) -> dict[str, tuple[Any, ...]]:
     """The axes under their names in a row."""
     names = {"seeds": "seed"}
+    optional = (*OPTIONAL, "compressor", "k", "minibatch")  # not given: what the algorithm does by itself
     return {
-        names.get(f.name, f.name): getattr(settings, f.name)
+        names.get(f.name, f.name): getattr(settings, f.name) or ((None,) if f.name in optional else ())
         for f in fields(settings)
         if f.name in (*SHAPES, *KNOBS, "seeds")
     }
@@ -220,7 +238,7 @@ def select(settings: Settings) -> Iterator[dict[str, Any]]:
     for values in drawn(given, settings) if settings.random else itertools.product(*given.values()):
         point = dict(zip(given, values, strict=True))
         own = knobs(point["algorithm"])
-        point |= {name: None for name in KNOBS if name not in own}
+        point |= {name: None for name in (*KNOBS, "compressor", "k") if name not in own}
         seen.setdefault(tuple(point.values()), point)
     try:
         i, n = (int(part) for part in settings.shard.split("/"))
@@ -320,7 +338,7 @@ def checked(points: Sequence[dict[str, Any]], settings: Settings, console: Conso
             groups[key] = Group(shards, problem, oracle, np.nan, data, [])
         group = groups[key]
         try:
-            group.algs.append(build(point, group.oracle, widest, settings.authors))
+            group.algs.append(build(point, group.oracle, widest, settings.authors, group))
             group.points.append(point)
         except (TypeError, ValueError) as error:  # TypeError: an algorithm that needs more than this command line gives
             bad.append(f"  point {point['point']}: {error}")
@@ -335,13 +353,43 @@ def checked(points: Sequence[dict[str, Any]], settings: Settings, console: Conso
     return out
 
 
-def build(point: dict[str, Any], oracle: Any, max_window: int, authors: bool = False) -> laqjax.Algorithm:
-    """The algorithm of a point."""
-    given: dict[str, Any] = {name: point[name] for name in KNOBS if point[name] is not None}
-    if "max_window" in knobs(point["algorithm"]):
+def build(
+    point: dict[str, Any], oracle: Any, max_window: int, authors: bool = False, group: Group | None = None
+) -> laqjax.Algorithm:
+    """The algorithm of a point; what it must have and the point does not say is a plain choice."""
+    own, p = knobs(point["algorithm"]), oracle.size
+    given: dict[str, Any] = {name: point[name] for name in KNOBS if point.get(name) is not None}
+    if "max_window" in own:
         given |= {"max_window": max_window}
         given |= {"ramp": True, "first_upload": "rule"} if authors else {}
+    if "smoothness" in own and group is not None:
+        given["smoothness"] = theory.smoothness(
+            group.shards, group.problem.name, l2=group.problem.l2, reduction=group.problem.reduction
+        )[0]
+    if "compressor" in own:
+        given["compressor"] = compressor(
+            point.get("compressor") or ("natural" if "damping" in own else f"top_k:{max(p // 10, 1)}")
+        )
+    if "k" in own:
+        given["k"] = point.get("k") or max(p // 10, 1)
+    given = {name: value for name, value in {"damping": 0.5, "probability": 0.1}.items() if name in own} | given
+    if point.get("minibatch"):
+        given["sampler"] = laqjax.oracle.Blocks(
+            int(laqjax.core.number("minibatch", point["minibatch"], np.int32, least=1))
+        )
     return factories()[point["algorithm"]](oracle, num_workers=point["workers"], **given)
+
+
+def compressor(text: str) -> Any:
+    """A compressor by name, as `top_k:50`."""
+    name, _, number = text.partition(":")
+    makers = ("grid", "identity", "natural", "qsgd", "rand_k", "sampled", "sign", "ternary", "top_k")
+    try:
+        return getattr(laqjax.compressors, name if name in makers else "")(*([float(number)] if number else []))
+    except (AttributeError, TypeError):
+        raise ValueError(
+            f"compressor = {text!r}: expected one of {', '.join(makers)}, with its number as top_k:50"
+        ) from None
 
 
 def planned(groups: Sequence[Group], settings: Settings) -> dict[str, Any]:
@@ -518,7 +566,7 @@ def frames(
         "final_loss": pl.Float64,
     }
     kinds |= {f"{name}_{t:g}": pl.Int64 for t in settings.target for name in COST[:-1]}
-    kinds |= {name: pl.Float64 for name in KNOBS}
+    kinds |= {name: pl.Float64 for name in KNOBS} | {"compressor": pl.String, "k": pl.Int64, "minibatch": pl.Int64}
     return {
         "curves": pl.concat(curves),
         "masks": pl.DataFrame(masks),
@@ -657,11 +705,11 @@ def merge(folders: tyro.conf.Positional[tuple[Path, ...]], /, out: Path) -> None
     report(out, console)
 
 
-def parsed(given: Sequence[str]) -> Settings:
+def parsed(given: Sequence[str], kind: type[Settings] = Settings, about: str | None = __doc__) -> Any:
     """The settings of a command line; those of its config file stand before it, so that the command line wins."""
-    settings = tyro.cli(Settings, args=given, prog="experiments.sweep", description=__doc__)
+    settings = tyro.cli(kind, args=given, description=about)
     if settings.config:
-        settings = tyro.cli(Settings, args=[*from_file(settings.config), *given], prog="experiments.sweep")
+        settings = tyro.cli(kind, args=[*from_file(settings.config, kind), *given], description=about)
     return settings
 
 
