@@ -132,9 +132,9 @@ def authors_start(oracle: Any) -> Array:
 
 def cross_entropy(logits: Float[Array, "classes n"], y: Int[Array, " n"]) -> Float[Array, " n"]:
     """-log softmax(logits)[y] per example. The label is picked by a comparison: a gather costs more than the product."""
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=0))
-    log_sum = jnp.log(jnp.sum(jnp.exp(logits - top), axis=0)) + top
-    mine = jnp.arange(logits.shape[0], dtype=y.dtype)[:, None] == y
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=0, keepdims=True))
+    log_sum = jnp.log(jnp.sum(jnp.exp(logits - top), axis=0)) + top[0]
+    mine = jnp.arange(logits.shape[0], dtype=y.dtype)[:, None] == y[None]
     return log_sum - jnp.sum(jnp.where(mine, logits, 0), axis=0)
 
 

@@ -59,12 +59,11 @@ def run(settings: Settings) -> Path:
     laqjax.core.number("trials", settings.trials, np.int32, least=1)
     batch = int(laqjax.core.number("batch", settings.batch or 1, np.int32, least=1))
     space = searched(settings)
-    paper = {name: PAPER[name] for name in space}
-    paper |= {
-        n: float(np.clip(PAPER[n], min(v), max(v))) for n in ("xi", "lr") if n in space and (v := getattr(settings, n))
-    }
+    values = sweep.axes(settings)
+    paper: dict[str, Any] = {name: PAPER.get(name, values[name][0]) for name in space}
+    paper |= {n: float(np.clip(PAPER[n], min(values[n]), max(values[n]))) for n in ("xi", "lr") if n in space}
     # the ends of all ranges are checked before anything is compiled
-    corners = itertools.product(*(getattr(settings, name) for name in space))
+    corners = itertools.product(*(values[name] for name in space))
     points = points_of([paper, *(dict(zip(space, corner, strict=True)) for corner in corners)], settings)
     (group,) = sweep.checked(points, settings, console)
     widest = max((int(point["window"]) for point in points if point["window"]), default=1)
@@ -110,16 +109,18 @@ def run(settings: Settings) -> Path:
 
 def searched(settings: Settings) -> dict[str, BaseDistribution]:
     """What Optuna draws from, a knob each. ValueError for more than one problem, or an empty axis."""
-    many = [name for name in SHAPES if len(getattr(settings, name)) != 1]
-    if many:
-        raise ValueError(f"{many[0]} = {getattr(settings, many[0])}: expected one; a search runs on one problem")
-    own = sweep.knobs(settings.algorithm[0])
+    own, given = sweep.knobs(settings.algorithm[0]), sweep.axes(settings)
+    for name in SHAPES:
+        if len(given[name]) != 1:
+            raise ValueError(f"{name} = {given[name]}: expected one; a search runs on one problem")
     space: dict[str, BaseDistribution] = {}
-    for name in (name for name in KNOBS if name in own):
-        values = getattr(settings, name)
+    for name in ("seed", *(name for name in KNOBS if name in own and given[name] != (None,))):
+        values = given[name]
+        if not values:
+            raise ValueError(f"axis {name} has no values: expected one or more")
+        if name == "seed":
+            continue
         if len(set(values)) != 2:
-            if not values:
-                raise ValueError(f"axis {name} has no values: expected one or more")
             space[name] = CategoricalDistribution([float(value) for value in values])
             continue
         low, high = sorted(values)
@@ -127,14 +128,13 @@ def searched(settings: Settings) -> dict[str, BaseDistribution]:
         if (name == "lr" and low <= 0) or (whole and (low, high) != (int(low), int(high))):
             raise ValueError(f"{name} = {values}: expected a range of {'whole' if whole else 'positive'} numbers")
         space[name] = IntDistribution(int(low), int(high)) if whole else FloatDistribution(low, high, log=name == "lr")
-    if not settings.seeds:
-        raise ValueError("axis seeds has no values: expected one or more")
     return space
 
 
 def points_of(asked: list[dict[str, float]], settings: Settings) -> list[dict[str, Any]]:
     """Rows as the sweep has them, a setting's seeds behind each other."""
-    shape = {name: getattr(settings, name)[0] for name in SHAPES} | dict.fromkeys(KNOBS)
+    given = sweep.axes(settings)
+    shape = {name: given[name][0] for name in SHAPES} | dict.fromkeys(KNOBS)
     rows = [shape | knobs | {"seed": seed} for knobs in asked for seed in settings.seeds]
     return [{"point": i, **row} for i, row in enumerate(rows)]
 
@@ -176,9 +176,14 @@ def sampler(seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(seed=seed, constant_liar=True, multivariate=True)
 
 
+def contained(axis: Any, value: float) -> bool:
+    """Whether Optuna could draw the value."""
+    return value in axis.choices if isinstance(axis, CategoricalDistribution) else axis.low <= value <= axis.high
+
+
 def remember(study: optuna.Study, space: dict[str, BaseDistribution], paper: dict[str, float], cost: Any) -> None:
     """The paper's setting: for the tables always, for the search where it lies in the ranges."""
-    if all(d._contains(d.to_internal_repr(paper[name])) for name, d in space.items()):
+    if all(contained(d, paper[name]) for name, d in space.items()):
         state = TrialState.PRUNED if cost["bits_up"] is None else TrialState.COMPLETE
         params = {name: d.to_external_repr(d.to_internal_repr(paper[name])) for name, d in space.items()}
         study.add_trial(optuna.create_trial(state=state, value=cost["bits_up"], params=params, distributions=space))

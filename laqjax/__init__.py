@@ -17,10 +17,10 @@ Notation
     nabla            aggregate   [p]       the server's sum of all memories
     alpha            lr                    step size
 
-Reading order: core (Algorithm 1) -> compressors, triggers -> algorithms -> oracle -> engine.
+Reading order: core (Algorithm 1) -> compressors, triggers -> algorithms -> oracle -> engine; theory stands apart.
 """
 
-from laqjax import algorithms, compressors, core, engine, oracle, triggers
+from laqjax import algorithms, compressors, core, engine, oracle, theory, triggers
 from laqjax.core import Algorithm, Shards, State
 from laqjax.engine import Diverged, Info, Output, init, join, run, stack, stream, sweep
 
@@ -43,5 +43,6 @@ __all__ = [
     "stack",
     "stream",
     "sweep",
+    "theory",
     "triggers",
 ]

@@ -487,6 +487,6 @@ def square(v: Float[Array, " p"]) -> Float[Array, ""]:
     return jnp.sum(v * v)
 
 
-def toss(keys: Keys, probability: Float[Array, ""]) -> Bool[Array, ""]:
+def toss(keys: Keys, probability: Float[Array | np.ndarray, ""]) -> Bool[Array, ""]:
     """The coin of the round, the same for all workers."""
     return jax.random.uniform(keys.shared, (), jnp.float32) < probability

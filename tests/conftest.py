@@ -76,6 +76,20 @@ def make_toy(dtype: Any) -> Toy:
     return Toy(tiled, tiled.ravel(params), Shards(x, y, weight))
 
 
+def square_loss(params: Any, x: Any, y: Any) -> jax.Array:
+    """Half the squared residual per example."""
+    return (x @ params - y) ** 2 / 2
+
+
+@cache
+def make_quadratic() -> Toy:
+    """Ridge regression of 5 features in double precision, its smoothness about 10."""
+    rng = np.random.default_rng(0)
+    scale = np.array([1, 1.4, 1, 0.5])[:, None, None]
+    x, y = scale * rng.normal(size=(4, 12, 5)), rng.normal(size=(4, 12))
+    return Toy(oracle.from_loss(square_loss, jnp.zeros(5), l2=0.1), jnp.zeros(5), Shards(x, y, np.ones((4, 12))))
+
+
 def programs() -> int:
     """How many programs the engine has compiled."""
     chunk: Any = engine._chunk
@@ -89,6 +103,14 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Half the time of XLA, for tests that compile many programs and run each for a moment."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def toy() -> Toy:
     return make_toy(np.float32)
@@ -97,6 +119,11 @@ def toy() -> Toy:
 @pytest.fixture
 def toy64(x64) -> Toy:
     return make_toy(np.float64)
+
+
+@pytest.fixture
+def quadratic(x64) -> Toy:
+    return make_quadratic()
 
 
 @pytest.fixture(scope="session")

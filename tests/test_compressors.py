@@ -1,5 +1,7 @@
 """Every compressor: what it may lose, and that its bytes are all that travels."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,14 +10,15 @@ from conftest import KEY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laqjax import compressors
+from laqjax import compressors, core
 
 BITS = st.integers(1, 16)
 SIZES = [1, 7, 8, 63]
 vectors = st.tuples(st.integers(0, 2**32 - 1), st.sampled_from(SIZES), st.integers(-28, 28))
+KEYS = core.Keys(KEY, jax.random.key(1), KEY)
 
-encode = jax.jit(lambda scheme, target: scheme.encode(target, KEY))
-decode = jax.jit(lambda scheme, message, like: scheme.decode(message, like))
+encode = jax.jit(lambda scheme, target, keys=KEYS: scheme.encode(target, keys))
+decode = jax.jit(lambda scheme, payload, like: scheme.decode(payload, like))
 pack = jax.jit(compressors.pack, static_argnums=1)  # jitted for speed: each new size compiles
 unpack = jax.jit(compressors.unpack, static_argnums=(1, 2))
 
@@ -25,6 +28,9 @@ def vector(seed: int, size: int, scale: int, dtype: type = np.float32) -> np.nda
     rng = np.random.default_rng(seed)
     values = rng.standard_t(2, size) * 10.0**scale
     return np.where(rng.random(size) < 0.3, 0, values).astype(dtype)
+
+
+# ---- the grid ----------------------------------------------------------------------------------------------------
 
 
 @given(BITS, vectors)
@@ -40,9 +46,9 @@ def test_the_grid_is_within_half_a_step_in_float64(bits: int, drawn: tuple[int, 
 
 def check_grid(bits: int, target: np.ndarray) -> None:
     grid = compressors.grid(bits)
-    message = encode(grid, target)
-    codes, radius = np.asarray(message.payload["codes"]), message.payload["radius"]
-    decoded = np.asarray(decode(grid, message, target))
+    payload = encode(grid, target)
+    codes, radius = np.asarray(payload["codes"]), payload["radius"]
+    decoded = np.asarray(decode(grid, payload, target))
     assert decoded.dtype == codes.dtype == target.dtype
     assert radius == np.abs(target).max()
     if radius == 0:
@@ -73,10 +79,145 @@ def test_the_grid_by_hand() -> None:
     """2 bits over [-3, 3]: the points -3, -1, 1, 3 in steps of 2; a tie goes up."""
     target = jnp.array([3, -3, 0, 0.1, -0.1, 1.9, 2, -2])
     grid = compressors.grid(2)
-    message = grid.encode(target, KEY)
-    np.testing.assert_array_equal(message.payload["codes"], [3, 0, 2, 2, 1, 2, 3, 1])
-    np.testing.assert_array_equal(grid.decode(message, target), [3, -3, 1, 1, -1, 1, 3, -1])
-    assert message.bits == 32 + 16
+    payload = grid.encode(target, KEYS)
+    np.testing.assert_array_equal(payload["codes"], [3, 0, 2, 2, 1, 2, 3, 1])
+    np.testing.assert_array_equal(grid.decode(payload, target), [3, -3, 1, 1, -1, 1, 3, -1])
+    assert core.bill(grid.wire(payload, target)) == 32 + 16
+
+
+@given(vectors, st.integers(1, 16), st.integers(0, 15))
+def test_the_adaptive_grid_chooses_between_its_bounds(drawn: Any, least: int, more: int) -> None:
+    target, most = vector(*drawn), min(least + more, 16)
+    scheme = compressors.adaptive_grid(least, most)
+    payload = encode(scheme, target)
+    bits = int(payload["bits"])
+    assert least <= bits <= most
+    assert bits == least or target.any()
+    assert core.bill(scheme.wire(payload, target)) == -(-(8 + 32 + bits * target.size) // 8) * 8
+    np.testing.assert_array_equal(decode(scheme, payload, target), decode(compressors.grid(bits), payload, target))
+
+
+def test_the_adaptive_grid_takes_more_bits_for_a_spike() -> None:
+    """radius sqrt(p) / norm is 1 for a flat vector and sqrt(p) = 64 for a single spike."""
+    scheme = compressors.adaptive_grid(1, 16)
+    flat, spike = np.ones(4096, np.float32), np.eye(1, 4096, dtype=np.float32)[0]
+    assert [int(scheme.encode(jnp.asarray(v), KEYS)["bits"]) for v in (flat, spike)] == [1, 6]
+
+
+# ---- unbiased, contractive ---------------------------------------------------------------------------------------
+
+P = 21
+UNBIASED: dict[str, tuple[Any, Any]] = {  # and omega: E ||decode - target||^2 <= omega ||target||^2
+    "qsgd-1": (compressors.qsgd(1), np.sqrt(P)),
+    "qsgd-5": (compressors.qsgd(5), P / 25),
+    "ternary": (compressors.ternary(), None),
+    "rand_k": (compressors.rand_k(4), P / 4 - 1),
+    "natural": (compressors.natural(), 1 / 8),
+    "sampled": (compressors.sampled(0.3), None),
+    "blockwise": (compressors.blockwise(compressors.natural(), (4, 17)), 1 / 8),
+}
+DRAWS = 4000
+
+
+@jax.jit
+def draws(scheme: Any, target: Any) -> Any:
+    """Decoded messages of as many keys."""
+    own = jax.random.split(KEY, DRAWS)
+    return jax.vmap(lambda key: scheme.decode(scheme.encode(target, core.Keys(key, key, key)), target))(own)
+
+
+@pytest.mark.parametrize("name", UNBIASED)
+@settings(max_examples=8)
+@given(seed=st.integers(0, 2**32 - 1), scale=st.integers(-8, 8))
+def test_the_mean_of_many_messages_is_the_vector(name: str, seed: int, scale: int) -> None:
+    """Each coordinate's mean is within 6 of its standard errors, and the variance within its bound."""
+    scheme, omega = UNBIASED[name]
+    target = vector(seed, P, scale)
+    decoded = np.asarray(draws(scheme, target), np.float64)
+    assert not decoded[:, target == 0].any()
+    error = decoded - target
+    # what is hardly ever sent may have a sample without spread: no less than one message in DRAWS
+    spread = np.maximum(decoded.std(axis=0), np.abs(decoded).max() / np.sqrt(DRAWS))
+    assert np.all(np.abs(error.mean(axis=0)) <= 6 * spread / np.sqrt(DRAWS) + 1e-6 * np.abs(target))
+    if omega is not None:
+        lost = np.sum(error**2, axis=1)
+        assert lost.mean() <= omega * np.sum(target.astype(np.float64) ** 2) + 6 * lost.std() / np.sqrt(DRAWS)
+
+
+def test_the_variance_of_rand_k_is_its_bound() -> None:
+    target = vector(0, P, 0)
+    lost = np.sum((np.asarray(draws(compressors.rand_k(4), target), np.float64) - target) ** 2, axis=1)
+    np.testing.assert_allclose(lost.mean(), (P / 4 - 1) * np.sum(target**2), rtol=0.1)
+
+
+@given(vectors, st.sampled_from([1, 5]))
+def test_what_is_lost_is_less_than_there_was(drawn: Any, k: int) -> None:
+    """top_k: delta = k / p. sign: ||target||_1^2 / (p ||target||^2), exactly where there is no zero."""
+    target = vector(*drawn[:2], 0)
+    k = min(k, target.size)
+    size = np.sum(target.astype(np.float64) ** 2)
+    top, sign = compressors.top_k(k), compressors.sign()
+    lost = [np.sum((target.astype(np.float64) - decode(s, encode(s, target), target)) ** 2) for s in (top, sign)]
+    assert lost[0] <= (1 - k / target.size) * size * (1 + 1e-6)
+    assert lost[1] <= size - np.sum(np.abs(target)) ** 2 / target.size + 1e-5 * size
+
+
+def test_the_largest_are_kept_as_they_are() -> None:
+    target = jnp.array([1.0, -5, 0, 3, -2])
+    decoded = compressors.top_k(2).decode(compressors.top_k(2).encode(target, KEYS), target)
+    np.testing.assert_array_equal(decoded, [0, -5, 0, 3, 0])
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_ternary_has_three_values(seed: int) -> None:
+    target = vector(seed, 63, 0)
+    decoded = np.asarray(decode(compressors.ternary(), encode(compressors.ternary(), target), target))
+    assert set(np.unique(decoded)) <= {np.abs(target).max(), 0, -np.abs(target).max()}
+    assert np.sum(decoded == 0) > np.sum(target == 0)
+    assert decoded.any() == target.any()
+
+
+@given(vectors)
+def test_natural_gives_powers_of_two(drawn: Any) -> None:
+    """The two around each coordinate, and not the coordinate itself."""
+    target = vector(*drawn)
+    decoded = np.asarray(decode(compressors.natural(), encode(compressors.natural(), target), target))
+    there = (target != 0) & (np.abs(target) >= np.finfo(np.float32).tiny)
+    np.testing.assert_array_equal(np.sign(decoded[there]), np.sign(target[there]))
+    fraction, _ = np.frexp(np.abs(decoded[there]))
+    assert np.all(fraction == 0.5)
+    ratio = np.abs(decoded[there].astype(np.float64) / target[there])
+    assert np.all((ratio > 0.5) & (ratio < 2))
+    assert not np.any(decoded[there] == target[there]) or np.any(np.frexp(np.abs(target[there]))[0] == 0.5)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_sampled_keeps_about_its_share(seed: int) -> None:
+    """On average the density, no matter how heavy the tail; the largest is not scaled down."""
+    target = np.random.default_rng(seed).standard_t(3, P).astype(np.float32)
+    kept = np.asarray(draws(compressors.sampled(0.3), target)) != 0
+    assert abs(kept.sum(axis=1).mean() / (0.3 * P) - 1) < 0.15
+
+
+def test_each_block_has_its_own_radius() -> None:
+    target = jnp.array([1.0, -1, 0.5, 100, -50, 1, 1])
+    scheme = compressors.blockwise(compressors.grid(4), (3, 4))
+    payload = scheme.encode(target, KEYS)
+    assert [float(payload[i]["radius"]) for i in ("0", "1")] == [1, 100]
+    decoded = scheme.decode(payload, target)
+    assert np.abs(decoded - target)[:3].max() <= 1 / 15 + 1e-6
+    assert core.bill(scheme.wire(payload, target)) == -(-(2 * 32 + 4 * 7) // 8) * 8
+    with pytest.raises(ValueError, match=r"blockwise sizes = \(3, 3\) add up to 6: expected p = 7"):
+        compressors.blockwise(compressors.grid(4), (3, 3)).encode(target, KEYS)
+
+
+def test_blocks_draw_on_their_own() -> None:
+    scheme = compressors.blockwise(compressors.rand_k(3), (30, 30))
+    payload = scheme.encode(jnp.ones(60), KEYS)
+    assert set(np.asarray(payload["0"]["index"])) != set(np.asarray(payload["1"]["index"]))
+
+
+# ---- bills -------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=30)
@@ -90,19 +231,67 @@ def test_pack_is_dense_and_unpack_its_inverse(bits: int, size: int, seed: int) -
     np.testing.assert_array_equal(unpack(data, bits, size), codes)
 
 
-SCHEMES = {"identity": compressors.identity()} | {f"grid-{bits}": compressors.grid(bits) for bits in (3, 16)}
+SCHEMES: dict[str, tuple[Any, Any]] = {  # and its bits before they are rounded up to bytes: of p, float bits f
+    "identity": (compressors.identity(), lambda p, f: f * p),
+    **{f"grid-{bits}": (compressors.grid(bits), lambda p, f, b=bits: f + b * p) for bits in range(1, 17)},
+    "adaptive": (compressors.adaptive_grid(5, 5), lambda p, f: 8 + f + 5 * p),
+    "qsgd-1": (compressors.qsgd(1), lambda p, f: f + 2 * p),
+    "qsgd-7": (compressors.qsgd(7), lambda p, f: f + 4 * p),
+    "qsgd-8": (compressors.qsgd(8), lambda p, f: f + 5 * p),
+    "qsgd-65535": (compressors.qsgd(65535), lambda p, f: f + 17 * p),
+    "ternary": (compressors.ternary(), lambda p, f: f + 2 * p),
+    "sign": (compressors.sign(), lambda p, f: f + p),
+    "sign-alone": (compressors.sign(scaled=False), lambda p, f: p),
+    "natural": (compressors.natural(), lambda p, f: (9 if f == 32 else 12) * p),
+    "top_k": (compressors.top_k(1), lambda p, f: f + max(int(np.ceil(np.log2(p))), 1)),
+    "rand_k": (compressors.rand_k(1), lambda p, f: f + max(int(np.ceil(np.log2(p))), 1)),
+    "sampled": (compressors.sampled(0.3), None),
+    "coin-never": (compressors.coin(compressors.grid(3), 1e-9), lambda p, f: 1 + f + 3 * p),
+    "coin-always": (compressors.coin(compressors.grid(3), 1), lambda p, f: 1 + f * p),
+    "coin-natural": (compressors.coin(compressors.natural(), 1), lambda p, f: 1 + f * p),
+    "coin-top_k": (compressors.coin(compressors.top_k(1), 1), lambda p, f: 1 + f * p),
+    "coin-sampled": (compressors.coin(compressors.sampled(0.5), 1), lambda p, f: 1 + f * p),
+}
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.parametrize("size", [1, 21])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [1, 21])
+@pytest.mark.parametrize("name", SCHEMES)
 def test_the_bytes_are_the_message(name: str, size: int, dtype: type) -> None:
+    """As many as billed, no more than the scheme says, and what they decode to is what the sender decoded."""
+    scheme, formula = SCHEMES[name]
     with jax.enable_x64(dtype is np.float64):
-        scheme, like = SCHEMES[name], vector(0, size, 0, dtype)
-        message = encode(scheme, like)
-        data = scheme.pack(message)
-        back = scheme.unpack(data, like)
-        assert 8 * len(data) == message.bits == back.bits
-        for key, sent in message.payload.items():
-            np.testing.assert_array_equal(np.asarray(sent), np.asarray(back.payload[key]), strict=True)
-        np.testing.assert_array_equal(decode(scheme, back, like), decode(scheme, message, like))
+        for like in (vector(3, size, 0, dtype), np.zeros(size, dtype)):
+            target = jnp.asarray(like)
+            payload = scheme.encode(target, KEYS)
+            data = compressors.to_bytes(scheme, payload, target)
+            assert 8 * len(data) == core.bill(scheme.wire(payload, target))
+            if formula:
+                assert len(data) == -(-formula(size, 8 * like.itemsize) // 8)
+            decoded = np.asarray(scheme.decode(payload, target))
+            np.testing.assert_array_equal(
+                np.asarray(compressors.from_bytes(scheme, data, target)), decoded, strict=True
+            )
+            assert decoded.dtype == dtype
+            assert np.all(np.isfinite(decoded))
+            if not like.any() and name != "sign-alone":  # one bit has no zero
+                assert not decoded.any()
+
+
+def test_a_sampled_message_bills_what_it_holds() -> None:
+    scheme, target = compressors.sampled(0.3), jnp.asarray(vector(0, 63, 0))
+    bills = set()
+    for key in jax.random.split(KEY, 6):
+        payload = scheme.encode(target, core.Keys(key, key, key))
+        kept = int(np.sum(np.asarray(payload["kept"])))
+        bills.add(int(core.bill(scheme.wire(payload, target))))
+        assert core.bill(scheme.wire(payload, target)) == 64 + 32 * kept
+    assert len(bills) > 1
+
+
+def test_indices_are_billed() -> None:
+    """17 coordinates need 5 bits each to be named, 16 need 4."""
+    for size, width in ((16, 4), (17, 5), (7850, 13)):
+        target = jnp.arange(1.0, size + 1)
+        for scheme in (compressors.top_k(8), compressors.rand_k(8)):
+            assert core.bill(scheme.wire(scheme.encode(target, KEYS), target)) == 8 * (32 + width)

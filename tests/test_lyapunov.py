@@ -15,19 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import KEY
+from conftest import KEY, square_loss
 from hypothesis import given
 from hypothesis import strategies as st
 
 import laqjax
-from laqjax import Algorithm, Shards, algorithms
+from laqjax import Algorithm, Shards, algorithms, theory
 
 M, N, P, WINDOW, ROUNDS = 3, 6, 4, 5, 40
 L2 = 0.05
-
-
-def square_loss(params: Any, x: Any, y: Any) -> jax.Array:
-    return (x @ params - y) ** 2 / 2
 
 
 def logistic_loss(params: Any, x: Any, y: Any) -> jax.Array:
@@ -72,7 +68,7 @@ def check_descent(
         # of f, a sum over workers of means over examples
         hessian = CURVATURE[loss] * np.einsum("mni,mnj->ij", x, x) / N + M * L2 * np.eye(P)
         lr = lr_times_l / np.linalg.norm(hessian, 2)
-        xi = np.array(shape) / sum(shape) * share * (1 - lr_times_l) / 2
+        xi = np.array(shape) / sum(shape) * share * theory.sum_of_xi(lr, lr_times_l / lr)
         oracle = laqjax.oracle.from_loss(loss, jnp.zeros(P), l2=L2)
         alg: Algorithm = factory(oracle, lr=lr, num_workers=M, xi=xi, max_window=WINDOW, **knobs, **bits)
         record = ["worker_loss", "grad", "error_sq", "step_sq"]
@@ -86,9 +82,15 @@ def check_descent(
     last_error_sq = np.zeros((ROUNDS, M))
     for k in range(1, ROUNDS):
         last_error_sq[k] = np.where(out.info.sent[k - 1], facts["error_sq"][k - 1], last_error_sq[k - 1])
-    beta = np.cumsum(xi[::-1])[::-1] / lr
-    v = facts["worker_loss"].sum(axis=1) + motion @ beta
+    v = theory.lyapunov(facts["worker_loss"].sum(axis=1), motion, xi, lr)
     gradient_sq = np.sum(facts["grad"].sum(axis=1) ** 2, axis=1)
     noise = lr * M * np.sum(4 * facts["error_sq"] + 3 * last_error_sq, axis=1)
     bound = v - lr / 2 * gradient_sq + noise
     assert np.all(v[1:] <= bound[:-1] + 1e-13 * v[0])
+
+
+def test_the_lyapunov_function_by_hand() -> None:
+    """beta_1 carries all weights, beta_D the last one only."""
+    xi, motion = np.array([0.1, 0.2, 0.3]), np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 2, 3]])
+    v = theory.lyapunov(np.array([0.0, 0, 0, 7]), motion, xi, 0.5)
+    np.testing.assert_allclose(v, [0.6 / 0.5, 0.5 / 0.5, 0.3 / 0.5, 7 + (0.6 + 2 * 0.5 + 3 * 0.3) / 0.5])

@@ -1,0 +1,43 @@
+"""The README's Python blocks run as they stand."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import laqjax
+from experiments import problems
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+
+
+def test_use_it(mnist: laqjax.Shards) -> None:
+    names: dict[str, Any] = {}
+    first = next(block for block in BLOCKS if "datasets.load" in block)
+    exec(first.replace("rounds=200", "rounds=5"), names)  # what it shows does not depend on how long it runs
+    out = names["out"]
+    assert int(out.state.server.broadcast.round) == 10
+    np.testing.assert_array_equal(names["shards"].x, mnist.x)
+
+
+def test_your_own_method() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (10, 12, 20)).astype(np.uint8), rng.integers(0, 3, (10, 12)).astype(np.int32)
+    problem = problems.softmax(20, 3)
+    oracle = problem.oracle()
+    names: dict[str, Any] = {"oracle": oracle, "theta0": problem.theta0(oracle)}
+    names["shards"] = laqjax.Shards(x, y, np.ones((10, 12), np.float32))
+    exec(next(block for block in BLOCKS if "Adding" in block or "class Half" in block), names)
+    one, many, alg = names["one"], names["many"], names["algs"][0]
+    np.testing.assert_array_equal(many.info.sent[:, 0], one.info.sent)
+    assert 0 < one.info.sent.mean() < 1
+    assert set(one.info.bits_up[one.info.sent]) == {16 * oracle.size}
+    like = names["theta0"]
+    keys = laqjax.core.Keys(*3 * [np.zeros(2, np.uint32)])
+    payload = alg.compressor.encode(like, keys)
+    data = laqjax.compressors.to_bytes(alg.compressor, payload, like)
+    assert 8 * len(data) == laqjax.core.bill(alg.compressor.wire(payload, like)) == 16 * oracle.size
+    np.testing.assert_array_equal(
+        laqjax.compressors.from_bytes(alg.compressor, data, like), alg.compressor.decode(payload, like)
+    )

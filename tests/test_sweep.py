@@ -1,0 +1,497 @@
+"""The sweep's promises: rows are single runs, kills lose nothing, wrong requests are named, memory stays inside."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import polars as pl
+import pytest
+from conftest import programs
+from polars.testing import assert_frame_equal
+
+import laqjax
+from experiments import files, plots, problems, sweep
+from laqjax import core, engine
+
+ROOT = Path(__file__).parents[1]
+ENV = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+DATA = "synthetic-logistic?workers=4&samples=30&features=10"
+TASK = ["--dataset", DATA, "--problem", "logistic", "--workers", "4", "--compute-ms", "1"]
+TASK += ["--target", "10", "5", "3", "--rounds", "100"]
+GRID = ["-b", "2", "4", "8", "-C", "10", "100", "-D", "1", "5", "--lr", "0.05", "0.1"]  # 24 points
+EIGHT = ["-b", "4", *GRID[4:]]
+EARLY = ["point", "bits", "limit", "window", "lr", "rounds_10", "uploads_10", "bits_up_10", "rounds_5", "diverged"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests' sweeps keep f*."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    quicken(monkeypatch, home)
+
+
+def quicken(patch: pytest.MonkeyPatch, home: Path) -> None:
+    """No figures where nobody looks at them; equal sweeps share their programs."""
+    patch.setattr(sweep, "report", lambda folder, console: None)
+    patch.setattr(problems, "logistic", LOGISTIC)
+    patch.setattr(problems.Problem, "oracle", ORACLE)
+    patch.chdir(home)
+
+
+LOGISTIC, ORACLE = cache(problems.logistic), cache(problems.Problem.oracle)
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Path:
+    """The grid in batches of 5: the last of them is filled up."""
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch, home)
+        return run("--batch", "5", *GRID, out=home / "whole")
+
+
+def run(*more: str, out: Path) -> Path:
+    sweep.main([*TASK, *more, "--out", str(out)])
+    return out
+
+
+def command(*more: str, out: Path) -> list[str]:
+    return [sys.executable, "-m", "experiments.sweep", *TASK, *more, "--out", str(out)]
+
+
+def rows(folder: Path, name: str = "points") -> pl.DataFrame:
+    return pl.read_parquet(folder / f"{name}.parquet")
+
+
+def masks(folder: Path) -> list[np.ndarray]:
+    """Who sent when, [rounds, workers] a point."""
+    return [
+        np.unpackbits(np.frombuffer(row["sent"], np.uint8), count=row["rounds"] * row["workers"]).reshape(
+            row["rounds"], row["workers"]
+        )
+        for row in rows(folder, "masks").iter_rows(named=True)
+    ]
+
+
+def same(a: Path, b: Path) -> None:
+    """Every row of every table, exactly."""
+    for name in ("points", "curves", "masks", "summary"):
+        assert_frame_equal(rows(a, name), rows(b, name), check_exact=True)
+
+
+def alike(a: pl.DataFrame, b: pl.DataFrame) -> None:
+    """Early columns exactly, late costs to 3 %."""
+    early = [name for name in EARLY if name in a.columns]
+    assert_frame_equal(a.select(early), b.select(early))
+    late = [name for name in a.columns if name.endswith("_3") or name == "final_loss"]
+    for name in late:
+        assert_frame_equal(a.select(name), b.select(name), rel_tol=0.03)
+
+
+def same_early(a: Path, b: Path) -> None:
+    alike(rows(a), rows(b))
+    for left, right in zip(masks(a), masks(b), strict=True):
+        np.testing.assert_array_equal(left[:50], right[:50])
+
+
+def groups(*more: str) -> list[sweep.Group]:
+    settings = sweep.parsed([*TASK, *more])
+    return sweep.checked(list(sweep.select(settings)), settings, sweep.Console(quiet=True))
+
+
+def refusal(*more: str, out: Path = Path("refused")) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run(*more, out=out)
+    return str(stop.value)
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_single_runs(whole: Path) -> None:
+    (group,) = groups(*GRID)
+    table, sent = rows(whole), masks(whole)
+    for i in np.random.default_rng(0).choice(24, 6, replace=False):
+        row = table.row(i, named=True)
+        start, key = group.problem.theta0(group.oracle, row["seed"]), jax.random.key(row["seed"])
+        info = engine.run(group.algs[i], start, group.shards, 100, key).info
+        np.testing.assert_array_equal(sent[i][:50], info.sent[: min(50, len(sent[i]))])
+        met = np.flatnonzero(info.loss - group.f_star <= 3)
+        assert row["reached"] == bool(len(met))
+        last = met[0] if len(met) else 99
+        assert row["final_loss"] == pytest.approx(info.loss[last], rel=0.03)
+        assert sent[i].sum() == pytest.approx(info.sent[:last].sum(), rel=0.03)
+        if len(met):
+            assert row["uploads_3"] == sent[i].sum()
+            assert row["bits_up_3"] == pytest.approx(info.bits_up[:last].sum(), rel=0.03)
+            assert row["bits_down_3"] == 320 * row["rounds_3"]
+
+
+def test_filled_up_batches_give_every_point_once(whole: Path) -> None:
+    assert files.read_json(whole / "plan.json")["batch"] == [5]
+    for name in ("points", "masks"):
+        assert rows(whole, name)["point"].to_list() == list(range(24))
+    assert rows(whole).select("bits", "limit", "window", "lr").n_unique() == 24
+    assert rows(whole, "curves")["point"].unique().sort().to_list() == list(range(24))
+    assert len(rows(whole, "summary")) == 24
+
+
+def test_compaction_changes_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    stream = engine.sweep_stream
+
+    def counted(algs: Any, state: Any, shards: Any, rounds: int, keys: Any, **given: Any) -> Any:
+        sizes.append(len(keys))
+        return stream(algs, state, shards, rounds, keys, **given)
+
+    monkeypatch.setattr(engine, "sweep_stream", counted)
+    given = ["--batch", "8", *EIGHT, "--rounds", "60", "--target", "10", "5"]
+    monkeypatch.setattr(sweep, "CHUNK", 60)
+    straight = run(*given, out=tmp_path / "straight")
+    assert sizes == [8]
+    monkeypatch.setattr(sweep, "CHUNK", 10)
+    first, again = (run(*given, out=tmp_path / name) for name in ("first", "again"))
+    cut = sizes[1 : len(sizes) // 2 + 1]
+    assert cut[0] == 8
+    assert min(cut) < 8
+    assert sizes[1:] == 2 * cut
+    assert rows(first)["rounds_5"].n_unique() > 3
+    same(first, again)
+    same_early(straight, first)
+
+
+def test_one_program_for_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "CHUNK", 40)  # nobody is at the target when it ends
+    before = programs()
+    out = run("--rounds", "40", "--target", "1e-9", "--batch", "7", *GRID, out=tmp_path / "out")
+    assert programs() == before + 1
+    assert not rows(out)["reached"].any()
+
+
+def test_four_devices(whole: Path, tmp_path: Path) -> None:
+    given = ["--batch", "8", *EIGHT, "--rounds", "50"]
+    env = ENV | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run(command(*given, out=tmp_path), env=env, check=True, stdout=subprocess.DEVNULL)
+    assert files.read_json(tmp_path / "plan.json") == {"batch": [8], "compute_ms": [1.0], "devices": 4}
+    mine = rows(whole)["bits"] == 4
+    early = ["limit", "window", "lr", "rounds_10", "uploads_10", "bits_up_10"]
+    assert_frame_equal(rows(whole).filter(mine).select(early), rows(tmp_path).select(early))
+    here = [mask for mask, is_mine in zip(masks(whole), mine, strict=True) if is_mine]
+    for left, right in zip(here, masks(tmp_path), strict=True):
+        np.testing.assert_array_equal(left[:49], right)
+    assert "made for 4 devices, here are 1" in refusal(*given, out=tmp_path)
+
+
+@pytest.mark.parametrize("kills", [(4,), pytest.param((0, 7, 12), marks=pytest.mark.long)])
+def test_kills_lose_nothing(kills: tuple[int, ...], whole: Path, tmp_path: Path) -> None:
+    """Killed a moment after so many batch files are there, three a batch."""
+    given, rng = ["--batch", "5", *GRID], np.random.default_rng()
+    for wanted in kills:
+        process = subprocess.Popen(command(*given, out=tmp_path), env=ENV, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "plan.json").exists() or len(list(tmp_path.glob("batches/0*"))) < wanted:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.02))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "points.parquet").exists()
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("batches/0*")}
+    complete = [path for path in done if path.with_name(f"{path.name[:10]}-points.parquet") in done]
+    assert kills[-1] <= len(done) < 15
+    # what a kill in the middle of a write leaves behind
+    (tmp_path / "batches" / ".99.000-000000-points.parquet").write_bytes(b"PAR1")
+    run(*given, out=tmp_path)
+    same(tmp_path, whole)
+    assert all(path.stat().st_mtime_ns == done[path] for path in complete)
+    assert files.read_json(tmp_path / "run.json")["points_computed"] == 24 - 5 * len(complete) // 3
+
+
+def test_a_damaged_batch_heals(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    part = out / "batches" / "000-000010-curves.parquet"
+    part.write_bytes(part.read_bytes()[:100])
+    run("--batch", "5", *GRID, out=out)
+    said = "".join(capsys.readouterr().out.split())
+    assert "000-000010-curves.parquetisdamaged" in said
+    assert "000-000010-curves.parquet.damaged-1" in said
+    assert part.with_name(f"{part.name}.damaged-1").stat().st_size == 100
+    same(out, whole)
+    assert files.read_json(out / "run.json")["points_computed"] == 5
+
+
+# ---- what is asked for ---------------------------------------------------------------------------------------------
+
+
+def test_another_sweep_is_refused(whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    said = refusal("--batch", "5", *GRID, "--xi", "0.4", "--uplink-mbps", "1", out=whole)
+    assert "uplink_mbps: 10.0 there, 1.0 asked for; xi: [0.8] there, [0.4] asked for" in said
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_all_bad_points_are_named_before_anything_is_compiled() -> None:
+    before = programs()
+    said = refusal("-b", "4", "0", "2.5", "-C", "10", "-1", "-D", "1", out=Path("bad"))
+    assert said.startswith("error: 5 of 6 points cannot run:")
+    assert [line.split(":")[0].strip() for line in said.splitlines()[1:]] == [f"point {i}" for i in range(1, 6)]
+    assert "bits = 0" in said.replace(".0", "")
+    assert "limit = -1" in said
+    assert programs() == before
+    assert not Path("bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--shard", "3/2"], "shard = '3/2': expected i/n"),
+        (["--shard", "one"], "shard = 'one': expected i/n"),
+        (["--shard", "1/99"], "expected at most 16 shards for 16 points"),
+        (["--random", "0"], "random = 0: expected one whole number"),
+        (["--algorithm", "lac"], "algorithm = 'lac': expected one of "),
+        (["--algorithm", "ef21", "--compressor", "tip_k:3"], "compressor = 'tip_k:3': expected one of"),
+        (["--problem", "softmaxx"], "problem = 'softmaxx' on synthetic-logistic: expected"),
+        (["--target", "1", "2"], "the largest first"),
+        (["--rounds", "0"], "rounds = 0: expected"),
+        (["--batch", "-1"], "batch = -1: expected"),
+        (["--uplink-mbps", "0"], "uplink_mbps = 0.0: expected a number > 0"),
+        (["--lr"], "axis lr has no values"),
+        (["--config", "none.toml"], "none.toml"),
+        (["--memory", "1e-9"], "expected at least the"),
+        (["--dataset", "synthetic-linear?workers=4", "--problem", "softmax"], "ridge for numbers"),
+    ],
+)
+def test_refusals(given: list[str], said: str) -> None:
+    assert said in refusal(*given)
+
+
+def test_random_points() -> None:
+    axes = ["-b", "2", "8", "-C", "1", "200", "-D", "1", "4", "9", "--lr", "0.001", "0.1", "--random", "200"]
+    settings = sweep.parsed([*TASK, *axes])
+    points = pl.DataFrame(list(sweep.select(settings)))
+    assert len(points) == 200
+    assert set(points["bits"]) == set(range(2, 9))
+    assert set(points["window"]) == {1, 4, 9}
+    assert points["limit"].is_between(1, 200).all()
+    assert (points["limit"] % 1 == 0).all()
+    assert points["lr"].is_between(0.001, 0.1).all()
+    assert points.filter(pl.col("lr") < 0.01).height == pytest.approx(100, abs=25)  # a log scale
+    assert list(sweep.select(settings)) == points.to_dicts()
+    other = sweep.parsed([*TASK, *axes, "--random-seed", "1"])
+    assert list(sweep.select(other)) != points.to_dicts()
+
+
+def test_knobs_that_an_algorithm_lacks_collapse(tmp_path: Path) -> None:
+    axes = ["--algorithm", "gd", "qgd", "laq", "-b", "2", "4", "-C", "10", "20", "-D", "1", "--lr", "0.1"]
+    points = pl.DataFrame(list(sweep.select(sweep.parsed([*TASK, *axes])))).sort("algorithm", "bits", "limit")
+    assert points["algorithm"].to_list() == ["gd", *["laq"] * 4, "qgd", "qgd"]
+    assert points["bits"].to_list() == [None, 2, 2, 4, 4, 2, 4]
+    assert points["limit"].to_list() == [None, 10, 20, 10, 20, None, None]
+    out = run("--algorithm", "gd", *axes[4:], "--rounds", "20", out=tmp_path / "out")
+    (gd,) = rows(out).iter_rows(named=True)
+    assert gd["uploads_10"] == 4 * gd["rounds_10"]
+    assert gd["bits_up_10"] == 320 * gd["uploads_10"]
+
+
+def test_config_files_are_the_command_line(tmp_path: Path) -> None:
+    line = ["-b", "2", "4", "--lr", "0.05", "--target", "1e-1", "1e-2", "--rounds", "600", "--dataset", DATA]
+    line += ["--random", "7", "--smoke", "--out", "there", "--partition-seed", "3"]
+    expected = sweep.parsed(line)
+    toml, yaml = tmp_path / "a.toml", tmp_path / "a.yaml"
+    toml.write_text(
+        f'bits = [2, 4]\nlr = 0.05\ntarget = [1e-1, 1e-2]\nrounds = 600\ndataset = "{DATA}"\nrandom = 7\n'
+        'smoke = true\nout = "there"\npartition_seed = [3]\n'
+    )
+    yaml.write_text(
+        f"bits: [2, 4]\nlr: 0.05\ntarget: [1e-1, 1e-2]\nrounds: 600\ndataset: '{DATA}'\nrandom: 7\n"
+        "smoke: true\nout: there\npartition_seed: 3\n"
+    )
+    for path in (toml, yaml):
+        assert sweep.replace(sweep.parsed(["--config", str(path)]), config=None) == expected
+        # the command line wins, also where it asks for the default
+        mixed = sweep.parsed(["--config", str(path), "-b", "2", "3", "4", "8", "--random", "None", "--no-smoke"])
+        assert (mixed.bits, mixed.random, mixed.smoke, mixed.lr) == ((2, 3, 4, 8), None, False, (0.05,))
+    toml.write_text("bitz = 3\n")
+    assert "['bitz'] are no settings" in refusal("--config", str(toml))
+    toml.write_text("bits = [\n")
+    assert "is no TOML" in refusal("--config", str(toml))
+
+
+def test_shards_merge_to_the_whole(whole: Path, tmp_path: Path) -> None:
+    one, two = (run("--shard", f"{i}/2", "--batch", "5", *GRID, out=tmp_path / f"{i}") for i in (1, 2))
+    assert sorted([*rows(one)["point"], *rows(two)["point"]]) == list(range(24))
+
+    def merge(*folders: Path) -> None:
+        sweep.main(["merge", *map(str, folders), "--out", str(tmp_path / "out")])
+
+    merge(one, two)
+    same_early(whole, tmp_path / "out")
+    assert len(rows(tmp_path / "out", "summary")) == 24
+    with pytest.raises(SystemExit, match=r"shards \['1/2'\]: expected \['1/2', '2/2'\], each once"):
+        merge(one)
+    with pytest.raises(SystemExit, match="each once"):
+        merge(one, two, one)
+    with pytest.raises(SystemExit, match=r"shards \['1/2', '1/1'\]: expected"):
+        merge(one, whole)
+    foreign = run("--shard", "2/2", "--batch", "5", *GRID, "--xi", "0.5", out=tmp_path / "foreign")
+    with pytest.raises(SystemExit, match=r"holds another sweep: xi: \[0.5\] here, \[0.8\] there"):
+        merge(one, foreign)
+    (two / "points.parquet").unlink()
+    with pytest.raises(SystemExit, match="is not finished"):
+        merge(one, two)
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_seconds_of_a_hand_made_run() -> None:
+    """2 workers on 1 Mbit/s up and 10 Mbit/s down, 20 ms one way, 5 ms a gradient: the slowest message counts."""
+    settings = sweep.Settings(target=(1.0, 0.1), uplink_mbps=1, downlink_mbps=10, latency_ms=20)
+    point: dict[str, Any] = {"point": 7, "bits": None, "limit": None, "window": None, "xi": None, "lr": 0.1}
+    loss = np.array([[3.0], [1.5], [0.9], [0.05]])
+    sent = np.array([[[1, 1]], [[0, 0]], [[0, 1]], [[1, 1]]], bool)
+    up = np.array([[[1000, 2000]], [[0, 0]], [[0, 500]], [[9, 9]]])
+    down = np.full((4, 1), 10_000)
+    made = sweep.frames([point], 0.0, settings, 5.0, loss, sent, up, down, np.array([4]), np.array([np.nan]))
+    row = made["points"].row(0, named=True)
+    quiet = 0.005 + 0.020 + 10_000 / 1e7  # compute, the model's way down, its bits
+    spent = np.cumsum([0, quiet + 0.020 + 2000 / 1e6, quiet, quiet + 0.020 + 500 / 1e6])
+    assert (row["rounds_1"], row["uploads_1"], row["bits_up_1"], row["bits_down_1"]) == (2, 2, 3000, 20_000)
+    assert (row["rounds_0.1"], row["uploads_0.1"], row["bits_up_0.1"], row["bits_down_0.1"]) == (3, 3, 3500, 30_000)
+    assert row["seconds_1"] == pytest.approx(spent[2])
+    assert row["seconds_0.1"] == pytest.approx(spent[3])
+    np.testing.assert_allclose(made["curves"]["seconds"], spent)
+    assert made["curves"]["bits"].to_list() == [0, 13_000, 23_000, 33_500]
+    mask = made["masks"].row(0, named=True)
+    np.testing.assert_array_equal(np.unpackbits(np.frombuffer(mask["sent"], np.uint8), count=6), [1, 1, 0, 0, 0, 1])
+
+
+def test_a_point_that_diverges_at_once_is_a_row() -> None:
+    settings = sweep.Settings(target=(1.0,))
+    nothing = np.zeros((2, 1, 2), np.int64)
+    loss, none = np.full((2, 1), np.inf), np.array([np.nan])
+    made = sweep.frames(
+        [{"point": 0}], 0.0, settings, 1.0, loss, nothing > 0, nothing, nothing[..., 0], np.array([2]), none
+    )
+    row = made["points"].row(0, named=True)
+    assert (row["diverged"], row["reached"], row["final_loss"], row["rounds_1"]) == (True, False, None, None)
+    assert made["masks"].row(0, named=True)["rounds"] == 0
+
+
+def test_means_and_intervals_over_seeds() -> None:
+    shape = dict.fromkeys(sweep.SHAPES, "x")
+    knobs = {"bits": [4.0, 4.0, 4.0, 2.0, 2.0], "limit": 10.0, "window": None, "xi": 0.8, "lr": 0.1}
+    table = pl.DataFrame(
+        {
+            "point": range(5),
+            "seed": [0, 1, 2, 0, 1],
+            "rounds_0.1": [10, 12, 17, 5, None],
+            "uploads_0.1": [1, 2, 3, 4, None],
+            "bits_up_0.1": [1, 2, 3, 4, None],
+            "bits_down_0.1": [1, 2, 3, 4, None],
+            "seconds_0.1": [1.0, 2.0, 3.0, 4.0, None],
+            "rounds_run": [20] * 5,
+            "final_loss": [0.5, 0.5, 0.5, 1.0, 2.0],
+            "accuracy": [None] * 5,
+            "reached": [True, True, True, True, False],
+            "diverged": [False] * 5,
+        }
+        | {"bits": knobs.pop("bits")},
+        schema_overrides={"accuracy": pl.Float64},
+    ).with_columns(**{name: pl.lit(value) for name, value in (shape | knobs).items()})
+    four, two = sweep.summarised(table).iter_rows(named=True)
+    assert (four["seeds"], four["reached"], four["rounds_0.1"]) == (3, 3, 13)
+    assert four["rounds_0.1_ci95"] == pytest.approx(4.302653 * np.std([10, 12, 17], ddof=1) / np.sqrt(3))
+    assert four["final_loss_ci95"] == 0
+    assert four["accuracy"] is None
+    assert (two["seeds"], two["reached"], two["rounds_0.1"], two["rounds_0.1_ci95"]) == (2, 1, None, None)
+    assert two["final_loss"] == 1.5
+    assert two["final_loss_ci95"] == pytest.approx(12.7062 * 0.5)
+    assert plots.last_target(sweep.summarised(table)) == "0.1"
+    assert plots.ranked(sweep.summarised(table), "0.1")["bits"].to_list() == [4]
+
+
+def test_seeds_are_rows_of_one_setting(tmp_path: Path) -> None:
+    out = run("-b", "4", "-C", "10", "-D", "5", "--lr", "0.1", "--seeds", *"01234", out=tmp_path / "out")
+    assert rows(out)["seed"].to_list() == [0, 1, 2, 3, 4]
+    assert rows(out, "summary")["seeds"].to_list() == [5]
+
+
+MEASURED = """
+import resource, sys
+from experiments import sweep
+sweep.report = lambda folder, console: None
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+task = ["--dataset", "synthetic-logistic?workers=4&samples=50&features=190", "--problem", "network", "--workers", "4"]
+task += ["--compute-ms", "1", "--rounds", "2", "--target", "1e-9", "-b", "4", "-C", "10", "-D", "2"]
+sweep.main([*task, "--batch", "1", "--lr", "0.1", "--out", "warm"])
+before = peak()
+rates = [str(0.001 * i) for i in range(1, 49)]
+sweep.main([*task, "--batch", "500", "--memory", "0.125", "--lr", *rates, "--out", "out"])
+print("grew", peak() - before)
+"""
+
+
+def test_the_memory_budget_holds(tmp_path: Path) -> None:
+    """48 points of 39 thousand parameters on 4 workers would take 0.3 GiB at once."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED], env=ENV, cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    (batch,) = files.read_json(tmp_path / "out" / "plan.json")["batch"]
+    assert 5 < batch < 30
+    assert len(rows(tmp_path / "out")) == 48
+    assert int(done.stdout.rsplit(maxsplit=1)[1]) < 2**27 + 2**26
+
+
+def test_less_memory_is_a_smaller_batch() -> None:
+    (group,) = groups(*GRID)
+    sizes = [engine.batch_size(group.algs[0], group.shards, memory) for memory in (2**20, 2**21, 2**24)]
+    assert 1 <= sizes[0] < sizes[1] < sizes[2]
+
+
+# ---- figures and devices ---------------------------------------------------------------------------------------------
+
+
+def test_figures_from_files_alone(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("summary", "curves", "masks"):
+        shutil.copy(whole / f"{name}.parquet", tmp_path)
+    plots.main(tmp_path)
+    names = {"bits-to-target", "front", "pareto", "uploads"}
+    assert {path.name for path in tmp_path.glob("*.*g")} == {name + end for name in names for end in (".png", ".svg")}
+    assert all(path.stat().st_size > 1000 for path in tmp_path.glob("*.*g"))
+    assert len(capsys.readouterr().out.split()) == 4
+    with pytest.raises(SystemExit, match="neither"):
+        plots.main(whole / "batches")
+
+
+@pytest.mark.parametrize("points", [None, 2])
+def test_the_program_lowers_for_every_platform(points: int | None) -> None:
+    problem = problems.ridge(10)
+    oracle = problem.oracle()
+    shards = core.Shards(*map(jnp.ones, ((4, 30, 10), (4, 30), (4, 30))))
+    alg = laqjax.algorithms.laq(oracle, bits=4, lr=0.01, num_workers=4)
+    params, key, mesh = jnp.zeros(10), jax.random.key(0), None
+    begin = partial(core.init, alg)
+    if points:
+        alg, params, key = engine.stack([alg] * points), jnp.zeros((points, 10)), jax.random.split(key, points)
+        begin = partial(jax.vmap(core.init, (0, 0), engine.POINTS), alg)
+        mesh = jax.make_mesh((1,), ("sweep",), axis_types=(jax.sharding.AxisType.Auto,))
+    platforms = ("cpu", "cuda", "tpu")
+    exported = jax.export.export(engine._chunk, platforms=platforms)(
+        alg, begin(params), shards, key, np.int32(3), length=5, record=(), at_once=4, mesh=mesh
+    )
+    assert exported.platforms == platforms

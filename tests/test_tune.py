@@ -1,0 +1,112 @@
+"""The search: the paper's setting first, seeded, batches of trials, and nothing lost by a kill."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from experiments import plots, problems, sweep, tune
+
+TASK = ["--dataset", "synthetic-logistic?workers=4&samples=30&features=10", "--problem", "logistic", "--workers", "4"]
+TASK += ["--compute-ms", "1", "--target", "5", "--rounds", "60", "--lr", "0.05", "0.1", "--batch", "4"]
+LOGISTIC, ORACLE = cache(problems.logistic), cache(problems.Problem.oracle)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """Equal programs are compiled once, f* is kept."""
+    monkeypatch.setattr(problems, "logistic", LOGISTIC)
+    monkeypatch.setattr(problems.Problem, "oracle", ORACLE)
+    monkeypatch.setattr(sweep, "CHUNK", 60)
+    monkeypatch.chdir(home)
+
+
+def run(out: Path, *more: str) -> pl.DataFrame:
+    tune.run(sweep.parsed([*TASK, *more, "--out", str(out)], tune.Settings))
+    return pl.read_parquet(out / "trials.parquet")
+
+
+def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calm = run(tmp_path / "calm", "--trials", "11")
+    assert calm["trial"].to_list() == list(range(11))
+    assert calm.select("bits", "limit", "window", "xi", "lr").row(0) == (4, 100, 10, 0.8, 0.05)
+    assert calm.select("bits", "limit", "window", "xi", "lr").n_unique() == 11
+    assert calm["bits"].is_between(2, 8).all()
+    assert calm["lr"].is_between(0.05, 0.1).all()
+    best = json.loads((tmp_path / "calm" / "best.json").read_text())
+    assert best["best"]["bits_up"] == calm["bits_up"].min()
+    assert best["bits_saved"] == pytest.approx(1 - calm["bits_up"].min() / calm["bits_up"][0])
+    assert best["bits_saved"] > 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "best of 11 trials: bits = " in said
+    assert "fewer than the paper's setting" in said
+    for name in ("trials.png", "trials.svg", "trials.csv"):
+        assert (tmp_path / "calm" / name).stat().st_size > 500
+    (tmp_path / "calm" / "trials.png").unlink()
+    plots.main(tmp_path / "calm")
+    assert (tmp_path / "calm" / "trials.png").exists()
+    # stopped in the second batch, then killed in the third: the same trials in the end
+    out, measured = tmp_path / "out", tune.measured
+    for error, stop in ((KeyboardInterrupt, SystemExit), (MemoryError, MemoryError)):
+        calls = []
+
+        def failing(*given: Any, calls: list[int] = calls, error: type[BaseException] = error) -> Any:
+            calls.append(1)
+            if len(calls) > 1:
+                raise error
+            return measured(*given)
+
+        monkeypatch.setattr(tune, "measured", failing)
+        with pytest.raises(stop):
+            run(out, "--trials", "11")
+    assert len(pl.read_parquet(out / "trials.parquet")) == 4
+    monkeypatch.setattr(tune, "measured", measured)
+    assert_frame_equal(run(out, "--trials", "11"), calm)
+    monkeypatch.setattr(tune, "measured", None)
+    assert_frame_equal(run(out, "--trials", "11"), calm)
+    with pytest.raises(ValueError, match="random_seed: 0 there, 1 asked for"):
+        run(out, "--trials", "11", "--random-seed", "1")
+
+
+def test_a_trial_costs_what_the_sweep_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seeds; choices that leave out the paper's b, of which one never gets there."""
+    axes = ["-b", "3", "-C", "10", "20", "30", "-D", "1", "--xi", "0.8", "--seeds", "0", "1"]
+    table = run(tmp_path / "tune", *axes, "--lr", "1e-9", "0.05", "0.1", "--batch", "2", "--trials", "9")
+    assert table.select("bits", "limit", "window", "lr").row(0) == (4, 100, 10, 0.02)
+    assert set(table["lr"][1:]) <= {1e-9, 0.05, 0.1}
+    assert table["bits_up"].is_null().any()
+    best = json.loads((tmp_path / "tune" / "best.json").read_text())["best"]
+    assert best["reached"] == 2
+    monkeypatch.setattr(sweep, "report", lambda folder, console: None)
+    axes = ["-b", "3", "-C", str(best["limit"]), "-D", "1", "--xi", "0.8", "--seeds", "0", "1"]
+    sweep.main([*TASK, *axes, "--lr", str(best["lr"]), "--out", str(tmp_path / "sweep")])
+    (row,) = pl.read_parquet(tmp_path / "sweep" / "summary.parquet").iter_rows(named=True)
+    for name in ("rounds", "uploads", "bits_up"):
+        assert row[f"{name}_5"] == pytest.approx(best[name], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["-b", "0", "8"], "bits = 0"),
+        (["-C", "1.5", "8"], "expected a range of whole numbers"),
+        (["--lr", "0", "1"], "expected a range of positive numbers"),
+        (["--problem", "logistic", "ridge"], "expected one; a search runs on one problem"),
+        (["--seeds"], "axis seed has no values"),
+        (["--trials", "0"], "trials = 0: expected"),
+        (["--memory", "1e-5"], "expected at most 2 points in the memory"),
+    ],
+)
+def test_refusals(given: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path / "out", *given)
+    assert not (tmp_path / "out").exists()
