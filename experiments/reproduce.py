@@ -83,7 +83,8 @@ def compare(
     """Run LAQ, TWO-LAQ, GD, QGD and LAG from one start; table, curves and figures in the output folder."""
     console = Console()
     folder = settings.out or Path("results") / (name + "-smoke" * settings.smoke + "-float64" * settings.float64)
-    rounds = settings.rounds or (200 if settings.smoke else default_rounds)
+    rounds = (200 if settings.smoke else default_rounds) if settings.rounds is None else settings.rounds
+    laqjax.core.number("rounds", rounds, np.int32, least=1)
     jax.config.update("jax_enable_x64", settings.float64)
     data = datasets.load("mnist")
     shards = datasets.partition(data.x, data.y, 10, "contiguous")
