@@ -26,7 +26,7 @@ bench: setup ## speed and memory beside this machine's GEMM rate
 	$(BIN)/python -m experiments.bench
 
 test: setup ## the tests (under ten minutes on two cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: setup ## the tests that take minutes each
 	$(BIN)/python -m pytest -m long

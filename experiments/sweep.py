@@ -95,8 +95,8 @@ class Settings:
     workers: tuple[int, ...] = (10,)
     authors: bool = False
     """The lazy rule of the authors' program: first upload by the rule, xi ramped up over the first D rounds."""
-    rounds: int = 600
-    target: tuple[float, ...] = (1e-1, 3e-2, 1e-2)
+    rounds: int = 400
+    target: tuple[float, ...] = (1e-1, 3e-2)
     """Residuals f - f* at which the cost is read off; a point ends at the last."""
     random: int | None = None
     """Draw so many points instead of the grid: two values of an axis are its range then, more are choices."""

@@ -228,9 +228,12 @@ def sweep_stream(
     begin = partial(jax.vmap(core.init, (0, 0), POINTS), algs)
     state = _copy(start, begin, jnp.broadcast_to(params, (points, params.shape[-1])))
     mesh = jax.make_mesh((devices,), ("sweep",), axis_types=(jax.sharding.AxisType.Auto,))
-    shards = jax.device_put(shards, jax.sharding.NamedSharding(mesh, P()))
+    # the state is placed anew for every chunk, which moves nothing: another placement would compile the chunk again
+    first, second, everywhere = (jax.sharding.NamedSharding(mesh, spec) for spec in (P("sweep"), P(None, "sweep"), P()))
+    algs, keys, shards = jax.device_put((algs, keys, shards), (first, first, everywhere))
     for done in range(0, rounds, chunk):
         count = min(chunk, rounds - done)
+        state = State(jax.device_put(state.server, first), jax.device_put(state.workers, second))
         state, info = _chunk(
             algs, state, shards, keys, np.int32(count), length=chunk, record=names, at_once=workers_at_once, mesh=mesh
         )

@@ -153,7 +153,7 @@ def test_the_variance_of_rand_k_is_its_bound() -> None:
 @given(vectors, st.sampled_from([1, 5]))
 def test_what_is_lost_is_less_than_there_was(drawn: Any, k: int) -> None:
     """top_k: delta = k / p. sign: ||target||_1^2 / (p ||target||^2), exactly where there is no zero."""
-    target = vector(*drawn[:2], 0)
+    target = vector(drawn[0], drawn[1], 0)
     k = min(k, target.size)
     size = np.sum(target.astype(np.float64) ** 2)
     top, sign = compressors.top_k(k), compressors.sign()

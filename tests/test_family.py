@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import KEY, Toy, make_quadratic
-from test_laws import BLOCKS, EACH, EPOCHS, LAZY_KNOBS, identical, make, run
+from test_laws import BLOCKS, EACH, EPOCHS, LAZY_KNOBS, identical, keys_of, make, run
 
 import laqjax
 from laqjax import Algorithm, algorithms, compressors, core
@@ -181,6 +181,22 @@ def test_lasg_wk1_by_hand(quadratic: Toy) -> None:
     assert params.shape == (ROUNDS, 5)
 
 
+@pytest.mark.parametrize("name", ["cada1", "cada2"])
+def test_cada_by_hand(name: str, quadratic: Toy) -> None:
+    """Its threshold is c / D sum_d motion_d, whatever lr and M."""
+    alg = make(name, quadratic, sampler=None, limit=None, c=20)
+    info = run(alg, quadratic.theta0, quadratic.shards, ROUNDS).info
+    grads, sent = info.extra["grad"], np.zeros((ROUNDS, 4), bool)
+    last = np.zeros((4, 5))
+    for k in range(ROUNDS):
+        value = grads[k] - grads[k // 6 * 6] if name == "cada1" else grads[k]
+        threshold = 20 / 4 * np.sum(info.extra["step_sq"][:k][::-1][:4])
+        sent[k] = (np.sum((value - last) ** 2, axis=1) >= threshold) | (k == 0)
+        last = np.where(sent[k][:, None], value, last)
+    np.testing.assert_array_equal(info.sent, sent)
+    assert 0.05 < sent[1:].mean() < 0.95
+
+
 # ---- the server asks ---------------------------------------------------------------------------------------------
 
 
@@ -243,13 +259,27 @@ def test_marina_by_hand(quadratic: Toy) -> None:
     for k in range(ROUNDS - 1):
         for m in range(4):
             change = grads[k, m] - (grads[k - 1, m] if k else 0)
-            keys = core.Keys(jax.random.fold_in(jax.random.fold_in(KEY, k), m), KEY, KEY)
+            keys = keys_of(k, m)
             rand_k: Any = compressors.rand_k(3)
             moved = rand_k.decode(rand_k.encode(jnp.asarray(change), keys), jnp.asarray(change))
             estimate[m] = grads[k, m] if full[k, 0] else estimate[m] + moved
         step = info.extra["params"][k + 1] - info.extra["params"][k]
         np.testing.assert_allclose(step, -0.05 * estimate.sum(axis=0), rtol=1e-9, atol=1e-12)
     assert jax.tree.leaves(state.workers.memory)[0].shape == (4, 5)
+
+
+def test_diana_by_hand(quadratic: Toy) -> None:
+    """The direction takes the whole change, the memories move by the damped one."""
+    info = run(make("diana", quadratic, damping=0.3), quadratic.theta0, quadratic.shards, ROUNDS).info
+    memory, rand_k = np.zeros((4, 5)), compressors.rand_k(3)
+    for k in range(ROUNDS - 1):
+        change = np.zeros((4, 5))
+        for m in range(4):
+            target = jnp.asarray(info.extra["grad"][k, m] - memory[m])
+            change[m] = rand_k.decode(rand_k.encode(target, keys_of(k, m)), target)
+        step = info.extra["params"][k + 1] - info.extra["params"][k]
+        np.testing.assert_allclose(step, -0.05 * (memory + change).sum(axis=0), rtol=1e-9, atol=1e-12)
+        memory += 0.3 * change
 
 
 def test_error_feedback_loses_nothing(quadratic: Toy) -> None:

@@ -317,6 +317,12 @@ def test_patience_counts_the_silent_rounds(name: str, toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("name", LAZY_ROWS)
+def test_a_tie_is_sent(name: str, quadratic: Toy) -> None:
+    still = quadratic.shards._replace(y=np.zeros((4, 12)))
+    assert run(make(name, quadratic, first_upload="rule"), quadratic.theta0, still, 1).info.sent.all()
+
+
+@pytest.mark.parametrize("name", LAZY_ROWS)
 def test_the_forced_first_upload(name: str, toy: Toy) -> None:
     # the rule alone: LAG's sends, there being neither motion nor error; LAQ's 1-bit grid is too coarse to be worth it
     knobs = {"bits": 1} if name == "laq" else {}
@@ -357,5 +363,6 @@ def test_the_sum_of_bits_does_not_overflow() -> None:
     """2^22 floats, 4 workers, 5 rounds: 2.7e9 bits, beyond int32. The info is on the host, where NumPy sums in int64."""
     oracle = laqjax.oracle.from_loss(lambda params, x, y: jnp.mean(params) * y, jnp.zeros(2**22))
     shards = Shards(np.zeros((4, 1, 1), np.float32), *2 * [np.ones((4, 1), np.float32)])
-    info = laqjax.run(algorithms.gd(oracle, lr=0.1, num_workers=4), jnp.zeros(2**22), shards, 5, KEY, chunk=5).info
+    alg = algorithms.gd(oracle, lr=0.1, num_workers=4)
+    info = next(laqjax.stream(alg, jnp.zeros(2**22), shards, 5, KEY, chunk=5)).info
     assert info.bits_up.sum() == 5 * 4 * 32 * 2**22

@@ -67,7 +67,7 @@ def check_descent(
         shards = Shards(x, rng.normal(size=(M, N)), np.ones((M, N)))
         # of f, a sum over workers of means over examples
         hessian = CURVATURE[loss] * np.einsum("mni,mnj->ij", x, x) / N + M * L2 * np.eye(P)
-        lr = lr_times_l / np.linalg.norm(hessian, 2)
+        lr = float(lr_times_l / np.linalg.norm(hessian, 2))
         xi = np.array(shape) / sum(shape) * share * theory.sum_of_xi(lr, lr_times_l / lr)
         oracle = laqjax.oracle.from_loss(loss, jnp.zeros(P), l2=L2)
         alg: Algorithm = factory(oracle, lr=lr, num_workers=M, xi=xi, max_window=WINDOW, **knobs, **bits)
