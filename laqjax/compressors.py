@@ -448,6 +448,8 @@ def to_bytes(compressor: Compressor, payload: Any, like: Any) -> bytes:
     """The message as it would travel; 8 x its length is what `core.bill` counted."""
     planes = []
     for array, bits, kept in compressor.wire(payload, like):
+        if int(bits) == 0:
+            continue
         values = np.atleast_1d(np.asarray(array))[slice(None) if kept is None else np.asarray(kept)]
         pattern = values.dtype.kind == "f" and int(bits) == 8 * values.itemsize
         whole = values.view(f"u{values.itemsize}") if pattern else values

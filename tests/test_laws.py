@@ -366,3 +366,10 @@ def test_the_sum_of_bits_does_not_overflow() -> None:
     alg = algorithms.gd(oracle, lr=0.1, num_workers=4)
     info = next(laqjax.stream(alg, jnp.zeros(2**22), shards, 5, KEY, chunk=5)).info
     assert info.bits_up.sum() == 5 * 4 * 32 * 2**22
+
+
+def test_a_sweep_of_many_chunks_is_one_program(toy: Toy) -> None:
+    algs = laqjax.stack([make("laq", toy), make("laq", toy, bits=5)])
+    before = programs()
+    laqjax.sweep(algs, toy.theta0, toy.shards, 21, jax.random.split(KEY, 2), chunk=7)
+    assert programs() == before + 1
