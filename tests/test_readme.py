@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import laqjax
@@ -34,7 +35,8 @@ def test_your_own_method() -> None:
     assert 0 < one.info.sent.mean() < 1
     assert set(one.info.bits_up[one.info.sent]) == {16 * oracle.size}
     like = names["theta0"]
-    keys = laqjax.core.Keys(*3 * [np.zeros(2, np.uint32)])
+    key = jax.random.key(0)
+    keys = laqjax.core.Keys(key, key, key)
     payload = alg.compressor.encode(like, keys)
     data = laqjax.compressors.to_bytes(alg.compressor, payload, like)
     assert 8 * len(data) == laqjax.core.bill(alg.compressor.wire(payload, like)) == 16 * oracle.size
