@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import tyro
+from matplotlib import rcsetup
 from matplotlib.colors import LogNorm
 
 from experiments.files import replacing
@@ -25,6 +26,8 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "laqjax",
     "font.size": 10,
+    "lines.linewidth": 1.4,
+    "axes.prop_cycle": rcsetup.cycler(linestyle=["-", "--", ":"]) * rcsetup.cycler(color=plt.get_cmap("tab10").colors),  # pyright: ignore[reportAttributeAccessIssue]
 }
 AXES = {"round": "rounds", "uploads": "uploads", "bits_up": "bits up", "bits": "bits up + down"}
 
@@ -42,11 +45,12 @@ def loss_curves(curves: pl.DataFrame, path: Path, *, ylabel: str = "f - f*", flo
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(AXES), figsize=(4 * len(AXES), 3.6), sharey=True)
         for axis, (column, label) in zip(axes, AXES.items(), strict=True):
-            for (method,), rows in curves.group_by(["method"], maintain_order=True):
-                axis.plot(rows[column] + (column == "round"), rows["residual"].clip(floor), label=method, linewidth=1.4)
+            known = curves.drop_nans("residual").filter(pl.col(column) > 0)
+            for (method,), rows in known.group_by(["method"], maintain_order=True):
+                axis.plot(rows[column], rows["residual"].clip(floor), label=method)
             axis.set(xscale="log", yscale="log", xlabel=label)
         axes[0].set_ylabel(ylabel)
-        axes[0].legend(frameon=False)
+        axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         save(figure, path)
 
 
@@ -76,6 +80,7 @@ def comparison(folder: Path) -> None:
     lazy = curves.filter(pl.col("uploads").max().over("method") < all_sent)
     if len(lazy):
         raster(lazy, folder / "uploads")
+    accuracy_curves(curves, folder / "accuracy")
 
 
 def last_target(summary: pl.DataFrame) -> str:
@@ -84,7 +89,7 @@ def last_target(summary: pl.DataFrame) -> str:
 
 
 def _is_target(name: str) -> bool:
-    return name.startswith("rounds_") and name[7:8].isdigit() and not name.endswith("_ci95")
+    return name.startswith("rounds_") and not name.endswith("_ci95")
 
 
 def ranked(summary: pl.DataFrame, target: str) -> pl.DataFrame:
@@ -189,16 +194,19 @@ def pareto_of_methods(folder: Path) -> None:
     table = pl.read_parquet(folder / "table.parquet").filter(pl.col("target").is_not_null())
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5))
-        colors = plt.get_cmap("tab20")
-        for i, ((method,), rows) in enumerate(curves.group_by(["method"], maintain_order=True)):
-            style = {"color": colors(i % 20), "linestyle": "-" if i < 13 else "--", "linewidth": 1.3}
-            left.plot(rows["bits_up"], rows["residual"].clip(1e-12), label=method, **style)
+        for (method,), rows in curves.filter(pl.col("bits_up") > 0).group_by(["method"], maintain_order=True):
+            left.plot(rows["bits_up"], rows["residual"].clip(1e-12), label=method)
         left.set(xscale="log", yscale="log", xlabel="bits up", ylabel="f - f*")
-        left.legend(frameon=False, fontsize=7, ncols=2, loc="lower left")
+        figure.legend(frameon=False, fontsize=8, ncols=9, loc="upper center", bbox_to_anchor=(0.5, 0.03))
         right.scatter(table["bits_up"], table["round"], s=16)
-        for row in table.iter_rows(named=True):
+        for i, row in enumerate(table.sort("bits_up").iter_rows(named=True)):
             right.annotate(
-                row["method"], (row["bits_up"], row["round"]), xytext=(4, 3), textcoords="offset points", fontsize=8
+                row["method"],
+                (row["bits_up"], row["round"]),
+                xytext=(0, 5 if i % 2 else -12),
+                textcoords="offset points",
+                fontsize=8,
+                ha="center",
             )
         if len(table):
             best = table.sort("bits_up", "round").filter(
@@ -226,18 +234,18 @@ def heterogeneity(folder: Path) -> None:
         save(figure, folder / "heterogeneity")
 
 
-def accuracy_curves(folder: Path) -> None:
-    """Test accuracy against rounds, uploads and bits, one line a method."""
-    curves = pl.read_parquet(folder / "curves.parquet").filter(pl.col("accuracy").is_not_null())
+def accuracy_curves(curves: pl.DataFrame, path: Path) -> None:
+    """Test accuracy where it was measured against rounds, uploads and bits, one line a method."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(AXES), figsize=(4 * len(AXES), 3.6), sharey=True)
         for axis, (column, name) in zip(axes, AXES.items(), strict=True):
-            for (method,), rows in curves.group_by(["method"], maintain_order=True):
-                axis.plot(rows[column], rows["accuracy"], label=method, linewidth=1.4)
+            known = curves.drop_nulls("accuracy").filter(pl.col(column) > 0)
+            for (method,), rows in known.group_by(["method"], maintain_order=True):
+                axis.plot(rows[column], rows["accuracy"], label=method)
             axis.set(xscale="log", xlabel=name)
         axes[0].set_ylabel("test accuracy")
-        axes[0].legend(frameon=False, fontsize=8)
-        save(figure, folder / "accuracy")
+        axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        save(figure, path)
 
 
 def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
@@ -295,8 +303,6 @@ def main(folder: tyro.conf.Positional[Path], /) -> None:
         heterogeneity(folder)
     elif (folder / "curves.parquet").exists():
         comparison(folder)
-        if pl.read_parquet(folder / "curves.parquet")["accuracy"].count() > 100:
-            accuracy_curves(folder)
     else:
         raise SystemExit(
             f"{folder}: neither summary.parquet nor curves.parquet there; expected a folder that an experiment wrote"

@@ -16,6 +16,7 @@ from rich.table import Table
 import laqjax
 from experiments import datasets, files, plots, problems
 
+Evaluate = Callable[[Any], tuple[float, float]]  # params -> (loss on all data, test accuracy)
 AXES = {"rounds": "rounds", "uploads": "uploads", "bits_up": "bits up", "paper_bits": "as b p", "bits": "up + down"}
 
 
@@ -28,10 +29,9 @@ def race(
     rounds: int,
     targets: tuple[float, ...],
     f_star: float,
-    accuracy: Callable[[Any], float],
+    evaluate: Evaluate,
     *,
     chunk: int = laqjax.engine.CHUNK,
-    accuracy_every_chunk: bool = False,
 ) -> tuple[pl.DataFrame, bool]:
     """Run methods one after another from one start, with progress; (rows of all, whether Ctrl-C ended it early)."""
     finished: list[pl.DataFrame] = []
@@ -45,7 +45,7 @@ def race(
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
         tasks = {method: progress.add_task(method, total=rounds, note="", start=False) for method in methods}
         for method, alg in methods.items():
-            goal = Goal(rounds, targets, f_star, accuracy, progress, tasks[method], chunk, accuracy_every_chunk)
+            goal = Goal(rounds, targets, f_star, evaluate, progress, tasks[method], chunk)
             try:
                 curves = follow(alg, theta0, shards, goal, folder / f"{method}.npz")
             except KeyboardInterrupt:
@@ -64,11 +64,10 @@ class Goal:
     rounds: int
     targets: tuple[float, ...]
     f_star: float  # nan where there is none
-    accuracy: Callable[[Any], float]
+    evaluate: Evaluate
     progress: Progress
     task: Any
     chunk: int
-    accuracy_every_chunk: bool
 
     def reached(self, info: laqjax.Info) -> bool:
         """The last target is met, or the rounds are done."""
@@ -85,11 +84,14 @@ class Goal:
 def follow(alg: laqjax.Algorithm, theta0: Any, shards: laqjax.Shards, goal: Goal, path: Path) -> pl.DataFrame:
     """One method's rows, a round each. State and rows so far are kept in `path` after every chunk and taken up again."""
     key = jax.random.key(0)
-    state, hits = laqjax.init(alg, theta0, shards), np.zeros((0, 2))  # hits: round, accuracy
+    state = laqjax.init(alg, theta0, shards)
+    measured = np.array(
+        [(0, *goal.evaluate(theta0))]
+    )  # round, loss, accuracy: at the start, at targets, after each chunk
     none = np.zeros((0, alg.num_workers), np.int32)
     info = laqjax.Info(np.zeros(0), none.astype(bool), none, none[:, 0], {})
     if path.exists():
-        state, info, hits = files.load_tree(path, (state, info, hits))
+        state, info, measured = files.load_tree(path, (state, info, measured))
     goal.progress.start_task(goal.task)
     goal.show(info)
     while not goal.reached(info):
@@ -99,29 +101,34 @@ def follow(alg: laqjax.Algorithm, theta0: Any, shards: laqjax.Shards, goal: Goal
             out = laqjax.run(alg, state, shards, count, key, record=["params"] * bool(goal.targets), chunk=goal.chunk)
         except laqjax.Diverged as stop:
             goal.progress.console.print(f"[red]{goal.progress.tasks[goal.task].description} {stop}[/red]")
-            return rows(laqjax.join([info, stop.info._replace(extra={})]), hits, goal.f_star)
+            return rows(laqjax.join([info, stop.info._replace(extra={})]), measured, goal.f_star, alg.sampler)
         new = out.info._replace(extra={}, loss=out.info.loss.astype(np.float64))
         for target in goal.targets:
             met = np.flatnonzero(new.loss - goal.f_star <= target)
             if len(met) and not np.any(info.loss - goal.f_star <= target):
-                hits = np.vstack([hits, (done + met[0], goal.accuracy(out.info.extra["params"][met[0]]))])
+                measured = np.vstack([measured, (done + met[0], *goal.evaluate(out.info.extra["params"][met[0]]))])
         state, info = out.state, laqjax.join([info, new])
-        if goal.accuracy_every_chunk or goal.reached(info):
-            hits = np.vstack([hits, (len(info.loss), goal.accuracy(state.server.broadcast.params))])
-        files.save_tree(path, (state, info, hits))
+        measured = np.vstack([measured, (len(info.loss), *goal.evaluate(state.server.broadcast.params))])
+        files.save_tree(path, (state, info, measured))
         goal.show(info)
-    return rows(jax.tree.map(lambda a: a[: goal.rounds], info), hits, goal.f_star)
+    return rows(jax.tree.map(lambda a: a[: goal.rounds], info), measured, goal.f_star, alg.sampler)
 
 
-def rows(info: laqjax.Info, hits: np.ndarray, f_star: float) -> pl.DataFrame:
-    """Row k is the model after k rounds: its loss (not known of the last one), and what had been sent until then."""
+def rows(info: laqjax.Info, measured: np.ndarray, f_star: float, sampler: Any = None) -> pl.DataFrame:
+    """Row k is the model after k rounds: its loss on all data, and what had been sent until then.
+
+    The loss is NaN where nobody computed it: of the last model, and with a sampler of every one that was not measured.
+    """
 
     def until(counts: Any) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     up, down = until(info.bits_up.sum(axis=1, dtype=np.int64)), until(np.asarray(info.bits_down))
-    loss = np.append(info.loss, np.nan)
-    accuracy = {int(k): value for k, value in hits}
+    loss = np.append(np.full_like(info.loss, np.nan) if sampler else info.loss, np.nan)
+    accuracy = {}
+    for k, value, share in measured:
+        loss[int(k)] = value if np.isnan(loss[int(k)]) else loss[int(k)]
+        accuracy[int(k)] = share
     return pl.DataFrame(
         {
             "round": np.arange(len(loss)),
@@ -148,7 +155,7 @@ def summary(curves: pl.DataFrame, targets: tuple[float, ...]) -> pl.DataFrame:
     end = (
         curves.filter(~pl.col("method").is_in(done)).group_by(**by).last().with_columns(target=pl.lit(None, pl.Float64))
     )
-    columns = ("method", "target", pl.col("round").alias("rounds"), "uploads", "bits_up", "bits", "accuracy")
+    columns = ("method", "target", pl.col("round").alias("rounds"), "uploads", "bits_up", "bits", "loss", "accuracy")
     return pl.concat([*met, end]).select(*columns)
 
 
@@ -168,14 +175,14 @@ def report(
         table.write_csv(part)
     plots.comparison(folder)
     axes = {axis: title for axis, title in AXES.items() if axis in table.columns}
-    shown = Table(
-        "method", "f - f*", *axes.values(), "accuracy", title="first round within the target (published, difference)"
-    )
+    title = "first round within the target" if target else "at the end"
+    goal = ["f - f*"] * bool(target)
+    shown = Table("method", *goal, *axes.values(), "f", "accuracy", title=f"{title} (published, difference)")
     for row in table.iter_rows(named=True):
         beside = published.get(row["method"], {}) if row["target"] == target else {}
         cells = [figure(row[axis], beside.get(axis)) for axis in axes]
-        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
-        shown.add_row(row["method"], f"{row['target']:g}" if row["target"] else "end", *cells, accuracy)
+        cells += [f"{row['loss']:.4f}", f"{row['accuracy']:.4f}"]
+        shown.add_row(row["method"], *[f"{row['target']:g}" if row["target"] else "end"] * bool(target), *cells)
     console.print(shown)
     console.print(f"figures, table and curves: {folder}")
 
@@ -193,8 +200,15 @@ def short(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def accuracy_on(problem: problems.Problem, oracle: Any, data: datasets.Dataset) -> Callable[[Any], float]:
-    """Test accuracy of a flat parameter vector."""
+def evaluator(problem: problems.Problem, oracle: Any, data: datasets.Dataset, shards: laqjax.Shards) -> Evaluate:
+    """(Loss on all shards, test accuracy) of a flat parameter vector."""
     x, y = jnp.asarray(data.x_test), jnp.asarray(data.y_test)
-    predict = jax.jit(lambda params: problem.accuracy(oracle.unravel(params), x, y))  # pyright: ignore[reportOptionalCall]
-    return lambda params: float(predict(jnp.asarray(params)))
+    loss = full_loss(oracle, shards)
+    both = jax.jit(lambda params: (loss(params), problem.accuracy(oracle.unravel(params), x, y)))  # pyright: ignore[reportOptionalCall]
+    return lambda params: tuple(map(float, both(jnp.asarray(params))))  # pyright: ignore[reportReturnType]
+
+
+def full_loss(oracle: Any, shards: laqjax.Shards) -> Callable[[Any], Any]:
+    """The mean of the workers' losses, as a function of a flat parameter vector; traced."""
+    workers = jnp.arange(len(shards.weight), dtype=jnp.int32)
+    return lambda params: jnp.mean(jax.lax.map(lambda m: oracle(params, shards, m)[0], workers))

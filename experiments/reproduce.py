@@ -113,7 +113,7 @@ def compare(
         "QGD": algorithms.qgd(oracle, bits=bits, **server),
         "LAG": algorithms.lag_wk(oracle, **server, **authors),
     }
-    evaluate = race.accuracy_on(problem, oracle, data)
+    evaluate = race.evaluator(problem, oracle, data, shards)
     curves, stopped = race.race(console, folder, methods, theta0, shards, rounds, targets, f_star, evaluate)
     full = theta0.nbytes * 8
     message = {

@@ -118,7 +118,7 @@ class Settings:
     """A TOML or YAML file of these settings; the command line goes before it."""
     out: Path = Path("results/sweep")
     smoke: bool = False
-    """Few examples, rounds and points."""
+    """Few examples and rounds: does everything work here?"""
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,8 @@ def from_file(path: Path, kind: type[Settings]) -> list[str]:
 
 
 def identity(settings: Settings) -> dict[str, Any]:
-    """What makes a sweep this sweep; how it is cut into batches is the plan's, which the folder keeps."""
-    free = {"out", "config", "memory", "batch"}
+    """What makes a sweep this sweep: `memory` and `batch` too, other batch sizes give other last bits."""
+    free = {"out", "config"}
     return {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in free}
 
 
@@ -543,10 +543,11 @@ def frames(
             row |= {f"rounds_{target:g}": k} | {
                 f"{name}_{target:g}": None if k is None else values[k, i].item() for name, values in before.items()
             }
-        last = last if k is None else k
-        row |= {"reached": k is not None, "rounds_run": int(ran[i]), "final_loss": float(mine[last]) if good else None}
+        # final loss and accuracy are those of the end of the chunk in which the last target was met
+        row |= {"reached": k is not None, "ended": int(ran[i]), "final_loss": float(mine[last]) if good else None}
         row |= {"accuracy": None if np.isnan(accuracy[i]) or row["diverged"] else float(accuracy[i])}
         rows.append(row)
+        last = last if k is None else k
         kept = np.asarray(plots.thinned(last + 1, 200), int)
         curves.append(
             pl.DataFrame({"point": point["point"], "round": kept, "loss": mine[kept], "residual": mine[kept] - f_star})
@@ -622,7 +623,7 @@ def collect(folder: Path) -> None:
 def summarised(points: pl.DataFrame) -> pl.DataFrame:
     """Mean and half of the 95 % interval (Student's t) over seeds, a row a setting; a cost only where all seeds reached it."""
     by = [name for name in (*SHAPES, *KNOBS) if name in points.columns]
-    costs = [name for name in points.columns if name.rsplit("_", 1)[0] in COST and name != "rounds_run"]
+    costs = [name for name in points.columns if name.rsplit("_", 1)[0] in COST]
     measures = [*costs, "final_loss", "accuracy"]
 
     def half(values: pl.Series) -> float | None:
