@@ -1,15 +1,15 @@
 """Compress a vector, bill it, and turn it into real bytes.
 
 `encode(target, keys) -> payload` and `decode(payload, like) -> [p]` are pure and traced; `like` has the target's shape
-and dtype. `wire(payload, like)` lists what travels as `core.Field`s: the bill of a message and its bytes both come from
-that one list, so nothing is billed that is not sent. Bits are rounded up to a byte once per message. `unwire` reads the
-fields back in their order and decodes them. `to_bytes` and `from_bytes` run on the host.
+and dtype. `wire(payload, like)` yields what travels as `core.Field`s: the bill of a message, its bytes and how they are
+read all come from that one list, so nothing is billed that is not sent. A field may depend on those before it: a reader
+fills the payload on the way. Bits are rounded up to a byte once per message. `to_bytes` and `from_bytes` run on the host.
 
     unbiased     E decode = target                                        qsgd, ternary, rand_k, natural
     contractive  ||target - decode||^2 <= (1 - delta) ||target||^2        sign, top_k;  identity (delta = 1)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,6 @@ from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int, Integer, UInt8, UInt16
 
 from laqjax.core import Compressor, Field, number, static, toss
-
-Read = Callable[[int, int], np.ndarray]  # (how many, bits of each) -> uint64 [how many]
 
 
 @register_dataclass
@@ -36,10 +34,7 @@ class Identity:
         return payload["values"]
 
     def wire(self, payload, like):
-        return [Field(payload["values"], bits_of(like))]
-
-    def unwire(self, read, like):
-        return self.decode({"values": floats(read(like.size, bits_of(like)), like)}, like)
+        yield Field(payload, "values", like, bits_of(like))
 
 
 @register_dataclass
@@ -62,11 +57,8 @@ class Grid:
         return values_on_grid(payload["codes"], payload["radius"], self.bits)
 
     def wire(self, payload, like):
-        return [Field(payload["radius"], bits_of(like)), Field(payload["codes"], self.bits)]
-
-    def unwire(self, read, like):
-        radius = floats(read(1, bits_of(like)), like)[0]
-        return self.decode({"radius": radius, "codes": read(like.size, int(self.bits)).astype(like.dtype)}, like)
+        yield Field(payload, "radius", one(like.dtype), bits_of(like))
+        yield Field(payload, "codes", like, self.bits)
 
 
 @register_dataclass
@@ -91,17 +83,9 @@ class AdaptiveGrid:
         return values_on_grid(payload["codes"], payload["radius"], payload["bits"])
 
     def wire(self, payload, like):
-        return [
-            Field(payload["bits"], 8),
-            Field(payload["radius"], bits_of(like)),
-            Field(payload["codes"], payload["bits"]),
-        ]
-
-    def unwire(self, read, like):
-        bits, radius = int(read(1, 8)[0]), floats(read(1, bits_of(like)), like)[0]
-        return self.decode(
-            {"bits": jnp.int32(bits), "radius": radius, "codes": read(like.size, bits).astype(like.dtype)}, like
-        )
+        yield Field(payload, "bits", one(np.int32), 8)
+        yield Field(payload, "radius", one(like.dtype), bits_of(like))
+        yield Field(payload, "codes", like, payload["bits"])
 
 
 @register_dataclass
@@ -130,20 +114,9 @@ class QSGD:
         return jnp.where(payload["negative"], -size, size)
 
     def wire(self, payload, like):
-        return [
-            Field(payload["norm"], bits_of(like)),
-            Field(payload["negative"], 1),
-            Field(payload["level"], self._width()),
-        ]
-
-    def unwire(self, read, like):
-        norm, negative = floats(read(1, bits_of(like)), like)[0], read(like.size, 1).astype(bool)
-        return self.decode(
-            {"norm": norm, "negative": negative, "level": read(like.size, int(self._width())).astype(like.dtype)}, like
-        )
-
-    def _width(self):
-        return 32 - jax.lax.clz(jnp.asarray(self.levels, jnp.int32))
+        yield Field(payload, "norm", one(like.dtype), bits_of(like))
+        yield Field(payload, "negative", flags(like), 1)
+        yield Field(payload, "level", like, 32 - jax.lax.clz(jnp.asarray(self.levels, jnp.int32)))
 
 
 @register_dataclass
@@ -163,12 +136,8 @@ class Ternary:
         return payload["radius"] * (payload["codes"] - 1)
 
     def wire(self, payload, like):
-        return [Field(payload["radius"], bits_of(like)), Field(payload["codes"], 2)]
-
-    def unwire(self, read, like):
-        return self.decode(
-            {"radius": floats(read(1, bits_of(like)), like)[0], "codes": read(like.size, 2).astype(like.dtype)}, like
-        )
+        yield Field(payload, "radius", one(like.dtype), bits_of(like))
+        yield Field(payload, "codes", like, 2)
 
 
 @register_dataclass
@@ -190,11 +159,9 @@ class Sign:
         return jnp.where(payload["negative"], -size, size)
 
     def wire(self, payload, like):
-        return [*([Field(payload["scale"], bits_of(like))] if self.scaled else []), Field(payload["negative"], 1)]
-
-    def unwire(self, read, like):
-        scale = {"scale": floats(read(1, bits_of(like)), like)[0]} if self.scaled else {}
-        return self.decode(scale | {"negative": read(like.size, 1).astype(bool)}, like)
+        if self.scaled:
+            yield Field(payload, "scale", one(like.dtype), bits_of(like))
+        yield Field(payload, "negative", flags(like), 1)
 
 
 @register_dataclass
@@ -219,11 +186,8 @@ class Sparse:
         return jnp.zeros_like(like).at[payload["index"]].set(payload["values"])
 
     def wire(self, payload, like):
-        return [Field(payload["index"], index_bits(like.size)), Field(payload["values"], bits_of(like))]
-
-    def unwire(self, read, like):
-        index = read(self.k, index_bits(like.size)).astype(np.int32)
-        return self.decode({"index": index, "values": floats(read(self.k, bits_of(like)), like)}, like)
+        yield Field(payload, "index", jax.ShapeDtypeStruct((self.k,), np.int32), index_bits(like.size))
+        yield Field(payload, "values", jax.ShapeDtypeStruct((self.k,), like.dtype), bits_of(like))
 
 
 @register_dataclass
@@ -253,13 +217,8 @@ class Sampled:
         return payload["values"]
 
     def wire(self, payload, like):
-        return [Field(payload["kept"], 1), Field(payload["values"], bits_of(like), payload["kept"])]
-
-    def unwire(self, read, like):
-        kept = read(like.size, 1).astype(bool)
-        values = np.zeros(like.size, like.dtype)
-        values[kept] = floats(read(int(kept.sum()), bits_of(like)), like)
-        return self.decode({"kept": kept, "values": values}, like)
+        yield Field(payload, "kept", flags(like), 1)
+        yield Field(payload, "values", like, bits_of(like), payload["kept"])
 
 
 @register_dataclass
@@ -283,13 +242,8 @@ class Natural:
         return jnp.where(payload["negative"], -size, size)
 
     def wire(self, payload, like):
-        return [Field(payload["negative"], 1), Field(payload["exponent"], jnp.finfo(like.dtype).nexp)]
-
-    def unwire(self, read, like):
-        negative = read(like.size, 1).astype(bool)
-        return self.decode(
-            {"negative": negative, "exponent": read(like.size, jnp.finfo(like.dtype).nexp).astype(np.int32)}, like
-        )
+        yield Field(payload, "negative", flags(like), 1)
+        yield Field(payload, "exponent", jax.ShapeDtypeStruct(like.shape, np.int32), jnp.finfo(like.dtype).nexp)
 
 
 @register_dataclass
@@ -309,11 +263,8 @@ class Blockwise:
         return jnp.concatenate([self.compressor.decode(payload[str(i)], b) for i, b in enumerate(self._blocks(like))])
 
     def wire(self, payload, like):
-        blocks = self._blocks(like)
-        return [field for i, b in enumerate(blocks) for field in self.compressor.wire(payload[str(i)], b)]
-
-    def unwire(self, read, like):
-        return jnp.concatenate([self.compressor.unwire(read, b) for b in self._blocks(like)])
+        for i, block in enumerate(self._blocks(like)):
+            yield from self.compressor.wire(payload.setdefault(str(i), {}), block)
 
     def _blocks(self, like):
         if sum(self.sizes) != like.size:
@@ -340,18 +291,12 @@ class Coin:
         return jnp.where(payload["full"], payload["values"], self.compressor.decode(payload["inner"], like))
 
     def wire(self, payload, like):
+        yield Field(payload, "full", one(np.bool_), 1)
         full = jnp.asarray(payload["full"], jnp.int32)
-        inner = self.compressor.wire(payload["inner"], like)
         # a field of no bits is not there
-        fields = [
-            Field(payload["values"], bits_of(like) * full),
-            *(f._replace(bits=jnp.asarray(f.bits, jnp.int32) * (1 - full)) for f in inner),
-        ]
-        return [Field(full, 1), *fields]
-
-    def unwire(self, read, like):
-        full = bool(read(1, 1)[0])
-        return floats(read(like.size, bits_of(like)), like) if full else self.compressor.unwire(read, like)
+        yield Field(payload, "values", like, bits_of(like) * full)
+        for field in self.compressor.wire(payload.setdefault("inner", {}), like):
+            yield field._replace(bits=jnp.asarray(field.bits, jnp.int32) * (1 - full))
 
 
 # ---- factories: numbers checked, ValueError otherwise -----------------------------------------------------------
@@ -436,6 +381,16 @@ def bits_of(like: Any) -> int:
     return 8 * like.dtype.itemsize
 
 
+def one(dtype: Any) -> jax.ShapeDtypeStruct:
+    """A single number."""
+    return jax.ShapeDtypeStruct((), dtype)
+
+
+def flags(like: Any) -> jax.ShapeDtypeStruct:
+    """A yes or no for each coordinate."""
+    return jax.ShapeDtypeStruct(like.shape, np.bool_)
+
+
 def index_bits(size: int) -> int:
     """Bits of an index into `size` coordinates."""
     return max((size - 1).bit_length(), 1)
@@ -447,27 +402,36 @@ def index_bits(size: int) -> int:
 def to_bytes(compressor: Compressor, payload: Any, like: Any) -> bytes:
     """The message as it would travel; 8 x its length is what `core.bill` counted."""
     planes = []
-    for array, bits, kept in compressor.wire(payload, like):
-        if int(bits) == 0:
-            continue
-        values = np.atleast_1d(np.asarray(array))[slice(None) if kept is None else np.asarray(kept)]
-        pattern = values.dtype.kind == "f" and int(bits) == 8 * values.itemsize
-        whole = values.view(f"u{values.itemsize}") if pattern else values
-        planes.append(_planes(whole.astype(np.uint64), int(bits)))
+    for field in compressor.wire(payload, like):
+        values = np.asarray(field.payload[field.name], field.like.dtype).reshape(-1)
+        whole = values[_there(field)].view(_pattern(field)).astype(np.uint64)
+        planes.append(_planes(whole, int(field.bits)))
     return np.packbits(np.concatenate(planes)).tobytes()
 
 
 def from_bytes(compressor: Compressor, data: bytes, like: Any) -> Float[Array, " p"]:
     """What the receiver decodes: bit for bit `compressor.decode(payload, like)`."""
-    bits = np.unpackbits(np.frombuffer(data, np.uint8))
-    at = 0
+    bits, payload = np.unpackbits(np.frombuffer(data, np.uint8)), {}
+    for field in compressor.wire(payload, like):
+        values = np.zeros(field.like.size, field.like.dtype)
+        there, width = _there(field), int(field.bits)
+        count = values[there].size
+        planes, bits = bits[: width * count].reshape(width, count), bits[width * count :]
+        whole = np.bitwise_or.reduce(planes.astype(np.uint64) << np.arange(width, dtype=np.uint64)[:, None], axis=0)
+        values[there] = whole.astype(_pattern(field)).view(field.like.dtype)
+        field.payload[field.name] = jnp.asarray(values.reshape(field.like.shape))
+    return compressor.decode(payload, like)
 
-    def read(count: int, width: int) -> np.ndarray:
-        nonlocal at
-        at += count * width
-        return _whole(bits[at - count * width : at].reshape(width, count))
 
-    return jnp.asarray(compressor.unwire(read, like))
+def _there(field: Field) -> Any:
+    """Which of a field's numbers travel."""
+    return slice(None) if field.kept is None else np.asarray(field.kept)
+
+
+def _pattern(field: Field) -> np.dtype:
+    """Floats of their full width travel as bit patterns, everything else as whole numbers."""
+    dtype = np.dtype(field.like.dtype)
+    return np.dtype(f"u{dtype.itemsize}") if dtype.kind == "f" and int(field.bits) == 8 * dtype.itemsize else dtype
 
 
 def pack(codes: Integer[Any, " p"], bits: int) -> UInt8[Array, " bytes"]:
@@ -487,13 +451,3 @@ def _planes(codes: Any, bits: int) -> Any:
     """Whole numbers as their bits [bits p], one plane after another."""
     xp = codes.__array_namespace__()
     return (xp.right_shift(codes[None], xp.arange(bits, dtype=codes.dtype)[:, None]) & 1).astype(np.uint8).reshape(-1)
-
-
-def _whole(planes: np.ndarray) -> np.ndarray:
-    """The inverse of `_planes` on the host."""
-    return np.bitwise_or.reduce(planes.astype(np.uint64) << np.arange(len(planes), dtype=np.uint64)[:, None], axis=0)
-
-
-def floats(read: np.ndarray, like: Any) -> np.ndarray:
-    """Floats from their bit patterns."""
-    return read.astype(f"u{like.dtype.itemsize}").view(like.dtype)

@@ -9,7 +9,7 @@ gradients", NeurIPS 2019, Algorithm 2 (LAQ). An algorithm is a pytree: its numbe
 recompile, and a sweep is a `vmap` over them), its structure is metadata (compiled in).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -46,19 +46,21 @@ class Keys(NamedTuple):
 
 
 class Field(NamedTuple):
-    """A piece of a message: numbers of `bits` bits each (0: not there), only those where `kept` if that is given."""
+    """A piece of a message: the entry `name` of `payload`, with `bits` for each number; see `laqjax.compressors`."""
 
-    values: Any
-    bits: Any
-    kept: Any = None
+    payload: dict[str, Any]
+    name: str
+    like: Any  # shape and dtype of the entry
+    bits: Any  # 0: not there. Floats of their full width travel as they are, everything else as whole numbers
+    kept: Any = None  # a mask: only these
 
 
-def bill(fields: list[Field]) -> Int[Array, ""]:
+def bill(fields: Iterable[Field]) -> Int[Array, ""]:
     """Bits of a message on the wire: its fields, rounded up to whole bytes once."""
     total = jnp.int32(0)
-    for values, bits, kept in fields:
-        count = np.size(values) if kept is None else jnp.sum(kept, dtype=jnp.int32)
-        total += jnp.asarray(count, jnp.int32) * jnp.asarray(bits, jnp.int32)
+    for piece in fields:
+        count = piece.like.size if piece.kept is None else jnp.sum(piece.kept, dtype=jnp.int32)
+        total += jnp.asarray(count, jnp.int32) * jnp.asarray(piece.bits, jnp.int32)
     return (total + 7) // 8 * 8
 
 
@@ -170,9 +172,7 @@ class Compressor(Protocol):
 
     def decode(self, payload: dict[str, Any], like: Any) -> Float[Array, " p"]: ...
 
-    def wire(self, payload: dict[str, Any], like: Any) -> list[Field]: ...
-
-    def unwire(self, read: Callable[[int, int], np.ndarray], like: Any) -> Any: ...
+    def wire(self, payload: dict[str, Any], like: Any) -> Iterable[Field]: ...
 
 
 @runtime_checkable
@@ -467,7 +467,7 @@ def server_step(
     updates: Any
     with jax.numpy_dtype_promotion("standard"):  # optax mixes float and int
         updates, optimizer = alg.optimizer(alg.lr).update(direction, server.optimizer, params)
-    down = bill([Field(params, 8 * params.dtype.itemsize)])
+    down = jnp.int32(8 * params.dtype.itemsize * params.size)
     if alg.downlink:
         payload = alg.downlink.encode(updates, keys)
         updates, down = alg.downlink.decode(payload, updates), bill(alg.downlink.wire(payload, updates))
