@@ -309,6 +309,30 @@ def test_knobs_that_an_algorithm_lacks_collapse(tmp_path: Path) -> None:
     assert gd["bits_up_10"] == 320 * gd["uploads_10"]
 
 
+RANGES = "-b 3 5 -C 5 20 -D 1 3 --xi 0.1 0.5 --lr 0.01 0.02 --levels 3 9 --density 0.3 0.6 --zeta 1 3 --damping 0.2 0.5"
+RANGES += " --probability 0.2 0.5 --c 0.1 0.6 --min-bits 2 3 --max-bits 8 10 --bits-down 3 6 --random 3 --minibatch 10"
+
+
+@pytest.mark.parametrize("name", sweep.factories())
+def test_every_member_is_one_structure_for_all_values(name: str) -> None:
+    (group,) = groups("--algorithm", name, *RANGES.split())
+    assert len(group.algs) == 3
+    stacked = engine.stack(group.algs)  # refuses another structure
+    changed = [leaf for leaf in jax.tree.leaves(stacked) if len(np.unique(leaf, axis=0)) > 1]
+    swept = sweep.knobs(name) & {*sweep.KNOBS}
+    # what is a structure or a start besides: the window is in the weights too, the limit in the first silence
+    assert len(changed) >= len(swept)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", sweep.factories())
+def test_every_member_sweeps_in_one_program(name: str, tmp_path: Path) -> None:
+    before = programs()
+    out = run("--algorithm", name, *RANGES.split(), "--rounds", "5", out=tmp_path)
+    assert programs() <= before + 1  # sgd has that of gd
+    assert rows(out)["lr"].n_unique() == 3
+
+
 def test_config_files_are_the_command_line(tmp_path: Path) -> None:
     line = ["-b", "2", "4", "--lr", "0.05", "--target", "1e-1", "1e-2", "--rounds", "600", "--dataset", DATA]
     line += ["--random", "7", "--smoke", "--out", "there", "--partition-seed", "3"]
