@@ -257,12 +257,12 @@ def slaq(out: Path | None = None, network: bool = False, rounds: int = 1000, smo
     authors = {"ramp": True, "first_upload": "rule"}
     a: Any = algorithms
     slaq = a.slaq(oracle, bits=3, **each, **authors)
-    rule = slaq.trigger
+    rule, more = slaq.trigger, 8 if network else 4
     methods = {
         "SGD": a.sgd(oracle, **each),
         "SLAQ": slaq,
         "SLAQ, half the errors": replace(slaq, trigger=triggers.Patience(HalfErrors(rule.rule), rule.limit)),
-        "SLAQ, b = 4": a.slaq(oracle, bits=4, **each, **authors),
+        f"SLAQ, b = {more}": a.slaq(oracle, bits=more, **each, **authors),
         "QSGD": a.qsgd(oracle, levels=3, **each),
         "TernGrad": a.terngrad(oracle, **each),
         "SSGD": a.ssgd(oracle, density=0.05, **each),

@@ -176,13 +176,14 @@ def report(
     plots.comparison(folder)
     axes = {axis: title for axis, title in AXES.items() if axis in table.columns}
     title = "first round within the target" if target else "at the end"
-    goal = ["f - f*"] * bool(target)
-    shown = Table("method", *goal, *axes.values(), "f", "accuracy", title=f"{title} (published, difference)")
+    shown = Table(title=f"{title} (published, difference)")
+    for name in ("method", "f - f*" if target else "f", *axes.values(), "accuracy"):
+        shown.add_column(name, overflow="fold")  # a narrow terminal loses no digit
     for row in table.iter_rows(named=True):
         beside = published.get(row["method"], {}) if row["target"] == target else {}
         cells = [figure(row[axis], beside.get(axis)) for axis in axes]
-        cells += [f"{row['loss']:.4f}", f"{row['accuracy']:.4f}"]
-        shown.add_row(row["method"], *[f"{row['target']:g}" if row["target"] else "end"] * bool(target), *cells)
+        goal = f"{row['loss']:.4g}" if target is None else f"{row['target']:g}" if row["target"] else "end"
+        shown.add_row(row["method"], goal, *cells, f"{row['accuracy']:.4f}")
     console.print(shown)
     console.print(f"figures, table and curves: {folder}")
 
