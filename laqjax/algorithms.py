@@ -25,7 +25,7 @@ from laqjax.core import (
     assemble,
     number,
 )
-from laqjax.triggers import Cyclic, Lazy, Progress, always, lazy, one_of, patience
+from laqjax.triggers import Cyclic, Lazy, Progress, always, lazy, numbers, one_of, patience
 
 NEVER = np.iinfo(np.int32).max  # a limit that no run reaches
 
@@ -39,15 +39,20 @@ class Server(TypedDict, total=False):
     sampler: Sampler | None  # None: full gradients; oracle.Blocks(size) or oracle.Epochs(size): minibatches
 
 
-class Laziness(Server, total=False):
-    """The knobs of the lazy family, beside the server's."""
+class Patient(Server, total=False):
+    """The knobs of a rule with a window and a bound on silence, beside the server's."""
 
-    xi: Any  # 0.8: the sum of equal weights xi_d, or an array of them [window]
     window: int  # 10: D, the rounds of motion that the rule looks back on
     limit: int | None  # 100: C, an upload is forced after so many silent rounds; None: never
     ramp: bool  # False: divide xi by the rounds seen so far until there are `window` of them, as the authors' program does
     first_upload: str  # "forced": everybody sends in round 0; "rule": round 0 obeys the rule (the authors')
     max_window: int | None  # None: window; more gives algorithms of different windows one shape
+
+
+class Laziness(Patient, total=False):
+    """The knobs of the lazy family."""
+
+    xi: Any  # 0.8: the sum of equal weights xi_d, or an array of them [window]
 
 
 # ---- full gradients ---------------------------------------------------------------------------------------------
@@ -88,7 +93,8 @@ def iag_cyclic(oracle: Oracle, **server: Unpack[Server]) -> Algorithm:
 
 def iag_random(oracle: Oracle, *, smoothness: Any, **server: Unpack[Server]) -> Algorithm:
     """Incremental aggregated gradient of one worker a round, drawn proportionally to L_m (Num-IAG in the LAG paper)."""
-    return assemble(oracle, identity(), one_of(smoothness, oracle.dtype), Innovation.undamped(oracle), **server)
+    rule = one_of(_each(smoothness, oracle, server), oracle.dtype)
+    return assemble(oracle, identity(), rule, Innovation.undamped(oracle), **server)
 
 
 def laq(oracle: Oracle, *, bits: int = 4, **knobs: Unpack[Laziness]) -> Algorithm:
@@ -185,38 +191,49 @@ def slaq(oracle: Oracle, *, bits: int = 3, **knobs: Unpack[Laziness]) -> Algorit
     return laq(oracle, bits=bits, **knobs)
 
 
-def lasg_wk1(oracle: Oracle, **knobs: Unpack[Laziness]) -> Algorithm:
-    """LASG-WK1: the change of g_m - (gradient of a snapshot, on the same sample), the snapshot renewed every `max_window`.
+def lasg_wk1(oracle: Oracle, *, period: int = 100, **knobs: Unpack[Laziness]) -> Algorithm:
+    """LASG-WK1: the change of g_m - (gradient of a snapshot, on the same sample), the snapshot renewed every `period`.
 
-    Chen, Sun, Yin, "Communication-adaptive stochastic gradient methods for distributed learning", 2020, eq. (7).
+    Chen, Sun, Yin, "Communication-adaptive stochastic gradient methods for distributed learning", 2020.
     """
-    return _lazy(oracle, identity(), measure="variance_sq", **knobs)
+    return _lazy(oracle, identity(), measure="variance_sq", period=period, **knobs)
 
 
 def lasg_wk2(oracle: Oracle, **knobs: Unpack[Laziness]) -> Algorithm:
-    """LASG-WK2: the change of the gradient between this model and that of the last upload, on the same sample (eq. (8))."""
+    """LASG-WK2: the change of the gradient between this model and that of the last upload, on the same sample."""
     return _lazy(oracle, identity(), measure="stale_sq", **knobs)
 
 
 def lasg_ps(oracle: Oracle, *, smoothness: Any, **knobs: Unpack[Laziness]) -> Algorithm:
-    """LASG-PS: LAG-PS on minibatches (eq. (9))."""
+    """LASG-PS: LAG-PS on minibatches."""
     return lag_ps(oracle, smoothness=smoothness, **knobs)
 
 
-def cada1(oracle: Oracle, *, c: float = 0.6, **knobs: Unpack[Laziness]) -> Algorithm:
+def _amsgrad(lr: Any) -> optax.GradientTransformation:
+    """AMSGrad as published, without bias correction (Reddi, Kale, Kumar 2018): the server of CADA."""
+    return optax.amsgrad(lr, bias_correction_mu=False, bias_correction_nu=False)
+
+
+def cada1(oracle: Oracle, *, c: float = 0.6, period: int = 100, **knobs: Unpack[Patient]) -> Algorithm:
     """CADA1: LASG-WK1's change >= c / D sum_d motion_d, AMSGrad at the server (Chen, Guo, Sun, Yin, AISTATS 2021)."""
-    return _cada(oracle, "variance_sq", c, **knobs)
+    return _cada(oracle, "variance_sq", c, period, **knobs)
 
 
-def cada2(oracle: Oracle, *, c: float = 0.6, **knobs: Unpack[Laziness]) -> Algorithm:
+def cada2(oracle: Oracle, *, c: float = 0.6, **knobs: Unpack[Patient]) -> Algorithm:
     """CADA2: LASG-WK2's change >= c / D sum_d motion_d, AMSGrad at the server. c = 0 is AMSGrad."""
-    return _cada(oracle, "stale_sq", c, **knobs)
+    return _cada(oracle, "stale_sq", c, 1, **knobs)
 
 
-def _cada(oracle: Oracle, measure: str, c: float, **knobs: Unpack[Laziness]) -> Algorithm:
-    knobs.setdefault("optimizer", optax.amsgrad)
-    knobs["xi"] = number("c", c, oracle.dtype, least=0)
-    return _lazy(oracle, identity(), measure=measure, absolute=True, **knobs)
+def _cada(oracle: Oracle, measure: str, c: float, period: int, **knobs: Unpack[Patient]) -> Algorithm:
+    knobs.setdefault("optimizer", _amsgrad)
+    xi = number("c", c, oracle.dtype, least=0)
+    return _lazy(oracle, identity(), xi=xi, measure=measure, absolute=True, period=period, **knobs)
+
+
+def _each(smoothness: Any, oracle: Oracle, server: Server) -> np.ndarray:
+    """L_m of each worker, checked."""
+    shapes = ((server.get("num_workers"),),)
+    return numbers("smoothness", smoothness, oracle.dtype, shapes, "L_m >= 0 of each of the num_workers workers")
 
 
 def _lazy(
@@ -233,11 +250,14 @@ def _lazy(
     smoothness: Any = None,
     measure: str = "innovation_sq",
     absolute: bool = False,
+    period: int = 1,
     **server: Unpack[Server],
 ) -> Algorithm:
     """Innovation memory under the lazy rule with patience."""
     if first_upload not in ("forced", "rule"):
         raise ValueError(f"first_upload = {first_upload!r}: expected 'forced' or 'rule'")
+    if smoothness is not None:
+        smoothness = _each(smoothness, oracle, server)
     limit = NEVER if limit is None else int(number("limit", limit, np.int32, least=1))
     rule: Lazy = lazy(
         xi,
@@ -255,6 +275,7 @@ def _lazy(
         patience(rule, limit),
         Innovation.undamped(oracle),
         initial_silence=limit if first_upload == "forced" else 0,
+        period=period,
         max_window=rule.xi.size,
         downlink=downlink,
         **server,

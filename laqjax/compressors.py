@@ -208,7 +208,8 @@ class Sampled:
         for _ in range(2):  # what the certain ones left over goes to the others
             free = chance < 1
             left = budget - jnp.sum(~free, dtype=target.dtype)
-            share = left / jnp.maximum(jnp.sum(jnp.where(free, chance, 0)), jnp.finfo(target.dtype).tiny)
+            others = jnp.sum(jnp.where(free, chance, 0))
+            share = left / jnp.where(others > 0, others, 1)
             chance = jnp.where(free, jnp.clip(chance * jnp.maximum(share, 1), 0, 1), 1)
         kept = jax.random.uniform(keys.own, target.shape, target.dtype) < chance
         return {"kept": kept, "values": jnp.where(kept, target / jnp.where(kept, chance, 1), 0)}
@@ -431,7 +432,8 @@ def _there(field: Field) -> Any:
 def _pattern(field: Field) -> np.dtype:
     """Floats of their full width travel as bit patterns, everything else as whole numbers."""
     dtype = np.dtype(field.like.dtype)
-    return np.dtype(f"u{dtype.itemsize}") if dtype.kind == "f" and int(field.bits) == 8 * dtype.itemsize else dtype
+    full = jnp.issubdtype(dtype, jnp.floating) and int(field.bits) == 8 * dtype.itemsize
+    return np.dtype(f"u{dtype.itemsize}") if full else dtype
 
 
 def pack(codes: Integer[Any, " p"], bits: int) -> UInt8[Array, " bytes"]:

@@ -325,7 +325,7 @@ def _round(
 
     def one(index_and_worker: tuple[Array, core.Worker]) -> Any:
         index, worker = index_and_worker
-        keys = core.Keys(jax.random.fold_in(round_key, index), shared, key)
+        keys = core.Keys(jax.random.fold_in(round_key, index), shared, key, server.broadcast.round)
         return core.worker_step(alg, worker, server.broadcast, shards, index, keys)
 
     indices = jnp.arange(alg.num_workers, dtype=jnp.int32)
@@ -333,7 +333,8 @@ def _round(
     # a product: XLA on the CPU sums over a leading axis many times slower
     total = jnp.matmul(uploads.sent.astype(uploads.decoded.dtype), uploads.decoded, precision="highest")
     count = jnp.sum(uploads.sent, dtype=jnp.int32)
-    server, bits_down, server_facts = core.server_step(alg, server, total, count, core.Keys(shared, shared, key))
+    keys = core.Keys(shared, shared, key, server.broadcast.round)
+    server, bits_down, server_facts = core.server_step(alg, server, total, count, keys)
     facts = server_facts | facts | {"worker_loss": facts["loss"]}
     unknown = sorted(set(record) - set(facts))
     if unknown:
@@ -376,10 +377,9 @@ def _check(alg: Algorithm, params: Any, shards: Shards) -> None:
             f"theta0 = {getattr(params, 'dtype', type(params))}{list(np.shape(params))}: expected {alg.oracle.dtype}[{p}], "
             "a vector from oracle.ravel(params)"
         )
-    if p * alg.oracle.dtype.itemsize * 8 > np.iinfo(np.int32).max:
-        raise ValueError(
-            f"theta0 of {p} parameters: expected at most {2**31 // 64}, the bits of one message are counted in int32"
-        )
+    most = np.iinfo(np.int32).max // (m if alg.trigger.asks else 2) // alg.oracle.dtype.itemsize // 8
+    if p > most:  # a message may be longer than the vector (indices), a server that asks sends one to each worker
+        raise ValueError(f"theta0 of {p} parameters: expected at most {most}, a round's bits are counted in int32")
     x, y, weight = (np.shape(a) for a in shards)
     if len(x) < 2 or len(weight) != 2 or x[:2] != weight or y[:2] != weight:
         raise ValueError(

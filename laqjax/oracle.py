@@ -59,7 +59,10 @@ class TiledOracle:
     def __call__(
         self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""], rows: Rows | None = None
     ) -> tuple[Float[Array, ""], Float[Array, " p"]]:
-        """Loss and gradient of worker `worker` at `params`: reduction over its rows + (l2 / 2) ||params||^2."""
+        """Loss and gradient of worker `worker` at `params`: reduction over its rows + (l2 / 2) ||params||^2.
+
+        `rows`: an estimate of both from these rows alone.
+        """
         tree = self.unravel(params)
         size = rows.size if rows else shards.y.shape[1]
         tile = min(self.rows_per_tile(shards), size)
@@ -89,8 +92,11 @@ class TiledOracle:
             if whole < size:
                 carry = jax.tree.map(jnp.add, carry, part(np.int32(whole), size - whole))
         loss, weight, grad = carry[0], carry[1], self.ravel(carry[2])
-        if self.reduction == "mean":
+        if self.reduction == "mean" or rows:
             loss, grad = loss / weight, grad / weight
+        if self.reduction == "sum" and rows:  # an estimate of the whole sum, beside which l2 keeps its share
+            whole_shard = jnp.sum(shards.weight[worker]).astype(self.dtype)
+            loss, grad = loss * whole_shard, grad * whole_shard
         return loss + self.l2 / 2 * jnp.sum(params * params), grad + self.l2 * params
 
 
@@ -133,7 +139,7 @@ def _rows(shards: Shards, worker: Any) -> Int[Array, ""]:
 
 def _sample(key: PRNGKeyArray) -> PRNGKeyArray:
     """The sample's own stream: the compressor draws from the key itself."""
-    return jax.random.fold_in(key, 0x5A)
+    return jax.random.fold_in(key, 0xFFFF5A5A)  # no round and no worker has this number
 
 
 def from_loss(

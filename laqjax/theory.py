@@ -48,7 +48,10 @@ def lyapunov(loss: Any, motion: Float[Any, "*rounds window"], xi: Float[Any, " w
 
 
 def lr_ef21(each: np.ndarray, smooth: float, delta: float, zeta: float = 0.0) -> float:
-    """EF21's step for a compressor of contraction `delta` (Theorem 1), CLAG's for zeta > 0 (3PC, Lemma C.3, Theorem 5.5)."""
+    """EF21's step for a compressor of contraction `delta` (its Theorem 1), CLAG's for zeta > 0 (3PC, Theorem 5.5).
+
+    The steps for general smooth f; the theorems with a linear rate put a 2 under the root.
+    """
     workers, root = len(each), 1 - np.sqrt(1 - delta)
     ratio = max((1 - delta) / root, zeta) / root
     return 1 / (smooth + workers * np.sqrt(np.mean(each**2)) * np.sqrt(ratio))
@@ -60,7 +63,10 @@ def lr_diana(each: np.ndarray, smooth: float, omega: float) -> float:
 
 
 def lr_marina(each: np.ndarray, smooth: float, omega: float, probability: float) -> float:
-    """MARINA's step: 1 / (L + rms(L_m) sqrt(M (1 - p) omega / p)) (Theorem 2.1)."""
+    """MARINA's step for general smooth f: 1 / (L + rms(L_m) sqrt(M (1 - p) omega / p)).
+
+    Theorem 2.1 has rms(L_m) M, which is no less, for the first L too.
+    """
     workers = len(each)
     return 1 / (smooth + np.sqrt(np.mean(each**2)) * np.sqrt(workers * (1 - probability) * omega / probability))
 

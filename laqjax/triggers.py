@@ -77,7 +77,7 @@ class Lazy(Rule):
 @register_dataclass
 @dataclass(frozen=True)
 class Progress(Rule):
-    """CLAG's rule: send iff ||target||^2 >= zeta ||grad - last grad||^2 (3PC, Richtarik et al. 2022, Algorithm 4)."""
+    """CLAG's rule: send iff ||target||^2 >= zeta ||grad - last grad||^2 (3PC, Richtarik et al. 2022), and in round 0."""
 
     zeta: Float[Array, ""]
 
@@ -86,7 +86,7 @@ class Progress(Rule):
         return frozenset({"progress_sq"})
 
     def __call__(self, evidence: Evidence) -> Bool[Array, ""]:
-        return evidence.target_sq >= self.zeta * evidence["progress_sq"]
+        return (evidence.target_sq >= self.zeta * evidence["progress_sq"]) | (evidence.round == 0)
 
 
 @register_dataclass
@@ -165,12 +165,16 @@ def lazy(
     padded[:window] = weights if weights.ndim else weights / window
     if smoothness is not None:
         smoothness = numbers("smoothness", smoothness, dtype, None, "L_m >= 0 of every worker")
+    if not isinstance(ramp, bool | np.bool_):
+        raise ValueError(f"ramp = {ramp!r}: expected True or False")
     return Lazy(padded, number("window", window, np.int32), np.asarray(ramp, np.bool_), smoothness, measure, absolute)  # pyright: ignore[reportArgumentType]
 
 
 def one_of(weights: Any, dtype: Any) -> OneOf:
     """A `OneOf` with probabilities proportional to `weights` [M] >= 0."""
     weights = numbers("weights", weights, np.float64, None, "numbers >= 0, one for each worker")
+    if not weights.sum() > 0:
+        raise ValueError(f"weights = {weights!r}: expected at least one > 0")
     return OneOf(np.asarray(weights / weights.sum(), dtype))  # pyright: ignore[reportArgumentType]
 
 

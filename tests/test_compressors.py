@@ -15,7 +15,7 @@ from laqjax import compressors, core
 BITS = st.integers(1, 16)
 SIZES = [1, 7, 8, 63]
 vectors = st.tuples(st.integers(0, 2**32 - 1), st.sampled_from(SIZES), st.integers(-28, 28))
-KEYS = core.Keys(KEY, jax.random.key(1), KEY)
+KEYS = core.Keys(KEY, jax.random.key(1), KEY, jnp.int32(1))
 
 encode = jax.jit(lambda scheme, target, keys=KEYS: scheme.encode(target, keys))
 decode = jax.jit(lambda scheme, payload, like: scheme.decode(payload, like))
@@ -123,7 +123,9 @@ DRAWS = 4000
 def draws(scheme: Any, target: Any) -> Any:
     """Decoded messages of as many keys."""
     own = jax.random.split(KEY, DRAWS)
-    return jax.vmap(lambda key: scheme.decode(scheme.encode(target, core.Keys(key, key, key)), target))(own)
+    return jax.vmap(lambda key: scheme.decode(scheme.encode(target, core.Keys(key, key, key, jnp.int32(1))), target))(
+        own
+    )
 
 
 @pytest.mark.parametrize("name", UNBIASED)
@@ -282,11 +284,29 @@ def test_a_sampled_message_bills_what_it_holds() -> None:
     scheme, target = compressors.sampled(0.3), jnp.asarray(vector(0, 63, 0))
     bills = set()
     for key in jax.random.split(KEY, 6):
-        payload = scheme.encode(target, core.Keys(key, key, key))
+        payload = scheme.encode(target, core.Keys(key, key, key, jnp.int32(1)))
         kept = int(np.sum(np.asarray(payload["kept"])))
         bills.add(int(core.bill(scheme.wire(payload, target))))
         assert core.bill(scheme.wire(payload, target)) == 64 + 32 * kept
     assert len(bills) > 1
+
+
+@pytest.mark.parametrize("size", [63, 7850])
+def test_nothing_is_sent_of_nothing(size: int) -> None:
+    """A zero vector is its bitmap, a spike the bitmap and one number: what is certain leaves nothing to share out."""
+    scheme = compressors.sampled(0.3)
+    for target, kept in ((jnp.zeros(size), 0), (jnp.zeros(size).at[3].set(5), 1)):
+        payload = scheme.encode(target, KEYS)
+        assert core.bill(scheme.wire(payload, target)) == -(-size // 8) * 8 + 32 * kept
+        np.testing.assert_array_equal(scheme.decode(payload, target), target)
+
+
+def test_any_float_travels_as_it_is() -> None:
+    target = jnp.asarray([1.5, 0.3, -7.0], jnp.bfloat16)
+    scheme = compressors.identity()
+    data = compressors.to_bytes(scheme, scheme.encode(target, KEYS), target)
+    assert len(data) == 6
+    np.testing.assert_array_equal(compressors.from_bytes(scheme, data, target), target)
 
 
 def test_indices_are_billed() -> None:

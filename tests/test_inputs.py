@@ -46,7 +46,23 @@ KNOBS: list[Any] = [
     ("xi", [0.1] * 9 + [np.nan], "expected one number >= 0"),
     ("bits", np.True_, "expected one whole number and >= 1 and <= 16"),
     ("first_upload", "maybe", "expected 'forced' or 'rule'"),
+    ("ramp", "no", "expected True or False"),
+    ("bits", "4", "expected one whole number and >= 1 and <= 16"),
 ]
+
+
+def test_smoothness_is_one_number_a_worker(toy: Toy) -> None:
+    good: dict[str, Any] = dict(lr=0.1, num_workers=4)
+    for factory in (algorithms.lag_ps, algorithms.lasg_ps, algorithms.iag_random):
+        for bad in ([1.0, 2.0], [1.0] * 5, 1.0, [1.0, 1.0, 1.0, -1.0]):
+            refused(lambda f=factory, b=bad: f(toy.oracle, smoothness=b, **good), "L_m >= 0 of each of the num_workers")
+    refused(lambda: algorithms.iag_random(toy.oracle, smoothness=[0.0] * 4, **good), "expected at least one > 0")
+
+
+def test_the_weight_of_cada_is_c(toy: Toy) -> None:
+    make: Any = algorithms.cada2
+    with pytest.raises(TypeError, match="xi"):
+        make(toy.oracle, lr=0.1, num_workers=4, xi=0.5)
 
 
 @pytest.mark.parametrize(("knob", "bad", "expected"), KNOBS)

@@ -40,6 +40,7 @@ SMOOTH = {"smoothness": ([1, 2, 3, 4], np.ones(4), np.arange(4), [0.1, 0, 1e3, 1
 SHARE = {"probability": (0.1, np.float64(0.2), np.float32(0.3), jnp.float32(0.4), 1)}
 DAMPING = {"damping": SHARE["probability"]}
 ZETA = {"zeta": (0, np.float64(0.2), np.float32(0.3), jnp.float32(4), 1)}
+PERIOD = {"period": BITS["bits"]}
 LAZY_KNOBS = dict(xi=0.4, window=4, limit=6, max_window=6)
 CADA_KNOBS = dict(c=0.5, window=4, limit=6, max_window=6)
 EACH = dict(smoothness=[1.0, 2.0, 0.5, 1.5])
@@ -68,10 +69,10 @@ ROWS = {
     "ef_sign_sgd": Row(algorithms.ef_sign_sgd, BLOCKS, LR),
     "topk_ef": Row(algorithms.topk_ef, EPOCHS | dict(k=3), LR),
     "slaq": Row(algorithms.slaq, EPOCHS | LAZY_KNOBS, LR | BITS | LAZY),
-    "lasg_wk1": Row(algorithms.lasg_wk1, BLOCKS | LAZY_KNOBS, LR | LAZY),
+    "lasg_wk1": Row(algorithms.lasg_wk1, BLOCKS | LAZY_KNOBS | dict(period=5), LR | LAZY | PERIOD),
     "lasg_wk2": Row(algorithms.lasg_wk2, EPOCHS | LAZY_KNOBS, LR | LAZY),
     "lasg_ps": Row(algorithms.lasg_ps, BLOCKS | LAZY_KNOBS | EACH, LR | LAZY | SMOOTH),
-    "cada1": Row(algorithms.cada1, BLOCKS | CADA_KNOBS, LR | CADA),
+    "cada1": Row(algorithms.cada1, BLOCKS | CADA_KNOBS | dict(period=5), LR | CADA | PERIOD),
     "cada2": Row(algorithms.cada2, EPOCHS | CADA_KNOBS, LR | CADA),
 }
 LAZY_ROWS = ["lag_wk", "laq"]
@@ -212,7 +213,7 @@ def test_billed_bits_are_bytes(name: str, dtype: str, request: pytest.FixtureReq
 def keys_of(round: int, worker: int, workers: int = 4) -> core.Keys:
     """The draws of a worker in a round, as they are documented."""
     key = jax.random.fold_in(KEY, round)
-    return core.Keys(jax.random.fold_in(key, worker), jax.random.fold_in(key, workers), KEY)
+    return core.Keys(jax.random.fold_in(key, worker), jax.random.fold_in(key, workers), KEY, jnp.int32(round))
 
 
 @pytest.mark.parametrize("name", ROWS)

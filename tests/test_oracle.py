@@ -65,6 +65,18 @@ def test_weights_count_the_examples(toy64: Toy) -> None:
     np.testing.assert_allclose(grad, gradient, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_minibatches_estimate_the_whole_shard(reduction: str, toy64: Toy) -> None:
+    """The mean over the blocks of a shard is the shard itself: data and l2 in the shares that they have there."""
+    given = oracle.from_loss(softmax_loss, toy64.oracle.unravel(toy64.theta0), l2=0.3, reduction=reduction)
+    one = jnp.int32(1)
+    draw = jax.jit(lambda start: given(toy64.theta0, toy64.shards, one, oracle.Rows(4, start=start)))
+    parts = [draw(np.int32(start)) for start in (0, 4, 8)]
+    loss, grad = tiled(given, toy64.theta0, toy64.shards, np.int32(1))
+    np.testing.assert_allclose(np.mean([part[0] for part in parts]), loss, rtol=1e-12)
+    np.testing.assert_allclose(np.mean([part[1] for part in parts], axis=0), grad, rtol=1e-9, atol=1e-14)
+
+
 def test_padding_does_not_matter(toy: Toy) -> None:
     padding = np.asarray(toy.shards.weight) == 0
     x, y = np.array(toy.shards.x), np.array(toy.shards.y)

@@ -36,7 +36,7 @@ def test_your_own_method() -> None:
     assert set(one.info.bits_up[one.info.sent]) == {16 * oracle.size}
     like = names["theta0"]
     key = jax.random.key(0)
-    keys = laqjax.core.Keys(key, key, key)
+    keys = laqjax.core.Keys(key, key, key, jax.numpy.int32(1))
     payload = alg.compressor.encode(like, keys)
     data = laqjax.compressors.to_bytes(alg.compressor, payload, like)
     assert 8 * len(data) == laqjax.core.bill(alg.compressor.wire(payload, like)) == 16 * oracle.size
