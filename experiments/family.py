@@ -190,7 +190,10 @@ def heterogeneity(out: Path = Path("results/heterogeneity"), target: float = 1e-
             uploads[method] = uploads_to(linear, chosen[method], target)
         spread = float(np.log10(linear.each.max() / linear.each.min()))
         rows.append({"axis": axis, "value": float(value), "spread": spread} | uploads)
-    table = pl.DataFrame(rows).with_columns(**{f"{m} saves": 1 - pl.col(m) / pl.col("GD") for m in ("LAQ", "LAG-WK")})
+    kinds: Any = dict.fromkeys(("GD", "LAQ", "LAG-WK"), pl.Int64)  # null: not reached
+    table = pl.DataFrame(rows, schema_overrides=kinds).with_columns(
+        **{f"{m} saves": 1 - pl.col(m) / pl.col("GD") for m in ("LAQ", "LAG-WK")}
+    )
     with files.replacing(out / "heterogeneity.parquet") as part:
         table.write_parquet(part)
     with files.replacing(out / "heterogeneity.csv") as part:
@@ -199,8 +202,11 @@ def heterogeneity(out: Path = Path("results/heterogeneity"), target: float = 1e-
     plots.heterogeneity(out)
     shown = Table("", "", "log10 max L_m / min L_m", "GD", "LAQ", "LAG-WK", title=f"uploads to f - f* <= {target:g}")
     for row in table.iter_rows(named=True):
-        cells = [f"{row[m]:,} ({row[f'{m} saves']:.1%} saved)" for m in ("LAQ", "LAG-WK")]
-        shown.add_row(row["axis"], f"{row['value']:g}", f"{row['spread']:.2f}", f"{row['GD']:,}", *cells)
+        saved = [row[f"{m} saves"] for m in ("LAQ", "LAG-WK")]
+        cells = [
+            "-" if s is None else f"{row[m]:,} ({s:.1%} saved)" for m, s in zip(("LAQ", "LAG-WK"), saved, strict=True)
+        ]
+        shown.add_row(row["axis"], f"{row['value']:g}", f"{row['spread']:.2f}", str(row["GD"] or "-"), *cells)
     console.print(shown)
     console.print(f"figures and tables: {out}")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -14,8 +15,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import polars as pl
 
 import laqjax
+
+# what a command line reports in one line: wrong values, files that are not there or not readable, missing packages
+REFUSED = (ValueError, OSError, ImportError, pl.exceptions.PolarsError)
 
 
 @contextmanager
@@ -78,7 +83,7 @@ def provenance() -> dict[str, Any]:
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["python", "-m", module.name] if module else ["python", sys.argv[0]]
     return {
-        "command": " ".join([*program, *sys.argv[1:]]),
+        "command": shlex.join([*program, *sys.argv[1:]]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in names}
         | {"laqjax": laqjax.__version__, "python": platform.python_version()},
@@ -97,4 +102,4 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, or give another folder") from None
+        raise ValueError(f"{path} is damaged ({error}); give another folder, this one cannot be gone on with") from None

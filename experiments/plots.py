@@ -103,12 +103,18 @@ def front(rows: pl.DataFrame, target: str) -> pl.DataFrame:
     return ranked(rows, target).filter((pl.col(f"rounds_{target}") < fewest.shift(1)).fill_null(True))
 
 
-def label(row: dict[str, Any]) -> str:
-    """A setting in a few words."""
-    names = {"bits": "b", "limit": "C", "window": "D"} | {
-        k: k for k in ("xi", "lr", "zeta", "damping", "probability", "c", "levels", "density")
-    }
-    return ", ".join([row["algorithm"], *(f"{names[k]}={row[k]:.3g}" for k in names if row.get(k) is not None)])
+def labels(summary: pl.DataFrame) -> dict[int, str]:
+    """Each setting in a few words, by its first point: the algorithm, b, C, D, and what else differs between settings."""
+    short = {"bits": "b", "limit": "C", "window": "D"}
+    settings = summary.columns[: summary.columns.index("seeds")]
+    shown = [name for name in settings if name in short or (name != "algorithm" and summary[name].n_unique() > 1)]
+    words = {}
+    for row in summary.iter_rows(named=True):
+        said = [(short.get(name, name), row[name]) for name in shown if row[name] is not None]
+        values = [f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in said]
+        words[row["point"]] = ", ".join([row["algorithm"], *values])
+    twins = [word for word in words.values() if list(words.values()).count(word) > 1]
+    return {point: f"{word} (point {point})" if word in twins else word for point, word in words.items()}
 
 
 def sweep(folder: Path) -> None:
@@ -119,9 +125,9 @@ def sweep(folder: Path) -> None:
     target = last_target(summary)
     heat_maps(summary, target, folder / "bits-to-target")
     best = ranked(summary, target)
-    if not len(best):
+    if not best[f"bits_up_{target}"].sum() > 0:  # none got there, or all were there from the start
         return
-    best_front = front(summary, target)
+    best_front, words = front(summary, target), labels(summary)
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(6, 4.2))
         x, y = f"bits_up_{target}", f"rounds_{target}"
@@ -129,7 +135,7 @@ def sweep(folder: Path) -> None:
         axis.plot(best_front[x], best_front[y], "o-", drawstyle="steps-post", color="C3", label="Pareto front")
         top = best.row(0, named=True)
         axis.annotate(
-            label(top),
+            words[top["point"]],
             (top[x], top[y]),
             xytext=(8, 10),
             textcoords="offset points",
@@ -138,8 +144,7 @@ def sweep(folder: Path) -> None:
         axis.set(xscale="log", xlabel=f"bits up to f - f* <= {target}", ylabel="rounds")
         axis.legend(frameon=False)
         save(figure, folder / "pareto")
-    shown = best_front.head(8)
-    names = {row["point"]: label(row) for row in shown.iter_rows(named=True)}
+    names = {point: words[point] for point in best_front.head(8)["point"]}
     chosen = curves.filter(pl.col("point").is_in(list(names))).with_columns(
         method=pl.col("point").replace_strict(names, return_dtype=pl.String)
     )
@@ -147,8 +152,10 @@ def sweep(folder: Path) -> None:
     mask = masks.row(by_predicate=pl.col("point") == best["point"][0], named=True)
     size = mask["rounds"] * mask["workers"]
     sent = np.unpackbits(np.frombuffer(mask["sent"], np.uint8), count=size).reshape(mask["rounds"], mask["workers"])
+    if not size:
+        return  # the start was good enough
     rows = {
-        "method": label(best.row(0, named=True)),
+        "method": words[best["point"][0]],
         "round": range(len(sent)),
         "sent": [np.flatnonzero(row).tolist() for row in sent],
     }
@@ -257,8 +264,8 @@ def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
     if len(b) * len(c) * len(d) > 400:  # drawn at random, not a grid
         return
     cheapest = {key: group[f"bits_up_{target}"].min() for key, group in lazy.group_by("bits", "limit", "window")}
-    grids = np.array([[[cheapest.get((i, j, k)) or np.nan for j in c] for i in b] for k in d], float)
-    if np.isnan(grids).all():
+    grids = np.array([[[cheapest.get((i, j, k)) for j in c] for i in b] for k in d], float)  # nan: never reached
+    if not np.nanmax(grids, initial=0) > 0:
         return
     plain: dict[Any, Any] = STYLE | {"axes.grid": False}
     with plt.rc_context(plain):

@@ -144,7 +144,7 @@ def main() -> None:
     }
     try:
         tyro.extras.subcommand_cli_from_dict(commands)
-    except (ValueError, FileNotFoundError) as error:
+    except files.REFUSED as error:
         raise SystemExit(f"error: {error}") from None
 
 

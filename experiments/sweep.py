@@ -18,7 +18,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,16 +34,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 import laqjax
-from experiments import datasets, files, plots, problems
+from experiments import datasets, files, plots, problems, race
 from laqjax import algorithms, engine, theory
 
 CHUNK = 50  # rounds between two looks at who is done
+SHORT = 100  # rounds: with fewer to go a cut batch does not earn its compile time
 MOST = 64  # points in a batch, for each device: more is not faster, and rows are safe later
 # one group, one compile each
 SHAPES = ("problem", "dataset", "partition", "partition_seed", "workers", "algorithm", "compressor", "k", "minibatch")
-OPTIONAL = ("levels", "density", "zeta", "damping", "probability", "c", "min_bits", "max_bits", "bits_down")
+OPTIONAL = ("levels", "density", "zeta", "damping", "probability", "c", "period", "min_bits", "max_bits", "bits_down")
 KNOBS = ("bits", "limit", "window", "xi", "lr", *OPTIONAL)
-WHOLE = ("bits", "limit", "window", "levels", "min_bits", "max_bits", "bits_down")
+WHOLE = ("bits", "limit", "window", "levels", "period", "min_bits", "max_bits", "bits_down")
 COST = ("rounds", "uploads", "bits_up", "bits_down", "seconds")
 
 
@@ -82,6 +83,7 @@ class Settings:
     damping: tuple[float, ...] = ()
     probability: tuple[float, ...] = ()
     c: tuple[float, ...] = ()
+    period: tuple[float, ...] = ()
     min_bits: tuple[float, ...] = ()
     max_bits: tuple[float, ...] = ()
     bits_down: tuple[float, ...] = ()
@@ -97,9 +99,11 @@ class Settings:
     """The lazy rule of the authors' program: first upload by the rule, xi ramped up over the first D rounds."""
     rounds: int = 400
     target: tuple[float, ...] = (1e-1, 3e-2)
-    """Residuals f - f* at which the cost is read off; a point ends at the last."""
+    """Residuals f - f* (f itself for the network) at which the cost is read off; a point ends at the last.
+    Minibatch methods are measured on all data every 50 rounds."""
     random: int | None = None
-    """Draw so many points instead of the grid: two values of an axis are its range then, more are choices."""
+    """Draw so many settings instead of the grid, each run on all seeds: two values of b, C, D, xi, lr or another number
+    of an algorithm are its range then; more, and the values of all other axes, are choices."""
     random_seed: int = 0
     uplink_mbps: float = 10.0
     """Of each worker's own link, for the simulated seconds."""
@@ -133,6 +137,12 @@ class Group:
     points: list[dict[str, Any]]
     algs: list[laqjax.Algorithm] = field(default_factory=list)
 
+    @cached_property
+    def smoothness(self) -> np.ndarray:
+        """L_m of the workers."""
+        problem = self.problem
+        return theory.smoothness(self.shards, problem.name, l2=problem.l2, reduction=problem.reduction)[0]
+
 
 def run(settings: Settings) -> Path:
     """Run what is not yet done of a sweep; tables and figures in the output folder, which is returned."""
@@ -140,9 +150,10 @@ def run(settings: Settings) -> Path:
     settings = configured(settings)
     points = list(select(settings))
     groups = checked(points, settings, console)
+    sizes = batch_sizes(groups, settings)
     files.claim(settings.out, identity(settings))
-    plan = planned(groups, settings)
-    done = batches = sum(-(-len(group.points) // size) for group, size in zip(groups, plan["batch"], strict=True))
+    plan = planned(groups, sizes, settings)
+    batches = sum(-(-len(group.points) // size) for group, size in zip(groups, plan["batch"], strict=True))
     console.print(
         f"{len(points)} points in {len(groups)} group(s), {batches} batch(es) of {plan['batch']} points, up to {settings.rounds} rounds"
     )
@@ -154,7 +165,7 @@ def run(settings: Settings) -> Path:
             for first in range(0, len(group.points), size):
                 part = settings.out / "batches" / f"{g:03d}-{first:06d}"
                 count = min(size, len(group.points) - first)
-                if not intact(part, console):
+                if not intact(part, group.points[first : first + count], console):
 
                     def show(work: float, note: str, base: int = done) -> None:
                         progress.update(task, completed=base * settings.rounds + work, note=note)
@@ -166,7 +177,7 @@ def run(settings: Settings) -> Path:
                     fresh += count
                 done += count
                 progress.update(task, completed=done * settings.rounds, note=f"{done} points done")
-    collect(settings.out)
+    collect(settings.out, groups, plan["batch"])
     spent = time.perf_counter() - began
     files.write_json(settings.out / "run.json", files.provenance() | {"seconds": spent, "points_computed": fresh})
     report(settings.out, console)
@@ -182,10 +193,13 @@ def bar(console: Console) -> Progress:
 
 
 def configured(settings: Any) -> Any:
-    """Settings with smoke sizes."""
-    if settings.smoke:
-        settings = replace(settings, rounds=min(settings.rounds, 60), target=(1.0, 0.5))
-    return settings
+    """Settings with smoke sizes, in a folder of their own, where these are not given."""
+    if not settings.smoke:
+        return settings
+    plain = type(settings)()
+    out = settings.out if settings.out != plain.out else Path(f"{plain.out}-smoke")
+    target = settings.target if settings.target != plain.target else (1.0, 0.5)
+    return replace(settings, rounds=min(settings.rounds, 60), target=target, out=out)
 
 
 def from_file(path: Path, kind: type[Settings]) -> list[str]:
@@ -195,6 +209,8 @@ def from_file(path: Path, kind: type[Settings]) -> list[str]:
         given = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text) or {}
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no {'TOML' if path.suffix == '.toml' else 'YAML'}: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} holds {given!r}: expected names of settings with their values")
     known = {f.name for f in fields(kind)} - {"config"}
     unknown = sorted(set(given) - known)
     if unknown:
@@ -232,6 +248,8 @@ def select(settings: Settings) -> Iterator[dict[str, Any]]:
     empty = [name for name, values in given.items() if not values]
     if empty:
         raise ValueError(f"axis {empty[0]} has no values: expected one or more")
+    for seed in settings.seeds:
+        laqjax.core.number("seeds", seed, np.int32, least=0)
     if settings.random is not None:
         laqjax.core.number("random", settings.random, np.int32, least=1)
     seen: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -254,24 +272,24 @@ def select(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def drawn(given: dict[str, tuple[Any, ...]], settings: Settings) -> Iterator[tuple[Any, ...]]:
-    """Random points: an axis of two numbers is a range (lr on a log scale), of more a choice."""
+    """Random settings on all seeds: a knob of two numbers is a range (lr on a log scale), of more a choice."""
     rng = np.random.default_rng(settings.random_seed)
+
+    def draw(name: str, values: tuple[Any, ...]) -> Any:
+        if len(values) != 2 or name not in KNOBS:
+            return values[rng.integers(len(values))]
+        low, high = sorted(values)
+        if name in WHOLE:
+            return float(rng.integers(int(low), int(high), endpoint=True))
+        if name != "lr":
+            return float(rng.uniform(low, high))
+        laqjax.core.number("lr", low, np.float64, above=0)
+        return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
     for _ in range(settings.random or 0):
-        point = []
-        for name, values in given.items():
-            if len(values) == 2 and name in KNOBS:
-                low, high = sorted(values)
-                if name in WHOLE:
-                    point.append(float(rng.integers(int(low), int(high), endpoint=True)))
-                else:
-                    point.append(
-                        float(
-                            np.exp(rng.uniform(np.log(low), np.log(high))) if name == "lr" else rng.uniform(low, high)
-                        )
-                    )
-            else:
-                point.append(values[rng.integers(len(values))])
-        yield tuple(point)
+        point = {name: draw(name, values) for name, values in given.items()}
+        for seed in settings.seeds:
+            yield tuple((point | {"seed": seed}).values())
 
 
 def knobs(name: str) -> set[str]:
@@ -316,34 +334,27 @@ def checked(points: Sequence[dict[str, Any]], settings: Settings, console: Conso
     for name in ("uplink_mbps", "downlink_mbps"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"{name} = {getattr(settings, name)}: expected a number > 0")
-    if any(t <= 0 for t in settings.target) or list(settings.target) != sorted(settings.target, reverse=True):
-        raise ValueError(f"target = {settings.target}: expected residuals > 0, the largest first")
+    target = settings.target
+    if not target or not all(t > 0 for t in target) or list(target) != sorted(target, reverse=True):
+        raise ValueError(f"target = {target}: expected residuals > 0, the largest first")
     laqjax.core.number("rounds", settings.rounds, np.int32, least=1)
-    laqjax.core.number("batch", settings.batch or 1, np.int32, least=1)
+    laqjax.core.number("batch", 1 if settings.batch is None else settings.batch, np.int32, least=1)
     groups: dict[tuple[Any, ...], Group] = {}
     bad: list[str] = []
-    widest = max((int(p["window"]) for p in points if p["window"]), default=1)
+    widest = widest_window(points, settings)
     for point in points:
         key = tuple(point[name] for name in SHAPES)
-        if key not in groups:
-            data = loaded(point["dataset"])
-            shards = datasets.partition(data.x, data.y, point["workers"], point["partition"], point["partition_seed"])
-            if settings.smoke:
-                shards = laqjax.Shards(*(array[:, :200] for array in shards))
-            problem = next(
-                (g.problem for g in groups.values() if g.data is data and g.problem.name == point["problem"]), None
-            )
-            problem = problem or problem_of(point["problem"], data)
-            oracle = next((g.oracle for g in groups.values() if g.problem is problem), None) or problem.oracle()
-            groups[key] = Group(shards, problem, oracle, np.nan, data, [])
-        group = groups[key]
         try:
+            group = groups.get(key) or grouped(point, groups, settings.smoke)
             group.algs.append(build(point, group.oracle, widest, settings.authors, group))
             group.points.append(point)
+            groups[key] = group
         except (TypeError, ValueError) as error:  # TypeError: an algorithm that needs more than this command line gives
             bad.append(f"  point {point['point']}: {error}")
     if bad:
         raise ValueError("\n".join([f"{len(bad)} of {len(points)} points cannot run:", *bad]))
+    if any(group.problem.name == "network" for group in groups.values()):
+        console.print("the network has no known f*: its targets are of f itself")
     out = []
     for group in groups.values():
         with console.status("f* by a solver in float64 (half a minute on MNIST, then cached)"):
@@ -351,6 +362,22 @@ def checked(points: Sequence[dict[str, Any]], settings: Settings, console: Conso
             f_star = problems.optimum(group.problem, group.shards, cache=Path("results") / "cache") if convex else 0.0
         out.append(replace(group, f_star=f_star, shards=jax.tree.map(jnp.asarray, group.shards)))
     return out
+
+
+def widest_window(points: Sequence[dict[str, Any]], settings: Settings) -> int:
+    """The shape that all windows share; of the whole sweep, so that a shard's points are those of the whole."""
+    return max(1, *map(int, settings.window), *(int(point["window"]) for point in points if point["window"]))
+
+
+def grouped(point: dict[str, Any], groups: dict[Any, Group], smoke: bool) -> Group:
+    """A new group, sharing problem and oracle with those of the same data."""
+    data = loaded(point["dataset"])
+    shards = datasets.partition(data.x, data.y, point["workers"], point["partition"], point["partition_seed"])
+    if smoke:
+        shards = laqjax.Shards(*(array[:, :200] for array in shards))
+    alike = [g for g in groups.values() if g.data is data and g.problem.name == point["problem"]]
+    problem = alike[0].problem if alike else problem_of(point["problem"], data)
+    return Group(shards, problem, alike[0].oracle if alike else problem.oracle(), np.nan, data, [])
 
 
 def build(
@@ -363,9 +390,7 @@ def build(
         given |= {"max_window": max_window}
         given |= {"ramp": True, "first_upload": "rule"} if authors else {}
     if "smoothness" in own and group is not None:
-        given["smoothness"] = theory.smoothness(
-            group.shards, group.problem.name, l2=group.problem.l2, reduction=group.problem.reduction
-        )[0]
+        given["smoothness"] = group.smoothness
     if "compressor" in own:
         given["compressor"] = compressor(
             point.get("compressor") or ("natural" if "damping" in own else f"top_k:{max(p // 10, 1)}")
@@ -373,11 +398,15 @@ def build(
     if "k" in own:
         given["k"] = point.get("k") or max(p // 10, 1)
     given = {name: value for name, value in {"damping": 0.5, "probability": 0.1}.items() if name in own} | given
-    if point.get("minibatch"):
-        given["sampler"] = laqjax.oracle.Blocks(
-            int(laqjax.core.number("minibatch", point["minibatch"], np.int32, least=1))
-        )
-    return factories()[point["algorithm"]](oracle, num_workers=point["workers"], **given)
+    if point.get("minibatch") is not None:
+        rows = group.shards.y.shape[1] if group else np.inf
+        size = laqjax.core.number("minibatch", point["minibatch"], np.int32, least=1, most=rows)
+        given["sampler"] = laqjax.oracle.Blocks(int(size))
+    alg = factories()[point["algorithm"]](oracle, num_workers=point["workers"], **given)
+    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype)
+    keys: Any = laqjax.core.Keys(key, key, key, jax.ShapeDtypeStruct((), np.int32))  # pyright: ignore[reportArgumentType]
+    jax.eval_shape(alg.compressor.encode, jax.ShapeDtypeStruct((p,), oracle.dtype), keys)  # refuses k > p
+    return alg
 
 
 def compressor(text: str) -> Any:
@@ -392,7 +421,18 @@ def compressor(text: str) -> Any:
         ) from None
 
 
-def planned(groups: Sequence[Group], settings: Settings) -> dict[str, Any]:
+def batch_sizes(groups: Sequence[Group], settings: Settings) -> list[int]:
+    """Points in a batch of each group: as many as fit, at most those that there are."""
+    memory = None if settings.memory is None else settings.memory * 2**30
+    devices, sizes = jax.device_count(), []
+    for group in groups:
+        fits = engine.batch_size(group.algs[0], group.shards, memory, settings.rounds)
+        wanted = min(settings.batch or MOST * devices, -(-len(group.points) // devices) * devices)
+        sizes.append(max(min(fits, wanted) // devices, 1) * devices)
+    return sizes
+
+
+def planned(groups: Sequence[Group], sizes: list[int], settings: Settings) -> dict[str, Any]:
     """Batch sizes and compute times, fixed when a sweep starts and kept in its folder: results follow from them."""
     path = settings.out / "plan.json"
     if path.exists():
@@ -402,29 +442,29 @@ def planned(groups: Sequence[Group], settings: Settings) -> dict[str, Any]:
                 f"{path} was made for {plan['devices']} devices, here are {jax.device_count()}: expected the same, or another --out"
             )
         return plan
-    memory = None if settings.memory is None else settings.memory * 2**30
-    devices = jax.device_count()
-    sizes, compute = [], []
-    for group in groups:
-        fits = engine.batch_size(group.algs[0], group.shards, memory)
-        wanted = min(settings.batch or MOST * devices, -(-len(group.points) // devices) * devices)
-        sizes.append(max(min(fits, wanted) // devices, 1) * devices)
-        compute.append(settings.compute_ms if settings.compute_ms is not None else gradient_ms(group))
-    plan = {"batch": sizes, "compute_ms": compute, "devices": devices}
+    given = settings.compute_ms
+    compute = [gradient_ms(group) if given is None else given for group in groups]
+    plan = {"batch": sizes, "compute_ms": compute, "devices": jax.device_count()}
     files.write_json(path, plan)
     return plan
 
 
 def gradient_ms(group: Group) -> float:
-    """Milliseconds of one worker's gradient on this machine: what the simulated link model calls compute time."""
-    params = group.problem.theta0(group.oracle)
-    gradient = jax.jit(lambda *given: group.oracle(*given))  # an oracle holds arrays: no key of a cache
+    """Milliseconds of one worker's gradients of a round on this machine: the link model's compute time."""
+    params, alg, key = group.problem.theta0(group.oracle), group.algs[0], jax.random.key(0)
+    keys = laqjax.core.Keys(key, key, key, jnp.int32(0))
+
+    @jax.jit
+    def gradient(params: Any, shards: laqjax.Shards, worker: Any) -> Any:
+        rows = alg.sampler(keys, shards, worker, jnp.int32(0)) if alg.sampler else None
+        return group.oracle(params, shards, worker, rows)
+
     times = []
     for _ in range(4):
         began = time.perf_counter()
-        jax.block_until_ready(gradient(params, group.shards, np.int32(0)))
+        jax.block_until_ready(gradient(params, group.shards, jnp.int32(0)))
         times.append(time.perf_counter() - began)
-    return 1e3 * min(times)
+    return 1e3 * min(times) * (1 + len(alg.trigger.needs & {"stale_sq", "variance_sq"}))
 
 
 def run_batch(
@@ -433,6 +473,7 @@ def run_batch(
     """Run a batch of points, filled up to `size`, until each is at the last target, has diverged, or the rounds are done.
 
     When half of the points or fewer are left, the batch is cut in half: which points remain follows from the plan alone.
+    The loss of a minibatch says little: such points are measured on all data at the end of each chunk.
     """
     count, rounds = len(which), settings.rounds
     algs = engine.stack([group.algs[min(i, which[-1])] for i in range(which[0], which[0] + size)])
@@ -440,15 +481,19 @@ def run_batch(
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     state: Any = jnp.stack([group.problem.theta0(group.oracle, seed) for seed in seeds])
     workers = group.shards.y.shape[0]
-    loss = np.full((rounds, count), np.nan)
+    loss = np.full((rounds + 1, count), np.nan)  # of the model after k rounds on all data, NaN where not known
     sent = np.zeros((rounds, count, workers), bool)
-    up = np.zeros((rounds, count, workers), np.int64)
+    up = np.zeros((rounds, count, workers), np.int32)
     down = np.zeros((rounds, count), np.int64)
     ran = np.zeros(count, int)  # rounds done
+    lost = np.full(count, -1)  # the first round without a finite loss
     accuracy = np.full(count, np.nan)
     slots = np.minimum(np.arange(size), count - 1)  # the point in each place of the batch
     running = np.ones(count, bool)
     predict = accuracies(group)
+    whole = jax.jit(jax.vmap(race.full_loss(group.oracle, group.shards))) if algs.sampler else None
+    if whole:
+        loss[0] = np.asarray(whole(state))[:count]
     done = 0
     while running.any():
         for out in engine.sweep_stream(algs, state, group.shards, rounds - done, keys, chunk=min(CHUNK, rounds)):
@@ -456,16 +501,18 @@ def run_batch(
             here, place = np.unique(slots, return_index=True)  # copies fill the batch up
             here, place = here[running[here]], place[running[here]]
             rows = slice(done, done + length)
-            loss[rows, here] = out.info.loss[:, place]
+            found = out.info.loss[:, place]
+            broken = ~np.isfinite(found)
+            lost[here] = np.where(broken.any(axis=0), done + broken.argmax(axis=0), -1)
+            seen = slice(done + length, done + length + 1) if whole else rows
+            loss[seen, here] = np.asarray(whole(state.server.broadcast.params))[place] if whole else found
             sent[rows, here] = out.info.sent[:, place]
             up[rows, here] = out.info.bits_up[:, place]
             down[rows, here] = out.info.bits_down[:, place]
             done += length
             ran[here] = done
-            ended = ~np.isfinite(loss[rows, here]).all(axis=0) | (
-                loss[rows, here] - group.f_star <= settings.target[-1]
-            ).any(axis=0)
-            ended |= done == rounds
+            met = loss[: done + 1, here] - group.f_star <= settings.target[-1]
+            ended = (lost[here] >= 0) | met.any(axis=0) | (done == rounds)
             if ended.any():
                 score = predict(out.state.server.broadcast.params)
                 accuracy[here[ended]] = score[place[ended]]
@@ -476,7 +523,7 @@ def run_batch(
                 f"{count - left} of {count} done in this batch, round {done}",
             )
             half = size // 2 // jax.device_count() * jax.device_count()
-            if not left or (left <= half and half):
+            if not left or (left <= half and half and rounds - done >= SHORT):
                 break
         if running.any():
             remaining = np.flatnonzero(running)
@@ -491,7 +538,7 @@ def run_batch(
                 kept,
             )
     points = [group.points[i] for i in which]
-    return frames(points, group.f_star, settings, compute_ms, loss, sent, up, down, ran, accuracy)
+    return frames(points, group.f_star, settings, compute_ms, loss, sent, up, down, ran, lost, accuracy)
 
 
 def accuracies(group: Group) -> Callable[[Any], np.ndarray]:
@@ -514,6 +561,7 @@ def frames(
     up: np.ndarray,
     down: np.ndarray,
     ran: np.ndarray,
+    lost: np.ndarray,
     accuracy: np.ndarray,
 ) -> dict[str, pl.DataFrame]:
     """A row a point, its thinned curve, and its masks. Row k of a curve is the model after k rounds."""
@@ -524,31 +572,28 @@ def frames(
         + down / (settings.downlink_mbps * 1e6)
         + np.where(sent.any(axis=2), slowest, 0)
     )
-    before = {
-        "uploads": np.cumsum(sent.sum(axis=2), axis=0) - sent.sum(axis=2),
-        "bits_up": np.cumsum(up.sum(axis=2), axis=0) - up.sum(axis=2),
-        "bits_down": np.cumsum(down, axis=0) - down,
-        "seconds": np.cumsum(spent, axis=0) - spent,
-    }
+    each = {"uploads": sent.sum(axis=2), "bits_up": up.sum(axis=2, dtype=np.int64), "bits_down": down, "seconds": spent}
+    before = {name: np.concatenate([0 * values[:1], np.cumsum(values, axis=0)]) for name, values in each.items()}
     rows, curves, masks = [], [], []
     for i, point in enumerate(points):
-        mine = loss[: ran[i], i]
-        finite = np.isfinite(mine)
-        good = ran[i] if finite.all() else int(np.argmin(finite))
-        row = dict(point) | {"f_star": f_star, "diverged": bool(good < ran[i])}
-        last, k = good - 1, None
+        end = int(ran[i] if lost[i] < 0 else lost[i])
+        mine = loss[:, i]
+        known = np.flatnonzero(np.isfinite(mine[: end + 1]))
+        row = dict(point) | {"f_star": f_star, "diverged": bool(lost[i] >= 0)}
+        k = None
         for target in settings.target:
-            met = np.flatnonzero(mine[:good] - f_star <= target)
+            met = known[mine[known] - f_star <= target]
             k = int(met[0]) if len(met) else None
             row |= {f"rounds_{target:g}": k} | {
                 f"{name}_{target:g}": None if k is None else values[k, i].item() for name, values in before.items()
             }
         # final loss and accuracy are those of the end of the chunk in which the last target was met
-        row |= {"reached": k is not None, "ended": int(ran[i]), "final_loss": float(mine[last]) if good else None}
+        row |= {"reached": k is not None, "ended": end, "final_loss": float(mine[known[-1]]) if len(known) else None}
         row |= {"accuracy": None if np.isnan(accuracy[i]) or row["diverged"] else float(accuracy[i])}
         rows.append(row)
-        last = last if k is None else k
-        kept = np.asarray(plots.thinned(last + 1, 200), int)
+        end = end if k is None else k
+        known = known[known <= end]
+        kept = known[np.asarray(plots.thinned(len(known), 200), int)]
         curves.append(
             pl.DataFrame({"point": point["point"], "round": kept, "loss": mine[kept], "residual": mine[kept] - f_star})
             .with_columns(**{name: pl.Series(values[kept, i]) for name, values in before.items()})
@@ -557,9 +602,9 @@ def frames(
         masks.append(
             {
                 "point": point["point"],
-                "rounds": max(last, 0),
+                "rounds": end,
                 "workers": sent.shape[2],
-                "sent": np.packbits(sent[: max(last, 0), i]).tobytes(),
+                "sent": np.packbits(sent[:end, i]).tobytes(),
             }
         )
     kinds = {name: pl.Float64 for t in settings.target for name in (f"seconds_{t:g}",)} | {
@@ -586,8 +631,8 @@ def save(frame: pl.DataFrame, path: Path, csv: bool = False) -> None:
             frame.write_csv(part)
 
 
-def intact(part: Path, console: Console) -> bool:
-    """Whether a batch's files are all there and readable; damaged ones are set aside, not overwritten."""
+def intact(part: Path, points: Sequence[dict[str, Any]], console: Console) -> bool:
+    """Whether a batch's files are all there and hold these points; others are set aside, not overwritten."""
     whole = True
     for name in ("curves", "masks", "points"):
         path = part.with_name(f"{part.name}-{name}.parquet")
@@ -595,23 +640,29 @@ def intact(part: Path, console: Console) -> bool:
             whole = False
             continue
         try:
-            pl.read_parquet(path)
+            frame = pl.read_parquet(path)
+            names = list(points[0]) if name == "points" else ["point"]
+            there = frame.select(names).unique(maintain_order=True).to_dicts()
+            if there != [{column: point[column] for column in names} for point in points]:
+                raise ValueError("it holds other points")
         except Exception as error:
             aside = next(
                 p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.damaged-{n}")).exists()
             )
             path.rename(aside)
             console.print(
-                f"[red]{path} is damaged ({type(error).__name__}); kept as {aside.name}, the batch is computed again[/red]"
+                f"[red]{path} is damaged ({error}); kept as {aside.name}, the batch is computed again[/red]",
+                markup=True,
             )
             whole = False
     return whole
 
 
-def collect(folder: Path) -> None:
-    """The batches' rows as one file of each kind, and the summary over seeds. A kill leaves unfinished files named .PID..."""
+def collect(folder: Path, groups: Sequence[Group], sizes: Sequence[int]) -> None:
+    """The batches' rows as one file of each kind, and the summary over seeds."""
+    firsts = [(g, i) for g, group in enumerate(groups) for i in range(0, len(group.points), sizes[g])]
     for name in ("points", "curves", "masks"):
-        parts = [pl.read_parquet(path) for path in sorted((folder / "batches").glob(f"[0-9]*-{name}.parquet"))]
+        parts = [pl.read_parquet(folder / "batches" / f"{g:03d}-{first:06d}-{name}.parquet") for g, first in firsts]
         save(
             pl.concat(parts, how="diagonal_relaxed").sort("point", maintain_order=True),
             folder / name,
@@ -693,6 +744,11 @@ def merge(folders: tyro.conf.Positional[tuple[Path, ...]], /, out: Path) -> None
     wanted = [f"{i}/{n}" for i in range(1, n + 1)]
     if sorted(shards) != sorted(wanted):
         raise ValueError(f"shards {shards}: expected {wanted}, each once")
+    times = {str(files.read_json(folder / "plan.json")["compute_ms"]) for folder in folders}
+    if len(times) > 1:
+        console.print(
+            f"seconds rest on the compute times of different runs ({', '.join(sorted(times))} ms): give all --compute-ms"
+        )
     files.claim(out, seen | {"shard": "1/1"})
     for name in ("points", "curves", "masks"):
         parts = [pl.read_parquet(folder / f"{name}.parquet") for folder in folders]
@@ -722,7 +778,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             tyro.cli(merge, args=given[1:], prog="experiments.sweep merge")
         else:
             run(parsed(given))
-    except (ValueError, FileNotFoundError) as error:
+    except files.REFUSED as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from the last finished batch") from None

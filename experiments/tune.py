@@ -66,7 +66,7 @@ def run(settings: Settings) -> Path:
     corners = itertools.product(*(values[name] for name in space))
     points = points_of([paper, *(dict(zip(space, corner, strict=True)) for corner in corners)], settings)
     (group,) = sweep.checked(points, settings, console)
-    widest = max((int(point["window"]) for point in points if point["window"]), default=1)
+    widest = sweep.widest_window(points, settings)
     size = -(-batch * len(settings.seeds) // jax.device_count()) * jax.device_count()
     memory = None if settings.memory is None else settings.memory * 2**30
     if (fits := laqjax.engine.batch_size(group.algs[0], group.shards, memory)) < size:
@@ -75,7 +75,7 @@ def run(settings: Settings) -> Path:
         )
     free = {"out", "memory", "trials", "config"}
     files.claim(settings.out, {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in free})
-    compute = sweep.planned([group], settings)["compute_ms"][0]
+    compute = sweep.planned([group], [size], settings)["compute_ms"][0]
     study = opened(settings.out)
     with sweep.bar(console) as progress:
         task = progress.add_task("trials", total=settings.trials, note="")
@@ -145,7 +145,9 @@ def measured(
     """What each setting costs to the last target: the mean over seeds, None where a seed missed it."""
     points = points_of(asked, settings)
     group = replace(
-        group, points=points, algs=[sweep.build(point, group.oracle, widest, group=group) for point in points]
+        group,
+        points=points,
+        algs=[sweep.build(point, group.oracle, widest, settings.authors, group) for point in points],
     )
     rows = sweep.run_batch(group, range(len(points)), size, settings, compute, show)["points"]
     target = f"{settings.target[-1]:g}"
@@ -224,5 +226,5 @@ def report(rows: list[dict[str, Any]], settings: Settings, console: Console) -> 
 if __name__ == "__main__":
     try:
         run(sweep.parsed(sys.argv[1:], Settings, __doc__))
-    except (ValueError, FileNotFoundError) as error:
+    except files.REFUSED as error:
         raise SystemExit(f"error: {error}") from None

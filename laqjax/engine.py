@@ -240,8 +240,11 @@ def sweep_stream(
         yield Output(_head(info, count), state)
 
 
-def batch_size(alg: Algorithm, shards: Shards, memory: float | None = None) -> int:
-    """How many points of `alg` run side by side in `memory` bytes (None: half of what is free), a multiple of the devices."""
+def batch_size(alg: Algorithm, shards: Shards, memory: float | None = None, rounds: int = 0) -> int:
+    """How many points of `alg` run side by side in `memory` bytes (None: half of what is free), a multiple of the devices.
+
+    rounds: of which the caller keeps the info, on the host.
+    """
     devices = jax.device_count()
     if memory is None:
         memory = free_memory() / 2
@@ -250,6 +253,7 @@ def batch_size(alg: Algorithm, shards: Shards, memory: float | None = None) -> i
     point = 6 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     if isinstance(alg.oracle, oracle.TiledOracle):
         point += 2 * oracle.activations(alg.oracle, shards)
+    point += rounds * 16 * (alg.num_workers + 3)
     fits = int(memory // point)
     if fits < 1:
         raise ValueError(
@@ -264,7 +268,8 @@ def free_memory() -> int:
     stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def join(infos: Sequence[Info]) -> Info:

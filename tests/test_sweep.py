@@ -19,7 +19,7 @@ from conftest import programs
 from polars.testing import assert_frame_equal
 
 import laqjax
-from experiments import files, plots, problems, sweep
+from experiments import files, plots, problems, race, sweep
 from laqjax import core, engine
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +51,7 @@ def quicken(patch: pytest.MonkeyPatch, home: Path) -> None:
     patch.chdir(home)
 
 
+REPORT = sweep.report
 LOGISTIC, ORACLE = cache(problems.logistic), cache(problems.Problem.oracle)
 
 
@@ -130,9 +131,9 @@ def test_rows_are_single_runs(whole: Path) -> None:
         np.testing.assert_array_equal(sent[i][:50], info.sent[: min(50, len(sent[i]))])
         met = np.flatnonzero(info.loss - group.f_star <= 3)
         assert row["reached"] == bool(len(met))
-        last = met[0] if len(met) else 99
+        last = met[0] if len(met) else 100
         assert row["final_loss"] == pytest.approx(info.loss[row["ended"] - 1], rel=0.03)
-        assert row["ended"] == min(-(-(last + 1) // sweep.CHUNK) * sweep.CHUNK, 100)
+        assert row["ended"] == min((last // sweep.CHUNK + 1) * sweep.CHUNK, 100)
         assert sent[i].sum() == pytest.approx(info.sent[:last].sum(), rel=0.03)
         if len(met):
             assert row["uploads_3"] == sent[i].sum()
@@ -158,6 +159,7 @@ def test_compaction_changes_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return stream(algs, state, shards, rounds, keys, **given)
 
     monkeypatch.setattr(engine, "sweep_stream", counted)
+    monkeypatch.setattr(sweep, "SHORT", 0)
     given = ["--batch", "8", *EIGHT, "--rounds", "60", "--target", "10", "5"]
     monkeypatch.setattr(sweep, "CHUNK", 60)
     straight = run(*given, out=tmp_path / "straight")
@@ -191,7 +193,7 @@ def test_four_devices(whole: Path, tmp_path: Path) -> None:
     assert_frame_equal(rows(whole).filter(mine).select(early), rows(tmp_path).select(early))
     here = [mask for mask, is_mine in zip(masks(whole), mine, strict=True) if is_mine]
     for left, right in zip(here, masks(tmp_path), strict=True):
-        np.testing.assert_array_equal(left[:49], right)
+        np.testing.assert_array_equal(left[:50], right)
     assert "made for 4 devices, here are 1" in refusal(*given, out=tmp_path)
 
 
@@ -272,6 +274,15 @@ def test_all_bad_points_are_named_before_anything_is_compiled() -> None:
         (["--batch", "-1"], "batch = -1: expected"),
         (["--uplink-mbps", "0"], "uplink_mbps = 0.0: expected a number > 0"),
         (["--lr"], "axis lr has no values"),
+        (["--target"], "target = (): expected residuals > 0"),
+        (["--seeds", "0", "-1"], "seeds = -1: expected one whole number and >= 0"),
+        (["--batch", "0"], "batch = 0: expected"),
+        (["--algorithm", "sgd", "--minibatch", "31"], "minibatch = 31: expected one whole number and >= 1 and <= 30"),
+        (["--algorithm", "topk_ef", "--k", "99"], "1 of 1 points cannot run"),
+        (["--algorithm", "marina", "--compressor", "rand_k:99"], "1 of 1 points cannot run"),
+        (["--workers", "4", "99999", "-b", "4", "-C", "1", "-D", "1"], "1 of 2 points cannot run"),
+        (["--random", "2", "--lr", "0", "0.1"], "lr = 0.0: expected one finite number and > 0"),
+        (["--config", "."], "directory"),
         (["--config", "none.toml"], "none.toml"),
         (["--memory", "1e-9"], "expected at least the"),
         (["--dataset", "synthetic-linear?workers=4", "--problem", "softmax"], "ridge for numbers"),
@@ -310,7 +321,7 @@ def test_knobs_that_an_algorithm_lacks_collapse(tmp_path: Path) -> None:
 
 
 RANGES = "-b 3 5 -C 5 20 -D 1 3 --xi 0.1 0.5 --lr 0.01 0.02 --levels 3 9 --density 0.3 0.6 --zeta 1 3 --damping 0.2 0.5"
-RANGES += " --probability 0.2 0.5 --c 0.1 0.6 --min-bits 2 3 --max-bits 8 10 --bits-down 3 6 --random 3 --minibatch 10"
+RANGES += " --probability 0.2 0.5 --c 0.1 0.6 --period 3 9 --min-bits 2 3 --max-bits 8 10 --bits-down 3 6 --random 3 --minibatch 10"
 
 
 @pytest.mark.parametrize("name", sweep.factories())
@@ -351,6 +362,8 @@ def test_config_files_are_the_command_line(tmp_path: Path) -> None:
         # the command line wins, also where it asks for the default
         mixed = sweep.parsed(["--config", str(path), "-b", "2", "3", "4", "8", "--random", "None", "--no-smoke"])
         assert (mixed.bits, mixed.random, mixed.smoke, mixed.lr) == ((2, 3, 4, 8), None, False, (0.05,))
+    yaml.write_text("- 3\n")
+    assert "expected names of settings with their values" in refusal("--config", str(yaml))
     toml.write_text("bitz = 3\n")
     assert "['bitz'] are no settings" in refusal("--config", str(toml))
     toml.write_text("bits = [\n")
@@ -388,11 +401,12 @@ def test_seconds_of_a_hand_made_run() -> None:
     """2 workers on 1 Mbit/s up and 10 Mbit/s down, 20 ms one way, 5 ms a gradient: the slowest message counts."""
     settings = sweep.Settings(target=(1.0, 0.1), uplink_mbps=1, downlink_mbps=10, latency_ms=20)
     point: dict[str, Any] = {"point": 7, "bits": None, "limit": None, "window": None, "xi": None, "lr": 0.1}
-    loss = np.array([[3.0], [1.5], [0.9], [0.05]])
+    loss = np.array([[3.0], [1.5], [0.9], [0.05], [np.nan]])
     sent = np.array([[[1, 1]], [[0, 0]], [[0, 1]], [[1, 1]]], bool)
     up = np.array([[[1000, 2000]], [[0, 0]], [[0, 500]], [[9, 9]]])
     down = np.full((4, 1), 10_000)
-    made = sweep.frames([point], 0.0, settings, 5.0, loss, sent, up, down, np.array([4]), np.array([np.nan]))
+    ran, lost, none = np.array([4]), np.array([-1]), np.array([np.nan])
+    made = sweep.frames([point], 0.0, settings, 5.0, loss, sent, up, down, ran, lost, none)
     row = made["points"].row(0, named=True)
     quiet = 0.005 + 0.020 + 10_000 / 1e7  # compute, the model's way down, its bits
     spent = np.cumsum([0, quiet + 0.020 + 2000 / 1e6, quiet, quiet + 0.020 + 500 / 1e6])
@@ -409,9 +423,10 @@ def test_seconds_of_a_hand_made_run() -> None:
 def test_a_point_that_diverges_at_once_is_a_row() -> None:
     settings = sweep.Settings(target=(1.0,))
     nothing = np.zeros((2, 1, 2), np.int64)
-    loss, none = np.full((2, 1), np.inf), np.array([np.nan])
+    loss, none = np.full((3, 1), np.inf), np.array([np.nan])
+    ran, lost = np.array([2]), np.array([0])
     made = sweep.frames(
-        [{"point": 0}], 0.0, settings, 1.0, loss, nothing > 0, nothing, nothing[..., 0], np.array([2]), none
+        [{"point": 0}], 0.0, settings, 1.0, loss, nothing > 0, nothing, nothing[..., 0], ran, lost, none
     )
     row = made["points"].row(0, named=True)
     assert (row["diverged"], row["reached"], row["final_loss"], row["rounds_1"]) == (True, False, None, None)
@@ -521,3 +536,78 @@ def test_the_program_lowers_for_every_platform(points: int | None) -> None:
         alg, begin(params), shards, key, np.int32(3), length=5, record=(), at_once=4, mesh=mesh
     )
     assert exported.platforms == platforms
+
+
+def test_a_start_that_is_good_enough(tmp_path: Path) -> None:
+    """All costs are zero: a table, and no figure fails."""
+    out = run("-b", "4", "-C", "10", "-D", "1", "5", "--lr", "0.1", "--target", "1000", "--rounds", "5", out=tmp_path)
+    assert rows(out)["rounds_1000"].to_list() == [0, 0]
+    REPORT(out, sweep.Console(quiet=True))
+
+
+def test_labels_tell_settings_apart() -> None:
+    table = pl.DataFrame(
+        {
+            "algorithm": ["ef21"] * 4,
+            "compressor": ["natural", "top_k:50", "natural", "natural"],
+            "bits": pl.Series([None] * 4, dtype=pl.Float64),
+            "lr": [0.02, 0.02, 0.0200001, 0.5],
+            "seeds": [1] * 4,
+            "point": [0, 1, 2, 3],
+        }
+    )
+    assert plots.labels(table) == {
+        0: "ef21, compressor=natural, lr=0.02 (point 0)",
+        1: "ef21, compressor=top_k:50, lr=0.02",
+        2: "ef21, compressor=natural, lr=0.02 (point 2)",
+        3: "ef21, compressor=natural, lr=0.5",
+    }
+
+
+def test_minibatches_are_judged_on_all_data(tmp_path: Path) -> None:
+    given = ["--algorithm", "sgd", "--minibatch", "3", "--lr", "0.05", "--rounds", "100", "--target", "5"]
+    out = run(*given, out=tmp_path)
+    (group,) = groups(*given)
+    (row,) = rows(out).iter_rows(named=True)
+    start, key = group.problem.theta0(group.oracle, 0), jax.random.key(0)
+    info = engine.run(group.algs[0], start, group.shards, 100, key, record=["params"]).info
+    loss = jax.jit(race.full_loss(group.oracle, group.shards))
+    whole = np.array([float(loss(jnp.asarray(params))) for params in info.extra["params"][[0, 50]]]) - group.f_star
+    assert rows(out, "curves")["round"].to_list()[:2] == [0, 50]
+    np.testing.assert_allclose(rows(out, "curves")["residual"].to_list()[:2], whole, rtol=1e-4)
+    assert row["rounds_5"] in (None, 50, 100)
+    lucky = np.flatnonzero(info.loss - group.f_star <= 5)
+    assert lucky[0] not in (0, 50)  # what the minibatches alone would have said
+
+
+def test_a_shard_runs_the_points_of_the_whole(home: Path) -> None:
+    """Their shapes too: the padding of D comes from the axis, not from the points at hand."""
+    axes = ["-b", "4", "-C", "10", "-D", "1", "5", "--lr", "0.1"]
+    (whole,), (part,) = groups(*axes), groups(*axes, "--shard", "1/2")
+    assert part.points == whole.points[:1]
+    for one, other in zip(jax.tree.leaves(whole.algs[0]), jax.tree.leaves(part.algs[0]), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_random_settings_run_on_all_seeds() -> None:
+    settings = sweep.parsed([*TASK, "-b", "2", "8", "--random", "5", "--seeds", "0", "1", "2"])
+    points = pl.DataFrame(list(sweep.select(settings)))
+    assert points["seed"].to_list() == [0, 1, 2] * 5
+
+
+@pytest.mark.parametrize(("given", "folder"), [([], "results/sweep-smoke"), (["--out", "mine"], "mine")])
+def test_smoke_has_its_own_folder(given: list[str], folder: str) -> None:
+    settings = sweep.configured(sweep.parsed(["--smoke", *given]))
+    assert (settings.out, settings.target, settings.rounds) == (Path(folder), (1.0, 0.5), 60)
+    assert sweep.configured(sweep.parsed(["--smoke", "--target", "2"])).target == (2.0,)
+
+
+def test_a_folder_of_other_points_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a lost plan or identity would let through."""
+    axes = ["-b", "4", "-C", "10", "-D", "1", "--lr", "0.1", "0.2", "--rounds", "10"]
+    out = run(*axes, "--batch", "1", out=tmp_path)
+    (out / "identity.json").unlink()
+    (out / "plan.json").unlink()
+    run(*axes, "--batch", "2", out=out)
+    assert "it holds other points" in " ".join(capsys.readouterr().out.split())
+    assert rows(out)["point"].to_list() == [0, 1]
