@@ -47,9 +47,11 @@ def prepared(name: str, scheme: str = "contiguous", *, seed: int = 0) -> Linear:
 
 
 def members(linear: Linear, size: int) -> dict[str, laqjax.Algorithm]:
-    """Every member at the step that its own theory admits (the lazy rules take sum xi = 0.1 at 0.8 / L); `size`: minibatch.
+    """Every member at a step of its own; `size`: minibatch.
 
-    The stochastic ones take a tenth of that: they end at the floor of their variance.
+    Full gradients: what theory admits (the lazy rules take sum xi = 0.1 at 0.8 / L), the IAGs as in LAG's experiments.
+    Minibatches: 0.1 / L, and they end at the floor of their variance; signs and CADA, whose steps have no such scale,
+    at a plain choice.
     """
     oracle, p = linear.oracle, linear.oracle.size
     k = max(p // 10, 1)
@@ -105,7 +107,7 @@ def members(linear: Linear, size: int) -> dict[str, laqjax.Algorithm]:
 
 
 def family(out: Path = Path("results/family"), rounds: int = 3000, target: float = 1e-6) -> None:
-    """Every member on one strongly convex problem, each at its own admissible step: bits against residual.
+    """Every member on one strongly convex problem, each at its own step (see `members`): bits against residual.
 
     Args:
         out: Folder for the results.
@@ -242,7 +244,7 @@ def slaq(out: Path | None = None, network: bool = False, rounds: int = 1000, smo
 
     With b = 3 the quantization error alone stands at the threshold of the paper's rule: nearly all uploads are those that
     C forces, and the model suffers. Half of the error terms (as in the authors' script), or b = 4, gives their picture.
-    signSGD and CADA have another scale of step: 1e-3 and 3e-3, the best of a few on softmax regression.
+    signSGD and CADA have another scale of step: 1e-3, the best of a few on softmax regression.
 
     Args:
         out: Folder for the results.
@@ -277,8 +279,8 @@ def slaq(out: Path | None = None, network: bool = False, rounds: int = 1000, smo
         "top-k EF": a.topk_ef(oracle, k=oracle.size // 20, **each),
         "LASG-WK1": a.lasg_wk1(oracle, **each),
         "LASG-WK2": a.lasg_wk2(oracle, **each),
-        "CADA1": a.cada1(oracle, c=6.0, **(each | {"lr": 3e-3})),
-        "CADA2": a.cada2(oracle, c=6.0, **(each | {"lr": 3e-3})),
+        "CADA1": a.cada1(oracle, c=6.0, **(each | {"lr": 1e-3})),
+        "CADA2": a.cada2(oracle, c=6.0, **(each | {"lr": 1e-3})),
     }
     shards = jax.tree.map(jnp.asarray, shards)
     curves, stopped = race.race(

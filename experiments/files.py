@@ -6,7 +6,7 @@ import platform
 import shlex
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -77,13 +77,13 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
         write_json(path, identity)
 
 
-def provenance() -> dict[str, Any]:
-    """The exact command, the time, the versions and the machine, to stand beside results."""
+def provenance(command: Sequence[str] = ()) -> dict[str, Any]:
+    """The exact command (this process's if none is given), the time, the versions and the machine, beside results."""
     names = ("jax", "jaxlib", "numpy", "optax")
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["python", "-m", module.name] if module else ["python", sys.argv[0]]
+    program = ["-m", module.name] if module else [sys.argv[0]]
     return {
-        "command": shlex.join([*program, *sys.argv[1:]]),
+        "command": shlex.join(["python", *(command or (*program, *sys.argv[1:]))]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in names}
         | {"laqjax": laqjax.__version__, "python": platform.python_version()},

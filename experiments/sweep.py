@@ -144,7 +144,7 @@ class Group:
         return theory.smoothness(self.shards, problem.name, l2=problem.l2, reduction=problem.reduction)[0]
 
 
-def run(settings: Settings) -> Path:
+def run(settings: Settings, command: Sequence[str] = ()) -> Path:
     """Run what is not yet done of a sweep; tables and figures in the output folder, which is returned."""
     console = Console()
     settings = configured(settings)
@@ -179,7 +179,9 @@ def run(settings: Settings) -> Path:
                 progress.update(task, completed=done * settings.rounds, note=f"{done} points done")
     collect(settings.out, groups, plan["batch"])
     spent = time.perf_counter() - began
-    files.write_json(settings.out / "run.json", files.provenance() | {"seconds": spent, "points_computed": fresh})
+    files.write_json(
+        settings.out / "run.json", files.provenance(command) | {"seconds": spent, "points_computed": fresh}
+    )
     report(settings.out, console)
     console.print(f"{spent:.0f} s; figures and tables: {settings.out}")
     return settings.out
@@ -777,7 +779,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         if given[:1] == ["merge"]:
             tyro.cli(merge, args=given[1:], prog="experiments.sweep merge")
         else:
-            run(parsed(given))
+            run(parsed(given), ["-m", "experiments.sweep", *given])
     except files.REFUSED as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
