@@ -206,14 +206,15 @@ def pareto_of_methods(folder: Path) -> None:
         left.set(xscale="log", yscale="log", xlabel="bits up", ylabel="f - f*")
         figure.legend(frameon=False, fontsize=8, ncols=9, loc="upper center", bbox_to_anchor=(0.5, 0.03))
         right.scatter(table["bits_up"], table["round"], s=16)
+        right.margins(x=0.15)
         for i, row in enumerate(table.sort("bits_up").iter_rows(named=True)):
             right.annotate(
                 row["method"],
                 (row["bits_up"], row["round"]),
-                xytext=(0, 5 if i % 2 else -12),
+                xytext=(5 if i % 2 else -5, 3),
                 textcoords="offset points",
                 fontsize=8,
-                ha="center",
+                ha="left" if i % 2 else "right",
             )
         if len(table):
             best = table.sort("bits_up", "round").filter(

@@ -62,7 +62,7 @@ def test_marina_whose_coin_always_falls_is_gd(quadratic: Toy) -> None:
 
 def test_clag_that_never_waits_is_ef21(quadratic: Toy) -> None:
     same(make("clag", quadratic, zeta=0), make("ef21", quadratic), quadratic)
-    some_silence(make("clag", quadratic), quadratic)
+    some_silence(make("clag", quadratic, zeta=20), quadratic)
     patient = run(make("clag", quadratic, zeta=50), quadratic.theta0, quadratic.shards, ROUNDS).info
     assert patient.sent[0].all()  # there is no progress yet to wait for
     assert patient.sent[1:].mean() < 0.5

@@ -57,7 +57,7 @@ ROWS = {
     "two_laq": Row(algorithms.two_laq, LAZY_KNOBS | dict(bits=3, bits_down=5), LR | BITS | LAZY),
     "laq_adaptive": Row(algorithms.laq_adaptive, LAZY_KNOBS, LR | {"min_bits": BITS["bits"]} | LAZY),
     "ef21": Row(algorithms.ef21, TOP, LR),
-    "clag": Row(algorithms.clag, TOP | dict(zeta=2.0), LR | ZETA),
+    "clag": Row(algorithms.clag, TOP | dict(zeta=200.0), LR | ZETA),
     "diana": Row(algorithms.diana, RANDOM | dict(damping=0.5), LR | DAMPING),
     "marina": Row(algorithms.marina, RANDOM | dict(probability=0.4), LR | SHARE),
     "marina_natural": Row(algorithms.marina, dict(compressor=compressors.natural(), probability=0.4), LR | SHARE),
