@@ -197,11 +197,10 @@ def test_four_devices(whole: Path, tmp_path: Path) -> None:
     assert "made for 4 devices, here are 1" in refusal(*given, out=tmp_path)
 
 
-@pytest.mark.parametrize("kills", [(4,), pytest.param((0, 7, 12), marks=pytest.mark.long)])
-def test_kills_lose_nothing(kills: tuple[int, ...], whole: Path, tmp_path: Path) -> None:
-    """Killed a moment after so many batch files are there, three a batch."""
+def test_three_kills_lose_nothing(whole: Path, tmp_path: Path) -> None:
+    """Killed three times, a random moment after so many of the 15 batch files are there."""
     given, rng = ["--batch", "5", *GRID], np.random.default_rng()
-    for wanted in kills:
+    for wanted in (0, 7, 12):
         process = subprocess.Popen(command(*given, out=tmp_path), env=ENV, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while not (tmp_path / "plan.json").exists() or len(list(tmp_path.glob("batches/0*"))) < wanted:
@@ -214,7 +213,7 @@ def test_kills_lose_nothing(kills: tuple[int, ...], whole: Path, tmp_path: Path)
         assert not (tmp_path / "points.parquet").exists()
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("batches/0*")}
     complete = [path for path in done if path.with_name(f"{path.name[:10]}-points.parquet") in done]
-    assert kills[-1] <= len(done) < 15
+    assert 12 <= len(done) < 15
     # what a kill in the middle of a write leaves behind
     (tmp_path / "batches" / ".99.000-000000-points.parquet").write_bytes(b"PAR1")
     run(*given, out=tmp_path)
