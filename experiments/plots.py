@@ -292,7 +292,7 @@ def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
                     color="w" if dark else "k",
                     weight="bold" if best else None,
                 )
-        figure.suptitle(f"Mbit up to f - f* <= {target}", fontsize=10)
+        figure.suptitle(f"Mbit up to f - f* <= {target}", fontsize=10, y=1.05)
         figure.colorbar(panels[0, 0].images[0], ax=panels[0].tolist(), label="bits up")
         save(figure, path)
 
