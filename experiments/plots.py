@@ -14,6 +14,7 @@ import polars as pl
 import tyro
 from matplotlib import rcsetup
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import NullFormatter
 
 from experiments.files import replacing
 
@@ -49,6 +50,7 @@ def loss_curves(curves: pl.DataFrame, path: Path, *, ylabel: str = "f - f*", flo
             for (method,), rows in known.group_by(["method"], maintain_order=True):
                 axis.plot(rows[column], rows["residual"].clip(floor), label=method)
             axis.set(xscale="log", yscale="log", xlabel=label)
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axes[0].set_ylabel(ylabel)
         axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         save(figure, path)

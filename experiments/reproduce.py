@@ -1,6 +1,6 @@
 """The tables of the papers, beside the published values.
 
-    python -m experiments.reproduce laq-logistic     LAQ, TWO-LAQ, GD, QGD, LAG to residual 1e-6; 8 minutes on 2 cores
+    python -m experiments.reproduce laq-logistic     LAQ, TWO-LAQ, GD, QGD, LAG to residual 1e-6; 10 minutes on 2 cores
     python -m experiments.reproduce laq-nn           the 784-200-10 network, 8000 rounds; hours on a CPU
     ... --smoke                                      a tenth of the data, 200 rounds; under a minute
 
