@@ -48,7 +48,7 @@ def loss_curves(curves: pl.DataFrame, path: Path, *, ylabel: str = "f - f*", flo
         for axis, (column, label) in zip(axes, AXES.items(), strict=True):
             known = curves.drop_nans("residual").filter(pl.col(column) > 0)
             for (method,), rows in known.group_by(["method"], maintain_order=True):
-                axis.plot(rows[column], rows["residual"].clip(floor), label=method)
+                axis.plot(rows[column], rows["residual"].clip(floor), label=method, marker="." if len(rows) < 3 else "")
             axis.set(xscale="log", yscale="log", xlabel=label)
             axis.xaxis.set_minor_formatter(NullFormatter())
         axes[0].set_ylabel(ylabel)
@@ -126,10 +126,16 @@ def sweep(folder: Path) -> None:
     masks = pl.read_parquet(folder / "masks.parquet")
     target = last_target(summary)
     heat_maps(summary, target, folder / "bits-to-target")
-    best = ranked(summary, target)
+    best, best_front, words = ranked(summary, target), front(summary, target), labels(summary)
+    # where none got there, those that came nearest
+    shown = (best_front if len(best) else summary.sort("final_loss", nulls_last=True)).head(8)["point"].to_list()
+    chosen = curves.filter(pl.col("point").is_in(shown)).with_columns(
+        method=pl.col("point").replace_strict(words, return_dtype=pl.String)
+    )
+    if chosen["uploads"].sum() > 0:
+        loss_curves(chosen, folder / "front")
     if not best[f"bits_up_{target}"].sum() > 0:  # none got there, or all were there from the start
         return
-    best_front, words = front(summary, target), labels(summary)
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(6, 4.2))
         x, y = f"bits_up_{target}", f"rounds_{target}"
@@ -146,11 +152,6 @@ def sweep(folder: Path) -> None:
         axis.set(xscale="log", xlabel=f"bits up to f - f* <= {target}", ylabel="rounds")
         axis.legend(frameon=False)
         save(figure, folder / "pareto")
-    names = {point: words[point] for point in best_front.head(8)["point"]}
-    chosen = curves.filter(pl.col("point").is_in(list(names))).with_columns(
-        method=pl.col("point").replace_strict(names, return_dtype=pl.String)
-    )
-    loss_curves(chosen, folder / "front")
     mask = masks.row(by_predicate=pl.col("point") == best["point"][0], named=True)
     size = mask["rounds"] * mask["workers"]
     sent = np.unpackbits(np.frombuffer(mask["sent"], np.uint8), count=size).reshape(mask["rounds"], mask["workers"])
@@ -264,10 +265,11 @@ def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
     if not len(lazy):
         return
     b, c, d = (sorted(lazy[name].unique()) for name in ("bits", "limit", "window"))
-    if len(b) * len(c) * len(d) > 400:  # drawn at random, not a grid
+    if lazy.select("bits", "limit", "window").n_unique() < len(b) * len(c) * len(d):  # drawn at random, not a grid
         return
     cheapest = {key: group[f"bits_up_{target}"].min() for key, group in lazy.group_by("bits", "limit", "window")}
-    grids = np.array([[[cheapest.get((i, j, k)) for j in c] for i in b] for k in d], float)  # nan: never reached
+    grids = np.array([[[cheapest.get((i, j, k)) for j in c] for i in b] for k in d], float) / 1e6  # nan: never reached
+    others = ", the cheapest of all other axes" * (len(lazy) > grids.size)
     if not np.nanmax(grids, initial=0) > 0:
         return
     plain: dict[Any, Any] = STYLE | {"axes.grid": False}
@@ -282,7 +284,7 @@ def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
             axis.set_xticks(range(len(c)), [f"{v:g}" for v in c])
             axis.set_yticks(range(len(b)), [f"{v:g}" for v in b])
             for (row, column), value in np.ndenumerate(grid):
-                text = "-" if np.isnan(value) else f"{value / 1e6:.3g}"
+                text = "-" if np.isnan(value) else f"{value:.3g}"
                 dark = not np.isnan(value) and norm(value) > 0.6
                 best = value == np.nanmin(grids)
                 axis.text(
@@ -294,8 +296,8 @@ def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
                     color="w" if dark else "k",
                     weight="bold" if best else None,
                 )
-        figure.suptitle(f"Mbit up to f - f* <= {target}", fontsize=10, y=1.05)
-        figure.colorbar(panels[0, 0].images[0], ax=panels[0].tolist(), label="bits up")
+        figure.suptitle(f"Mbit up to f - f* <= {target}{others}", fontsize=10, y=1.05)
+        figure.colorbar(panels[0, 0].images[0], ax=panels[0].tolist(), label="Mbit up")
         save(figure, path)
 
 

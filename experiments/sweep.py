@@ -342,7 +342,7 @@ def checked(points: Sequence[dict[str, Any]], settings: Settings, console: Conso
     laqjax.core.number("rounds", settings.rounds, np.int32, least=1)
     laqjax.core.number("batch", 1 if settings.batch is None else settings.batch, np.int32, least=1)
     groups: dict[tuple[Any, ...], Group] = {}
-    bad: list[str] = []
+    bad: dict[str, list[str]] = {}
     widest = widest_window(points, settings)
     for point in points:
         key = tuple(point[name] for name in SHAPES)
@@ -352,9 +352,10 @@ def checked(points: Sequence[dict[str, Any]], settings: Settings, console: Conso
             group.points.append(point)
             groups[key] = group
         except (TypeError, ValueError) as error:  # TypeError: an algorithm that needs more than this command line gives
-            bad.append(f"  point {point['point']}: {error}")
+            bad.setdefault(str(error), []).append(str(point["point"]))
     if bad:
-        raise ValueError("\n".join([f"{len(bad)} of {len(points)} points cannot run:", *bad]))
+        lines = [f"  point {', '.join(which)}: {error}" for error, which in bad.items()]
+        raise ValueError("\n".join([f"{sum(map(len, bad.values()))} of {len(points)} points cannot run:", *lines]))
     if any(group.problem.name == "network" for group in groups.values()):
         console.print("the network has no known f*: its targets are of f itself")
     out = []
@@ -707,18 +708,22 @@ def report(folder: Path, console: Console) -> None:
     target = plots.last_target(summary)
     ranked = plots.ranked(summary, target)
     settings = [name for name in (*SHAPES, *KNOBS) if summary[name].n_unique() > 1] or ["algorithm"]
-    titles = ("rounds", "uploads", "Mbit up", "Mbit up + down", "seconds", "accuracy")
-    table = Table(*settings, *titles, title=f"cheapest to f - f* <= {target} (simulated seconds on the link model)")
+    titles = ["rounds", "uploads", "Mbit up", "Mbit up + down", "seconds"]
+    scored = summary["accuracy"].null_count() < len(summary)
+    table = Table(title=f"cheapest to f - f* <= {target} (simulated seconds on the link model)")
+    for title in [*settings, *titles, *["accuracy"] * scored]:
+        table.add_column(title, overflow="fold")  # a narrow terminal loses no digit
     for row in ranked.head(10).iter_rows(named=True):
         cost = {name: row[f"{name}_{target}"] for name in COST}
         cells = [f"{cost['rounds']:.0f}", f"{cost['uploads']:.0f}", f"{cost['bits_up'] / 1e6:.3g}"]
         cells += [f"{(cost['bits_up'] + cost['bits_down']) / 1e6:.3g}", f"{cost['seconds']:.3g}"]
         table.add_row(
-            *(f"{row[s]:g}" if isinstance(row[s], float) else str(row[s]) for s in settings),
+            *("" if row[s] is None else f"{row[s]:g}" if isinstance(row[s], float) else row[s] for s in settings),
             *cells,
-            "" if row["accuracy"] is None else f"{row['accuracy']:.4f}",
+            *["" if row["accuracy"] is None else f"{row['accuracy']:.4f}"] * scored,
         )
-    console.print(table)
+    if len(ranked):
+        console.print(table)
     missed = len(summary) - len(ranked)
     if missed:
         console.print(
@@ -732,6 +737,8 @@ def merge(folders: tyro.conf.Positional[tuple[Path, ...]], /, out: Path) -> None
     seen: dict[str, Any] = {}
     shards = []
     for folder in folders:
+        if not (folder / "identity.json").exists():
+            raise ValueError(f"{folder} holds no sweep: expected identity.json there")
         there = files.read_json(folder / "identity.json")
         shards.append(there.pop("shard"))
         if not (folder / "points.parquet").exists():
@@ -746,12 +753,12 @@ def merge(folders: tyro.conf.Positional[tuple[Path, ...]], /, out: Path) -> None
     wanted = [f"{i}/{n}" for i in range(1, n + 1)]
     if sorted(shards) != sorted(wanted):
         raise ValueError(f"shards {shards}: expected {wanted}, each once")
+    files.claim(out, seen | {"shard": "1/1"})
     times = {str(files.read_json(folder / "plan.json")["compute_ms"]) for folder in folders}
     if len(times) > 1:
         console.print(
             f"seconds rest on the compute times of different runs ({', '.join(sorted(times))} ms): give all --compute-ms"
         )
-    files.claim(out, seen | {"shard": "1/1"})
     for name in ("points", "curves", "masks"):
         parts = [pl.read_parquet(folder / f"{name}.parquet") for folder in folders]
         save(

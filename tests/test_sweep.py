@@ -1,5 +1,6 @@
 """The sweep's promises: rows are single runs, kills lose nothing, wrong requests are named, memory stays inside."""
 
+import io
 import os
 import shutil
 import signal
@@ -251,7 +252,9 @@ def test_all_bad_points_are_named_before_anything_is_compiled() -> None:
     before = programs()
     said = refusal("-b", "4", "0", "2.5", "-C", "10", "-1", "-D", "1", out=Path("bad"))
     assert said.startswith("error: 5 of 6 points cannot run:")
-    assert [line.split(":")[0].strip() for line in said.splitlines()[1:]] == [f"point {i}" for i in range(1, 6)]
+    named = [line.split(":")[0].removeprefix("  point ").split(", ") for line in said.splitlines()[1:]]
+    assert sorted(point for points in named for point in points) == list("12345")
+    assert len(named) == 3  # what is wrong is said once
     assert "bits = 0" in said.replace(".0", "")
     assert "limit = -1" in said
     assert programs() == before
@@ -542,6 +545,17 @@ def test_a_start_that_is_good_enough(tmp_path: Path) -> None:
     out = run("-b", "4", "-C", "10", "-D", "1", "5", "--lr", "0.1", "--target", "1000", "--rounds", "5", out=tmp_path)
     assert rows(out)["rounds_1000"].to_list() == [0, 0]
     REPORT(out, sweep.Console(quiet=True))
+
+
+def test_where_none_gets_there_the_nearest_are_drawn(tmp_path: Path) -> None:
+    given = ["-b", "2", "4", "-C", "10", "-D", "1", "--lr", "0.001", "--target", "1e-9", "--rounds", "20"]
+    out = run(*given, out=tmp_path)
+    console = sweep.Console(file=io.StringIO())
+    REPORT(out, console)
+    assert {path.name for path in out.glob("*.png")} == {"front.png"}
+    said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "2 of 2 settings did not reach 1e-09 (0 diverged)" in said
+    assert "cheapest" not in said
 
 
 def test_labels_tell_settings_apart() -> None:
