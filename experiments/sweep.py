@@ -718,7 +718,7 @@ def report(folder: Path, console: Console) -> None:
         cells = [f"{cost['rounds']:.0f}", f"{cost['uploads']:.0f}", f"{cost['bits_up'] / 1e6:.3g}"]
         cells += [f"{(cost['bits_up'] + cost['bits_down']) / 1e6:.3g}", f"{cost['seconds']:.3g}"]
         table.add_row(
-            *("" if row[s] is None else f"{row[s]:g}" if isinstance(row[s], float) else row[s] for s in settings),
+            *("" if row[s] is None else f"{row[s]:g}" if isinstance(row[s], float) else str(row[s]) for s in settings),
             *cells,
             *["" if row["accuracy"] is None else f"{row['accuracy']:.4f}"] * scored,
         )

@@ -547,6 +547,14 @@ def test_a_start_that_is_good_enough(tmp_path: Path) -> None:
     REPORT(out, sweep.Console(quiet=True))
 
 
+def test_whole_numbers_stand_in_the_table(tmp_path: Path) -> None:
+    given = ["--algorithm", "sgd", "--minibatch", "3", "5", "--lr", "0.1", "--target", "1000", "--rounds", "5"]
+    console = sweep.Console(file=io.StringIO(), width=120)
+    REPORT(run(*given, out=tmp_path), console)
+    said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("│")] == ["3", "5"]
+
+
 def test_where_none_gets_there_the_nearest_are_drawn(tmp_path: Path) -> None:
     given = ["-b", "2", "4", "-C", "10", "-D", "1", "--lr", "0.001", "--target", "1e-9", "--rounds", "20"]
     out = run(*given, out=tmp_path)
