@@ -124,9 +124,10 @@ def ef21(oracle: Oracle, *, compressor: Compressor, **server: Unpack[Server]) ->
 
 
 def clag(oracle: Oracle, *, compressor: Compressor, zeta: float = 1.0, **server: Unpack[Server]) -> Algorithm:
-    """CLAG: EF21's step iff ||g_m - h_m||^2 >= zeta ||g_m - g_m of the round before||^2 (3PC, Richtarik et al. 2022)."""
+    """CLAG: EF21's step iff ||g_m - h_m||^2 > zeta ||g_m - g_m of the round before||^2 (3PC, Richtarik et al. 2022)."""
     rule = Progress(number("zeta", zeta, oracle.dtype, least=0))
-    return assemble(oracle, compressor, rule, Innovation.undamped(oracle), **server)
+    # exact: where the compressor loses nothing both sides of the rule are the same number in the round after an upload
+    return assemble(oracle, compressor, rule, Innovation.undamped(oracle, exact=True), **server)
 
 
 def diana(oracle: Oracle, *, compressor: Compressor, damping: float, **server: Unpack[Server]) -> Algorithm:

@@ -201,16 +201,28 @@ class Sampled:
 
     density: Float[Array, ""]
 
-    def encode(self, target, keys):
+    def chances(self, target: Float[Array, " p"]) -> Float[Array, " p"]:
+        """The probabilities of being kept; they add up to density p."""
         size = jnp.abs(target)
         budget = self.density.astype(target.dtype) * target.size
-        chance = jnp.minimum(budget * size / jnp.maximum(jnp.sum(size), jnp.finfo(target.dtype).tiny), 1)
-        for _ in range(2):  # what the certain ones left over goes to the others
+
+        def spread(chance: Array) -> Array:
+            """What the certain coordinates leave over goes to the others in proportion to their size."""
             free = chance < 1
             left = budget - jnp.sum(~free, dtype=target.dtype)
-            others = jnp.sum(jnp.where(free, chance, 0))
-            share = left / jnp.where(others > 0, others, 1)
-            chance = jnp.where(free, jnp.clip(chance * jnp.maximum(share, 1), 0, 1), 1)
+            others = jnp.sum(jnp.where(free, size, 0))
+            return jnp.where(free, jnp.clip(left * size / jnp.where(others > 0, others, 1), 0, 1), 1)
+
+        # until no further coordinate becomes certain: then the chances add up to the budget
+        _, chance = jax.lax.while_loop(
+            lambda pair: jnp.sum(pair[1] >= 1) > jnp.sum(pair[0] >= 1),
+            lambda pair: (pair[1], spread(pair[1])),
+            (jnp.zeros_like(size), spread(jnp.zeros_like(size))),
+        )
+        return chance
+
+    def encode(self, target, keys):
+        chance = self.chances(target)
         kept = jax.random.uniform(keys.own, target.shape, target.dtype) < chance
         return {"kept": kept, "values": jnp.where(kept, target / jnp.where(kept, chance, 1), 0)}
 

@@ -30,11 +30,11 @@ def static(**kwargs: Any) -> Any:
 
 
 class Shards(NamedTuple):
-    """The data of M workers, padded to N rows each."""
+    """The data of M workers, padded to N rows each. Padding stands at the end of a shard: minibatches rely on it."""
 
     x: Num[Array | np.ndarray, "M N ..."]  # in its storage dtype (uint8 for images)
     y: Num[Array | np.ndarray, "M N ..."]
-    weight: Num[Array | np.ndarray, "M N"]  # 0 marks padding
+    weight: Num[Array | np.ndarray, "M N"]  # 0 marks padding, which comes after all rows that count
 
 
 class Keys(NamedTuple):
@@ -241,12 +241,15 @@ class Innovation:
     """
 
     damping: Float[Array, ""]
+    exact: bool = static(
+        default=False
+    )  # a coordinate that lost nothing is remembered as the gradient, not as memory + change
     persists = True
 
     @classmethod
-    def undamped(cls, oracle: Oracle) -> "Innovation":
+    def undamped(cls, oracle: Oracle, exact: bool = False) -> "Innovation":
         """Memories that follow the gradients fully."""
-        return cls(number("damping", 1, oracle.dtype))
+        return cls(number("damping", 1, oracle.dtype), exact)
 
     def init(self, params):
         return jnp.zeros_like(params)
@@ -255,7 +258,8 @@ class Innovation:
         return grad - memory
 
     def update(self, memory, target, decoded, grad):
-        return memory + self.damping * decoded
+        moved = memory + self.damping * decoded
+        return jnp.where(decoded == target, grad, moved) if self.exact else moved
 
     def aggregate(self, aggregate, total):
         return aggregate + total, aggregate + self.damping * total

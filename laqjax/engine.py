@@ -43,8 +43,13 @@ class Diverged(FloatingPointError):
     """The loss stopped being finite. `round` is the first such round, `info` what came before it in this call."""
 
     def __init__(self, round: int, info: Info):
+        grew = len(info.loss) > 1 and info.loss[-1] > info.loss[0]
         super().__init__(
-            f"diverged: the loss is not finite from round {round} on; a smaller lr, or more bits, keeps the run stable"
+            f"diverged: the loss is not finite from round {round} on, after it had grown; a smaller lr, or more bits, "
+            "keeps the run stable"
+            if grew
+            else f"the loss is not finite in round {round}, and had not grown before: a 0 / 0 or a log(0) in the loss or in "
+            "the data rather than a step too large; look at the loss of single examples"
         )
         self.round, self.info = round, info
 
@@ -405,6 +410,15 @@ def _check(alg: Algorithm, params: Any, shards: Shards) -> None:
         worker = int(np.argmax(bad))
         raise ValueError(
             f"shards.weight of worker {worker} sums to {total[worker]:g}: expected weights >= 0, at least one of them > 0"
+        )
+    counts = np.asarray(shards.weight) > 0
+    gap = np.any(counts[:, 1:] & ~counts[:, :-1], axis=1)
+    if np.any(gap):
+        worker = int(np.argmax(gap))
+        row = int(np.argmin(counts[worker]))
+        raise ValueError(
+            f"shards.weight of worker {worker} is 0 at row {row} and not after it: expected padding at the end of a shard; "
+            "move the rows that count to the front"
         )
     size = getattr(alg.sampler, "size", 1)
     if not 1 <= size <= weight[1]:

@@ -77,7 +77,10 @@ class Lazy(Rule):
 @register_dataclass
 @dataclass(frozen=True)
 class Progress(Rule):
-    """CLAG's rule: send iff ||target||^2 >= zeta ||grad - last grad||^2 (3PC, Richtarik et al. 2022), and in round 0."""
+    """CLAG's rule: send iff ||target||^2 > zeta ||grad - last grad||^2 (3PC, Richtarik et al. 2022), and in round 0.
+
+    Strictly: with the identity compressor and zeta = 1 both sides are equal in the round after an upload.
+    """
 
     zeta: Float[Array, ""]
 
@@ -86,7 +89,7 @@ class Progress(Rule):
         return frozenset({"progress_sq"})
 
     def __call__(self, evidence: Evidence) -> Bool[Array, ""]:
-        return (evidence.target_sq >= self.zeta * evidence["progress_sq"]) | (evidence.round == 0)
+        return (evidence.target_sq > self.zeta * evidence["progress_sq"]) | (evidence.round == 0)
 
 
 @register_dataclass

@@ -201,6 +201,19 @@ def test_sampled_keeps_about_its_share(seed: int) -> None:
     assert abs(kept.sum(axis=1).mean() / (0.3 * P) - 1) < 0.15
 
 
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.6, 0.9])
+@given(st.integers(0, 2**32 - 1))
+def test_the_chances_of_sampled_add_up_to_its_share(density: float, seed: int) -> None:
+    """On heavy tails too, where most of the budget goes to coordinates that are certain."""
+    target = jnp.asarray(np.random.default_rng(seed).standard_cauchy(200), jnp.float32)
+    chance = compressors.sampled(density).chances(target)
+    assert float(jnp.sum(chance)) == pytest.approx(density * 200, rel=1e-5)
+    free = np.asarray(chance) < 1
+    share = np.asarray(chance)[free] / np.abs(np.asarray(target))[free]
+    np.testing.assert_allclose(share, share[0], rtol=1e-4)  # the others in proportion to their size
+    assert np.abs(target)[~free].min(initial=np.inf) * share[0] >= 1 - 1e-4  # and nobody is certain without need
+
+
 def test_each_block_has_its_own_radius() -> None:
     target = jnp.array([1.0, -1, 0.5, 100, -50, 1, 1])
     scheme = compressors.blockwise(compressors.grid(4), (3, 4))

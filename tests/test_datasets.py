@@ -373,7 +373,7 @@ def test_partition_deals_each_sample_at_most_once(scheme, n, num_workers, seed):
     sizes = real.sum(axis=1)
     assert sizes.min() >= 1
     assert sizes.max() == shards.weight.shape[1]
-    # real rows come first: nothing depends on it, but a reader of a shard expects it
+    # real rows come first: minibatches rely on it
     np.testing.assert_array_equal(real, np.arange(real.shape[1]) < sizes[:, None])
 
 

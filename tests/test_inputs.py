@@ -127,6 +127,8 @@ SHARDS: list[Any] = [
     (lambda s: s._replace(weight=changed(s.weight, 2, 0)), "shards.weight of worker 2 sums to 0: expected weights >= 0"),
     (lambda s: s._replace(weight=changed(s.weight, (3, 1), -1)), "shards.weight of worker 3 sums to 10: expected weights >= 0"),
     (lambda s: s._replace(weight=changed(s.weight, (3, 1), np.nan)), "shards.weight holds NaN or infinity"),
+    (lambda s: s._replace(weight=changed(s.weight, (1, 3), 0)), "shards.weight of worker 1 is 0 at row 3 and not after it"),
+    (lambda s: s._replace(weight=s.weight[:, ::-1]), "of worker 0 is 0 at row 0 and not after it: expected padding at the end"),
     (lambda s: s._replace(x=changed(s.x, (1, 2, 3), np.nan)), "shards.x holds NaN or infinity: expected finite data"),
     (lambda s: s._replace(x=changed(s.x, (1, 2, 3), np.inf)), "shards.x holds NaN or infinity: expected finite data"),
     (lambda s: s._replace(y=changed(s.y, (1, 2), -np.inf)), "shards.y holds NaN or infinity: expected finite data"),
@@ -221,7 +223,7 @@ def test_a_diverging_run_says_where(toy: Toy) -> None:
         laqjax.run(alg, theta0, toy.shards, 50, KEY, chunk=4)
     stop = whole.value.round
     assert 4 < stop < 50
-    assert str(stop) in str(whole.value)
+    assert f"from round {stop} on, after it had grown; a smaller lr" in str(whole.value)
     losses = whole.value.info.loss
     assert losses.shape == (stop,)
     assert whole.value.info.sent.shape == (stop, 4)
@@ -235,3 +237,10 @@ def test_a_diverging_run_says_where(toy: Toy) -> None:
         laqjax.run(alg, state, toy.shards, 50, KEY, chunk=4)
     assert resumed.value.round == stop
     np.testing.assert_array_equal(resumed.value.info.loss, losses[3:])
+
+
+def test_a_loss_that_is_nan_is_no_step_too_large(toy: Toy) -> None:
+    zero_by_zero = oracle.from_loss(lambda params, x, y: params[0] * 0 / (0 * y.astype(np.float32)), jnp.ones(1))
+    alg = algorithms.gd(zero_by_zero, lr=0.01, num_workers=4)
+    with pytest.raises(laqjax.Diverged, match="not finite in round 0, and had not grown before: a 0 / 0"):
+        laqjax.run(alg, jnp.ones(1), toy.shards, 5, KEY, chunk=4)

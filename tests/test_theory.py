@@ -106,6 +106,15 @@ def test_steps_are_sensible() -> None:
     assert theory.sum_of_xi(1, smooth) == 0
 
 
+def test_the_constants_of_the_steps() -> None:
+    """Worked out by hand: L = 5, L_m = 1, 2, 3, so max L_m = 3 and rms L_m = sqrt(14 / 3)."""
+    each, smooth, rms = np.array([1.0, 2.0, 3.0]), 5.0, np.sqrt(14 / 3)
+    assert theory.lr_diana(each, smooth, 2) == pytest.approx(1 / (5 + 6 * 2 * 3))
+    assert theory.lr_unbiased(each, smooth, 2) == pytest.approx(1 / (5 + 2 * 2 * 3))
+    assert theory.lr_marina(each, smooth, 2, 0.25) == pytest.approx(1 / (5 + rms * np.sqrt(3 * 0.75 * 2 / 0.25)))
+    assert theory.lr_ef21(each, smooth, 0.75) == pytest.approx(1 / (5 + 3 * rms * np.sqrt(0.25) / 0.5))
+
+
 @cache
 def ridge() -> tuple[Toy, np.ndarray, np.ndarray, float]:
     """A strongly convex quadratic, its solution, its constants."""
