@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 import laqjax
-from experiments import datasets, files, problems
+from experiments import datasets, files
 
 GEMM = 2048  # rows and columns
 STREAM = 2**26  # floats
@@ -56,7 +56,7 @@ class Contestant:
 
 def laqjax_run(shards: laqjax.Shards, kind: str, algorithm: str, rounds: int, **knobs: Any) -> Contestant:
     """`laqjax.run`, with all that it does."""
-    problem = getattr(problems, kind)(shards.x.shape[-1], CLASSES)
+    problem = getattr(laqjax.problems, kind.capitalize())(shards.x.shape[-1], CLASSES)
     oracle = problem.oracle()
     alg = getattr(laqjax.algorithms, algorithm)(oracle, lr=0.02, num_workers=len(shards.x), **knobs)
     theta0, key = problem.theta0(oracle), jax.random.key(0)
@@ -66,7 +66,7 @@ def laqjax_run(shards: laqjax.Shards, kind: str, algorithm: str, rounds: int, **
 
 def laqjax_sweep(shards: laqjax.Shards, kind: str, points: int, rounds: int) -> Contestant:
     """`laqjax.sweep` over limits, with all that it does; a round is one round of one point."""
-    problem = getattr(problems, kind)(shards.x.shape[-1], CLASSES)
+    problem = getattr(laqjax.problems, kind.capitalize())(shards.x.shape[-1], CLASSES)
     oracle = problem.oracle()
     knobs: dict[str, Any] = {"lr": 0.02, "num_workers": len(shards.x), "bits": BITS[kind]}
     algs = laqjax.stack([laqjax.algorithms.laq(oracle, limit=10 + i, **knobs) for i in range(points)])
@@ -168,7 +168,7 @@ def floats(shards: laqjax.Shards, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def start(shards: laqjax.Shards) -> np.ndarray:
     """The theta0 of softmax regression, float64."""
-    params = problems.softmax(shards.x.shape[-1], CLASSES).start(0)
+    params = laqjax.problems.Softmax(shards.x.shape[-1], CLASSES).start(0, np.float64)
     return np.concatenate([params["bias"], params["weight"].ravel()])
 
 
@@ -288,7 +288,7 @@ def fresh(kind: str) -> None:
 def mnist() -> laqjax.Shards:
     """The reference data: 10 workers, 6000 images each."""
     data = datasets.load("mnist")
-    return datasets.partition(data.x, data.y, 10, "contiguous")
+    return laqjax.problems.partition(data.x, data.y, 10, "contiguous")
 
 
 def peak() -> int:

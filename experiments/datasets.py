@@ -1,4 +1,4 @@
-"""Data for the experiments: one string names a dataset, another one deals it out to the workers.
+"""Data for the experiments: one string names a dataset; `laqjax.problems.partition` deals it out to the workers.
 
     mnist                                   the copy in this repository
     idx:DIR                                 four IDX files under MNIST's names, raw, .gz or .xz
@@ -14,15 +14,13 @@ import hashlib
 import lzma
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from laqjax import Shards
 
 MNIST_FOLDER = Path(__file__).parent / "mnist"
 MNIST_MD5 = {  # of the files inside the .xz; every IDX set uses these names
@@ -331,104 +329,3 @@ def synthetic(
     if kind == "linear":
         return Dataset("synthetic-linear", x, y)
     return Dataset("synthetic-logistic", x, (y > 0).astype(np.int32), num_classes=2)
-
-
-def partition(x: np.ndarray, y: np.ndarray, num_workers: int, scheme: str, seed: int = 0) -> Shards:
-    """Deals n samples out to M workers.
-
-    contiguous       file order, floor(n / M) rows each, the rest dropped, as the LAQ paper's program; no copy
-    shuffled         the same after a random permutation
-    sorted           the same after a stable sort by label: a worker sees one class or two
-    dirichlet:ALPHA  each class is split in proportions drawn from Dirichlet(ALPHA, ..., ALPHA), the smaller
-                     the more uneven; all samples are used, every worker gets at least one
-    unequal:RATIO    shuffled; sizes in geometric progression, the last RATIO times the first; all are used
-
-    Args:
-        x: [n, ...].
-        y: [n].
-        num_workers: M, 1 to n.
-        scheme: one of the above.
-        seed: the same seed gives the same shards.
-
-    Returns:
-        x [M, N, ...], y [M, N] and weight [M, N] float32, N the largest shard; padding is 0 in all three.
-
-    Raises:
-        ValueError: an argument is out of its range.
-    """
-    n = len(x)
-    if y.shape != (n,):
-        raise ValueError(f"y: expected one label per row of x, got x {x.shape} and y {y.shape}")
-    if not 1 <= num_workers <= n:
-        raise ValueError(f"num_workers={num_workers}: expected 1 to {n}, the number of samples")
-    rng = np.random.default_rng(seed)
-    match scheme.partition(":")[:2]:
-        case "contiguous", "":
-            return _equal(x, y, num_workers)
-        case "shuffled", "":
-            order = rng.permutation(n)
-            return _equal(x[order], y[order], num_workers)
-        case "sorted", "":
-            order = np.argsort(y, kind="stable")
-            return _equal(x[order], y[order], num_workers)
-        case "dirichlet", _:
-            alpha = _parameter(scheme, "dirichlet:ALPHA, ALPHA finite and above 0", lambda alpha: alpha > 0)
-            return _padded(x, y, _dirichlet(y, num_workers, alpha, rng))
-        case "unequal", _:
-            ratio = _parameter(scheme, "unequal:RATIO, RATIO finite and at least 1", lambda ratio: ratio >= 1)
-            return _padded(x, y, _unequal(n, num_workers, ratio, rng))
-    known = "contiguous, shuffled, sorted, dirichlet:ALPHA or unequal:RATIO"
-    raise ValueError(f"scheme={scheme!r}: expected {known}")
-
-
-def _parameter(scheme: str, expected: str, valid: Callable[[float], bool]) -> float:
-    try:
-        value = float(scheme.partition(":")[2])
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and valid(value)):
-        raise ValueError(f"scheme={scheme!r}: expected {expected}")
-    return value
-
-
-def _equal(x: np.ndarray, y: np.ndarray, num_workers: int) -> Shards:
-    shape = (num_workers, len(x) // num_workers)
-    kept = math.prod(shape)
-    return Shards(x[:kept].reshape(shape + x.shape[1:]), y[:kept].reshape(shape), np.ones(shape, np.float32))
-
-
-def _padded(x: np.ndarray, y: np.ndarray, groups: list[np.ndarray]) -> Shards:
-    """Shards from the row indices of each worker."""
-    shape = (len(groups), max(map(len, groups)))
-    shard_x, shard_y = np.zeros(shape + x.shape[1:], x.dtype), np.zeros(shape, y.dtype)
-    weight = np.zeros(shape, np.float32)
-    for worker, rows in enumerate(groups):
-        own = worker, slice(len(rows))
-        shard_x[own], shard_y[own], weight[own] = x[rows], y[rows], 1
-    return Shards(shard_x, shard_y, weight)
-
-
-def _dirichlet(y: np.ndarray, num_workers: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
-    if not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(f"y: dirichlet splits classes, expected integer labels, got {y.dtype}")
-    owner = np.empty(len(y), int)
-    for label in np.unique(y):
-        rows = rng.permutation(np.flatnonzero(y == label))
-        shares = rng.dirichlet(np.full(num_workers, alpha))
-        cuts = np.round(np.cumsum(shares)[:-1] * len(rows)).astype(int)
-        for worker, part in enumerate(np.split(rows, cuts)):
-            owner[part] = worker
-    for worker in range(num_workers):
-        if not (owner == worker).any():
-            donor = np.bincount(owner).argmax()  # has two or more, as M <= n and this worker has none
-            owner[np.flatnonzero(owner == donor)[0]] = worker
-    return [np.flatnonzero(owner == worker) for worker in range(num_workers)]
-
-
-def _unequal(n: int, num_workers: int, ratio: float, rng: np.random.Generator) -> list[np.ndarray]:
-    ends = np.cumsum(np.geomspace(1, ratio, num_workers))
-    cuts = np.round(ends / ends[-1] * n).astype(int)
-    groups = np.split(rng.permutation(n), cuts[:-1])
-    if min(map(len, groups)) == 0:
-        raise ValueError(f"scheme='unequal:{ratio:g}': a worker of {num_workers} gets none of {n} samples")
-    return groups

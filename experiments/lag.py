@@ -18,8 +18,9 @@ from rich.progress import track
 from rich.table import Table
 
 import laqjax
-from experiments import files, plots, problems
-from laqjax import algorithms, core, theory, triggers
+from experiments import files, plots
+from laqjax import algorithms
+from laqjax.rules import Rule
 
 SETS = {"linear": (28, 29, 30), "logistic": (2, 9, 11)}
 FEATURES = {"linear": 8, "logistic": 34}  # the smallest number among the three sets
@@ -35,22 +36,29 @@ RECOMPUTED = {  # uploads, from the authors' rules and data
 
 @register_dataclass
 @dataclass(frozen=True)
-class After(triggers.Rule):
+class After(Rule):
     """`rule`, but nobody uploads in the first rounds: the authors' LAGs begin with a full history of ten steps."""
 
     rule: Any
     rounds: Any
 
     @property
-    def asks(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.rule.asks
+    def server_decides(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.rule.server_decides
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return self.rule.needs
+    def init(self, params):
+        return self.rule.init(params)
 
-    def __call__(self, evidence: core.Evidence) -> Any:
-        return self.rule(evidence) & (evidence.round >= self.rounds)
+    def asked(self, shared, own, now):
+        asked = self.rule.asked(shared, own, now)
+        return asked & (now.keys.round >= self.rounds) if self.server_decides else asked
+
+    def decide(self, shared, own, now):
+        send, sent, silent = self.rule.decide(shared, own, now)
+        return send & (now.keys.round >= self.rounds), sent, silent
+
+    def observe(self, shared, step):
+        return self.rule.observe(shared, step)
 
 
 def read(folder: Path, problem: str, parts: int) -> laqjax.Shards:
@@ -77,21 +85,21 @@ def read(folder: Path, problem: str, parts: int) -> laqjax.Shards:
 def methods(problem: str, shards: laqjax.Shards) -> dict[str, tuple[laqjax.Algorithm, laqjax.State]]:
     """Each method with the state before the round that the authors' program counts as its first."""
     workers, features = shards.x.shape[0], shards.x.shape[2]
-    l2 = 1e-4 if problem == "logistic" else 0.0
-    model = problems.logistic(features, l2) if problem == "logistic" else problems.ridge(features, l2)
+    model = (laqjax.problems.Logistic if problem == "logistic" else laqjax.problems.Ridge)(features)
     oracle = model.oracle(np.float64)
-    each, smooth = theory.smoothness(shards, model.name, l2=l2, reduction="sum")
-    smooth -= (workers - 1) * l2  # the authors add lambda once
-    server: dict[str, Any] = {"num_workers": workers, "lr": 1 / smooth}
-    lags: dict[str, Any] = {"xi": 1.0, "window": 10, "limit": None, "first_upload": "rule"}
-    late = lambda alg: replace(alg, trigger=After(alg.trigger, np.int32(10)))  # noqa: E731
-    make: Any = algorithms
+    each, smooth = model.smoothness(shards)
+    smooth -= (workers - 1) * model.l2  # the authors add lambda once
+    lags: dict[str, Any] = {"lr": 1 / smooth, "num_workers": workers}
+    lags |= {"window": 10, "limit": None, "first_upload": "rule"}
+    late = lambda alg: replace(alg, rule=After(alg.rule, np.int32(10)))  # noqa: E731
     algs: dict[str, laqjax.Algorithm] = {
-        "GD": make.gd(oracle, **server),
-        "LAG-WK": late(make.lag_wk(oracle, **server, **lags)),
-        "LAG-PS": late(make.lag_ps(oracle, smoothness=each, **server, **(lags | {"xi": 10.0}))),
-        "Cyc-IAG": make.iag_cyclic(oracle, **(server | {"lr": 1 / (smooth * workers)})),
-        "Num-IAG": make.iag_random(oracle, smoothness=each, **(server | {"lr": 0.5 / (smooth * np.sqrt(workers))})),
+        "GD": algorithms.gd(oracle, lr=1 / smooth, num_workers=workers),
+        "LAG-WK": late(algorithms.lag_wk(oracle, xi=1.0, **lags)),
+        "LAG-PS": late(algorithms.lag_ps(oracle, xi=10.0, smoothness=each, **lags)),
+        "Cyc-IAG": algorithms.iag_cyclic(oracle, lr=1 / (smooth * workers), num_workers=workers),
+        "Num-IAG": algorithms.iag_random(
+            oracle, lr=0.5 / (smooth * np.sqrt(workers)), num_workers=workers, smoothness=each
+        ),
     }
     return {name: (alg, start(name, alg, shards, workers)) for name, alg in algs.items()}
 
@@ -99,20 +107,13 @@ def methods(problem: str, shards: laqjax.Shards) -> dict[str, tuple[laqjax.Algor
 def start(name: str, alg: laqjax.Algorithm, shards: laqjax.Shards, workers: int) -> laqjax.State:
     """Zero parameters and memories of ones. GD and the IAGs have already stepped along these ones when their counting begins."""
     zero = jnp.zeros(alg.oracle.size)
-    state = laqjax.init(alg, zero, shards)
-    ones = jnp.ones_like(zero)
-    server = state.server
+    state, ones = laqjax.init(alg, zero, shards), jnp.ones_like(zero)
     if name == "GD":
-        return state._replace(server=server._replace(broadcast=server.broadcast._replace(params=-alg.lr * ones)))
-    moved = (
-        server.broadcast._replace(params=-alg.lr * workers * ones, round=jnp.int32(2))
-        if name.endswith("IAG")
-        else server.broadcast
-    )
+        return state._replace(params=-alg.lr * ones)
+    if name.endswith("IAG"):
+        state = state._replace(params=-alg.lr * workers * ones, round=jnp.int32(2))
     memory = jnp.ones_like(state.workers.memory)
-    return laqjax.State(
-        server._replace(broadcast=moved, aggregate=workers * ones), state.workers._replace(memory=memory)
-    )
+    return state._replace(aggregate=workers * ones, workers=state.workers._replace(memory=memory))
 
 
 def follow(alg: laqjax.Algorithm, state: laqjax.State, shards: laqjax.Shards, optimum: Any) -> tuple[pl.DataFrame, int]:

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import laqjax
-from experiments import datasets, files, plots, problems
+from experiments import datasets, files, plots
+from laqjax.loop import CHUNK
 
 Evaluate = Callable[[Any], tuple[float, float]]  # params -> (loss on all data, test accuracy)
 AXES = {"rounds": "rounds", "uploads": "uploads", "bits_up": "bits up", "paper_bits": "as b p", "bits": "up + down"}
@@ -31,7 +32,7 @@ def race(
     f_star: float,
     evaluate: Evaluate,
     *,
-    chunk: int = laqjax.engine.CHUNK,
+    chunk: int = CHUNK,
 ) -> tuple[pl.DataFrame, bool]:
     """Run methods one after another from one start, with progress; (rows of all, whether Ctrl-C ended it early)."""
     finished: list[pl.DataFrame] = []
@@ -108,7 +109,7 @@ def follow(alg: laqjax.Algorithm, theta0: Any, shards: laqjax.Shards, goal: Goal
             if len(met) and not np.any(info.loss - goal.f_star <= target):
                 measured = np.vstack([measured, (done + met[0], *goal.evaluate(out.info.extra["params"][met[0]]))])
         state, info = out.state, laqjax.join([info, new])
-        measured = np.vstack([measured, (len(info.loss), *goal.evaluate(state.server.broadcast.params))])
+        measured = np.vstack([measured, (len(info.loss), *goal.evaluate(state.params))])
         files.save_tree(path, (state, info, measured))
         goal.show(info)
     return rows(jax.tree.map(lambda a: a[: goal.rounds], info), measured, goal.f_star, alg.sampler)
@@ -201,11 +202,11 @@ def short(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def evaluator(problem: problems.Problem, oracle: Any, data: datasets.Dataset, shards: laqjax.Shards) -> Evaluate:
+def evaluator(problem: laqjax.problems.Problem, oracle: Any, data: datasets.Dataset, shards: laqjax.Shards) -> Evaluate:
     """(Loss on all shards, test accuracy) of a flat parameter vector."""
     x, y = jnp.asarray(data.x_test), jnp.asarray(data.y_test)
     loss = full_loss(oracle, shards)
-    both = jax.jit(lambda params: (loss(params), problem.accuracy(oracle.unravel(params), x, y)))  # pyright: ignore[reportOptionalCall]
+    both = jax.jit(lambda params: (loss(params), problem.accuracy(oracle.unravel(params), x, y)))
     return lambda params: tuple(map(float, both(jnp.asarray(params))))  # pyright: ignore[reportReturnType]
 
 

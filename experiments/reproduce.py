@@ -22,6 +22,7 @@ from rich.console import Console
 import laqjax
 from experiments import datasets, family, files, lag, problems, race
 from laqjax import algorithms
+from laqjax.checks import number
 
 TARGETS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 # values read off the published figures, good to about 2 %
@@ -84,13 +85,13 @@ def compare(
     console = Console()
     folder = settings.out or Path("results") / (name + "-smoke" * settings.smoke + "-float64" * settings.float64)
     rounds = (200 if settings.smoke else default_rounds) if settings.rounds is None else settings.rounds
-    laqjax.core.number("rounds", rounds, np.int32, least=1)
+    number("rounds", rounds, np.int32, least=1)
     jax.config.update("jax_enable_x64", settings.float64)
     data = datasets.load("mnist")
-    shards = datasets.partition(data.x, data.y, 10, "contiguous")
+    shards = laqjax.problems.partition(data.x, data.y, 10, "contiguous")
     if settings.smoke:
         shards = laqjax.Shards(*(array[:, :600] for array in shards))
-    problem = (problems.softmax if targets else problems.network)(data.x.shape[1], 10)
+    problem = (laqjax.problems.Softmax if targets else laqjax.problems.Network)(data.x.shape[1], 10)
     oracle = problem.oracle(np.float64 if settings.float64 else np.float32)
     theta0 = (
         problems.authors_start(oracle)
@@ -104,8 +105,8 @@ def compare(
             f_star = problems.optimum(problem, shards, cache=Path("results") / "cache")
     shards = jax.tree.map(jnp.asarray, shards)
 
-    server = {"lr": 0.02, "num_workers": 10}
-    authors = {"ramp": True, "first_upload": "rule"}
+    server: dict[str, Any] = {"lr": 0.02, "num_workers": 10}
+    authors: dict[str, Any] = {"ramp": True, "first_upload": "rule"}
     methods = {
         "LAQ": algorithms.laq(oracle, bits=bits, **server, **authors),
         "TWO-LAQ": algorithms.two_laq(oracle, bits=bits, **server, **authors),

@@ -15,10 +15,9 @@ import itertools
 import sys
 import time
 import tomllib
-import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +34,7 @@ from rich.table import Table
 
 import laqjax
 from experiments import datasets, files, plots, problems, race
-from laqjax import algorithms, engine, theory
+from laqjax import algorithms, checks, types
 
 CHUNK = 50  # rounds between two looks at who is done
 SHORT = 100  # rounds: with fewer to go a cut batch does not earn its compile time
@@ -45,6 +44,8 @@ SHAPES = ("problem", "dataset", "partition", "partition_seed", "workers", "algor
 OPTIONAL = ("levels", "density", "zeta", "damping", "probability", "c", "period", "min_bits", "max_bits", "bits_down")
 KNOBS = ("bits", "limit", "window", "xi", "lr", *OPTIONAL)
 WHOLE = ("bits", "limit", "window", "levels", "period", "min_bits", "max_bits", "bits_down")
+# what an algorithm must have, where the command line gives none
+PLAIN = {"damping": 0.5, "scaling": 0.5, "probability": 0.1, "a": 0.5, "steps": 2, "local_lr": 0.01}
 COST = ("rounds", "uploads", "bits_up", "bits_down", "seconds")
 
 
@@ -130,18 +131,21 @@ class Group:
     """Points that share data, problem and algorithm: one compiled program."""
 
     shards: laqjax.Shards
-    problem: problems.Problem
-    oracle: Any
+    problem: laqjax.problems.Problem
     f_star: float
     data: datasets.Dataset
     points: list[dict[str, Any]]
     algs: list[laqjax.Algorithm] = field(default_factory=list)
 
     @cached_property
+    def oracle(self) -> laqjax.oracle.TiledOracle:
+        """Loss and gradient of a worker."""
+        return self.problem.oracle()
+
+    @cached_property
     def smoothness(self) -> np.ndarray:
         """L_m of the workers."""
-        problem = self.problem
-        return theory.smoothness(self.shards, problem.name, l2=problem.l2, reduction=problem.reduction)[0]
+        return self.problem.smoothness(self.shards)[0]
 
 
 def run(settings: Settings, command: Sequence[str] = ()) -> Path:
@@ -251,9 +255,9 @@ def select(settings: Settings) -> Iterator[dict[str, Any]]:
     if empty:
         raise ValueError(f"axis {empty[0]} has no values: expected one or more")
     for seed in settings.seeds:
-        laqjax.core.number("seeds", seed, np.int32, least=0)
+        checks.number("seeds", seed, np.int32, least=0)
     if settings.random is not None:
-        laqjax.core.number("random", settings.random, np.int32, least=1)
+        checks.number("random", settings.random, np.int32, least=1)
     seen: dict[tuple[Any, ...], dict[str, Any]] = {}
     for values in drawn(given, settings) if settings.random else itertools.product(*given.values()):
         point = dict(zip(given, values, strict=True))
@@ -285,7 +289,7 @@ def drawn(given: dict[str, tuple[Any, ...]], settings: Settings) -> Iterator[tup
             return float(rng.integers(int(low), int(high), endpoint=True))
         if name != "lr":
             return float(rng.uniform(low, high))
-        laqjax.core.number("lr", low, np.float64, above=0)
+        checks.number("lr", low, np.float64, above=0)
         return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
     for _ in range(settings.random or 0):
@@ -299,19 +303,14 @@ def knobs(name: str) -> set[str]:
     factory = factories().get(name)
     if factory is None:
         raise ValueError(f"algorithm = {name!r}: expected one of {', '.join(sorted(factories()))}")
-    own = set()
-    for parameter in inspect.signature(factory).parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            own |= set(typing.get_type_hints(typing.get_args(parameter.annotation)[0]))
-        else:
-            own.add(parameter.name)
-    return own
+    own = set(inspect.signature(factory).parameters)
+    return own - {"c"} if "xi" in own else own  # there c would be a second axis of the same weights
 
 
 def factories() -> dict[str, Callable[..., laqjax.Algorithm]]:
     """The named algorithms of the library."""
-    public = inspect.getmembers(algorithms, inspect.isfunction)
-    return {name: f for name, f in public if f.__module__ == algorithms.__name__ and not name.startswith("_")}
+    own = [f for _, f in inspect.getmembers(algorithms, inspect.isfunction) if f.__module__ == algorithms.__name__]
+    return {f.__name__: f for f in own if inspect.signature(f).return_annotation is laqjax.Algorithm}
 
 
 @cache
@@ -320,12 +319,12 @@ def loaded(name: str) -> datasets.Dataset:
     return datasets.load(name)
 
 
-def problem_of(name: str, data: datasets.Dataset) -> problems.Problem:
+def problem_of(name: str, data: datasets.Dataset) -> laqjax.problems.Problem:
     """A problem fit for the data."""
     if name in ("softmax", "network") and data.num_classes:
-        return getattr(problems, name)(data.x.shape[1], data.num_classes)
+        return getattr(laqjax.problems, name.capitalize())(data.x.shape[1], data.num_classes)
     if name == "ridge" or (name == "logistic" and data.num_classes in (None, 2)):
-        return getattr(problems, name)(data.x.shape[1])
+        return getattr(laqjax.problems, name.capitalize())(data.x.shape[1])
     raise ValueError(
         f"problem = {name!r} on {data.name}: expected softmax or network for classes, logistic for two, ridge for numbers"
     )
@@ -339,15 +338,15 @@ def checked(points: Sequence[dict[str, Any]], settings: Settings, console: Conso
     target = settings.target
     if not target or not all(t > 0 for t in target) or list(target) != sorted(target, reverse=True):
         raise ValueError(f"target = {target}: expected residuals > 0, the largest first")
-    laqjax.core.number("rounds", settings.rounds, np.int32, least=1)
-    laqjax.core.number("batch", 1 if settings.batch is None else settings.batch, np.int32, least=1)
+    checks.number("rounds", settings.rounds, np.int32, least=1)
+    checks.number("batch", 1 if settings.batch is None else settings.batch, np.int32, least=1)
     groups: dict[tuple[Any, ...], Group] = {}
     bad: dict[str, list[str]] = {}
     widest = widest_window(points, settings)
     for point in points:
         key = tuple(point[name] for name in SHAPES)
         try:
-            group = groups.get(key) or grouped(point, groups, settings.smoke)
+            group = groups.get(key) or grouped(point, settings.smoke)
             group.algs.append(build(point, group.oracle, widest, settings.authors, group))
             group.points.append(point)
             groups[key] = group
@@ -372,15 +371,13 @@ def widest_window(points: Sequence[dict[str, Any]], settings: Settings) -> int:
     return max(1, *map(int, settings.window), *(int(point["window"]) for point in points if point["window"]))
 
 
-def grouped(point: dict[str, Any], groups: dict[Any, Group], smoke: bool) -> Group:
-    """A new group, sharing problem and oracle with those of the same data."""
+def grouped(point: dict[str, Any], smoke: bool) -> Group:
+    """A group without points, its data dealt out."""
     data = loaded(point["dataset"])
-    shards = datasets.partition(data.x, data.y, point["workers"], point["partition"], point["partition_seed"])
+    shards = laqjax.problems.partition(data.x, data.y, point["workers"], point["partition"], point["partition_seed"])
     if smoke:
         shards = laqjax.Shards(*(array[:, :200] for array in shards))
-    alike = [g for g in groups.values() if g.data is data and g.problem.name == point["problem"]]
-    problem = alike[0].problem if alike else problem_of(point["problem"], data)
-    return Group(shards, problem, alike[0].oracle if alike else problem.oracle(), np.nan, data, [])
+    return Group(shards, problem_of(point["problem"], data), np.nan, data, [])
 
 
 def build(
@@ -395,19 +392,19 @@ def build(
     if "smoothness" in own and group is not None:
         given["smoothness"] = group.smoothness
     if "compressor" in own:
-        given["compressor"] = compressor(
-            point.get("compressor") or ("natural" if "damping" in own else f"top_k:{max(p // 10, 1)}")
-        )
+        plain = "natural" if own & {"damping", "a"} else f"top_k:{max(p // 10, 1)}"
+        given |= dict.fromkeys(own & {"compressor", "down"}, compressor(point.get("compressor") or plain))
     if "k" in own:
         given["k"] = point.get("k") or max(p // 10, 1)
-    given = {name: value for name, value in {"damping": 0.5, "probability": 0.1}.items() if name in own} | given
+    given = {name: PLAIN[name] for name in own & PLAIN.keys()} | given
     if point.get("minibatch") is not None:
         rows = group.shards.y.shape[1] if group else np.inf
-        size = laqjax.core.number("minibatch", point["minibatch"], np.int32, least=1, most=rows)
+        size = checks.number("minibatch", point["minibatch"], np.int32, least=1, most=rows)
         given["sampler"] = laqjax.oracle.Blocks(int(size))
+        given |= {"b": 0.1} if "b" in own else {}
     alg = factories()[point["algorithm"]](oracle, num_workers=point["workers"], **given)
-    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype)
-    keys: Any = laqjax.core.Keys(key, key, key, jax.ShapeDtypeStruct((), np.int32))  # pyright: ignore[reportArgumentType]
+    key, index = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
+    keys: Any = types.Keys(key, key, key, index, index)  # pyright: ignore[reportArgumentType]
     jax.eval_shape(alg.compressor.encode, jax.ShapeDtypeStruct((p,), oracle.dtype), keys)  # refuses k > p
     return alg
 
@@ -429,7 +426,7 @@ def batch_sizes(groups: Sequence[Group], settings: Settings) -> list[int]:
     memory = None if settings.memory is None else settings.memory * 2**30
     devices, sizes = jax.device_count(), []
     for group in groups:
-        fits = engine.batch_size(group.algs[0], group.shards, memory, settings.rounds)
+        fits = laqjax.batch_size(group.algs[0], group.shards, memory, settings.rounds)
         wanted = min(settings.batch or MOST * devices, -(-len(group.points) // devices) * devices)
         sizes.append(max(min(fits, wanted) // devices, 1) * devices)
     return sizes
@@ -454,20 +451,24 @@ def planned(groups: Sequence[Group], sizes: list[int], settings: Settings) -> di
 
 def gradient_ms(group: Group) -> float:
     """Milliseconds of one worker's gradients of a round on this machine: the link model's compute time."""
-    params, alg, key = group.problem.theta0(group.oracle), group.algs[0], jax.random.key(0)
-    keys = laqjax.core.Keys(key, key, key, jnp.int32(0))
+    alg, key = group.algs[0], jax.random.key(0)
+    state = alg.init(group.problem.theta0(group.oracle))
 
     @jax.jit
     def gradient(params: Any, shards: laqjax.Shards, worker: Any) -> Any:
-        rows = alg.sampler(keys, shards, worker, jnp.int32(0)) if alg.sampler else None
-        return group.oracle(params, shards, worker, rows)
+        rows = alg.sampler(types.Keys(key, key, key, jnp.int32(0), worker), shards) if alg.sampler else None
+        return alg.oracle(params, shards, worker, rows)
 
     times = []
     for _ in range(4):
         began = time.perf_counter()
-        jax.block_until_ready(gradient(params, group.shards, jnp.int32(0)))
+        jax.block_until_ready(gradient(state.params, group.shards, jnp.int32(0)))
         times.append(time.perf_counter() - began)
-    return 1e3 * min(times) * (1 + len(alg.trigger.needs & {"stale_sq", "variance_sq"}))
+    step, computed = jax.jit(partial(alg.step, record=("gradients",))), []
+    for _ in range(2):  # in round 0 some members do less than later
+        state, info = step(state, group.shards, key)
+        computed.append(info.extra["gradients"])
+    return 1e3 * min(times) * int(np.max(computed))
 
 
 def run_batch(
@@ -479,7 +480,7 @@ def run_batch(
     The loss of a minibatch says little: such points are measured on all data at the end of each chunk.
     """
     count, rounds = len(which), settings.rounds
-    algs = engine.stack([group.algs[min(i, which[-1])] for i in range(which[0], which[0] + size)])
+    algs = laqjax.stack([group.algs[min(i, which[-1])] for i in range(which[0], which[0] + size)])
     seeds = [group.points[min(i, which[-1])]["seed"] for i in range(which[0], which[0] + size)]
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     state: Any = jnp.stack([group.problem.theta0(group.oracle, seed) for seed in seeds])
@@ -499,7 +500,7 @@ def run_batch(
         loss[0] = np.asarray(whole(state))[:count]
     done = 0
     while running.any():
-        for out in engine.sweep_stream(algs, state, group.shards, rounds - done, keys, chunk=min(CHUNK, rounds)):
+        for out in laqjax.sweep_stream(algs, state, group.shards, rounds - done, keys, chunk=min(CHUNK, rounds)):
             length, state = len(out.info.loss), out.state
             here, place = np.unique(slots, return_index=True)  # copies fill the batch up
             here, place = here[running[here]], place[running[here]]
@@ -508,7 +509,7 @@ def run_batch(
             broken = ~np.isfinite(found)
             lost[here] = np.where(broken.any(axis=0), done + broken.argmax(axis=0), -1)
             seen = slice(done + length, done + length + 1) if whole else rows
-            loss[seen, here] = np.asarray(whole(state.server.broadcast.params))[place] if whole else found
+            loss[seen, here] = np.asarray(whole(state.params))[place] if whole else found
             sent[rows, here] = out.info.sent[:, place]
             up[rows, here] = out.info.bits_up[:, place]
             down[rows, here] = out.info.bits_down[:, place]
@@ -517,7 +518,7 @@ def run_batch(
             met = loss[: done + 1, here] - group.f_star <= settings.target[-1]
             ended = (lost[here] >= 0) | met.any(axis=0) | (done == rounds)
             if ended.any():
-                score = predict(out.state.server.broadcast.params)
+                score = predict(out.state.params)
                 accuracy[here[ended]] = score[place[ended]]
                 running[here[ended]] = False
             left = np.count_nonzero(running)
@@ -534,24 +535,16 @@ def run_batch(
                 size = size // 2 // jax.device_count() * jax.device_count()
             kept = remaining[np.minimum(np.arange(size), len(remaining) - 1)]
             place = np.array([np.flatnonzero(slots == point)[0] for point in kept])
-            algs, keys, state, slots = (
-                engine.take(algs, place),
-                keys[place],
-                engine.take(state, place, engine.POINTS),
-                kept,
-            )
+            algs, keys, state, slots = laqjax.take(algs, place), keys[place], laqjax.take(state, place), kept
     points = [group.points[i] for i in which]
     return frames(points, group.f_star, settings, compute_ms, loss, sent, up, down, ran, lost, accuracy)
 
 
 def accuracies(group: Group) -> Callable[[Any], np.ndarray]:
     """Test accuracy of many parameter vectors, NaN where the problem or the data have none."""
-    accuracy, x, y = group.problem.accuracy, group.data.x_test, group.data.y_test
-    if accuracy is None or x is None:
-        return lambda params: np.full(len(params), np.nan)
-    x, y = jnp.asarray(x), jnp.asarray(y)
-    one = jax.jit(lambda params: accuracy(group.oracle.unravel(params), x, y))
-    return lambda params: np.array([float(one(row)) for row in params])
+    x, y = jax.tree.map(jnp.asarray, (group.data.x_test, group.data.y_test))
+    one = jax.jit(lambda params: None if x is None else group.problem.accuracy(group.oracle.unravel(params), x, y))
+    return lambda params: np.array([one(row) for row in params], float)  # None is NaN
 
 
 def frames(

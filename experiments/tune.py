@@ -28,6 +28,7 @@ from rich.console import Console
 import laqjax
 from experiments import files, plots, sweep
 from experiments.sweep import KNOBS, SHAPES, WHOLE, short
+from laqjax.checks import number
 
 COST = tuple(name for name in sweep.COST if name != "bits_down")  # two_laq has a knob of that name
 PAPER = {"bits": 4.0, "limit": 100.0, "window": 10.0, "xi": 0.8, "lr": 0.02}
@@ -57,8 +58,8 @@ def run(settings: Settings) -> Path:
     """Run the trials that are not yet done; tables and figure in the output folder, which is returned."""
     console = Console()
     settings = sweep.configured(settings)
-    laqjax.core.number("trials", settings.trials, np.int32, least=1)
-    batch = int(laqjax.core.number("batch", settings.batch or 1, np.int32, least=1))
+    number("trials", settings.trials, np.int32, least=1)
+    batch = int(number("batch", settings.batch or 1, np.int32, least=1))
     space = searched(settings)
     values = sweep.axes(settings)
     paper: dict[str, Any] = {name: PAPER.get(name, values[name][0]) for name in space}
@@ -70,7 +71,7 @@ def run(settings: Settings) -> Path:
     widest = sweep.widest_window(points, settings)
     size = -(-batch * len(settings.seeds) // jax.device_count()) * jax.device_count()
     memory = None if settings.memory is None else settings.memory * 2**30
-    if (fits := laqjax.engine.batch_size(group.algs[0], group.shards, memory)) < size:
+    if (fits := laqjax.batch_size(group.algs[0], group.shards, memory)) < size:
         raise ValueError(
             f"batch = {batch} on {len(settings.seeds)} seeds: expected at most {fits} points in the memory"
         )

@@ -17,12 +17,16 @@ Notation
     nabla            aggregate   [p]       the server's sum of all memories
     alpha            lr                    step size
 
-Reading order: core (Algorithm 1) -> compressors, triggers -> algorithms -> oracle -> engine; theory stands apart.
+Reading order: types (what the parts promise) -> step (one round) -> memories, rules, compressors and wire (the parts)
+-> algorithms (the named members) -> oracle (a loss becomes gradients) -> loop, points (runs and sweeps) -> problems, theory;
+checks stands apart.
 """
 
-from laqjax import algorithms, compressors, core, engine, oracle, theory, triggers
-from laqjax.core import Algorithm, Shards, State
-from laqjax.engine import Diverged, Info, Output, init, join, run, stack, stream, sweep
+from laqjax import algorithms, compressors, memories, oracle, problems, rules, theory, types, wire
+from laqjax.loop import Diverged, Output, init, join, run, step, stream
+from laqjax.points import batch_size, stack, sweep, sweep_stream, take
+from laqjax.step import Algorithm, assemble
+from laqjax.types import Info, Shards, State
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,16 +37,23 @@ __all__ = [
     "Shards",
     "State",
     "algorithms",
+    "assemble",
+    "batch_size",
     "compressors",
-    "core",
-    "engine",
     "init",
     "join",
+    "memories",
     "oracle",
+    "problems",
+    "rules",
     "run",
     "stack",
+    "step",
     "stream",
     "sweep",
+    "sweep_stream",
+    "take",
     "theory",
-    "triggers",
+    "types",
+    "wire",
 ]

@@ -1,9 +1,8 @@
-"""Compress a vector, bill it, and turn it into real bytes.
+"""Compress a vector.
 
 `encode(target, keys) -> payload` and `decode(payload, like) -> [p]` are pure and traced; `like` has the target's shape
-and dtype. `wire(payload, like)` yields what travels as `core.Field`s: the bill of a message, its bytes and how they are
-read all come from that one list, so nothing is billed that is not sent. A field may depend on those before it: a reader
-fills the payload on the way. Bits are rounded up to a byte once per message. `to_bytes` and `from_bytes` run on the host.
+and dtype. `wire(payload, like)` yields what travels, see `laqjax.wire`. A class is a compressor, the function of its name
+makes one from checked numbers: JAX rebuilds the class with tracers and axes in the place of numbers, so it checks nothing.
 
     unbiased     E decode = target                                        qsgd, ternary, rand_k, natural
     contractive  ||target - decode||^2 <= (1 - delta) ||target||^2        sign, top_k;  identity (delta = 1)
@@ -17,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
-from jaxtyping import Array, Float, Int, Integer, UInt8, UInt16
+from jaxtyping import Array, Float, Int
 
-from laqjax.core import Compressor, Field, number, static, toss
+from laqjax.checks import number, part
+from laqjax.types import Compressor, Field, shared_bernoulli, static
+from laqjax.wire import flags, float_bits, index_bits, scalar
 
 
 @register_dataclass
@@ -34,7 +35,7 @@ class Identity:
         return payload["values"]
 
     def wire(self, payload, like):
-        yield Field(payload, "values", like, bits_of(like))
+        yield Field(payload, "values", like, float_bits(like))
 
 
 @register_dataclass
@@ -57,7 +58,7 @@ class Grid:
         return values_on_grid(payload["codes"], payload["radius"], self.bits)
 
     def wire(self, payload, like):
-        yield Field(payload, "radius", one(like.dtype), bits_of(like))
+        yield Field(payload, "radius", scalar(like.dtype), float_bits(like))
         yield Field(payload, "codes", like, self.bits)
 
 
@@ -83,8 +84,8 @@ class AdaptiveGrid:
         return values_on_grid(payload["codes"], payload["radius"], payload["bits"])
 
     def wire(self, payload, like):
-        yield Field(payload, "bits", one(np.int32), 8)
-        yield Field(payload, "radius", one(like.dtype), bits_of(like))
+        yield Field(payload, "bits", scalar(np.int32), 8)
+        yield Field(payload, "radius", scalar(like.dtype), float_bits(like))
         yield Field(payload, "codes", like, payload["bits"])
 
 
@@ -114,7 +115,7 @@ class QSGD:
         return jnp.where(payload["negative"], -size, size)
 
     def wire(self, payload, like):
-        yield Field(payload, "norm", one(like.dtype), bits_of(like))
+        yield Field(payload, "norm", scalar(like.dtype), float_bits(like))
         yield Field(payload, "negative", flags(like), 1)
         yield Field(payload, "level", like, 32 - jax.lax.clz(jnp.asarray(self.levels, jnp.int32)))
 
@@ -136,7 +137,7 @@ class Ternary:
         return payload["radius"] * (payload["codes"] - 1)
 
     def wire(self, payload, like):
-        yield Field(payload, "radius", one(like.dtype), bits_of(like))
+        yield Field(payload, "radius", scalar(like.dtype), float_bits(like))
         yield Field(payload, "codes", like, 2)
 
 
@@ -145,14 +146,18 @@ class Ternary:
 class Sign:
     """sign(target), times the mean of |target| when `scaled` (Karimireddy et al. 2019): 32 + p bits, or p bits.
 
-    Scaled, it is contractive with delta = ||target||_1^2 / (p ||target||^2) >= 1 / p. A zero counts as positive.
+    Scaled, it is contractive with delta = ||target||_1^2 / (p ||target||^2) >= 1 / p, and a zero counts as positive: the
+    error remembers it. Unscaled, one bit has no zero, where the paper has sign(0) = 0: a zero counts as positive and as
+    negative in turn, from round to round and from worker to worker, so that it moves nothing in the long run.
     """
 
     scaled: bool = static()
 
     def encode(self, target, keys):
-        scale = {"scale": jnp.mean(jnp.abs(target))} if self.scaled else {}
-        return scale | {"negative": target < 0}
+        if self.scaled:
+            return {"scale": jnp.mean(jnp.abs(target)), "negative": target < 0}
+        odd = (keys.round + keys.worker) % 2 == 1
+        return {"negative": jnp.where(target == 0, odd, target < 0)}
 
     def decode(self, payload, like):
         size = payload["scale"] if self.scaled else jnp.ones((), like.dtype)
@@ -160,7 +165,7 @@ class Sign:
 
     def wire(self, payload, like):
         if self.scaled:
-            yield Field(payload, "scale", one(like.dtype), bits_of(like))
+            yield Field(payload, "scale", scalar(like.dtype), float_bits(like))
         yield Field(payload, "negative", flags(like), 1)
 
 
@@ -187,7 +192,7 @@ class Sparse:
 
     def wire(self, payload, like):
         yield Field(payload, "index", jax.ShapeDtypeStruct((self.k,), np.int32), index_bits(like.size))
-        yield Field(payload, "values", jax.ShapeDtypeStruct((self.k,), like.dtype), bits_of(like))
+        yield Field(payload, "values", jax.ShapeDtypeStruct((self.k,), like.dtype), float_bits(like))
 
 
 @register_dataclass
@@ -231,7 +236,7 @@ class Sampled:
 
     def wire(self, payload, like):
         yield Field(payload, "kept", flags(like), 1)
-        yield Field(payload, "values", like, bits_of(like), payload["kept"])
+        yield Field(payload, "values", like, float_bits(like), payload["kept"])
 
 
 @register_dataclass
@@ -297,17 +302,17 @@ class Coin:
     probability: Float[Array, ""]
 
     def encode(self, target, keys):
-        full = toss(keys, self.probability)
+        full = shared_bernoulli(keys, self.probability)
         return {"full": full, "values": target, "inner": self.compressor.encode(target, keys)}
 
     def decode(self, payload, like):
         return jnp.where(payload["full"], payload["values"], self.compressor.decode(payload["inner"], like))
 
     def wire(self, payload, like):
-        yield Field(payload, "full", one(np.bool_), 1)
+        yield Field(payload, "full", scalar(np.bool_), 1)
         full = jnp.asarray(payload["full"], jnp.int32)
         # a field of no bits is not there
-        yield Field(payload, "values", like, bits_of(like) * full)
+        yield Field(payload, "values", like, float_bits(like) * full)
         for field in self.compressor.wire(payload.setdefault("inner", {}), like):
             yield field._replace(bits=jnp.asarray(field.bits, jnp.int32) * (1 - full))
 
@@ -356,12 +361,14 @@ def sampled(density: float) -> Sampled:
 
 
 def blockwise(compressor: Compressor, sizes: Sequence[int]) -> Blockwise:
-    """`compressor` on blocks of the given sizes, for example those of `oracle.block_sizes`."""
+    """`compressor` on blocks of the given sizes, for example `[leaf.size for leaf in jax.tree.leaves(params)]`."""
+    part("compressor", compressor, ("encode", "decode", "wire"), "a compressor, as laqjax.compressors.top_k(10)")
     return Blockwise(compressor, tuple(int(number("size", size, np.int32, least=1)) for size in sizes))
 
 
 def coin(compressor: Compressor, probability: float) -> Coin:
     """`compressor`, but everything with that probability."""
+    part("compressor", compressor, ("encode", "decode", "wire"), "a compressor, as laqjax.compressors.top_k(10)")
     return Coin(compressor, number("probability", probability, np.float32, above=0, most=1))
 
 
@@ -387,81 +394,3 @@ def _step(radius: Any, bits: Any) -> Any:
 
 def _levels(bits: Any, dtype: Any) -> Array:
     return (jnp.left_shift(1, jnp.asarray(bits)) - 1).astype(dtype)
-
-
-def bits_of(like: Any) -> int:
-    """Bits of one float of this dtype."""
-    return 8 * like.dtype.itemsize
-
-
-def one(dtype: Any) -> jax.ShapeDtypeStruct:
-    """A single number."""
-    return jax.ShapeDtypeStruct((), dtype)
-
-
-def flags(like: Any) -> jax.ShapeDtypeStruct:
-    """A yes or no for each coordinate."""
-    return jax.ShapeDtypeStruct(like.shape, np.bool_)
-
-
-def index_bits(size: int) -> int:
-    """Bits of an index into `size` coordinates."""
-    return max((size - 1).bit_length(), 1)
-
-
-# ---- bytes ------------------------------------------------------------------------------------------------------
-
-
-def to_bytes(compressor: Compressor, payload: Any, like: Any) -> bytes:
-    """The message as it would travel; 8 x its length is what `core.bill` counted."""
-    planes = []
-    for field in compressor.wire(payload, like):
-        values = np.asarray(field.payload[field.name], field.like.dtype).reshape(-1)
-        whole = values[_there(field)].view(_pattern(field)).astype(np.uint64)
-        planes.append(_planes(whole, int(field.bits)))
-    return np.packbits(np.concatenate(planes)).tobytes()
-
-
-def from_bytes(compressor: Compressor, data: bytes, like: Any) -> Float[Array, " p"]:
-    """What the receiver decodes: bit for bit `compressor.decode(payload, like)`."""
-    bits, payload = np.unpackbits(np.frombuffer(data, np.uint8)), {}
-    for field in compressor.wire(payload, like):
-        values = np.zeros(field.like.size, field.like.dtype)
-        there, width = _there(field), int(field.bits)
-        count = values[there].size
-        planes, bits = bits[: width * count].reshape(width, count), bits[width * count :]
-        whole = np.bitwise_or.reduce(planes.astype(np.uint64) << np.arange(width, dtype=np.uint64)[:, None], axis=0)
-        values[there] = whole.astype(_pattern(field)).view(field.like.dtype)
-        field.payload[field.name] = jnp.asarray(values.reshape(field.like.shape))
-    return compressor.decode(payload, like)
-
-
-def _there(field: Field) -> Any:
-    """Which of a field's numbers travel."""
-    return slice(None) if field.kept is None else np.asarray(field.kept)
-
-
-def _pattern(field: Field) -> np.dtype:
-    """Floats of their full width travel as bit patterns, everything else as whole numbers."""
-    dtype = np.dtype(field.like.dtype)
-    full = jnp.issubdtype(dtype, jnp.floating) and int(field.bits) == 8 * dtype.itemsize
-    return np.dtype(f"u{dtype.itemsize}") if full else dtype
-
-
-def pack(codes: Integer[Any, " p"], bits: int) -> UInt8[Array, " bytes"]:
-    """Codes in 0 .. 2^bits - 1 as ceil(p bits / 8) bytes on the device, for any bits in 1..16. Bit planes, least
-    significant first: whole planes move as vectors, where interleaved codes would move bit by bit.
-    """
-    return jnp.packbits(_planes(jnp.asarray(codes), bits))
-
-
-def unpack(data: UInt8[Any, " bytes"], bits: int, size: int) -> UInt16[Array, " p"]:
-    """The inverse of `pack`: `size` codes as uint16."""
-    planes = jnp.unpackbits(jnp.asarray(data), count=bits * size).reshape(bits, size).astype(jnp.uint16)
-    return jnp.sum(jnp.left_shift(planes, jnp.arange(bits, dtype=jnp.uint16)[:, None]), axis=0, dtype=jnp.uint16)
-
-
-def _planes(codes: Any, bits: int) -> Any:
-    """Whole numbers as their bits [bits p], one plane after another."""
-    xp = codes.__array_namespace__()
-    return (xp.right_shift(codes[None], xp.arange(bits, dtype=codes.dtype)[:, None]) & 1).astype(np.uint8).reshape(-1)

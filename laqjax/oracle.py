@@ -1,10 +1,11 @@
-"""A loss on a pytree of parameters becomes `(loss, grad)` of one worker on a flat vector [p].
+"""A loss on a pytree of parameters becomes `(loss, grad)` of one worker on a flat vector [p]; minibatches; local steps.
 
-The only file that knows pytrees. The shard is read in tiles, each once: a tile is cast and scaled by the loss while it
-is in cache, and the forward and the backward product run on it before the next one comes. The tile is cut straight out
-of the [M, N, ...] array: a slice per worker first would copy every shard once more per round.
+The only file that knows pytrees of parameters. The shard is read in tiles, each once: a tile is cast and scaled by the
+loss while it is in cache, and the forward and the backward product run on it before the next one comes. The tile is cut
+straight out of the [M, N, ...] arrays: a slice per worker first would copy every shard once more per round.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from laqjax.core import Keys, Shards, number, static
+from laqjax.checks import number
+from laqjax.types import Keys, Oracle, Shards, static
 
-TILE_BYTES = (
-    4 * 2**20
-)  # of one tile in the parameters' dtype: in the second-level cache of two cores, above it in the third
+# of one tile in the parameters' dtype: in the second-level caches of two cores together, above that in the third
+TILE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,54 @@ class Rows:
     start: Int[Array, ""] | None = None
     index: Int[Array, " size"] | None = None
 
+    def part(self, t: Any, size: int) -> "Rows":
+        """The `size` of them from t size on."""
+        if self.index is None:
+            assert self.start is not None
+            return Rows(size, start=self.start + t * size)
+        return Rows(size, index=jax.lax.dynamic_slice(self.index, (t * size,), (size,)))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a pytree of arrays of one dtype lies in a vector. Equal layouts are equal, so they are one compiled program."""
+
+    tree: Any  # structure
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """Length of the vector."""
+        return sum(map(math.prod, self.shapes))
+
+    def ravel(self, params: Any) -> Float[Array, " p"]:
+        """The pytree as one vector; a vector as it is.
+
+        Raises:
+            ValueError: it has another structure, or other shapes or dtypes.
+        """
+        leaves, tree = jax.tree.flatten(params)
+        arrays = all(hasattr(leaf, "dtype") for leaf in leaves)
+        same = arrays and all(leaf.dtype == self.dtype for leaf in leaves)
+        if same and len(leaves) == 1 and np.shape(params) == (self.size,):
+            return params
+        if not same or tree != self.tree or tuple(np.shape(leaf) for leaf in leaves) != self.shapes:
+            given = ", ".join(f"{leaf.dtype}{list(np.shape(leaf))}" for leaf in leaves) if arrays else str(type(params))
+            tree_given = "" if jax.tree_util.treedef_is_leaf(tree) or not arrays else f" in {tree}"
+            wanted = ", ".join(f"{self.dtype}{list(shape)}" for shape in self.shapes)
+            raise ValueError(
+                f"params = {given}{tree_given}: expected {self.dtype}[{self.size}], a vector from oracle.ravel(params), or the "
+                f"pytree {wanted} in {self.tree}"
+            )
+        return jnp.concatenate([jnp.reshape(jnp.asarray(leaf), -1) for leaf in leaves])
+
+    def unravel(self, params: Float[Array, " p"]) -> Any:
+        """The vector as the pytree."""
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes])
+        parts = jnp.split(params, ends[:-1])
+        return jax.tree.unflatten(self.tree, [a.reshape(shape) for a, shape in zip(parts, self.shapes, strict=True)])
+
 
 @register_dataclass
 @dataclass(frozen=True)
@@ -39,21 +87,34 @@ class TiledOracle:
 
     l2: Float[Array, ""]
     loss_fn: Callable[..., Array] = static()
-    unravel: Callable[[Float[Array, " p"]], Any] = static()
-    size: int = static()  # p
-    dtype: np.dtype = static()
+    layout: Layout = static()
     reduction: str = static()
     tile: int | None = static()
     precision: str = static()
 
+    @property
+    def size(self) -> int:
+        """The number of parameters p."""
+        return self.layout.size
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of parameters, gradients and losses."""
+        return self.layout.dtype
+
     def ravel(self, params: Any) -> Float[Array, " p"]:
-        """The pytree as one vector; `unravel` is the inverse."""
-        return ravel_pytree(params)[0]
+        """The pytree as one vector; `unravel` is the inverse. ValueError for a pytree of another shape."""
+        return self.layout.ravel(params)
+
+    def unravel(self, params: Float[Array, " p"]) -> Any:
+        """The vector as the pytree."""
+        return self.layout.unravel(params)
 
     def rows_per_tile(self, shards: Shards) -> int:
         """The tile asked for, or equal tiles of about TILE_BYTES; never more than a shard."""
-        rows, shape = shards.y.shape[1], shards.x.shape[2:]
-        tiles = -(-rows * int(np.prod(shape)) * self.dtype.itemsize // TILE_BYTES)
+        rows = shards.weight.shape[1]
+        numbers = sum(math.prod(a.shape[2:]) for a in jax.tree.leaves(shards.x))
+        tiles = -(-rows * numbers * self.dtype.itemsize // TILE_BYTES)
         return min(self.tile or -(-rows // max(tiles, 1)), rows)
 
     def __call__(
@@ -64,34 +125,18 @@ class TiledOracle:
         `rows`: an estimate of both from these rows alone.
         """
         tree = self.unravel(params)
-        size = rows.size if rows else shards.y.shape[1]
+        size = rows.size if rows else shards.weight.shape[1]
         tile = min(self.rows_per_tile(shards), size)
 
         def part(start: Any, count: int) -> tuple[Array, Array, Any]:
-            def cut(a: Any) -> Array:
-                if rows and rows.index is not None:
-                    return a[worker, jax.lax.dynamic_slice(rows.index, (start,), (count,))]
-                first = start + rows.start if rows else start
-                at = [jnp.asarray(i, jnp.int32) for i in (worker, first, *(0,) * (a.ndim - 2))]
-                return jax.lax.dynamic_slice(a, at, (1, count, *a.shape[2:]))[0]
-
-            x, y, weight = jax.tree.map(cut, shards)
+            x, y, weight = jax.tree.map(lambda a: cut(a, worker, rows, start, count), shards)
             weight = weight.astype(self.dtype)
             loss, grad = jax.value_and_grad(lambda tree: jnp.vdot(self.loss_fn(tree, x, y), weight))(tree)
             return loss, jnp.sum(weight), grad
 
-        def accumulate(carry: Any, start: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, part(start, tile)), None
-
-        # summed as a pytree and made flat once: slices of the flat vector inside the loop cost half of the speed
-        zero = jnp.zeros((), self.dtype)
-        carry = (zero, zero, jax.tree.map(jnp.zeros_like, tree))
         with jax.default_matmul_precision(self.precision):
-            whole = size - size % tile
-            carry, _ = jax.lax.scan(accumulate, carry, np.arange(0, whole, tile, dtype=np.int32))
-            if whole < size:
-                carry = jax.tree.map(jnp.add, carry, part(np.int32(whole), size - whole))
-        loss, weight, grad = carry[0], carry[1], self.ravel(carry[2])
+            loss, weight, grad = tiled(part, size, tile)
+        grad = self.ravel(grad)
         if self.reduction == "mean" or rows:
             loss, grad = loss / weight, grad / weight
         if self.reduction == "sum" and rows:  # an estimate of the whole sum, beside which l2 keeps its share
@@ -99,47 +144,58 @@ class TiledOracle:
             loss, grad = loss * whole_shard, grad * whole_shard
         return loss + self.l2 / 2 * jnp.sum(params * params), grad + self.l2 * params
 
+    def check(self, shards: Shards) -> None:
+        """Raise ValueError unless `loss_fn` gives one loss per example on these shards (traced only)."""
+        got = jax.eval_shape(self.loss_fn, self._tree(), *_examples(shards, 2))
+        if getattr(got, "shape", None) != (2,):
+            raise ValueError(
+                f"loss_fn(params, x, y) gave {got} for 2 examples: expected per-example losses of shape [2]; do not "
+                "average inside the loss, the oracle does it by the weights"
+            )
+        if got.dtype != self.dtype:
+            raise ValueError(
+                f"loss_fn gave {got.dtype} losses for {self.dtype} params: expected {self.dtype}; cast x inside the loss"
+            )
 
-@register_dataclass
-@dataclass(frozen=True)
-class Blocks:
-    """Minibatches as the authors draw them: one of the shard's fixed runs of `size` rows, at random, every round."""
+    def working_bytes(self, shards: Shards) -> int:
+        """Bytes that the forward pass of one tile keeps for the backward pass (traced only)."""
+        x, y = _examples(shards, self.rows_per_tile(shards))
 
-    size: int = static()
+        def forward(tree: Any, x: Any, y: Any) -> Any:
+            return jax.vjp(lambda tree: self.loss_fn(tree, x, y), tree)[1]
 
-    def __call__(self, keys: Keys, shards: Shards, worker: Any, round: Any) -> Rows:
-        blocks = jnp.maximum(_rows(shards, worker) // self.size, 1)
-        return Rows(self.size, start=self.size * jax.random.randint(_sample(keys.own), (), 0, blocks, jnp.int32))
+        kept = jax.eval_shape(forward, self._tree(), x, y)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
-
-@register_dataclass
-@dataclass(frozen=True)
-class Epochs:
-    """Minibatches without replacement: the shard in a new random order each epoch, `size` rows a round."""
-
-    size: int = static()
-
-    def __call__(self, keys: Keys, shards: Shards, worker: Any, round: Any) -> Rows:
-        rows = _rows(shards, worker)
-        rounds = jnp.maximum(rows // self.size, 1)
-        key = jax.random.fold_in(jax.random.fold_in(_sample(keys.run), round // rounds), worker)
-        place = jnp.where(
-            jnp.arange(shards.y.shape[1], dtype=jnp.int32) < rows,
-            jax.random.uniform(key, shards.y.shape[1:2], jnp.float32),
-            2,
-        )
-        order = jnp.argsort(place)  # padding comes last
-        return Rows(self.size, index=jax.lax.dynamic_slice(order, (round % rounds * self.size,), (self.size,)))
+    def _tree(self) -> Any:
+        return jax.eval_shape(self.unravel, jax.ShapeDtypeStruct((self.size,), self.dtype))
 
 
-def _rows(shards: Shards, worker: Any) -> Int[Array, ""]:
-    """Rows of a worker that are not padding (which stands at the end)."""
-    return jnp.sum(shards.weight[worker] > 0, dtype=jnp.int32)
+def _examples(shards: Shards, count: int) -> Any:
+    """Shapes and dtypes of x and y of `count` examples."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape[2:]), a.dtype), (shards.x, shards.y))
 
 
-def _sample(key: PRNGKeyArray) -> PRNGKeyArray:
-    """The sample's own stream: the compressor draws from the key itself."""
-    return jax.random.fold_in(key, 0xFFFF5A5A)  # no round and no worker has this number
+def cut(a: Any, worker: Any, rows: Rows | None, start: Any, count: int) -> Array:
+    """`count` rows from `start` on, of the worker's shard or of `rows` of it."""
+    if rows and rows.index is not None:
+        return a[worker, jax.lax.dynamic_slice(rows.index, (start,), (count,))]
+    first = start if rows is None else start + rows.start
+    at = [jnp.asarray(i, jnp.int32) for i in (worker, first, *(0,) * (a.ndim - 2))]
+    return jax.lax.dynamic_slice(a, at, (1, count, *a.shape[2:]))[0]
+
+
+def tiled(part: Callable[[Any, int], Any], size: int, tile: int) -> Any:
+    """Sum of `part(start, count)` over the tiles of `size` rows; one tile needs no loop."""
+    # summed as a pytree and made flat once: slices of the flat vector inside the loop cost half of the speed
+    whole = size - size % tile
+    if whole == tile:
+        total = part(np.int32(0), tile)
+    else:
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: part(np.int32(0), tile)))
+        starts = np.arange(0, whole, tile, dtype=np.int32)
+        total, _ = jax.lax.scan(lambda sum, start: (jax.tree.map(jnp.add, sum, part(start, tile)), None), zeros, starts)
+    return total if whole == size else jax.tree.map(jnp.add, total, part(np.int32(whole), size - whole))
 
 
 def from_loss(
@@ -151,50 +207,156 @@ def from_loss(
     tile: int | None = None,
     precision: str = "highest",
 ) -> TiledOracle:
-    """An oracle for `loss_fn(params, x, y) -> per-example losses [n]`, `x` and `y` being a tile of a shard as stored.
+    """An oracle for a loss per example.
 
-    params: any pytree of floating arrays of one dtype (their values do not matter here).
-    reduction: "mean" or "sum" over a worker's shard, by its weights. l2 adds (l2 / 2) ||params||^2 per worker.
-    tile: rows read at a time (None: about 4 MiB of them). precision: of the matrix products; "highest" is true float32
-    on every device, anything less changes trajectories on GPU and TPU.
-    Raises ValueError for another reduction, l2 < 0, tile < 1, or parameters of mixed or non-floating dtypes.
+    Args:
+        loss_fn: (params, x, y) -> losses [n], x and y being n rows of a shard as stored; it casts and scales them itself.
+        params: any pytree of floating arrays of one dtype; their values do not matter here.
+        l2: adds (l2 / 2) ||params||^2 per worker.
+        reduction: "mean" or "sum" over a worker's shard, by its weights.
+        tile: rows read at a time (None: about 4 MiB of them).
+        precision: of the matrix products; "highest" is true float32 on every device, anything less changes trajectories
+            on GPU and TPU.
+
+    Returns:
+        `oracle(params [p], shards, worker) -> (loss, gradient [p])`, with `ravel` and `unravel`.
+
+    Raises:
+        ValueError: another reduction, l2 < 0, tile < 1, parameters of mixed or non-floating dtypes.
+
+    Example:
+        >>> import jax.numpy as jnp, laqjax
+        >>> oracle = laqjax.oracle.from_loss(lambda w, x, y: (x @ w - y) ** 2 / 2, jnp.zeros(3))
+        >>> oracle.size
+        3
     """
-    leaves = jax.tree.leaves(params)
+    leaves, tree = jax.tree.flatten(params)
     dtypes = {np.dtype(getattr(leaf, "dtype", type(leaf))) for leaf in leaves}
     if len(dtypes) != 1 or not jnp.issubdtype(next(iter(dtypes)), jnp.floating):
         raise ValueError(f"params: expected arrays of one floating dtype, got {sorted(map(str, dtypes))}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction = {reduction!r}: expected 'mean' or 'sum'")
-    dtype = dtypes.pop()
-    strength = number("l2", l2, dtype, least=0)
+    layout = Layout(tree, tuple(np.shape(leaf) for leaf in leaves), dtypes.pop())
+    strength = number("l2", l2, layout.dtype, least=0)
     tile = None if tile is None else int(number("tile", tile, np.int32, least=1))
-    flat, unravel = ravel_pytree(params)
-    return TiledOracle(strength, loss_fn, unravel, flat.size, dtype, reduction, tile, precision)
+    return TiledOracle(strength, loss_fn, layout, reduction, tile, precision)
 
 
-def check(oracle: TiledOracle, shards: Shards) -> None:
-    """Raise ValueError unless `loss_fn` gives one loss per example on these shards (traced only, nothing computed)."""
-    tile = (
-        jax.ShapeDtypeStruct((2, *shards.x.shape[2:]), shards.x.dtype),
-        jax.ShapeDtypeStruct((2, *shards.y.shape[2:]), shards.y.dtype),
+# ---- local steps ------------------------------------------------------------------------------------------------
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class LocalSteps:
+    """The "gradient" is (params - params after `steps` local gradient steps of size lr) / (steps lr); see `local_steps`."""
+
+    oracle: Oracle
+    lr: Float[Array, ""]
+    steps: int = static()
+
+    @property
+    def size(self) -> int:
+        """The number of parameters p."""
+        return self.oracle.size
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of parameters, gradients and losses."""
+        return self.oracle.dtype
+
+    def ravel(self, params: Any) -> Float[Array, " p"]:
+        """The pytree as one vector."""
+        return self.oracle.ravel(params)
+
+    def unravel(self, params: Float[Array, " p"]) -> Any:
+        """The vector as the pytree."""
+        return self.oracle.unravel(params)
+
+    def check(self, shards: Shards) -> None:
+        """Raise ValueError where the loss does not fit the data."""
+        self.oracle.check(shards)
+
+    def working_bytes(self, shards: Shards) -> int:
+        """Memory of one of its gradients."""
+        return self.oracle.working_bytes(shards)
+
+    def __call__(
+        self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""], rows: Rows | None = None
+    ) -> tuple[Float[Array, ""], Float[Array, " p"]]:
+        """The loss at `params` (on the rows of the first local step), and the mean of the local gradients."""
+        if rows and rows.size % self.steps:
+            raise ValueError(
+                f"minibatches of {rows.size} rows for steps = {self.steps}: expected a multiple, every local step uses its own part"
+            )
+
+        def gradient(t: Any, local: Any) -> Any:
+            part = rows.part(t, rows.size // self.steps) if rows else None
+            return self.oracle(local, shards, worker, part)
+
+        def local_step(local: Any, t: Any) -> Any:
+            return local - self.lr * gradient(t, local)[1], None
+
+        loss, grad = gradient(jnp.int32(0), params)
+        first = params - self.lr * grad
+        last, _ = jax.lax.scan(local_step, first, jnp.arange(1, self.steps, dtype=jnp.int32))
+        return loss, grad if self.steps == 1 else (params - last) / (self.steps * self.lr)
+
+
+def local_steps(oracle: Oracle, steps: int, lr: float) -> LocalSteps:
+    """`oracle`, but its gradient is that of `steps` local steps: FedAvg is `gd` on it, FedPAQ `qsgd`, lazy FedAvg `laq`.
+
+    Args:
+        oracle: of the local steps.
+        steps: local gradient steps a round; a minibatch (a sampler's size) is cut into as many parts, one a step.
+        lr: the local step size.
+
+    Raises:
+        ValueError: steps < 1 or lr <= 0.
+    """
+    return LocalSteps(
+        oracle, number("local_lr", lr, oracle.dtype, above=0), int(number("steps", steps, np.int32, least=1))
     )
-    tree = jax.eval_shape(oracle.unravel, jax.ShapeDtypeStruct((oracle.size,), oracle.dtype))
-    got = jax.eval_shape(oracle.loss_fn, tree, *tile)
-    if getattr(got, "shape", None) != (2,):
-        raise ValueError(
-            f"loss_fn(params, x, y) gave {got} for 2 examples: expected per-example losses of shape [2]; do not average "
-            "inside the loss, the oracle does it by the weights"
-        )
-    if got.dtype != oracle.dtype:
-        raise ValueError(
-            f"loss_fn gave {got.dtype} losses for {oracle.dtype} params: expected {oracle.dtype}; cast x inside the loss"
-        )
 
 
-def activations(oracle: TiledOracle, shards: Shards) -> int:
-    """Bytes that the forward pass of one tile keeps for the backward pass (traced only)."""
-    rows = oracle.rows_per_tile(shards)
-    x, y = (jax.ShapeDtypeStruct((rows, *a.shape[2:]), a.dtype) for a in (shards.x, shards.y))
-    tree = jax.eval_shape(oracle.unravel, jax.ShapeDtypeStruct((oracle.size,), oracle.dtype))
-    kept = jax.eval_shape(lambda tree, x, y: jax.vjp(lambda tree: oracle.loss_fn(tree, x, y), tree)[1], tree, x, y)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+# ---- minibatches ------------------------------------------------------------------------------------------------
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Blocks:
+    """Minibatches as the authors draw them: one of the shard's fixed runs of `size` rows, at random, every round."""
+
+    size: int = static()
+
+    def __call__(self, keys: Keys, shards: Shards) -> Rows:
+        blocks = jnp.maximum(_rows(shards, keys.worker) // self.size, 1)
+        return Rows(self.size, start=self.size * jax.random.randint(_sample(keys.own), (), 0, blocks, jnp.int32))
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Epochs:
+    """Minibatches without replacement: the shard in a new random order each epoch, `size` rows a round."""
+
+    size: int = static()
+
+    def __call__(self, keys: Keys, shards: Shards) -> Rows:
+        rows = _rows(shards, keys.worker)
+        rounds = jnp.maximum(rows // self.size, 1)
+        key = jax.random.fold_in(jax.random.fold_in(_sample(keys.run), keys.round // rounds), keys.worker)
+        length = shards.weight.shape[1]
+        place = jnp.where(
+            jnp.arange(length, dtype=jnp.int32) < rows, jax.random.uniform(key, (length,), jnp.float32), 2
+        )
+        order = jnp.argsort(place)  # padding comes last
+        return Rows(self.size, index=jax.lax.dynamic_slice(order, (keys.round % rounds * self.size,), (self.size,)))
+
+
+def _rows(shards: Shards, worker: Any) -> Int[Array, ""]:
+    """Rows of a worker that are not padding (which stands at the end)."""
+    return jnp.sum(shards.weight[worker] > 0, dtype=jnp.int32)
+
+
+def _sample(key: PRNGKeyArray) -> PRNGKeyArray:
+    """The sample's own stream: the compressor draws from the key itself."""
+    return jax.random.fold_in(key, 0xFFFF5A5A)  # no round and no worker has this number

@@ -1,37 +1,14 @@
-"""Constants of smoothness, admissible steps and Lyapunov functions: for default step sizes, and for property tests.
+"""Admissible steps and Lyapunov functions: for default step sizes, and for property tests.
 
 Steps are for f = sum_m f_m and theta -= lr sum_m (...), the convention of the lazy family; theorems stated for the mean
-of the f_m are divided by M. L: smoothness of f, L_m: of f_m.
+of the f_m are divided by M. L: smoothness of f, L_m: of f_m; those of the
+problems are in `laqjax.problems`.
 """
 
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-
-from laqjax.core import Shards
-
-CURVATURE = {"ridge": 1.0, "logistic": 0.25, "softmax": 0.5}  # of the loss in its linear predictor, at most
-
-
-def smoothness(shards: Shards, problem: str, *, l2: float, reduction: str) -> tuple[np.ndarray, float]:
-    """(L_m [M], L) of a linear model: curvature x the largest eigenvalue of the weighted Gram matrix + l2.
-
-    x is [M, N, features]; bytes count as pixels in 0..1 and softmax has a bias, as in `experiments.problems`. Exact
-    eigenvalues: an upper bound only through the curvature. Raises ValueError for a problem that has no such bound.
-    """
-    if problem not in CURVATURE:
-        raise ValueError(f"problem = {problem!r}: expected one of {', '.join(CURVATURE)}; give the step size otherwise")
-    grams = []
-    for x, weight in zip(np.asarray(shards.x), np.asarray(shards.weight, np.float64), strict=True):
-        rows = x.reshape(len(x), -1) / (255.0 if x.dtype == np.uint8 else 1.0)
-        if problem == "softmax":
-            rows = np.column_stack([rows, np.ones(len(rows))])
-        scale = weight.sum() if reduction == "mean" else 1.0
-        grams.append(rows.T @ (rows * (weight / scale)[:, None]))
-    top = [np.linalg.eigvalsh(gram)[-1] for gram in [*grams, np.sum(grams, axis=0)]]
-    each = CURVATURE[problem] * np.array(top[:-1]) + l2
-    return each, float(CURVATURE[problem] * top[-1] + len(grams) * l2)
 
 
 def sum_of_xi(lr: float, smooth: float) -> float:

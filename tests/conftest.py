@@ -31,7 +31,7 @@ def typecheck(function):
 jaxtyping.install_import_hook("laqjax", "conftest.typecheck")
 
 from experiments import datasets  # noqa: E402
-from laqjax import Shards, engine, oracle  # noqa: E402
+from laqjax import Shards, loop, oracle, points, problems  # noqa: E402
 
 KEY = jax.random.key(0)
 
@@ -91,9 +91,9 @@ def make_quadratic() -> Toy:
 
 
 def programs() -> int:
-    """How many programs the engine has compiled."""
-    chunk: Any = engine._chunk
-    return chunk._cache_size()
+    """How many programs the loops have compiled."""
+    chunks: list[Any] = [loop.compiled_chunk, points.compiled_chunk]
+    return sum(chunk._cache_size() for chunk in chunks)
 
 
 @pytest.fixture
@@ -130,4 +130,4 @@ def quadratic(x64) -> Toy:
 def mnist() -> Shards:
     """MNIST's training images in file order, 6000 for each of the 10 workers."""
     train = datasets.load("mnist")
-    return datasets.partition(train.x, train.y, 10, "contiguous")
+    return problems.partition(train.x, train.y, 10, "contiguous")

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 import laqjax
-from experiments import bench, problems
+from experiments import bench
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +22,9 @@ def shards(mnist):
 
 
 def run(shards, rounds):
-    problem = problems.softmax(784, 10)
-    oracle = problem.oracle()
-    alg = laqjax.algorithms.laq(oracle, lr=0.02, num_workers=10, bits=4)
-    return laqjax.run(alg, problem.theta0(oracle), shards, rounds, jax.random.key(0), chunk=rounds).info
+    problem = laqjax.problems.Softmax(784, 10)
+    alg = laqjax.algorithms.laq(problem.oracle(), lr=0.02, num_workers=10, bits=4)
+    return laqjax.run(alg, problem.start(0), shards, rounds, jax.random.key(0), chunk=rounds).info
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch"])

@@ -10,17 +10,15 @@ from conftest import KEY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laqjax import compressors, core
+from laqjax import compressors, types, wire
 
 BITS = st.integers(1, 16)
 SIZES = [1, 7, 8, 63]
 vectors = st.tuples(st.integers(0, 2**32 - 1), st.sampled_from(SIZES), st.integers(-28, 28))
-KEYS = core.Keys(KEY, jax.random.key(1), KEY, jnp.int32(1))
+KEYS = types.Keys(KEY, jax.random.key(1), KEY, jnp.int32(1), jnp.int32(0))
 
 encode = jax.jit(lambda scheme, target, keys=KEYS: scheme.encode(target, keys))
 decode = jax.jit(lambda scheme, payload, like: scheme.decode(payload, like))
-pack = jax.jit(compressors.pack, static_argnums=1)  # jitted for speed: each new size compiles
-unpack = jax.jit(compressors.unpack, static_argnums=(1, 2))
 
 
 def vector(seed: int, size: int, scale: int, dtype: type = np.float32) -> np.ndarray:
@@ -82,7 +80,7 @@ def test_the_grid_by_hand() -> None:
     payload = grid.encode(target, KEYS)
     np.testing.assert_array_equal(payload["codes"], [3, 0, 2, 2, 1, 2, 3, 1])
     np.testing.assert_array_equal(grid.decode(payload, target), [3, -3, 1, 1, -1, 1, 3, -1])
-    assert core.bill(grid.wire(payload, target)) == 32 + 16
+    assert wire.message_bits(grid.wire(payload, target)) == 32 + 16
 
 
 @given(vectors, st.integers(1, 16), st.integers(0, 15))
@@ -93,7 +91,7 @@ def test_the_adaptive_grid_chooses_between_its_bounds(drawn: Any, least: int, mo
     bits = int(payload["bits"])
     assert least <= bits <= most
     assert bits == least or target.any()
-    assert core.bill(scheme.wire(payload, target)) == -(-(8 + 32 + bits * target.size) // 8) * 8
+    assert wire.message_bits(scheme.wire(payload, target)) == -(-(8 + 32 + bits * target.size) // 8) * 8
     np.testing.assert_array_equal(decode(scheme, payload, target), decode(compressors.grid(bits), payload, target))
 
 
@@ -123,9 +121,9 @@ DRAWS = 4000
 def draws(scheme: Any, target: Any) -> Any:
     """Decoded messages of as many keys."""
     own = jax.random.split(KEY, DRAWS)
-    return jax.vmap(lambda key: scheme.decode(scheme.encode(target, core.Keys(key, key, key, jnp.int32(1))), target))(
-        own
-    )
+    return jax.vmap(
+        lambda key: scheme.decode(scheme.encode(target, types.Keys(key, key, key, jnp.int32(1), jnp.int32(0))), target)
+    )(own)
 
 
 @pytest.mark.parametrize("name", UNBIASED)
@@ -221,7 +219,7 @@ def test_each_block_has_its_own_radius() -> None:
     assert [float(payload[i]["radius"]) for i in ("0", "1")] == [1, 100]
     decoded = scheme.decode(payload, target)
     assert np.abs(decoded - target)[:3].max() <= 1 / 15 + 1e-6
-    assert core.bill(scheme.wire(payload, target)) == -(-(2 * 32 + 4 * 7) // 8) * 8
+    assert wire.message_bits(scheme.wire(payload, target)) == -(-(2 * 32 + 4 * 7) // 8) * 8
     with pytest.raises(ValueError, match=r"blockwise sizes = \(3, 3\) add up to 6: expected p = 7"):
         compressors.blockwise(compressors.grid(4), (3, 3)).encode(target, KEYS)
 
@@ -233,17 +231,6 @@ def test_blocks_draw_on_their_own() -> None:
 
 
 # ---- bills -------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=30)
-@given(BITS, st.integers(1, 70), st.integers(0, 2**32 - 1))
-def test_pack_is_dense_and_unpack_its_inverse(bits: int, size: int, seed: int) -> None:
-    codes = np.random.default_rng(seed).integers(0, 2**bits, size).astype(np.uint16)
-    codes[:2] = [0, 2**bits - 1][:size]
-    data = pack(codes, bits)
-    assert data.dtype == np.uint8
-    assert data.size == -(-size * bits // 8)
-    np.testing.assert_array_equal(unpack(data, bits, size), codes)
 
 
 SCHEMES: dict[str, tuple[Any, Any]] = {  # and its bits before they are rounded up to bytes: of p, float bits f
@@ -279,14 +266,12 @@ def test_the_bytes_are_the_message(name: str, size: int, dtype: type) -> None:
         for like in (vector(3, size, 0, dtype), np.zeros(size, dtype)):
             target = jnp.asarray(like)
             payload = scheme.encode(target, KEYS)
-            data = compressors.to_bytes(scheme, payload, target)
-            assert 8 * len(data) == core.bill(scheme.wire(payload, target))
+            data = wire.to_bytes(scheme, payload, target)
+            assert 8 * len(data) == wire.message_bits(scheme.wire(payload, target))
             if formula:
                 assert len(data) == -(-formula(size, 8 * like.itemsize) // 8)
             decoded = np.asarray(scheme.decode(payload, target))
-            np.testing.assert_array_equal(
-                np.asarray(compressors.from_bytes(scheme, data, target)), decoded, strict=True
-            )
+            np.testing.assert_array_equal(np.asarray(wire.from_bytes(scheme, data, target)), decoded, strict=True)
             assert decoded.dtype == dtype
             assert np.all(np.isfinite(decoded))
             if not like.any() and name != "sign-alone":  # one bit has no zero
@@ -297,10 +282,10 @@ def test_a_sampled_message_bills_what_it_holds() -> None:
     scheme, target = compressors.sampled(0.3), jnp.asarray(vector(0, 63, 0))
     bills = set()
     for key in jax.random.split(KEY, 6):
-        payload = scheme.encode(target, core.Keys(key, key, key, jnp.int32(1)))
+        payload = scheme.encode(target, types.Keys(key, key, key, jnp.int32(1), jnp.int32(0)))
         kept = int(np.sum(np.asarray(payload["kept"])))
-        bills.add(int(core.bill(scheme.wire(payload, target))))
-        assert core.bill(scheme.wire(payload, target)) == 64 + 32 * kept
+        bills.add(int(wire.message_bits(scheme.wire(payload, target))))
+        assert wire.message_bits(scheme.wire(payload, target)) == 64 + 32 * kept
     assert len(bills) > 1
 
 
@@ -310,16 +295,16 @@ def test_nothing_is_sent_of_nothing(size: int) -> None:
     scheme = compressors.sampled(0.3)
     for target, kept in ((jnp.zeros(size), 0), (jnp.zeros(size).at[3].set(5), 1)):
         payload = scheme.encode(target, KEYS)
-        assert core.bill(scheme.wire(payload, target)) == -(-size // 8) * 8 + 32 * kept
+        assert wire.message_bits(scheme.wire(payload, target)) == -(-size // 8) * 8 + 32 * kept
         np.testing.assert_array_equal(scheme.decode(payload, target), target)
 
 
 def test_any_float_travels_as_it_is() -> None:
     target = jnp.asarray([1.5, 0.3, -7.0], jnp.bfloat16)
     scheme = compressors.identity()
-    data = compressors.to_bytes(scheme, scheme.encode(target, KEYS), target)
+    data = wire.to_bytes(scheme, scheme.encode(target, KEYS), target)
     assert len(data) == 6
-    np.testing.assert_array_equal(compressors.from_bytes(scheme, data, target), target)
+    np.testing.assert_array_equal(wire.from_bytes(scheme, data, target), target)
 
 
 def test_indices_are_billed() -> None:
@@ -327,4 +312,4 @@ def test_indices_are_billed() -> None:
     for size, width in ((16, 4), (17, 5), (7850, 13)):
         target = jnp.arange(1.0, size + 1)
         for scheme in (compressors.top_k(8), compressors.rand_k(8)):
-            assert core.bill(scheme.wire(scheme.encode(target, KEYS), target)) == 8 * (32 + width)
+            assert wire.message_bits(scheme.wire(scheme.encode(target, KEYS), target)) == 8 * (32 + width)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import datasets
-from experiments.datasets import Dataset, load, partition, synthetic
+from experiments.datasets import Dataset, load, synthetic
+from laqjax.problems import partition
 
 IDX_STEMS = (
     "train-images-idx3-ubyte",

@@ -49,7 +49,7 @@ def test_the_authors_trajectory_in_float32(mnist: laqjax.Shards) -> None:
     check_golden(out)
     # the masks part in round 54, so the end, six rounds later, is only near: within 2 % of the way from the start
     start, end = flat(GOLDEN["theta0"]), flat(GOLDEN["theta_final"])
-    distance = np.linalg.norm(np.asarray(out.state.server.broadcast.params) - end)
+    distance = np.linalg.norm(np.asarray(out.state.params) - end)
     assert distance < 0.02 * np.linalg.norm(end - start)
 
 
@@ -85,5 +85,5 @@ def test_the_twin_on_the_toy(name: str, toy64: Toy) -> None:
 def same_run(out: laqjax.Output, twin: reference.History) -> None:
     np.testing.assert_array_equal(out.info.sent, twin.sent)
     np.testing.assert_allclose(out.info.loss, twin.loss, rtol=1e-12)
-    params = jax.device_get(out.state.server.broadcast.params)
+    params = jax.device_get(out.state.params)
     assert np.linalg.norm(params - twin.theta) < 1e-12 * np.linalg.norm(twin.theta)

@@ -15,7 +15,7 @@ import pytest
 from conftest import KEY, Toy, programs, softmax_loss
 
 import laqjax
-from laqjax import algorithms, oracle, triggers
+from laqjax import algorithms, oracle, rules
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +79,9 @@ def test_knobs(knob: str, bad: Any, expected: str, toy: Toy) -> None:
 
 
 def test_patience_may_be_zero_but_not_less() -> None:
-    rule = triggers.lazy(0.8, 10, np.float32)
-    triggers.patience(rule, 0)
-    refused(lambda: triggers.patience(rule, -1), "limit = -1: expected one whole number and >= 0")
+    rule = algorithms.lazy(rules.history(0.8, 10, np.float32), rules.InnovationChange())
+    rules.max_silence(rule, 0)
+    refused(lambda: rules.max_silence(rule, -1), "limit = -1: expected one whole number and >= 0")
 
 
 ORACLE: list[tuple[dict[str, Any], str]] = [
@@ -133,7 +133,7 @@ SHARDS: list[Any] = [
     (lambda s: s._replace(x=changed(s.x, (1, 2, 3), np.inf)), "shards.x holds NaN or infinity: expected finite data"),
     (lambda s: s._replace(y=changed(s.y, (1, 2), -np.inf)), "shards.y holds NaN or infinity: expected finite data"),
     (lambda s: s._replace(x=np.asarray(s.x).astype(str)), "shards.x of dtype <U3: expected numbers"),
-    (lambda s: s._replace(x=np.asarray(s.x) > 9), "shards.x of dtype bool: expected numbers"),
+    (lambda s: s._replace(weight=np.asarray(s.weight) > 0), "shards.weight of dtype bool: expected numbers"),
     (lambda s: s._replace(y=np.asarray(s.y).astype(object)), "shards.y of dtype object: expected numbers"),
 ]  # fmt: skip
 
@@ -156,13 +156,13 @@ def test_the_shards(wrong: Callable[[laqjax.Shards], laqjax.Shards], message: st
         (lambda theta: theta.astype(np.float16), "float16[63]"),
         (lambda theta: np.asarray(theta, np.float64), "float64[63]"),
         (lambda theta: np.ones(63, int), "int64[63]"),
-        (lambda theta: np.ones(63).tolist(), "<class 'list'>[63]"),
+        (lambda theta: np.ones(63).tolist(), "<class 'list'>"),
     ],
 )
 def test_the_start(wrong: Any, got: str, toy: Toy) -> None:
     alg = algorithms.laq(toy.oracle, lr=0.1, num_workers=4)
     start = wrong(toy.theta0)
-    refused(lambda: laqjax.run(alg, start, toy.shards, 3, KEY), f"theta0 = {got}: expected float32[63], a vector")
+    refused(lambda: laqjax.run(alg, start, toy.shards, 3, KEY), f"params = {got}: expected float32[63], a vector")
 
 
 def test_a_state_of_another_window(toy: Toy) -> None:

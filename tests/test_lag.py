@@ -69,7 +69,7 @@ def test_nobody_uploads_in_the_first_ten_rounds(folder: Path, x64: None) -> None
         expected = -float(alg.lr) * 9 * np.arange(11)[:, None] * np.ones(34)
         np.testing.assert_allclose(info.extra["params"][:11], expected, rtol=1e-12)
     alg, state = algs["GD"]
-    np.testing.assert_allclose(state.server.broadcast.params, -alg.lr * jnp.ones(34))
+    np.testing.assert_allclose(state.params, -alg.lr * jnp.ones(34))
 
 
 def test_the_whole_table_of_little_sets(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

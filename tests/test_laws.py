@@ -13,7 +13,7 @@ import pytest
 from conftest import KEY, Toy, programs
 
 import laqjax
-from laqjax import Algorithm, Shards, algorithms, compressors, core, engine, oracle, triggers
+from laqjax import Algorithm, Shards, algorithms, compressors, memories, oracle, rules, types, wire
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -76,7 +76,7 @@ ROWS = {
     "cada2": Row(algorithms.cada2, EPOCHS | CADA_KNOBS, LR | CADA),
 }
 LAZY_ROWS = ["lag_wk", "laq"]
-RECORD = ["error_sq", "grad", "innovation_sq", "params", "step_sq", "target_sq"]
+RECORD = ["error_sq", "grad", "gradients", "innovation_sq", "params", "step_sq", "target_sq"]
 CHUNK = 10
 
 
@@ -110,8 +110,7 @@ def test_the_state_is_a_fixed_point(name: str, dtype: str, request: pytest.Fixtu
     toy: Toy = request.getfixturevalue(dtype)
     alg = make(name, toy)
     state = laqjax.init(alg, toy.theta0, toy.shards)
-    one_round = partial(engine._round, shards=Shards(*map(jnp.asarray, toy.shards)), record=(), at_once=1)
-    after, _ = jax.eval_shape(one_round, alg, state, KEY)
+    after, _ = jax.eval_shape(alg.step, state, Shards(*map(jnp.asarray, toy.shards)), KEY)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert avals(after) == avals(state)
 
@@ -145,7 +144,7 @@ def test_a_sweep_is_a_loop(name: str, quadratic: Toy) -> None:
         np.testing.assert_array_equal(sweep.info.bits_up[:, i], info.bits_up)
         np.testing.assert_array_equal(sweep.info.bits_down[:, i], info.bits_down)
         np.testing.assert_allclose(sweep.info.loss[:, i], info.loss, rtol=1e-12)
-        point = engine.take(sweep.state, i, engine.POINTS)
+        point = laqjax.take(sweep.state, i)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), point, state)
 
 
@@ -172,16 +171,18 @@ def test_memories(name: str, dtype: str, rounding: float, request: pytest.Fixtur
         before = jax.device_get(state.workers)
         info, state = run(alg, state, toy.shards, 1)
         workers, sent = jax.device_get(state.workers), info.sent[0]
-        np.testing.assert_array_equal(workers.silence, np.where(sent, 0, before.silence + 1))
-        # the gradient of the round before is renewed in every round
-        kept = [jax.tree.leaves(w._replace(silence=None, last_grad=None)) for w in (before, workers)]
-        identical(*([leaf[~sent] for leaf in leaves] for leaves in kept))
+        if isinstance(alg.rule, rules.MaxSilence):
+            np.testing.assert_array_equal(workers.rule[0], np.where(sent, 0, before.rule[0] + 1))
+            workers, before = (w._replace(rule=w.rule[1]) for w in (workers, before))
+        # CLAG's rule renews the gradient of the round before in every round
+        kept = [w.memory if name == "clag" else w for w in (before, workers)]
+        identical(*([leaf[~sent] for leaf in jax.tree.leaves(w)] for w in kept))
         if alg.memory.persists:
             memory = workers.memory[0] if isinstance(workers.memory, tuple) else workers.memory
-            error = np.abs(np.asarray(state.server.aggregate) - memory.sum(axis=0)).max()
+            error = np.abs(np.asarray(state.aggregate) - memory.sum(axis=0)).max()
             assert error <= rounding * np.abs(memory).max()
         silent += np.sum(~sent)
-    assert (silent > 0) == alg.trigger.skips
+    assert (silent > 0) == alg.rule.may_skip
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -192,28 +193,41 @@ def test_billed_bits_are_bytes(name: str, dtype: str, request: pytest.FixtureReq
     alg = make(name, toy)
     state: Any = laqjax.init(alg, toy.theta0, toy.shards)
     for k in range(4):
-        before = jax.device_get(state.workers)
+        before, state_before = jax.device_get(state.workers), state
         info, state = run(alg, state, toy.shards, 1)
         for m in range(4):
             keys, grad = keys_of(k, m), info.extra["grad"][0, m]
             memory = jax.tree.map(lambda leaf: leaf[m], before.memory)  # noqa: B023
-            target = jnp.asarray(alg.memory.target(memory, grad, keys))
+            now: Any = types.Round(
+                state_before.params, keys, alg.step_size(k), 4, gradient_at=partial(looked, alg, toy, keys)
+            )
+            target = jnp.asarray(alg.memory.target(memory, grad, now)[0])
             payload = alg.compressor.encode(target, keys)
-            data = compressors.to_bytes(alg.compressor, payload, target)
-            assert 8 * len(data) == core.bill(alg.compressor.wire(payload, target))
+            data = wire.to_bytes(alg.compressor, payload, target)
+            assert 8 * len(data) == wire.message_bits(alg.compressor.wire(payload, target))
             assert info.bits_up[0, m] == (8 * len(data) if info.sent[0, m] else 0)
-            back = compressors.from_bytes(alg.compressor, data, target)
+            back = wire.from_bytes(alg.compressor, data, target)
             identical(np.asarray(back), np.asarray(alg.compressor.decode(payload, target)))
         down = 8 * toy.theta0.nbytes
-        if alg.downlink:
-            down = -(-(8 * toy.theta0.dtype.itemsize + 5 * toy.theta0.size) // 8) * 8
-        assert info.bits_down == down * (info.sent.sum() if alg.trigger.asks else 1)
+        if isinstance(alg.downlink, memories.StepDown | memories.ModelDown | memories.DirectionDown):
+            payload = alg.downlink.compressor.encode(jnp.ones_like(toy.theta0), keys_of(k, 4))
+            down = 8 * len(wire.to_bytes(alg.downlink.compressor, payload, toy.theta0))
+        asked = info.extra["gradients"][0] > 0
+        assert info.bits_down == down * (asked.sum() if alg.rule.server_decides else 1)
 
 
-def keys_of(round: int, worker: int, workers: int = 4) -> core.Keys:
+def looked(alg: Algorithm, toy: Toy, keys: types.Keys, params: Any, full: bool = False, when: Any = True) -> Any:
+    """The gradient of a worker at another model on the rows of its round."""
+    shards = jax.tree.map(jnp.asarray, toy.shards)
+    rows = None if full or alg.sampler is None else alg.sampler(keys, shards)
+    return alg.oracle(jnp.asarray(params), shards, keys.worker, rows)[1]
+
+
+def keys_of(round: int, worker: int, workers: int = 4) -> types.Keys:
     """The draws of a worker in a round, as they are documented."""
     key = jax.random.fold_in(KEY, round)
-    return core.Keys(jax.random.fold_in(key, worker), jax.random.fold_in(key, workers), KEY, jnp.int32(round))
+    own, shared = (jax.random.fold_in(key, index) for index in (worker, workers))
+    return types.Keys(own, shared, KEY, jnp.int32(round), jnp.int32(worker))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -265,7 +279,7 @@ def test_the_callers_arrays_survive(name: str, toy: Toy) -> None:
     shards = Shards(*map(jnp.asarray, toy.shards))
     state = laqjax.init(alg, toy.theta0, shards)
     # the caller's vector stands in two places: neither is donated
-    state = state._replace(server=state.server._replace(broadcast=state.server.broadcast._replace(params=toy.theta0)))
+    state = state._replace(params=toy.theta0, optimizer=jax.tree.map(lambda a: a, state.optimizer))
     given = alg, toy.theta0, state, shards
     copies = jax.tree.map(np.array, given)
     first, *others = (run(alg, start, shards, 5) for start in (toy.theta0, state, toy.theta0, state))
@@ -278,20 +292,22 @@ def test_the_callers_arrays_survive(name: str, toy: Toy) -> None:
 def test_a_zero_gradient_moves_nothing(name: str, quadratic: Toy) -> None:
     still = quadratic.shards._replace(y=np.zeros((4, 12)))
     info, state = run(make(name, quadratic), quadratic.theta0, still, 10)
-    assert not any(np.any(fact) for fact in (info.loss, *info.extra.values()))
-    np.testing.assert_array_equal(state.server.broadcast.params, np.zeros(5))
+    assert not any(np.any(fact) for name, fact in info.extra.items() if name != "gradients")
+    assert not info.loss.any()
+    np.testing.assert_array_equal(state.params, np.zeros(5))
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_motion_is_the_step_really_taken(name: str, toy: Toy) -> None:
     info, state = run(make(name, toy), toy.theta0, toy.shards, 25)
-    broadcast = jax.device_get(state.server.broadcast)
-    path = np.concatenate([info.extra["params"], broadcast.params[None]]).astype(np.float64)
+    path = np.concatenate([info.extra["params"], state.params[None]]).astype(np.float64)
     np.testing.assert_allclose(info.extra["step_sq"], np.sum(np.diff(path, axis=0) ** 2, axis=1), rtol=1e-5)
-    window = len(broadcast.motion)
-    for k in range(25 - window, 25):
-        assert broadcast.motion[k % window] == info.extra["step_sq"][k]
+    rule: Any = getattr(make(name, toy).rule, "rule", None) if state.rule is not None else None
+    if getattr(getattr(rule, "history", None), "of", "direction") != "direction":
+        motion = np.asarray(state.rule[0] if isinstance(state.rule, tuple) else state.rule)
+        for k in range(25 - len(motion), 25):
+            assert motion[k % len(motion)] == info.extra["step_sq"][k]
 
 
 # ---- rules, memories, servers -------------------------------------------------------------------------------------------------
@@ -299,7 +315,8 @@ def test_motion_is_the_step_really_taken(name: str, toy: Toy) -> None:
 
 def test_patience_of_zero_always_sends(toy64: Toy) -> None:
     laq = make("laq", toy64, first_upload="rule")
-    eager = replace(laq, trigger=triggers.patience(laq.trigger.rule, 0))  # pyright: ignore[reportAttributeAccessIssue]
+    rule: Any = laq.rule
+    eager = replace(laq, rule=rules.max_silence(rule.rule, 0))
     assert not run(laq, toy64.theta0, toy64.shards, 50).info.sent.all()
     laq, qgd = (run(alg, toy64.theta0, toy64.shards, 50).info for alg in (eager, make("qgd", toy64)))
     assert laq.sent.all()
@@ -312,8 +329,7 @@ def test_patience_counts_the_silent_rounds(name: str, toy: Toy) -> None:
     for first_upload, rounds in (("forced", [0, 5, 10, 15]), ("rule", [4, 9, 14, 19])):
         alg = make(name, toy, xi=1e20, limit=4, first_upload=first_upload)
         state = laqjax.init(alg, toy.theta0, toy.shards)
-        moved = state.server.broadcast._replace(motion=jnp.ones(6))
-        info = run(alg, state._replace(server=state.server._replace(broadcast=moved)), toy.shards, 20).info
+        info = run(alg, state._replace(rule=(jnp.ones(6), None)), toy.shards, 20).info
         np.testing.assert_array_equal(info.sent.T, [np.isin(np.arange(20), rounds)] * 4)
 
 
@@ -333,17 +349,17 @@ def test_the_forced_first_upload(name: str, toy: Toy) -> None:
     assert rule.any() == rule.all() == (name == "lag_wk")
 
 
-@pytest.mark.parametrize("memory", [core.Fresh(), core.ErrorFeedback()])
-def test_a_rule_that_skips_needs_a_memory_that_persists(memory: core.Memory, toy: Toy) -> None:
-    lazy = triggers.lazy(0.8, 10, np.float32)
-    for trigger in (lazy, triggers.patience(lazy, 100)):
+@pytest.mark.parametrize("memory", [memories.NoMemory(), memories.ErrorFeedback()])
+def test_a_rule_that_skips_needs_a_memory_that_persists(memory: types.Memory, toy: Toy) -> None:
+    lazy = algorithms.lazy(rules.history(0.8, 10, np.float32), rules.InnovationChange())
+    for trigger in (lazy, rules.max_silence(lazy, 100)):
         with pytest.raises(ValueError, match=f"memory {type(memory).__name__} does not persist"):
-            core.assemble(toy.oracle, compressors.identity(), trigger, memory, lr=0.1, num_workers=4)
-    core.assemble(toy.oracle, compressors.identity(), triggers.always(), memory, lr=0.1, num_workers=4)
+            laqjax.assemble(toy.oracle, compressors.identity(), trigger, memory, lr=0.1, num_workers=4)
+    laqjax.assemble(toy.oracle, compressors.identity(), rules.Always(), memory, lr=0.1, num_workers=4)
 
 
 def test_the_server_can_be_adam(toy64: Toy) -> None:
-    """The aggregate is what the optimizer gets, and the step that it makes is what the rule watches."""
+    """The aggregate is what the optimizer gets, and what the rule watches: Adam's steps have another scale."""
     alg, adam = make("laq", toy64, optimizer=optax.adam), optax.adam(0.05)
     state = laqjax.init(alg, toy64.theta0, toy64.shards)
     params: Any = toy64.theta0
@@ -351,11 +367,12 @@ def test_the_server_can_be_adam(toy64: Toy) -> None:
     uploads = 0
     with jax.numpy_dtype_promotion("standard"):  # optax mixes float and int
         for k in range(15):
-            (info, state), before = run(alg, state, toy64.shards, 1), params
-            updates, memory = adam.update(jnp.asarray(state.server.aggregate), memory, params)
+            info, state = run(alg, state, toy64.shards, 1)
+            updates, memory = adam.update(jnp.asarray(state.aggregate), memory, params)
             params = optax.apply_updates(params, updates)
-            np.testing.assert_allclose(state.server.broadcast.params, params, rtol=1e-12)
-            np.testing.assert_allclose(state.server.broadcast.motion[k % 6], jnp.sum((params - before) ** 2), rtol=1e-9)
+            np.testing.assert_allclose(state.params, params, rtol=1e-12)
+            given = jnp.sum(jnp.asarray(state.aggregate) ** 2)
+            np.testing.assert_allclose(state.rule[0][k % 6], given, rtol=1e-9)
             uploads += np.sum(info.sent)
     assert uploads < 15 * 4
 

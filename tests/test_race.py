@@ -1,6 +1,7 @@
 """Methods side by side: what a row of their curves is, where a stopped race goes on, what is printed and drawn."""
 
 import io
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from polars.testing import assert_frame_equal
 from rich.console import Console
 
 import laqjax
-from experiments import datasets, family, plots, problems, race
-from laqjax import algorithms, core, triggers
+from experiments import datasets, plots, race
+from laqjax import algorithms, rules, types
 from laqjax.oracle import Blocks
 
 INFO = laqjax.Info(
@@ -63,8 +64,8 @@ def test_the_summary_has_the_first_model_within_each_target_and_the_last_of_thos
 def start() -> Any:
     """A race of two methods on a small problem, as a function of its folder and rounds."""
     data = datasets.load("synthetic-logistic?workers=4&samples=30&features=10")
-    shards = jax.tree.map(jnp.asarray, datasets.partition(data.x, data.y, 4, "contiguous"))
-    problem = problems.logistic(10)
+    shards = jax.tree.map(jnp.asarray, laqjax.problems.partition(data.x, data.y, 4, "contiguous"))
+    problem = laqjax.problems.Logistic(10)
     oracle = problem.oracle()
     server: Any = {"lr": 0.01, "num_workers": 4}
     methods = {"LAQ": algorithms.laq(oracle, **server), "SGD": algorithms.sgd(oracle, sampler=Blocks(5), **server)}
@@ -112,21 +113,26 @@ def test_report_and_figures(start: Any, tmp_path: Path) -> None:
 
 
 def test_half_the_errors_is_between_the_rule_and_none() -> None:
+    one, zeros, key = jnp.float32(1), jnp.zeros(1), jax.random.key(0)
     make = partial(
-        core.Evidence,
-        target_sq=jnp.float32(5),
-        last_error_sq=jnp.float32(1),
-        error_sq=jnp.float32(1),
-        motion=jnp.zeros(1),
-        silence=jnp.int32(0),
-        round=jnp.int32(5),
-        worker=jnp.int32(0),
+        types.Evidence,
+        params=zeros,
+        keys=types.Keys(key, key, key, jnp.int32(5), jnp.int32(0)),
         lr=jnp.float32(0.1),
-        shared=jax.random.key(0),
         num_workers=2,
+        gradient_at=lambda *given, **more: zeros,
+        grad=zeros,
+        target=zeros,
+        decoded=zeros,
+        target_sq=jnp.float32(5),
+        error_sq=one,
     )
-    rule = triggers.lazy(0.8, 1, np.float32)
+    rule = algorithms.lazy(rules.history(0.8, 1, np.float32), rules.InnovationChange())
     # the paper's rule asks for 3 (1 + 1) = 6, the half for 3
     for change, sends in ((7, (True, True)), (4, (False, True)), (2, (False, False))):
         evidence = make(innovation_sq=jnp.float32(change))
-        assert (bool(rule(evidence)), bool(family.HalfErrors(rule)(evidence))) == sends
+        decided = [
+            r.decide((zeros, None), (one, None), evidence)[0]
+            for r in (rule, replace(rule, errors=np.asarray(1.5, np.float32)))
+        ]
+        assert tuple(map(bool, decided)) == sends

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from conftest import programs
 from polars.testing import assert_frame_equal
 
 import laqjax
-from experiments import files, plots, problems, race, sweep
-from laqjax import core, engine
+from experiments import files, plots, race, sweep
+from laqjax import loop, points
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -45,15 +44,12 @@ def quick(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
 
 
 def quicken(patch: pytest.MonkeyPatch, home: Path) -> None:
-    """No figures where nobody looks at them; equal sweeps share their programs."""
+    """No figures where nobody looks at them."""
     patch.setattr(sweep, "report", lambda folder, console: None)
-    patch.setattr(problems, "logistic", LOGISTIC)
-    patch.setattr(problems.Problem, "oracle", ORACLE)
     patch.chdir(home)
 
 
 REPORT = sweep.report
-LOGISTIC, ORACLE = cache(problems.logistic), cache(problems.Problem.oracle)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +124,7 @@ def test_rows_are_single_runs(whole: Path) -> None:
     for i in np.random.default_rng(0).choice(24, 6, replace=False):
         row = table.row(i, named=True)
         start, key = group.problem.theta0(group.oracle, row["seed"]), jax.random.key(row["seed"])
-        info = engine.run(group.algs[i], start, group.shards, 100, key).info
+        info = laqjax.run(group.algs[i], start, group.shards, 100, key).info
         np.testing.assert_array_equal(sent[i][:50], info.sent[: min(50, len(sent[i]))])
         met = np.flatnonzero(info.loss - group.f_star <= 3)
         assert row["reached"] == bool(len(met))
@@ -153,13 +149,13 @@ def test_filled_up_batches_give_every_point_once(whole: Path) -> None:
 
 def test_compaction_changes_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    stream = engine.sweep_stream
+    stream = laqjax.sweep_stream
 
     def counted(algs: Any, state: Any, shards: Any, rounds: int, keys: Any, **given: Any) -> Any:
         sizes.append(len(keys))
         return stream(algs, state, shards, rounds, keys, **given)
 
-    monkeypatch.setattr(engine, "sweep_stream", counted)
+    monkeypatch.setattr(laqjax, "sweep_stream", counted)
     monkeypatch.setattr(sweep, "SHORT", 0)
     given = ["--batch", "8", *EIGHT, "--rounds", "60", "--target", "10", "5"]
     monkeypatch.setattr(sweep, "CHUNK", 60)
@@ -330,7 +326,7 @@ RANGES += " --probability 0.2 0.5 --c 0.1 0.6 --period 3 9 --min-bits 2 3 --max-
 def test_every_member_is_one_structure_for_all_values(name: str) -> None:
     (group,) = groups("--algorithm", name, *RANGES.split())
     assert len(group.algs) == 3
-    stacked = engine.stack(group.algs)  # refuses another structure
+    stacked = laqjax.stack(group.algs)  # refuses another structure
     changed = [leaf for leaf in jax.tree.leaves(stacked) if len(np.unique(leaf, axis=0)) > 1]
     swept = sweep.knobs(name) & {*sweep.KNOBS}
     # what is a structure or a start besides: the window is in the weights too, the limit in the first silence
@@ -502,7 +498,7 @@ def test_the_memory_budget_holds(tmp_path: Path) -> None:
 
 def test_less_memory_is_a_smaller_batch() -> None:
     (group,) = groups(*GRID)
-    sizes = [engine.batch_size(group.algs[0], group.shards, memory) for memory in (2**20, 2**21, 2**24)]
+    sizes = [laqjax.batch_size(group.algs[0], group.shards, memory) for memory in (2**20, 2**21, 2**24)]
     assert 1 <= sizes[0] < sizes[1] < sizes[2]
 
 
@@ -521,22 +517,19 @@ def test_figures_from_files_alone(whole: Path, tmp_path: Path, capsys: pytest.Ca
         plots.main(whole / "batches")
 
 
-@pytest.mark.parametrize("points", [None, 2])
-def test_the_program_lowers_for_every_platform(points: int | None) -> None:
-    problem = problems.ridge(10)
-    oracle = problem.oracle()
-    shards = core.Shards(*map(jnp.ones, ((4, 30, 10), (4, 30), (4, 30))))
-    alg = laqjax.algorithms.laq(oracle, bits=4, lr=0.01, num_workers=4)
-    params, key, mesh = jnp.zeros(10), jax.random.key(0), None
-    begin = partial(core.init, alg)
-    if points:
-        alg, params, key = engine.stack([alg] * points), jnp.zeros((points, 10)), jax.random.split(key, points)
-        begin = partial(jax.vmap(core.init, (0, 0), engine.POINTS), alg)
-        mesh = jax.make_mesh((1,), ("sweep",), axis_types=(jax.sharding.AxisType.Auto,))
+@pytest.mark.parametrize("count", [None, 2])
+def test_the_program_lowers_for_every_platform(count: int | None) -> None:
+    alg = laqjax.algorithms.laq(laqjax.problems.Ridge(10).oracle(), bits=4, lr=0.01, num_workers=4)
+    shards, key = laqjax.Shards(*map(jnp.ones, ((4, 30, 10), (4, 30), (4, 30)))), jax.random.key(0)
+    given: dict[str, Any] = {"length": 5, "record": (), "workers_at_once": 4}
+    chunk: Any = loop.compiled_chunk
+    state: Any = alg.init(jnp.zeros(10))
+    if count:
+        alg, key = laqjax.stack([alg] * count), jax.random.split(key, count)
+        chunk, state = points.compiled_chunk, jax.vmap(laqjax.Algorithm.init)(alg, jnp.zeros((count, 10)))
+        given["mesh"] = jax.make_mesh((1,), ("sweep",), axis_types=(jax.sharding.AxisType.Auto,))
     platforms = ("cpu", "cuda", "tpu")
-    exported = jax.export.export(engine._chunk, platforms=platforms)(
-        alg, begin(params), shards, key, np.int32(3), length=5, record=(), at_once=4, mesh=mesh
-    )
+    exported = jax.export.export(chunk, platforms=platforms)(alg, state, shards, key, np.int32(3), **given)
     assert exported.platforms == platforms
 
 
@@ -591,7 +584,7 @@ def test_minibatches_are_judged_on_all_data(tmp_path: Path) -> None:
     (group,) = groups(*given)
     (row,) = rows(out).iter_rows(named=True)
     start, key = group.problem.theta0(group.oracle, 0), jax.random.key(0)
-    info = engine.run(group.algs[0], start, group.shards, 100, key, record=["params"]).info
+    info = laqjax.run(group.algs[0], start, group.shards, 100, key, record=["params"]).info
     loss = jax.jit(race.full_loss(group.oracle, group.shards))
     whole = np.array([float(loss(jnp.asarray(params))) for params in info.extra["params"][[0, 50]]]) - group.f_star
     assert rows(out, "curves")["round"].to_list()[:2] == [0, 50]

@@ -10,8 +10,7 @@ import pytest
 from conftest import KEY, Toy, square_loss
 
 import laqjax
-from experiments import problems
-from laqjax import Algorithm, Shards, algorithms, compressors, theory
+from laqjax import Algorithm, Shards, algorithms, compressors, problems, theory
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 L2 = 0.05
@@ -44,7 +43,7 @@ def hessians(oracle: Any, shards: Shards, theta: Any) -> np.ndarray:
 def test_the_smoothness_of_ridge_is_that_of_its_hessian(reduction: str, x64: None) -> None:
     shards = data("real")
     oracle = laqjax.oracle.from_loss(square_loss, jnp.zeros(4), l2=L2, reduction=reduction)
-    each, smooth = theory.smoothness(shards, "ridge", l2=L2, reduction=reduction)
+    each, smooth = problems.Ridge(4, L2, reduction).smoothness(shards)
     dense = hessians(oracle, shards, jnp.ones(4))
     np.testing.assert_allclose(each, np.linalg.eigvalsh(dense)[:, -1], rtol=1e-12)
     np.testing.assert_allclose(smooth, np.linalg.eigvalsh(dense.sum(axis=0))[-1], rtol=1e-12)
@@ -56,10 +55,10 @@ def test_the_smoothness_of_ridge_is_that_of_its_hessian(reduction: str, x64: Non
 def test_the_smoothness_of_a_classifier_bounds_its_hessians(problem: str, reduction: str, x64: None) -> None:
     """And is reached nearly: logistic regression has its largest curvature at zero."""
     shards = data("sign" if problem == "logistic" else "class")
-    model = problems.logistic(4, L2) if problem == "logistic" else problems.softmax(4, 3, L2)
-    params = jax.tree.map(jnp.asarray, model.start(0))
-    oracle = laqjax.oracle.from_loss(model.loss, params, l2=L2, reduction=reduction)
-    each, smooth = theory.smoothness(shards, problem, l2=L2, reduction=reduction)
+    model = problems.Logistic(4, L2, reduction) if problem == "logistic" else problems.Softmax(4, 3, L2, reduction)
+    params = model.start(0, np.float64)
+    oracle = laqjax.oracle.from_loss(model, params, l2=L2, reduction=reduction)
+    each, smooth = model.smoothness(shards)
     rng, reached = np.random.default_rng(0), 0.0
     for scale in (0, 0.1, 1, 1, 3):
         with jax.numpy_rank_promotion("allow"):
@@ -76,15 +75,13 @@ def test_bytes_are_pixels(toy: Toy, x64: None) -> None:
     """uint8 images count as x / 255, as the losses take them."""
     shards = toy.shards
     pixels = shards._replace(x=np.asarray(shards.x) / 255)
-    for one, other in zip(
-        *(theory.smoothness(s, "softmax", l2=0.1, reduction="mean") for s in (shards, pixels)), strict=True
-    ):
+    for one, other in zip(*(problems.Softmax(20, 3, 0.1).smoothness(s) for s in (shards, pixels)), strict=True):
         np.testing.assert_allclose(one, other)
 
 
 def test_a_problem_without_a_bound_is_refused() -> None:
-    with pytest.raises(ValueError, match="problem = 'network': expected one of ridge, logistic, softmax"):
-        theory.smoothness(data("real"), "network", l2=0, reduction="mean")
+    with pytest.raises(ValueError, match="problem = 'network' has no bound on its curvature"):
+        problems.Network(4, 3).smoothness(data("real"))
 
 
 def test_steps_are_sensible() -> None:
@@ -120,7 +117,7 @@ def ridge() -> tuple[Toy, np.ndarray, np.ndarray, float]:
     """A strongly convex quadratic, its solution, its constants."""
     shards = data("real")
     oracle = laqjax.oracle.from_loss(square_loss, jnp.zeros(4), l2=L2)
-    each, smooth = theory.smoothness(shards, "ridge", l2=L2, reduction="mean")
+    each, smooth = problems.Ridge(4, L2, "mean").smoothness(shards)
     share = shards.weight / shards.weight.sum(axis=1, keepdims=True)
     hessian = np.einsum("mn,mni,mnj->ij", share, shards.x, shards.x) + 3 * L2 * np.eye(4)
     solution = np.linalg.solve(hessian, np.einsum("mn,mni,mn->i", share, shards.x, shards.y))
@@ -177,14 +174,14 @@ def distance(name: str, rounds: int) -> tuple[float, laqjax.Info]:
     """From the solution, relative to the start's."""
     toy, solution, *_ = ridge()
     info, state = laqjax.run(member(name), toy.theta0, toy.shards, rounds, KEY, chunk=500)
-    return float(np.linalg.norm(state.server.broadcast.params - solution) / np.linalg.norm(solution)), info
+    return float(np.linalg.norm(state.params - solution) / np.linalg.norm(solution)), info
 
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_it_converges_at_its_own_step(name: str, x64: None) -> None:
     far, info = distance(name, 2000)
     assert far < 1e-10
-    assert info.sent.all() == (not member(name).trigger.skips)
+    assert info.sent.all() == (not member(name).rule.may_skip)
 
 
 @pytest.mark.parametrize(

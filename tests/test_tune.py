@@ -1,7 +1,6 @@
 """The search: the paper's setting first, seeded, batches of trials, and nothing lost by a kill."""
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,10 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from experiments import plots, problems, sweep, tune
+from experiments import plots, sweep, tune
 
 TASK = ["--dataset", "synthetic-logistic?workers=4&samples=30&features=10", "--problem", "logistic", "--workers", "4"]
 TASK += ["--compute-ms", "1", "--target", "5", "--rounds", "60", "--lr", "0.05", "0.1", "--batch", "4"]
-LOGISTIC, ORACLE = cache(problems.logistic), cache(problems.Problem.oracle)
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +21,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    """Equal programs are compiled once, f* is kept."""
-    monkeypatch.setattr(problems, "logistic", LOGISTIC)
-    monkeypatch.setattr(problems.Problem, "oracle", ORACLE)
+    """f* is kept."""
     monkeypatch.setattr(sweep, "CHUNK", 60)
     monkeypatch.chdir(home)
 

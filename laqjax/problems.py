@@ -1,0 +1,317 @@
+"""The problems of the papers, and how data is dealt out to workers.
+
+A problem is a frozen dataclass and its own loss: equal problems are equal, so they are one compiled program. Matrices are
+stored [outputs, inputs] and activations [outputs, examples]: then the products of a whole sweep, [points x outputs,
+inputs] x [inputs, examples], need no transposition, and one point runs about 1.5 times as fast on a CPU.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from laqjax.oracle import TiledOracle, from_loss
+from laqjax.types import Shards
+
+Tree = dict[str, Any]
+
+
+class Problem:
+    """What the problems share. A problem is its own loss: (params, x [n, features], y [n]) -> losses [n].
+
+    l2 and reduction are those of `oracle.from_loss`. curvature: of the loss in its linear predictor, at most; None where
+    there is no such bound.
+    """
+
+    name: ClassVar[str]
+    curvature: ClassVar[float | None] = None
+    features: int
+    l2: float
+    reduction: str
+
+    def __call__(self, params: Tree, x: Array, y: Array) -> Array:
+        """Losses of n examples."""
+        raise NotImplementedError
+
+    def start(self, seed: int, dtype: Any = np.float32) -> Tree:
+        """The parameters of a seed before round 0, NumPy arrays of `dtype`."""
+        return jax.tree.map(lambda a: a.astype(dtype), self.draw(np.random.default_rng(seed)))
+
+    def draw(self, rng: np.random.Generator) -> Tree:
+        """The parameters before round 0, float64."""
+        return {"weight": np.zeros(self.features)}
+
+    def accuracy(self, params: Tree, x: Array, y: Array) -> Array | None:
+        """The share of right predictions; None for regression."""
+        return None
+
+    def oracle(self, dtype: Any = np.float32, tile: int | None = None) -> TiledOracle:
+        """The oracle of this problem for parameters of `dtype`."""
+        return from_loss(self, self.start(0, dtype), l2=self.l2, reduction=self.reduction, tile=tile)
+
+    def theta0(self, oracle: TiledOracle, seed: int = 0) -> Float[Array, " p"]:
+        """The start of a seed as a flat vector of the oracle's dtype."""
+        return oracle.ravel(self.start(seed, oracle.dtype))
+
+    def design(self, x: np.ndarray) -> np.ndarray:
+        """The rows that meet the weights, float64: bytes are pixels in 0..1."""
+        return x.reshape(len(x), -1) / (255.0 if x.dtype == np.uint8 else 1.0)
+
+    def smoothness(self, shards: Shards) -> tuple[np.ndarray, float]:
+        """(L_m [M], L) of a linear model: curvature x the largest eigenvalue of the weighted Gram matrix + l2.
+
+        Exact eigenvalues: an upper bound only through the curvature. L is of the sum over workers.
+
+        Raises:
+            ValueError: the problem has no such bound.
+        """
+        if self.curvature is None:
+            raise ValueError(f"problem = {self.name!r} has no bound on its curvature: give the step size otherwise")
+        grams = []
+        for x, weight in zip(np.asarray(shards.x), np.asarray(shards.weight, np.float64), strict=True):
+            rows, scale = self.design(x), weight.sum() if self.reduction == "mean" else 1.0
+            grams.append(rows.T @ (rows * (weight / scale)[:, None]))
+        top = [np.linalg.eigvalsh(gram)[-1] for gram in [*grams, np.sum(grams, axis=0)]]
+        each = self.curvature * np.array(top[:-1]) + self.l2
+        return each, float(self.curvature * top[-1] + len(grams) * self.l2)
+
+
+@dataclass(frozen=True)
+class Softmax(Problem):
+    """Softmax regression, LAQ's convex problem: mean cross-entropy + (l2 / 2) ||all variables||^2 per worker."""
+
+    features: int
+    classes: int
+    l2: float = 0.01
+    reduction: str = "mean"
+    name = "softmax"
+    curvature = 0.5
+
+    def __call__(self, params: Tree, x: Array, y: Array) -> Array:
+        """Cross-entropy per example."""
+        return cross_entropy(affine(params["weight"], params["bias"], x), y)
+
+    def draw(self, rng: np.random.Generator) -> Tree:
+        """Glorot uniform weight, zero bias."""
+        return {"bias": np.zeros(self.classes), "weight": glorot(rng, self.classes, self.features)}
+
+    def accuracy(self, params: Tree, x: Array, y: Array) -> Array:
+        """The share of right classes."""
+        return jnp.mean(jnp.argmax(affine(params["weight"], params["bias"], x), axis=0) == y)
+
+    def design(self, x: np.ndarray) -> np.ndarray:
+        """With a column for the bias."""
+        rows = super().design(x)
+        return np.column_stack([rows, np.ones(len(rows))])
+
+
+@dataclass(frozen=True)
+class Network(Problem):
+    """features-hidden-classes with ReLU, LAQ's network (784-200-10)."""
+
+    features: int
+    classes: int
+    hidden: int = 200
+    l2: float = 0.01
+    reduction: str = "mean"
+    name = "network"
+
+    def logits(self, params: Tree, x: Array) -> Array:
+        """[classes, n]."""
+        first = affine(params["weight1"], params["bias1"], x)
+        return params["weight2"] @ jax.nn.relu(first) + params["bias2"][:, None]
+
+    def __call__(self, params: Tree, x: Array, y: Array) -> Array:
+        """Cross-entropy per example."""
+        return cross_entropy(self.logits(params, x), y)
+
+    def draw(self, rng: np.random.Generator) -> Tree:
+        """Glorot uniform weights, zero biases."""
+        return {
+            "bias1": np.zeros(self.hidden),
+            "bias2": np.zeros(self.classes),
+            "weight1": glorot(rng, self.hidden, self.features),
+            "weight2": glorot(rng, self.classes, self.hidden),
+        }
+
+    def accuracy(self, params: Tree, x: Array, y: Array) -> Array:
+        """The share of right classes."""
+        return jnp.mean(jnp.argmax(self.logits(params, x), axis=0) == y)
+
+
+@dataclass(frozen=True)
+class Ridge(Problem):
+    """Linear least squares, (x'theta - y)^2 / 2 per example; sums over the shard, as LAG's linear problem."""
+
+    features: int
+    l2: float = 0.0
+    reduction: str = "sum"
+    name = "ridge"
+    curvature = 1.0
+
+    def __call__(self, params: Tree, x: Array, y: Array) -> Array:
+        """Half the squared residual per example."""
+        weight = params["weight"]
+        return (x.astype(weight.dtype) @ weight - y.astype(weight.dtype)) ** 2 / 2
+
+
+@dataclass(frozen=True)
+class Logistic(Problem):
+    """Binary logistic regression, log(1 + exp(-y x'theta)) per example, as LAG's.
+
+    Class ids 0 and 1 (integers) stand for -1 and 1; float labels are used as they are.
+    """
+
+    features: int
+    l2: float = 1e-4
+    reduction: str = "sum"
+    name = "logistic"
+    curvature = 0.25
+
+    def margin(self, params: Tree, x: Array, y: Array) -> Array:
+        """Y x'theta per example, > 0 where the prediction is right."""
+        weight = params["weight"]
+        sign = 2 * y - 1 if jnp.issubdtype(y.dtype, jnp.integer) else y
+        return sign.astype(weight.dtype) * (x.astype(weight.dtype) @ weight)
+
+    def __call__(self, params: Tree, x: Array, y: Array) -> Array:
+        """log(1 + exp(-margin)) per example."""
+        return jax.nn.softplus(-self.margin(params, x, y))
+
+    def accuracy(self, params: Tree, x: Array, y: Array) -> Array:
+        """The share of right signs."""
+        return jnp.mean(self.margin(params, x, y) > 0)
+
+
+def cross_entropy(logits: Float[Array, "classes n"], y: Int[Array, " n"]) -> Float[Array, " n"]:
+    """-log softmax(logits)[y] per example. The label is picked by a comparison: a gather costs more than the product."""
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=0, keepdims=True))
+    log_sum = jnp.log(jnp.sum(jnp.exp(logits - top), axis=0)) + top[0]
+    mine = jnp.arange(logits.shape[0], dtype=y.dtype)[:, None] == y[None]
+    return log_sum - jnp.sum(jnp.where(mine, logits, 0), axis=0)
+
+
+def affine(weight: Array, bias: Array, x: Array) -> Array:
+    """Weight @ x + bias, [outputs, n]. Bytes are pixels in 0..1: the small weights are divided by 255, not the images."""
+    scaled = weight / 255 if x.dtype == jnp.uint8 else weight
+    return jnp.einsum("cd,td->ct", scaled, x.astype(weight.dtype)) + bias[:, None]
+
+
+def glorot(rng: np.random.Generator, outputs: int, inputs: int) -> np.ndarray:
+    """Uniform in +-sqrt(6 / (inputs + outputs)), the start of the authors' program (Glorot and Bengio 2010)."""
+    bound = np.sqrt(6 / (inputs + outputs))
+    return rng.uniform(-bound, bound, (outputs, inputs))
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def partition(x: np.ndarray, y: np.ndarray, num_workers: int, scheme: str, seed: int = 0) -> Shards:
+    """Deal n samples out to M workers.
+
+    contiguous       file order, floor(n / M) rows each, the rest dropped, as the LAQ paper's program; no copy
+    shuffled         the same after a random permutation
+    sorted           the same after a stable sort by label: a worker sees one class or two
+    dirichlet:ALPHA  each class is split in proportions drawn from Dirichlet(ALPHA, ..., ALPHA), the smaller
+                     the more uneven; all samples are used, every worker gets at least one
+    unequal:RATIO    shuffled; sizes in geometric progression, the last RATIO times the first; all are used
+
+    Args:
+        x: [n, ...].
+        y: [n].
+        num_workers: M, 1 to n.
+        scheme: one of the above.
+        seed: the same seed gives the same shards.
+
+    Returns:
+        x [M, N, ...], y [M, N] and weight [M, N] float32, N the largest shard; padding is 0 in all three.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> import numpy as np, laqjax
+        >>> laqjax.problems.partition(np.zeros((10, 3)), np.arange(10), 2, "contiguous").weight.shape
+        (2, 5)
+    """
+    n = len(x)
+    if y.shape != (n,):
+        raise ValueError(f"y: expected one label per row of x, got x {x.shape} and y {y.shape}")
+    if not 1 <= num_workers <= n:
+        raise ValueError(f"num_workers={num_workers}: expected 1 to {n}, the number of samples")
+    rng = np.random.default_rng(seed)
+    match scheme.partition(":")[:2]:
+        case "contiguous", "":
+            return _equal(x, y, num_workers)
+        case "shuffled", "":
+            order = rng.permutation(n)
+            return _equal(x[order], y[order], num_workers)
+        case "sorted", "":
+            order = np.argsort(y, kind="stable")
+            return _equal(x[order], y[order], num_workers)
+        case "dirichlet", _:
+            alpha = _parameter(scheme, "dirichlet:ALPHA, ALPHA finite and above 0", lambda alpha: alpha > 0)
+            return _padded(x, y, _dirichlet(y, num_workers, alpha, rng))
+        case "unequal", _:
+            ratio = _parameter(scheme, "unequal:RATIO, RATIO finite and at least 1", lambda ratio: ratio >= 1)
+            return _padded(x, y, _unequal(n, num_workers, ratio, rng))
+    known = "contiguous, shuffled, sorted, dirichlet:ALPHA or unequal:RATIO"
+    raise ValueError(f"scheme={scheme!r}: expected {known}")
+
+
+def _parameter(scheme: str, expected: str, valid: Callable[[float], bool]) -> float:
+    try:
+        value = float(scheme.partition(":")[2])
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and valid(value)):
+        raise ValueError(f"scheme={scheme!r}: expected {expected}")
+    return value
+
+
+def _equal(x: np.ndarray, y: np.ndarray, num_workers: int) -> Shards:
+    shape = (num_workers, len(x) // num_workers)
+    kept = math.prod(shape)
+    return Shards(x[:kept].reshape(shape + x.shape[1:]), y[:kept].reshape(shape), np.ones(shape, np.float32))
+
+
+def _padded(x: np.ndarray, y: np.ndarray, groups: list[np.ndarray]) -> Shards:
+    """Shards from the row indices of each worker."""
+    shape = (len(groups), max(map(len, groups)))
+    shard_x, shard_y = np.zeros(shape + x.shape[1:], x.dtype), np.zeros(shape, y.dtype)
+    weight = np.zeros(shape, np.float32)
+    for worker, rows in enumerate(groups):
+        own = worker, slice(len(rows))
+        shard_x[own], shard_y[own], weight[own] = x[rows], y[rows], 1
+    return Shards(shard_x, shard_y, weight)
+
+
+def _dirichlet(y: np.ndarray, num_workers: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
+    if not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(f"y: dirichlet splits classes, expected integer labels, got {y.dtype}")
+    owner = np.empty(len(y), int)
+    for label in np.unique(y):
+        rows = rng.permutation(np.flatnonzero(y == label))
+        shares = rng.dirichlet(np.full(num_workers, alpha))
+        cuts = np.round(np.cumsum(shares)[:-1] * len(rows)).astype(int)
+        for worker, part in enumerate(np.split(rows, cuts)):
+            owner[part] = worker
+    for worker in range(num_workers):
+        if not (owner == worker).any():
+            donor = np.bincount(owner).argmax()  # has two or more, as M <= n and this worker has none
+            owner[np.flatnonzero(owner == donor)[0]] = worker
+    return [np.flatnonzero(owner == worker) for worker in range(num_workers)]
+
+
+def _unequal(n: int, num_workers: int, ratio: float, rng: np.random.Generator) -> list[np.ndarray]:
+    ends = np.cumsum(np.geomspace(1, ratio, num_workers))
+    cuts = np.round(ends / ends[-1] * n).astype(int)
+    groups = np.split(rng.permutation(n), cuts[:-1])
+    if min(map(len, groups)) == 0:
+        raise ValueError(f"scheme='unequal:{ratio:g}': a worker of {num_workers} gets none of {n} samples")
+    return groups

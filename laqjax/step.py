@@ -1,0 +1,307 @@
+"""One round as a pure function: Algorithm 2 of LAQ (Sun, Chen, Giannakis, Yang, NeurIPS 2019) for any parts.
+
+    asked = rule.asked                   grad = oracle(params)              target = memory.target(grad)
+    message = compressor.encode(target)  sent = asked and rule.decide       memory.update where sent
+    total = sum of decode(message) over the senders
+    direction, aggregate = memory.aggregate(aggregate, total)               params = downlink.send(optimizer(direction))
+
+`worker_step` is written for ONE worker and `server_step` for the server; `step` adds the worker axis at one visible place.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import register_dataclass
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from laqjax.checks import number, part, server_optimizer, step_size
+from laqjax.memories import Model
+from laqjax.types import (
+    Compressor,
+    Downlink,
+    Evidence,
+    Info,
+    Keys,
+    Memory,
+    Oracle,
+    Round,
+    Rule,
+    Sampler,
+    Shards,
+    State,
+    Step,
+    Upload,
+    Worker,
+    square,
+    static,
+)
+from laqjax.wire import message_bits
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Algorithm:
+    """compressor x rule x memory x server: `init` and `step`. Build it with a function of `laqjax.algorithms`.
+
+    A pytree whose leaves are its numbers. lr: a number, or a schedule, a function of the round.
+    """
+
+    oracle: Oracle
+    compressor: Compressor
+    rule: Rule
+    memory: Memory
+    lr: Any
+    num_workers: int = static()
+    optimizer: Callable[[Any], optax.GradientTransformation] = static()
+    sampler: Sampler | None = None  # None: the whole shard
+    downlink: Downlink = Model()
+
+    def init(self, params: Any) -> State:
+        """The state before round 0.
+
+        Args:
+            params: the model, as the pytree that the oracle knows or as a flat vector [p].
+
+        Returns:
+            A state with zero memories and no history; a plain pytree that may be changed before it is run.
+        """
+        params = jnp.asarray(self.oracle.ravel(params))
+        shared, own = self.rule.init(params)
+        worker = Worker(self.memory.init(params), own)
+        return State(
+            params=params,
+            round=jnp.zeros((), jnp.int32),
+            aggregate=jnp.zeros_like(params) if self.memory.persists else None,
+            optimizer=self.optimizer(self.step_size(jnp.int32(0))).init(params),
+            rule=shared,
+            downlink=self.downlink.init(params),
+            workers=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.num_workers, *leaf.shape)), worker),
+        )
+
+    def step(
+        self,
+        state: State,
+        shards: Shards,
+        key: PRNGKeyArray,
+        *,
+        record: Sequence[str] = (),
+        workers_at_once: int | None = None,
+    ) -> tuple[State, Info]:
+        """One round of all workers and the server: pure, to be jitted, vmapped, scanned and exported by its caller.
+
+        Args:
+            state: from `init` or from the step before.
+            shards: the workers' data, as JAX arrays under jit; not checked here, see `laqjax.init`.
+            key: of the run, the same in every round.
+            record: facts of the round to keep in `info.extra`: "grad", "target_sq", "innovation_sq", "error_sq",
+                "worker_loss", "gradients" (how many a worker computed) of each worker [M, ...], and "params",
+                "direction_sq", "step_sq" of the server.
+            workers_at_once: workers whose gradients are computed side by side (None: one after another on the CPU, where
+                each tile then stays in cache, and all together elsewhere).
+
+        Returns:
+            The state after the round, and its raw facts, each without the axis of rounds.
+
+        Raises:
+            ValueError: `record` names something else.
+        """
+        # the caller may not have passed it through jit: numbers that are known while compiling would be folded, which rounds
+        # otherwise, and a loop of one's own would no longer be `run` bit for bit
+        alg = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, self))
+        round_key = jax.random.fold_in(key, state.round)
+        shared_key = jax.random.fold_in(round_key, alg.num_workers)
+
+        def one(index_and_worker: tuple[Array, Worker]) -> Any:
+            index, worker = index_and_worker
+            keys = Keys(jax.random.fold_in(round_key, index), shared_key, key, state.round, index)
+            worker, upload, facts = worker_step(alg, worker, state, shards, keys)
+            return worker, upload, {name: fact for name, fact in facts.items() if name in record}, facts["loss"]
+
+        everybody = jnp.arange(alg.num_workers, dtype=jnp.int32), state.workers
+        workers, uploads, facts, losses = over_workers(one, everybody, workers_at_once)
+        # a product: XLA on the CPU sums over a leading axis many times slower
+        total = jnp.matmul(uploads.sent.astype(uploads.decoded.dtype), uploads.decoded, precision="highest")
+        keys = Keys(shared_key, shared_key, key, state.round, jnp.int32(alg.num_workers))
+        after, bits_down, server_facts = server_step(alg, state, total, jnp.sum(uploads.asked, dtype=jnp.int32), keys)
+        facts |= {name: fact for name, fact in server_facts.items() if name in record}
+        unknown = sorted(set(record) - set(facts))
+        if unknown:
+            raise ValueError(f"record = {unknown}: expected names among {sorted({*WORKER_FACTS, *server_facts})}")
+        info = Info(
+            loss=jnp.mean(losses),
+            sent=uploads.sent,
+            bits_up=jnp.where(uploads.sent, uploads.bits, 0),
+            bits_down=bits_down,
+            extra=facts,
+        )
+        return after._replace(workers=workers), info
+
+    def params(self, state: State) -> Any:
+        """The model of a state as the pytree that the oracle knows."""
+        return self.oracle.unravel(state.params)
+
+    def step_size(self, round: Any) -> Float[Array, ""]:
+        """The step size in a round: server and rule see the same."""
+        with jax.numpy_dtype_promotion("standard"):  # schedules mix the round with their numbers
+            return jnp.asarray(self.lr(round) if callable(self.lr) else self.lr, self.oracle.dtype)
+
+
+def assemble(
+    oracle: Oracle,
+    compressor: Compressor,
+    rule: Rule,
+    memory: Memory,
+    *,
+    lr: Any,
+    num_workers: int,
+    optimizer: Any = optax.sgd,
+    sampler: Sampler | None = None,
+    downlink: Downlink | None = None,
+) -> Algorithm:
+    """Put parts together.
+
+    Args:
+        oracle: loss and gradient of a worker, from `oracle.from_loss`.
+        compressor: of what goes up, see `laqjax.compressors`.
+        rule: when a worker sends, see `laqjax.rules`.
+        memory: what is compressed and what is remembered, see `laqjax.memories`.
+        lr: step size > 0 on the sum over workers, or an optax schedule. A schedule that is a pytree (`jax.tree_util.Partial`
+            of a function and its numbers) does not recompile for other numbers.
+        num_workers: M.
+        optimizer: a function of the step size that gives the server's optax transformation, or a transformation, which
+            then has a step size of its own.
+        sampler: minibatches, `oracle.Blocks(size)` or `oracle.Epochs(size)`; None: the whole shard.
+        downlink: how the model comes down, see `laqjax.memories`; None: as it is.
+
+    Raises:
+        ValueError: a number, a part, or a combination of parts cannot work.
+    """
+    part("compressor", compressor, ("encode", "decode", "wire"), "a compressor, as laqjax.compressors.top_k(10)")
+    if sampler is not None:
+        part("sampler", sampler, ("__call__",), "oracle.Blocks(size), oracle.Epochs(size), or None for the whole shard")
+        number("sampler.size", sampler.size, np.int32, least=1)
+    if rule.may_skip and not memory.persists:
+        raise ValueError(
+            f"rule {type(rule).__name__} lets workers stay silent, but memory {type(memory).__name__} does not persist: a "
+            "silent worker's gradient would be dropped; use an Innovation memory or a rule that always sends"
+        )
+    if rule.server_decides and not isinstance(downlink, Model | None):
+        raise ValueError(
+            f"rule {type(rule).__name__} sends the model to some workers only, but downlink {type(downlink).__name__} sends "
+            "changes, which the others would miss: use no downlink"
+        )
+    return Algorithm(
+        oracle=oracle,
+        compressor=compressor,
+        rule=rule,
+        memory=memory,
+        lr=step_size(lr, oracle.dtype),
+        num_workers=int(number("num_workers", num_workers, np.int32, least=1)),
+        optimizer=server_optimizer(optimizer),
+        sampler=sampler,
+        downlink=Model() if downlink is None else downlink,
+    )
+
+
+def over_workers(one: Callable[[Any], Any], workers: Any, at_once: int | None) -> Any:
+    """`one` for all workers, `at_once` side by side: where a worker becomes M of them."""
+    count = workers[0].size
+    together = at_once or (1 if jax.default_backend() == "cpu" else count)
+    if together >= count:
+        return jax.vmap(one)(workers)
+    return jax.lax.map(one, workers, batch_size=together if together > 1 else None)
+
+
+def choose(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:
+    """`yes` or `no`, leaf by leaf; nothing is to be chosen where both are the same array."""
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(condition, a, b), yes, no)
+
+
+# ---- one worker, and the server ---------------------------------------------------------------------------------
+
+SQUARES = ("target_sq", "innovation_sq", "error_sq")
+WORKER_FACTS = ("grad", *SQUARES, "worker_loss", "gradients")
+
+
+def worker_step(
+    alg: Algorithm, worker: Worker, state: State, shards: Shards, keys: Keys
+) -> tuple[Worker, Upload, dict[str, Array]]:
+    """One round of the worker of `keys`: gradient, message, decision, memory.
+
+    Args:
+        alg: the algorithm.
+        worker: what this worker keeps.
+        state: what all workers read of it: the model, the round, what the rule shares.
+        shards: all workers' data; only this worker's is read.
+        keys: its draws.
+
+    Returns:
+        What it keeps, its message, and the raw facts of its round ("loss" and `WORKER_FACTS`).
+    """
+    rows = alg.sampler(keys, shards) if alg.sampler else None
+    counted: list[Any] = [1]
+
+    def gradient_at(params: Any, full: bool = False, when: bool | Bool[Array, ""] = True) -> Float[Array, " p"]:
+        def there(params: Any) -> Any:
+            return alg.oracle(params, shards, keys.worker, None if full else rows)[1]
+
+        counted.append(jnp.asarray(when, jnp.int32))
+        return there(params) if when is True else jax.lax.cond(when, there, jnp.zeros_like, params)
+
+    now = Round(state.params, keys, alg.step_size(state.round), alg.num_workers, gradient_at)
+    asked = alg.rule.asked(state.rule, worker.rule, now)
+    loss, grad = alg.oracle(state.params, shards, keys.worker, rows)
+    target, silent = alg.memory.target(worker.memory, grad, now)
+    payload = alg.compressor.encode(target, keys)
+    decoded = alg.compressor.decode(payload, target)
+    squares = square(target), square(decoded), square(target - decoded)
+    known: dict[str, Any] = vars(now)
+    evidence = Evidence(**known, grad=grad, target=target, decoded=decoded, **dict(zip(SQUARES, squares, strict=True)))
+    send, sent_rule, silent_rule = alg.rule.decide(state.rule, worker.rule, evidence)
+    sent = asked & send
+
+    # a worker that is not asked sees nothing of the round: its memory stays, and its rule has decided what it keeps
+    silent_memory = choose(asked, silent, worker.memory)
+    memory = choose(sent, alg.memory.update(silent, grad, target, decoded), silent_memory)
+    worker = Worker(memory, choose(sent, sent_rule, silent_rule))
+    upload = Upload(decoded, sent, asked, message_bits(alg.compressor.wire(payload, target)))
+    # a worker that the server does not ask computes nothing
+    gradients = jnp.where(asked, jnp.asarray(sum(counted), jnp.int32), 0)
+    facts = {"loss": loss, "worker_loss": loss, "grad": grad, "gradients": gradients}
+    return worker, upload, facts | dict(zip(SQUARES, squares, strict=True))
+
+
+def server_step(
+    alg: Algorithm, state: State, total: Float[Array, " p"], asked: Int[Array, ""], keys: Keys
+) -> tuple[State, Int[Array, ""], dict[str, Array]]:
+    """One round of the server.
+
+    Args:
+        alg: the algorithm.
+        state: before the round.
+        total: [p], the sum of the messages sent.
+        asked: how many workers took part.
+        keys: the draws that all share.
+
+    Returns:
+        The state with a new model (its workers as they were), the bits sent down, and the raw facts of the round.
+    """
+    direction, aggregate = alg.memory.aggregate(state.aggregate, total)
+
+    def optimize(direction: Any, params: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes float and int
+            return alg.optimizer(alg.step_size(state.round)).update(direction, state.optimizer, params)
+
+    params, downlink, optimizer, bits = alg.downlink.send(state.downlink, state.params, direction, optimize, keys)
+    step = Step(state.params, params, square(direction), square(params - state.params), state.round)
+    after = State(
+        params, state.round + 1, aggregate, optimizer, alg.rule.observe(state.rule, step), downlink, state.workers
+    )
+    facts = {"direction_sq": step.direction_sq, "step_sq": step.step_sq, "params": state.params}
+    # one broadcast to all, or a message to each worker that was asked
+    return after, bits * (asked if alg.rule.server_decides else 1), facts

@@ -1,0 +1,280 @@
+"""What travels, what stays, and what the parts of an algorithm promise each other.
+
+An algorithm is a pytree: its numbers are leaves (traced: new values do not recompile, and a sweep is a `vmap` over them),
+its structure is metadata (compiled in). Parts own what they remember, as an optax transformation owns its state: `init`
+makes it, a round takes it in and gives it back.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+
+def static(**kwargs: Any) -> Any:
+    """A dataclass field that is structure: compared and hashed by `jax.jit`, never traced."""
+    return field(metadata={"static": True}, **kwargs)
+
+
+def square(v: Float[Array, " p"]) -> Float[Array, ""]:
+    """||v||^2."""
+    return jnp.sum(v * v)
+
+
+# ---- what travels and what stays --------------------------------------------------------------------------------
+
+
+class Shards(NamedTuple):
+    """The data of M workers, padded to N rows each. Padding stands at the end of a shard: minibatches rely on it."""
+
+    x: Any  # any pytree of arrays [M, N, ...] in their storage dtypes (uint8 for images)
+    y: Any  # likewise
+    weight: Any  # [M, N] >= 0; 0 marks padding, which comes after all rows that count
+
+
+class Keys(NamedTuple):
+    """The draws of one worker in one round: the same on every engine."""
+
+    own: PRNGKeyArray  # fold_in(fold_in(run, round), worker)
+    shared: PRNGKeyArray  # fold_in(fold_in(run, round), M), the same for all workers
+    run: PRNGKeyArray
+    round: Int[Array, ""]
+    worker: Int[Array, ""]  # M for the draws of the server
+
+
+def shared_bernoulli(keys: Keys, probability: Float[Array | np.ndarray, ""]) -> Bool[Array, ""]:
+    """The coin of the round, the same for all workers; it always falls in round 0."""
+    return (keys.round == 0) | (jax.random.uniform(keys.shared, (), jnp.float32) < probability)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a worker knows before its gradient; the server, which decides whom to ask, knows the same."""
+
+    params: Float[Array, " p"]
+    keys: Keys  # with the numbers of the round and of the worker
+    lr: Float[Array, ""]
+    num_workers: int
+    # (params, full=False, when=True) -> gradient [p] at another model on the same rows, or on the full shard. Computed
+    # and counted only where it is called, and only in the rounds in which `when` is true (zeros otherwise)
+    gradient_at: Callable[..., Float[Array, " p"]]
+
+
+@dataclass(frozen=True)
+class Evidence(Round):
+    """What an upload rule decides on. Squares are squared Euclidean norms."""
+
+    grad: Float[Array, " p"]
+    target: Float[Array, " p"]  # what was compressed
+    decoded: Float[Array, " p"]  # what the server would receive
+    target_sq: Float[Array, ""]
+    innovation_sq: Float[Array, ""]  # of `decoded`
+    error_sq: Float[Array, ""]  # of target - decoded
+
+
+class Step(NamedTuple):
+    """What the server did in a round: what a rule's shared history may be made of."""
+
+    before: Float[Array, " p"]  # the model that the workers had
+    after: Float[Array, " p"]  # the model that they get
+    direction_sq: Float[Array, ""]  # of what the optimizer got
+    step_sq: Float[Array, ""]  # of after - before
+    round: Int[Array, ""]
+
+
+class Worker(NamedTuple):
+    """What a worker keeps; a state stacks M of them."""
+
+    memory: Any  # the memory's own
+    rule: Any  # the rule's own
+
+
+class State(NamedTuple):
+    """All that the next round needs. A plain pytree; edit it freely between runs."""
+
+    params: Float[Array, " p"]  # the model that the workers have; `alg.params(state)` is the pytree
+    round: Int[Array, ""]
+    aggregate: Any  # [p], the server's sum of all memories; None where the memory keeps nothing from round to round
+    optimizer: Any  # of optax
+    rule: Any  # what the rule shares with all workers: a history, a snapshot
+    downlink: Any  # what the server remembers of what it sent down
+    workers: Worker  # [M, ...]
+
+
+class Upload(NamedTuple):
+    """What a worker hands to the exchange: `decoded` counts only where `sent`."""
+
+    decoded: Float[Array, " p"]
+    sent: Bool[Array, ""]
+    asked: Bool[Array, ""]  # whether the worker took part in this round
+    bits: Int[Array, ""]
+
+
+class Info(NamedTuple):
+    """Raw facts of a round, or of K rounds, one row a round. Row k belongs to the model *before* step k."""
+
+    loss: Float[Array | np.ndarray, "*K"]  # mean over workers, of the round's rows
+    sent: Bool[Array | np.ndarray, "*K M"]
+    bits_up: Int[Array | np.ndarray, "*K M"]  # of each worker's message, 0 where nothing was sent; sum them in int64
+    bits_down: Int[Array | np.ndarray, "*K"]
+    extra: dict[str, Any]  # what `record` named, [*K, ...]
+
+
+class Field(NamedTuple):
+    """A piece of a message: the entry `name` of `payload`, with `bits` for each number; see `laqjax.wire`."""
+
+    payload: dict[str, Any]
+    name: str
+    like: Any  # shape and dtype of the entry
+    bits: Any  # 0: not there. Floats of their full width travel as they are, everything else as whole numbers
+    kept: Any = None  # a mask: only these
+
+
+# ---- parts (checkable at run time: the tests check every annotation) -------------------------------------------------
+
+
+@runtime_checkable
+class Oracle(Protocol):
+    """Loss and gradient of one worker on the flat vector; see `laqjax.oracle`."""
+
+    @property
+    def size(self) -> int:
+        """The number of parameters p."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of parameters, gradients and losses."""
+        ...
+
+    def ravel(self, params: Any) -> Float[Array, " p"]:
+        """The pytree as one vector."""
+        ...
+
+    def unravel(self, params: Float[Array, " p"]) -> Any:
+        """The vector as the pytree."""
+        ...
+
+    def check(self, shards: Shards) -> None:
+        """Raise ValueError where the loss does not fit the data."""
+        ...
+
+    def working_bytes(self, shards: Shards) -> int:
+        """Memory that one gradient needs beside parameters and gradient."""
+        ...
+
+    def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> tuple[Array, Array]:
+        """(loss, gradient [p]) of worker `worker` at `params` [p], on its shard or on `rows` of it."""
+        ...
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Which rows of a shard a round uses; see `laqjax.oracle`."""
+
+    @property
+    def size(self) -> int:
+        """Rows a round."""
+        ...
+
+    def __call__(self, keys: Keys, shards: Shards) -> Any:
+        """The `oracle.Rows` of the worker and round of `keys`."""
+        ...
+
+
+@runtime_checkable
+class Compressor(Protocol):
+    """A scheme; see `laqjax.compressors`."""
+
+    def encode(self, target: Float[Array, " p"], keys: Keys) -> dict[str, Any]:
+        """The payload of a message."""
+        ...
+
+    def decode(self, payload: dict[str, Any], like: Any) -> Float[Array, " p"]:
+        """What the receiver takes it for; `like` has the shape and dtype of the target."""
+        ...
+
+    def wire(self, payload: dict[str, Any], like: Any) -> Iterable[Field]:
+        """The fields that travel, in order; see `laqjax.wire`."""
+        ...
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """When a worker sends; see `laqjax.rules`, whose `Rule` has all of this but `decide`.
+
+    may_skip: an asked worker may stay silent, and its silence means that the server's memory of it still stands.
+    server_decides: the server asks some workers only; the others neither get the model nor compute.
+    """
+
+    @property
+    def may_skip(self) -> bool: ...
+
+    @property
+    def server_decides(self) -> bool: ...
+
+    def init(self, params: Float[Array, " p"]) -> tuple[Any, Any]:
+        """(what the rule shares with all, what each worker keeps of it) before round 0."""
+        ...
+
+    def asked(self, shared: Any, own: Any, now: Round) -> Bool[Array, ""]:
+        """Whether the server asks this worker."""
+        ...
+
+    def decide(self, shared: Any, own: Any, now: Evidence) -> tuple[Bool[Array, ""], Any, Any]:
+        """(whether a worker that was asked sends, what it keeps if it sends, what it keeps if not)."""
+        ...
+
+    def observe(self, shared: Any, step: Step) -> Any:
+        """What is shared after the server's step."""
+        ...
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """What is compressed, what a worker remembers, and whether the server's aggregate persists; see `laqjax.memories`."""
+
+    @property
+    def persists(self) -> bool:
+        """Whether the server's aggregate holds what silent workers sent before."""
+        ...
+
+    def init(self, params: Float[Array, " p"]) -> Any:
+        """What a worker remembers before round 0."""
+        ...
+
+    def target(self, own: Any, grad: Float[Array, " p"], now: Round) -> tuple[Float[Array, " p"], Any]:
+        """(what is compressed, what the worker remembers if it then stays silent)."""
+        ...
+
+    def update(self, own: Any, grad: Any, target: Any, decoded: Float[Array, " p"]) -> Any:
+        """What the worker remembers if it sends; `own` is what `target` gave."""
+        ...
+
+    def aggregate(self, aggregate: Any, total: Float[Array, " p"]) -> tuple[Float[Array, " p"], Any]:
+        """(direction for the optimizer, aggregate) after the sum `total` of the messages."""
+        ...
+
+
+@runtime_checkable
+class Downlink(Protocol):
+    """How the model reaches the workers; see `laqjax.memories`."""
+
+    def init(self, params: Float[Array, " p"]) -> Any:
+        """What the server remembers of it."""
+        ...
+
+    def send(
+        self,
+        own: Any,
+        params: Float[Array, " p"],
+        direction: Float[Array, " p"],
+        optimize: Callable[..., Any],
+        keys: Keys,
+    ) -> tuple[Float[Array, " p"], Any, Any, Int[Array, ""]]:
+        """(the workers' next model, own, optimizer state, bits); `optimize(direction, params) -> (step, optimizer state)`."""
+        ...
