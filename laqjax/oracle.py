@@ -16,6 +16,7 @@ import numpy as np
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from laqjax import convolutions
 from laqjax.checks import number
 from laqjax.types import Keys, Oracle, Shards, static
 
@@ -131,7 +132,11 @@ class TiledOracle:
         def part(start: Any, count: int) -> tuple[Array, Array, Any]:
             x, y, weight = jax.tree.map(lambda a: cut(a, worker, rows, start, count), shards)
             weight = weight.astype(self.dtype)
-            loss, grad = jax.value_and_grad(lambda tree: jnp.vdot(self.loss_fn(tree, x, y), weight))(tree)
+            value_and_grad = jax.value_and_grad(lambda tree, x, y: jnp.vdot(self.loss_fn(tree, x, y), weight))
+            if jax.default_backend() == "cpu":
+                loss, grad = convolutions.canonical(value_and_grad, tree, x, y)
+            else:
+                loss, grad = value_and_grad(tree, x, y)
             return loss, jnp.sum(weight), grad
 
         with jax.default_matmul_precision(self.precision):
@@ -166,6 +171,12 @@ class TiledOracle:
 
         kept = jax.eval_shape(forward, self._tree(), x, y)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+
+    def one_by_one(self, shards: Shards) -> bool:
+        """Whether the points of a sweep run one after another: convolutions with many kernels are slow on the CPU."""
+        if jax.default_backend() != "cpu":
+            return False
+        return convolutions.contains(jax.make_jaxpr(self.loss_fn)(self._tree(), *_examples(shards, 2)).jaxpr)
 
     def _tree(self) -> Any:
         return jax.eval_shape(self.unravel, jax.ShapeDtypeStruct((self.size,), self.dtype))
@@ -279,6 +290,10 @@ class LocalSteps:
     def working_bytes(self, shards: Shards) -> int:
         """Memory of one of its gradients."""
         return self.oracle.working_bytes(shards)
+
+    def one_by_one(self, shards: Shards) -> bool:
+        """Whether the points of a sweep run one after another."""
+        return self.oracle.one_by_one(shards)
 
     def __call__(
         self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""], rows: Rows | None = None

@@ -240,18 +240,26 @@ def compiled_chunk(
     # inside, the points stand behind the workers, whose axis the round maps over: in front, each round would transpose
     behind = State(*(0,) * (len(State._fields) - 1), workers=1)  # pyright: ignore[reportArgumentType]
 
-    def rounds(algs: Algorithm, state: State, shards: Shards, keys: Any, count: Array) -> tuple[State, Info]:
-        def one(alg: Algorithm, state: State, key: Any) -> tuple[State, Info]:
-            return alg.step(state, shards, key, record=record, workers_at_once=workers_at_once)
+    def one(shards: Shards, alg: Algorithm, state: State, key: Any) -> tuple[State, Info]:
+        return alg.step(state, shards, key, record=record, workers_at_once=workers_at_once)
 
+    def together(algs: Algorithm, state: State, shards: Shards, keys: Any, count: Array) -> tuple[State, Info]:
         def step(state: State) -> tuple[State, Info]:
-            return jax.vmap(one, (0, behind, 0), (behind, 0))(algs, state, keys)
+            return jax.vmap(partial(one, shards), (0, behind, 0), (behind, 0))(algs, state, keys)
 
         state, info = rounds_of(step, _swapped(state), count, length)
         return _swapped(state), info
 
+    def in_turn(algs: Algorithm, state: State, shards: Shards, keys: Any, count: Array) -> tuple[State, Info]:
+        def rounds(point: Any) -> tuple[State, Info]:
+            alg, state, key = point
+            return rounds_of(lambda state: one(shards, alg, state, key), state, count, length)
+
+        state, info = jax.lax.map(rounds, (algs, state, keys))
+        return state, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), info)
+
     split = jax.shard_map(
-        rounds,
+        in_turn if algs.oracle.one_by_one(shards) else together,
         mesh=mesh,
         in_specs=(P("sweep"), P("sweep"), P(), P("sweep"), P()),
         out_specs=(P("sweep"), P(None, "sweep")),

@@ -167,6 +167,10 @@ class Oracle(Protocol):
         """Memory that one gradient needs beside parameters and gradient."""
         ...
 
+    def one_by_one(self, shards: Shards) -> bool:
+        """Whether the points of a sweep run one after another, where that is faster than side by side."""
+        ...
+
     def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> tuple[Array, Array]:
         """(loss, gradient [p]) of worker `worker` at `params` [p], on its shard or on `rows` of it."""
         ...

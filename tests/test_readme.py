@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 import laqjax
 from laqjax import problems, types, wire
@@ -13,13 +14,37 @@ from laqjax import problems, types, wire
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
 
 
-def test_use_it(mnist: laqjax.Shards) -> None:
+def block(word: str) -> str:
+    return next(block for block in BLOCKS if word in block)
+
+
+@pytest.fixture(scope="module")
+def used() -> dict[str, Any]:
+    """The names of the first example, after it ran."""
     names: dict[str, Any] = {}
-    first = next(block for block in BLOCKS if "datasets.load" in block)
-    exec(first.replace("rounds=200", "rounds=5"), names)  # what it shows does not depend on how long it runs
-    out = names["out"]
-    assert int(out.state.round) == 10
-    np.testing.assert_array_equal(names["shards"].x, mnist.x)
+    exec(block("datasets.load").replace("rounds=200", "rounds=5"), names)  # it shows the same, however long it runs
+    return names
+
+
+def test_use_it(used: dict[str, Any], mnist: laqjax.Shards) -> None:
+    assert int(used["out"].state.round) == 10
+    assert used["params"]["weight"].shape == (10, 784)
+    np.testing.assert_array_equal(used["shards"].x, mnist.x)
+
+
+def test_a_loop_of_your_own(used: dict[str, Any]) -> None:
+    names = dict(used)
+    exec(block("step = jax.jit(alg.step)"), names)  # it asserts that the loop is the run
+    assert int(names["state"].round) == 10
+
+
+def test_your_own_model(used: dict[str, Any]) -> None:
+    names = dict(used)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # a user's, not the tests'
+        exec(block("import flax"), names)
+    assert jax.tree.structure(names["trained"]) == jax.tree.structure(names["params"])
+    loss = names["out"].info.loss
+    assert loss[-1] < 0.8 * loss[0]
 
 
 def test_your_own_method() -> None:
@@ -29,10 +54,10 @@ def test_your_own_method() -> None:
     oracle = problem.oracle()
     names: dict[str, Any] = {"oracle": oracle, "theta0": problem.theta0(oracle)}
     names["shards"] = laqjax.Shards(x, y, np.ones((10, 12), np.float32))
-    exec(next(block for block in BLOCKS if "Adding" in block or "class Half" in block), names)
+    exec(block("class Half"), names)
     one, many, alg = names["one"], names["many"], names["algs"][0]
     np.testing.assert_array_equal(many.info.sent[:, 0], one.info.sent)
-    assert 0 < one.info.sent.mean() < 1
+    assert 0 < one.info.sent[1:].mean() < 1
     assert set(one.info.bits_up[one.info.sent]) == {16 * oracle.size}
     like = names["theta0"]
     key = jax.random.key(0)

@@ -1,0 +1,85 @@
+"""Convolutions in the layout that XLA's fast CPU kernels take.
+
+XLA on the CPU has a threaded kernel for convolutions of NHWC images with HWIO kernels. It brings other layouts, such as
+those of a kernel's gradient, into that form at the top level of a program only: inside a loop or a branch they fall back
+to a naive one, ten times slower (jax issue 12868). So the transpositions are written out here, before XLA sees them.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+
+def contains(jaxpr: core.Jaxpr) -> bool:
+    """Whether there is a convolution in it, or in what it calls."""
+    return any(
+        eqn.primitive is lax.conv_general_dilated_p
+        or any(contains(inner) for value in eqn.params.values() for inner in _jaxprs(value))
+        for eqn in jaxpr.eqns
+    )
+
+
+def canonical(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, its convolutions in NHWC, HWIO -> NHWC; as it is where it has none."""
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    if not contains(closed.jaxpr):
+        return function(*args)
+    return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed, jax.tree.leaves(args)))
+
+
+def _jaxprs(value: Any) -> Iterator[core.Jaxpr]:
+    """The jaxprs in a parameter of an equation."""
+    if isinstance(value, core.ClosedJaxpr):
+        yield value.jaxpr
+    elif isinstance(value, core.Jaxpr):
+        yield value
+    elif isinstance(value, tuple | list):
+        for inner in value:
+            yield from _jaxprs(inner)
+
+
+def _evaluate(closed: core.ClosedJaxpr, args: Any) -> list[Any]:
+    """What the jaxpr computes, equation by equation."""
+    values: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    values |= zip(closed.jaxpr.invars, args, strict=True)
+
+    def read(variable: Any) -> Any:
+        return variable.val if isinstance(variable, core.Literal) else values[variable]
+
+    for eqn in closed.jaxpr.eqns:
+        inputs: Any = [read(variable) for variable in eqn.invars]
+        if eqn.primitive is lax.conv_general_dilated_p:
+            outputs = [_convolution(*inputs, **eqn.params)]
+        else:
+            params = {name: _rewritten(value) for name, value in eqn.params.items()}
+            outputs: Any = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(params))
+        several = eqn.primitive.multiple_results
+        values |= zip(eqn.outvars, outputs if several or isinstance(outputs, list) else [outputs], strict=True)
+    return [read(variable) for variable in closed.jaxpr.outvars]
+
+
+def _rewritten(value: Any) -> Any:
+    """A parameter of an equation, its jaxprs with canonical convolutions."""
+    if isinstance(value, core.ClosedJaxpr) and contains(value.jaxpr):
+        return jax.make_jaxpr(lambda *args: _evaluate(value, args))(*[v.aval for v in value.jaxpr.invars])
+    if isinstance(value, core.Jaxpr) and contains(value):
+        return _rewritten(core.ClosedJaxpr(value, ())).jaxpr
+    return type(value)(map(_rewritten, value)) if type(value) in (tuple, list) else value
+
+
+def _convolution(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> Any:
+    left, right, out = dimension_numbers
+    spatial = tuple(range(1, lhs.ndim - 1))
+    last = lhs.ndim - 1
+    numbers = lax.ConvDimensionNumbers((0, last, *spatial), (last, last - 1, *range(last - 1)), (0, last, *spatial))
+    result = lax.conv_general_dilated_p.bind(
+        lax.transpose(lhs, (left[0], *left[2:], left[1])),
+        lax.transpose(rhs, (*right[2:], right[1], right[0])),
+        dimension_numbers=numbers,
+        **params,
+    )
+    return lax.transpose(result, np.argsort((out[0], *out[2:], out[1])).tolist())
