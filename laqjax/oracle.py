@@ -16,7 +16,7 @@ import numpy as np
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from laqjax import convolutions
+from laqjax import kernels
 from laqjax.checks import number
 from laqjax.types import Keys, Oracle, Shards, static
 
@@ -72,7 +72,8 @@ class Layout:
                 f"params = {given}{tree_given}: expected {self.dtype}[{self.size}], a vector from oracle.ravel(params), or the "
                 f"pytree {wanted} in {self.tree}"
             )
-        return jnp.concatenate([jnp.reshape(jnp.asarray(leaf), -1) for leaf in leaves])
+        # in two dimensions: XLA on the CPU would fuse a concatenation of vectors into what reads it, a branch per element
+        return jnp.concatenate([jnp.reshape(jnp.asarray(leaf), (1, -1)) for leaf in leaves], axis=1)[0]
 
     def unravel(self, params: Float[Array, " p"]) -> Any:
         """The vector as the pytree."""
@@ -134,7 +135,7 @@ class TiledOracle:
             weight = weight.astype(self.dtype)
             value_and_grad = jax.value_and_grad(lambda tree, x, y: jnp.vdot(self.loss_fn(tree, x, y), weight))
             if jax.default_backend() == "cpu":
-                loss, grad = convolutions.canonical(value_and_grad, tree, x, y)
+                loss, grad = kernels.canonical(value_and_grad, tree, x, y)
             else:
                 loss, grad = value_and_grad(tree, x, y)
             return loss, jnp.sum(weight), grad
@@ -176,7 +177,8 @@ class TiledOracle:
         """Whether the points of a sweep run one after another: convolutions with many kernels are slow on the CPU."""
         if jax.default_backend() != "cpu":
             return False
-        return convolutions.contains(jax.make_jaxpr(self.loss_fn)(self._tree(), *_examples(shards, 2)).jaxpr)
+        loss = jax.make_jaxpr(self.loss_fn)(self._tree(), *_examples(shards, 2))
+        return kernels.contains(loss.jaxpr, jax.lax.conv_general_dilated_p)
 
     def _tree(self) -> Any:
         return jax.eval_shape(self.unravel, jax.ShapeDtypeStruct((self.size,), self.dtype))

@@ -10,6 +10,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -116,16 +117,13 @@ class Algorithm:
         round_key = jax.random.fold_in(key, state.round)
         shared_key = jax.random.fold_in(round_key, alg.num_workers)
 
-        def one(index_and_worker: tuple[Array, Worker]) -> Any:
-            index, worker = index_and_worker
+        def one(index: Array, worker: Worker) -> Any:
             keys = Keys(jax.random.fold_in(round_key, index), shared_key, key, state.round, index)
             worker, upload, facts = worker_step(alg, worker, state, shards, keys)
-            return worker, upload, {name: fact for name, fact in facts.items() if name in record}, facts["loss"]
+            kept = {name: fact for name, fact in facts.items() if name in record}
+            return worker, upload.decoded, (upload._replace(decoded=None), kept, facts["loss"])
 
-        everybody = jnp.arange(alg.num_workers, dtype=jnp.int32), state.workers
-        workers, uploads, facts, losses = over_workers(one, everybody, workers_at_once)
-        # a product: XLA on the CPU sums over a leading axis many times slower
-        total = jnp.matmul(uploads.sent.astype(uploads.decoded.dtype), uploads.decoded, precision="highest")
+        workers, total, (uploads, facts, losses) = over_workers(one, state, alg.num_workers, workers_at_once)
         keys = Keys(shared_key, shared_key, key, state.round, jnp.int32(alg.num_workers))
         after, bits_down, server_facts = server_step(alg, state, total, jnp.sum(uploads.asked, dtype=jnp.int32), keys)
         facts |= {name: fact for name, fact in server_facts.items() if name in record}
@@ -208,13 +206,37 @@ def assemble(
     )
 
 
-def over_workers(one: Callable[[Any], Any], workers: Any, at_once: int | None) -> Any:
-    """`one` for all workers, `at_once` side by side: where a worker becomes M of them."""
-    count = workers[0].size
+def over_workers(one: Callable[..., Any], state: State, count: int, at_once: int | None) -> Any:
+    """(workers, total, the rest for each) of `one(index, worker) -> (worker, [p], rest)`: where a worker becomes M of them.
+
+    `total` is the sum of the messages sent; `rest` begins with an upload, which says who sent.
+    """
     together = at_once or (1 if jax.default_backend() == "cpu" else count)
-    if together >= count:
-        return jax.vmap(one)(workers)
-    return jax.lax.map(one, workers, batch_size=together if together > 1 else None)
+    indices = jnp.arange(count, dtype=jnp.int32)
+
+    def in_turn(carry: Any, index: Array) -> Any:
+        # a worker's row moves in place and its message is added at once: [M, p] is not written once more
+        workers, total = carry
+        before = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), workers)
+        after, decoded, rest = one(index, before)
+
+        def put(rows: Array, row: Array, old: Array) -> Array:
+            return rows if row is old else jax.lax.dynamic_update_index_in_dim(rows, row, index, 0)
+
+        total = total + jnp.where(rest[0].sent, decoded, 0)
+        return (jax.tree.map(put, workers, after, before), total), rest
+
+    if together == 1:
+        (workers, total), rest = jax.lax.scan(in_turn, (state.workers, jnp.zeros_like(state.params)), indices)
+        return workers, total, rest
+    side_by_side = jax.vmap(one) if together >= count else partial(_mapped, one, together)
+    workers, decoded, rest = side_by_side(indices, state.workers)
+    # a product: XLA on the CPU sums over a leading axis many times slower
+    return workers, jnp.matmul(rest[0].sent.astype(decoded.dtype), decoded, precision="highest"), rest
+
+
+def _mapped(one: Callable[..., Any], together: int, indices: Array, workers: Worker) -> Any:
+    return jax.lax.map(lambda pair: one(*pair), (indices, workers), batch_size=together)
 
 
 def choose(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:

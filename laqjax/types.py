@@ -108,7 +108,7 @@ class State(NamedTuple):
 class Upload(NamedTuple):
     """What a worker hands to the exchange: `decoded` counts only where `sent`."""
 
-    decoded: Float[Array, " p"]
+    decoded: Any  # [p]
     sent: Bool[Array, ""]
     asked: Bool[Array, ""]  # whether the worker took part in this round
     bits: Int[Array, ""]

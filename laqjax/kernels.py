@@ -1,8 +1,11 @@
-"""Convolutions in the layout that XLA's fast CPU kernels take.
+"""Gradients in the form that XLA's fast CPU kernels take. Both faults hold inside loops, where every round is.
 
-XLA on the CPU has a threaded kernel for convolutions of NHWC images with HWIO kernels. It brings other layouts, such as
-those of a kernel's gradient, into that form at the top level of a program only: inside a loop or a branch they fall back
-to a naive one, ten times slower (jax issue 12868). So the transpositions are written out here, before XLA sees them.
+Convolutions: there is a threaded kernel for NHWC images with HWIO kernels. Other layouts, such as those of a kernel's
+gradient, are brought into that form at the top level of a program only; inside a loop or a branch they fall back to a
+naive one, ten times slower (jax issue 12868). So the transpositions are written out before XLA sees them.
+
+Products: the gradient of a kernel stored [in, out], as flax does, is a product that is then transposed. XLA folds the two
+into one product of an unlucky layout, three times slower. So the transposition is kept apart.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,20 +17,18 @@ from jax import lax
 from jax.extend import core
 
 
-def contains(jaxpr: core.Jaxpr) -> bool:
-    """Whether there is a convolution in it, or in what it calls."""
+def contains(jaxpr: core.Jaxpr, *primitives: core.Primitive) -> bool:
+    """Whether one of the primitives is in it, or in what it calls."""
     return any(
-        eqn.primitive is lax.conv_general_dilated_p
-        or any(contains(inner) for value in eqn.params.values() for inner in _jaxprs(value))
+        eqn.primitive in primitives
+        or any(contains(inner, *primitives) for value in eqn.params.values() for inner in _jaxprs(value))
         for eqn in jaxpr.eqns
     )
 
 
 def canonical(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, its convolutions in NHWC, HWIO -> NHWC; as it is where it has none."""
+    """`function(*args)`, with its convolutions in NHWC, HWIO -> NHWC, and products apart from their transpositions."""
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-    if not contains(closed.jaxpr):
-        return function(*args)
     return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed, jax.tree.leaves(args)))
 
 
@@ -50,6 +51,8 @@ def _evaluate(closed: core.ClosedJaxpr, args: Any) -> list[Any]:
     def read(variable: Any) -> Any:
         return variable.val if isinstance(variable, core.Literal) else values[variable]
 
+    moved = [eqn.invars[0] for eqn in closed.jaxpr.eqns if eqn.primitive is lax.transpose_p]
+    transposed = {variable for variable in moved if not isinstance(variable, core.Literal)}
     for eqn in closed.jaxpr.eqns:
         inputs: Any = [read(variable) for variable in eqn.invars]
         if eqn.primitive is lax.conv_general_dilated_p:
@@ -57,18 +60,21 @@ def _evaluate(closed: core.ClosedJaxpr, args: Any) -> list[Any]:
         else:
             params = {name: _rewritten(value) for name, value in eqn.params.items()}
             outputs: Any = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(params))
+        if eqn.primitive is lax.dot_general_p and eqn.outvars[0] in transposed:
+            outputs = lax.optimization_barrier(outputs)
         several = eqn.primitive.multiple_results
         values |= zip(eqn.outvars, outputs if several or isinstance(outputs, list) else [outputs], strict=True)
     return [read(variable) for variable in closed.jaxpr.outvars]
 
 
 def _rewritten(value: Any) -> Any:
-    """A parameter of an equation, its jaxprs with canonical convolutions."""
-    if isinstance(value, core.ClosedJaxpr) and contains(value.jaxpr):
+    """A parameter of an equation, its jaxprs in canonical form."""
+    changes = lax.conv_general_dilated_p, lax.dot_general_p
+    if isinstance(value, core.ClosedJaxpr) and contains(value.jaxpr, *changes):
         return jax.make_jaxpr(lambda *args: _evaluate(value, args))(*[v.aval for v in value.jaxpr.invars])
-    if isinstance(value, core.Jaxpr) and contains(value):
+    if isinstance(value, core.Jaxpr) and contains(value, *changes):
         return _rewritten(core.ClosedJaxpr(value, ())).jaxpr
-    return type(value)(map(_rewritten, value)) if type(value) in (tuple, list) else value
+    return type(value)(_rewritten(inner) for inner in value) if isinstance(value, tuple | list) else value
 
 
 def _convolution(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> Any:
