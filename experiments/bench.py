@@ -2,7 +2,7 @@
 
     python -m experiments.bench [--json FILE] [--quick] [--only NAME ...]
 
-Cost: five minutes and 2 GB on two cores; --quick under one minute, with rougher times. NAME is one of GROUPS or FRESH.
+Cost: eight minutes and 4 GB on two cores; --quick under one minute, with rougher times. NAME is one of GROUPS or FRESH.
 
 Expect ratios, not milliseconds: times move by a factor of two and more with whatever else the machine does. So the
 contestants of a group run in turns in one process, by calls of about equal length, the best call counts, and a share of
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -73,6 +75,79 @@ def laqjax_sweep(shards: laqjax.Shards, kind: str, points: int, rounds: int) -> 
     theta0, keys = problem.theta0(oracle), jax.random.split(jax.random.key(0), points)
     run = repeat(lambda: laqjax.sweep(algs, theta0, shards, rounds, keys, batch=points), 1)
     return Contestant(run.call, rounds * points, FLOPS[kind])
+
+
+def in_out(shards: laqjax.Shards) -> Contestant:
+    """Softmax regression with its kernel stored [in, out] and pixels divided, as one writes it in flax."""
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        logits = x.astype(jnp.float32) / 255 @ params["kernel"] + params["bias"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+    params = {"bias": jnp.zeros(CLASSES), "kernel": jnp.zeros((shards.x.shape[-1], CLASSES))}
+    oracle = laqjax.oracle.from_loss(loss, params, l2=0.01)
+    alg = laqjax.algorithms.laq(oracle, lr=0.02, num_workers=len(shards.x), bits=BITS["softmax"])
+    run = repeat(lambda: laqjax.run(alg, params, shards, 20, jax.random.key(0)), 1)
+    return Contestant(run.call, 20, FLOPS["softmax"])
+
+
+def cnn(shards: laqjax.Shards, form: str) -> Contestant:
+    """Two 5x5 convolutions with stride 2 and two dense layers on 64 images a worker: LAQ, four points of it, or gradients."""
+    import flax.linen as nn  # here: optional
+
+    flatten = [lambda x: x.reshape(len(x), -1), nn.Dense(64), nn.relu, nn.Dense(CLASSES)]
+    model = nn.Sequential([nn.Conv(16, (5, 5), 2), nn.relu, nn.Conv(32, (5, 5), 2), nn.relu, *flatten])
+    params = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        logits = model.apply(params, x.reshape(-1, 28, 28, 1).astype(jnp.float32) / 255)
+        return optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), y)
+
+    few = laqjax.Shards(*(jnp.asarray(np.asarray(a)[:, :64]) for a in shards))
+    workers, rounds, key = len(few.x), 10, jax.random.key(0)
+    if form == "calls":  # the better of two plain forms: vmap takes more than twice as long
+        gradient = jax.jit(jax.value_and_grad(lambda params, x, y: jnp.mean(loss(params, x, y))))
+        data = list(zip(few.x, few.y, strict=True))
+        return Contestant(repeat(lambda: [gradient(params, x, y) for x, y in data], rounds).call, rounds)
+    oracle, points = laqjax.oracle.from_loss(loss, params), 4
+    algs = [laqjax.algorithms.laq(oracle, lr=0.01 * (i + 1), num_workers=workers) for i in range(points)]
+    if form == "laq":
+        return Contestant(lambda: laqjax.run(algs[0], params, few, rounds, key, chunk=rounds), rounds)
+    stacked, keys = laqjax.stack(algs), jax.random.split(key, points)
+    return Contestant(lambda: laqjax.sweep(stacked, params, few, rounds, keys, chunk=rounds), rounds * points)
+
+
+def large(hidden: int, form: str) -> Contestant:
+    """784-hidden-10 on 8 workers of 32 rows: LAQ, GD, or a plain scan over the workers on the flat vector."""
+    workers, rounds, rng = 8, 8, np.random.default_rng(0)
+    problem = laqjax.problems.Network(784, CLASSES, hidden, l2=0)
+    oracle, key = problem.oracle(), jax.random.key(0)
+    x, y = rng.integers(0, 256, (workers, 32, 784)), rng.integers(0, CLASSES, (workers, 32))
+    data = laqjax.Shards(jnp.asarray(x, jnp.uint8), jnp.asarray(y, jnp.int32), jnp.ones((workers, 32)))
+    theta = problem.theta0(oracle)
+    if form != "plain":
+        alg = getattr(laqjax.algorithms, form)(oracle, lr=0.02, num_workers=workers)
+        holder: list[Any] = [laqjax.init(alg, theta, data)]
+
+        def call() -> None:  # from state to state, as in a long run: making one costs as much as a round
+            for out in laqjax.stream(alg, holder[0], data, rounds, key, chunk=rounds):
+                holder[0] = out.state
+
+        return Contestant(call, rounds)
+
+    @jax.jit
+    def plain(theta: Any, data: Any) -> Any:
+        def one(theta: Any, _: Any) -> Any:
+            def worker(total: Any, m: Any) -> Any:
+                loss, grad = oracle(theta, data, m)
+                return total + grad, loss
+
+            total, losses = jax.lax.scan(worker, jnp.zeros_like(theta), jnp.arange(workers, dtype=jnp.int32))
+            return theta - 0.02 * total, jnp.mean(losses)
+
+        return jax.lax.scan(one, theta, length=rounds)
+
+    return Contestant(lambda: jax.block_until_ready(plain(theta, data)), rounds)
 
 
 def repeat(call: Callable[[], Any], times: int, flops: float | None = None) -> Contestant:
@@ -191,9 +266,25 @@ GROUPS: dict[str, dict[str, Callable[[laqjax.Shards], Contestant]]] = {
         "sweep-16": lambda shards: laqjax_sweep(shards, "softmax", 16, 8),
         "sweep-64": lambda shards: laqjax_sweep(shards, "softmax", 64, 4),
     },
+    "kernel": {
+        "out-in": lambda shards: laqjax_run(shards, "softmax", "laq", 20, bits=BITS["softmax"]),
+        "in-out": in_out,
+    },
+    "cnn": {f"cnn-{form}": partial(cnn, form=form) for form in ("calls", "laq", "sweep")},
+    "million": {f"million-{form}": lambda shards, form=form: large(1258, form) for form in ("plain", "gd", "laq")},
+    "ten": {f"ten-million-{form}": lambda shards, form=form: large(12579, form) for form in ("plain", "gd", "laq")},
     "network-sweep": {"network-sweep-8": lambda shards: laqjax_sweep(shards, "network", 8, 2)},
 }
-SECONDS = {"softmax": 75, "network": 35, "sweep": 60, "network-sweep": 30}  # of turns, a tenth of them with --quick
+SECONDS = {
+    "softmax": 75,
+    "network": 35,
+    "sweep": 60,
+    "network-sweep": 30,
+    "kernel": 20,
+    "cnn": 40,
+    "million": 20,
+    "ten": 60,
+}  # of turns, a tenth of them with --quick
 FRESH = {"fresh-softmax": "softmax", "fresh-network": "network", "fresh-sweep": "sweep"}
 GOALS = (  # names of `numbers`
     ("laq, share of GEMM", ">=", 0.25),
@@ -208,6 +299,13 @@ GOALS = (  # names of `numbers`
     ("sweep-16 / one", "<=", 0.45),
     ("sweep-64 / one", "<=", 0.45),
     ("network-sweep-8, share of GEMM", ">=", 0.80),
+    ("in-out / out-in", "<=", 1.25),
+    ("cnn-laq / cnn-calls", "<=", 1.15),
+    ("cnn-sweep / cnn-calls", "<=", 1.15),
+    ("million-laq / million-gd", "<=", 1.4),
+    ("million-gd / million-plain", "<=", 1.0),
+    ("ten-million-laq / ten-million-gd", "<=", 1.4),
+    ("ten-million-gd / ten-million-plain", "<=", 1.0),
     ("fresh-softmax, compile s", "<=", 5),
     ("fresh-network, compile s", "<=", 5),
     ("fresh-sweep, compile s", "<=", 10),

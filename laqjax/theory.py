@@ -1,8 +1,8 @@
 """Admissible steps and Lyapunov functions: for default step sizes, and for property tests.
 
 Steps are for f = sum_m f_m and theta -= lr sum_m (...), the convention of the lazy family; theorems stated for the mean
-of the f_m are divided by M. L: smoothness of f, L_m: of f_m; those of the
-problems are in `laqjax.problems`.
+of the f_m are divided by M. L: smoothness of f, L_m: of f_m; `laqjax.problems`
+has those of its linear models.
 """
 
 from typing import Any
@@ -35,7 +35,10 @@ def lr_ef21(each: np.ndarray, smooth: float, delta: float, zeta: float = 0.0) ->
 
 
 def lr_diana(each: np.ndarray, smooth: float, omega: float) -> float:
-    """DIANA's step for an unbiased compressor of variance `omega`: 1 / (L + 6 omega max L_m) (damping 1 / (1 + omega))."""
+    """DIANA's step for convex f and an unbiased compressor of variance `omega`: 1 / (L + 6 omega max L_m).
+
+    With damping 1 / (1 + omega).
+    """
     return 1 / (smooth + 6 * omega * float(np.max(each)))
 
 
@@ -49,5 +52,8 @@ def lr_marina(each: np.ndarray, smooth: float, omega: float, probability: float)
 
 
 def lr_unbiased(each: np.ndarray, smooth: float, omega: float) -> float:
-    """Step of compressed gradients without memory: 1 / (L + 2 omega max L_m); it ends at the variance's floor."""
+    """Step of compressed gradients without memory, for convex f: 1 / (L + 2 omega max L_m).
+
+    It ends at the variance's floor.
+    """
     return 1 / (smooth + 2 * omega * float(np.max(each)))

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Toy, softmax_loss
+from conftest import KEY, Toy, softmax_loss
 from flax import linen, nnx
 
-from laqjax import Shards, oracle
+import laqjax
+from laqjax import Shards, kernels, oracle
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -143,3 +144,70 @@ def test_every_framework_gives_the_same_oracle(toy: Toy) -> None:
         for leaf in jax.tree.leaves(given.unravel(grad)):
             same = {(3,): gradient["bias"], (3, 20): gradient["weight"], (20, 3): gradient["weight"].T}[leaf.shape]
             np.testing.assert_allclose(leaf, same, rtol=1e-4, atol=1e-7)
+
+
+# ---- the form of gradients -----------------------------------------------------------------------------------------
+
+
+class Convolutions(linen.Module):
+    """Strides, dilation, groups, NCHW, a branch and a loop over layers: whatever a jaxpr may hold."""
+
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        x = linen.relu(linen.Conv(4, (3, 3), strides=2)(x))
+        x = linen.relu(linen.Conv(4, (3, 3), kernel_dilation=2, feature_group_count=2)(x))
+        kernel = self.param("kernel", linen.initializers.normal(0.1), (6, 4, 3, 3))
+        x = jax.lax.conv(jnp.moveaxis(x, -1, 1), kernel, (1, 1), "SAME")
+        x = jax.lax.cond(jnp.sum(x) > 1e9, jnp.zeros_like, lambda x: x, x)
+        layers = self.param("layers", linen.initializers.normal(0.1), (2, 6, 6, 3, 3))
+        x, _ = jax.lax.scan(lambda x, kernel: (jnp.tanh(jax.lax.conv(x, kernel, (1, 1), "SAME")), None), x, layers)
+        return linen.Dense(3)(x.reshape(len(x), -1))
+
+
+def test_gradients_in_the_form_of_the_fast_kernels_are_the_gradients(toy: Toy) -> None:
+    """Rewritten equation by equation, and equal to what JAX gives as it stands; a model's kernels [in, out] among them."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        model, x = Convolutions(), jax.random.normal(jax.random.key(1), (6, 8, 8, 2))
+        params = model.init(jax.random.key(0), x)
+
+        def loss(params: Any, x: Any) -> Any:
+            logits: Any = model.apply(params, x)
+            return jnp.sum(jax.nn.logsumexp(logits, axis=-1))
+
+        both = jax.value_and_grad(loss)
+        expected, given = both(params, x), jax.jit(lambda p, x: kernels.canonical(both, p, x))(params, x)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), given, expected)
+        found: list[Any] = []
+
+        def collect(jaxpr: Any) -> None:
+            for eqn in jaxpr.eqns:
+                found.extend([eqn.params["dimension_numbers"]] * (eqn.primitive is jax.lax.conv_general_dilated_p))
+                for value in eqn.params.values():
+                    for inner in kernels._jaxprs(value):
+                        collect(inner)
+
+        collect(jax.make_jaxpr(lambda p, x: kernels.canonical(both, p, x))(params, x).jaxpr)
+    assert len(found) >= 7  # forward and backward ones
+    assert {(n.lhs_spec, n.rhs_spec, n.out_spec) for n in found} == {((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))}
+
+
+def test_points_of_convolutions_run_in_turn() -> None:
+    """And are what they are alone."""
+    model = linen.Sequential([linen.Conv(2, (3, 3)), lambda x: x.reshape(len(x), -1), linen.Dense(3)])
+    x = np.random.default_rng(0).normal(size=(3, 4, 6, 6, 1)).astype(np.float32)
+    shards = Shards(x, np.arange(12, dtype=np.int32).reshape(3, 4) % 3, np.ones((3, 4), np.float32))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        params = model.init(jax.random.key(0), x[0])
+
+        def loss(params: Any, x: Any, y: Any) -> Any:
+            logits: Any = model.apply(params, x)
+            return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)[:, 0]
+
+        given = oracle.from_loss(loss, params)
+        assert given.one_by_one(shards)
+        algs = [laqjax.algorithms.laq(given, lr=0.1, num_workers=3, bits=bits) for bits in (2, 4)]
+        many = laqjax.sweep(laqjax.stack(algs), params, shards, 8, jax.random.split(KEY, 2))
+        for i, key in enumerate(jax.random.split(KEY, 2)):
+            one = laqjax.run(algs[i], params, shards, 8, key)
+            np.testing.assert_array_equal(one.info.sent, many.info.sent[:, i])
+            np.testing.assert_allclose(one.state.params, laqjax.take(many.state, i).params, rtol=1e-5, atol=1e-7)
