@@ -62,8 +62,8 @@ class Layout:
         leaves, tree = jax.tree.flatten(params)
         arrays = all(hasattr(leaf, "dtype") for leaf in leaves)
         same = arrays and all(leaf.dtype == self.dtype for leaf in leaves)
-        if same and len(leaves) == 1 and np.shape(params) == (self.size,):
-            return params
+        if same and len(leaves) == 1 and np.shape(leaves[0]) == (self.size,):
+            return jnp.asarray(leaves[0])
         if not same or tree != self.tree or tuple(np.shape(leaf) for leaf in leaves) != self.shapes:
             given = ", ".join(f"{leaf.dtype}{list(np.shape(leaf))}" for leaf in leaves) if arrays else str(type(params))
             tree_given = "" if jax.tree_util.treedef_is_leaf(tree) or not arrays else f" in {tree}"

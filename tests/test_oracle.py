@@ -181,7 +181,8 @@ def test_gradients_in_the_form_of_the_fast_kernels_are_the_gradients(toy: Toy) -
 
         def collect(jaxpr: Any) -> None:
             for eqn in jaxpr.eqns:
-                found.extend([eqn.params["dimension_numbers"]] * (eqn.primitive is jax.lax.conv_general_dilated_p))
+                if eqn.primitive is jax.lax.conv_general_dilated_p:
+                    found.append(eqn.params["dimension_numbers"])
                 for value in eqn.params.values():
                     for inner in kernels._jaxprs(value):
                         collect(inner)
