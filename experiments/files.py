@@ -1,5 +1,6 @@
 """Files that are whole or absent: everything is written under a temporary name, then renamed."""
 
+import errno
 import json
 import os
 import platform
@@ -31,6 +32,12 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield part
         part.replace(path)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            errno.ENOSPC, "the disk is full; make room and run the same command again, it resumes", str(path)
+        ) from None
     finally:
         part.unlink(missing_ok=True)
 

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import polars as pl
-from jax.tree_util import register_dataclass
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -21,6 +20,7 @@ import laqjax
 from experiments import files, plots
 from laqjax import algorithms
 from laqjax.rules import Rule
+from laqjax.types import register_dataclass
 
 SETS = {"linear": (28, 29, 30), "logistic": (2, 9, 11)}
 FEATURES = {"linear": 8, "logistic": 34}  # the smallest number among the three sets

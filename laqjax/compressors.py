@@ -15,11 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int
 
 from laqjax.checks import number, part
-from laqjax.types import Compressor, Field, shared_bernoulli, static
+from laqjax.types import Compressor, Field, register_dataclass, shared_bernoulli, static
 from laqjax.wire import flags, float_bits, index_bits, scalar
 
 

@@ -13,10 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int
 
-from laqjax.types import Compressor, shared_bernoulli, static
+from laqjax.types import Compressor, register_dataclass, shared_bernoulli, static
 from laqjax.wire import float_bits, message_bits
 
 # ---- uplink -----------------------------------------------------------------------------------------------------

@@ -13,12 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import register_dataclass
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from laqjax import kernels
 from laqjax.checks import number
-from laqjax.types import Keys, Oracle, Shards, static
+from laqjax.types import Keys, Oracle, Shards, register_dataclass, static
 
 # of one tile in the parameters' dtype: in the second-level caches of two cores together, above that in the third
 TILE_BYTES = 4 * 2**20

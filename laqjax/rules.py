@@ -15,12 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import register_dataclass
 from jaxtyping import Array, Bool, Float, Int
 
 from laqjax import types
 from laqjax.checks import number, numbers
-from laqjax.types import Evidence, Round, Step, square, static
+from laqjax.types import Evidence, Round, Step, register_dataclass, square, static
 
 NEVER = np.iinfo(np.int32).max  # a limit that no run reaches
 

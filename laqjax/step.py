@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import register_dataclass
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from laqjax.checks import number, part, server_optimizer, step_size
@@ -38,6 +37,7 @@ from laqjax.types import (
     Step,
     Upload,
     Worker,
+    register_dataclass,
     square,
     static,
 )

@@ -6,18 +6,48 @@ makes it, a round takes it in and gives it back.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+T = TypeVar("T")
+
 
 def static(**kwargs: Any) -> Any:
     """A dataclass field that is structure: compared and hashed by `jax.jit`, never traced."""
     return field(metadata={"static": True}, **kwargs)
+
+
+def register_dataclass(cls: type[T]) -> type[T]:
+    """A frozen dataclass as a pytree: fields are children, `static` ones are structure, and so is the class itself.
+
+    `jax.tree_util.register_dataclass` forgets the class where it compares structures (seen in JAX 0.10.2): two parts with
+    fields of one shape are then equal to `jax.jit`, which runs the program of one for the other when their hashes meet.
+    """
+    children = [f.name for f in fields(cls) if not f.metadata.get("static")]  # pyright: ignore[reportArgumentType]
+    structure = [f.name for f in fields(cls) if f.metadata.get("static")]  # pyright: ignore[reportArgumentType]
+
+    def aux(part: Any) -> tuple[Any, ...]:
+        return cls, *(getattr(part, name) for name in structure)
+
+    def flatten(part: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return tuple(getattr(part, name) for name in children), aux(part)
+
+    def flatten_with_keys(part: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return tuple((jax.tree_util.GetAttrKey(name), getattr(part, name)) for name in children), aux(part)
+
+    def unflatten(aux: tuple[Any, ...], values: Any) -> Any:
+        part = object.__new__(cls)  # not through the constructor: values may be shapes, axes or placeholders here
+        for name, value in [*zip(children, values, strict=True), *zip(structure, aux[1:], strict=True)]:
+            object.__setattr__(part, name, value)
+        return part
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
 
 
 def square(v: Float[Array, " p"]) -> Float[Array, ""]:

@@ -327,6 +327,21 @@ def test_motion_is_the_step_really_taken(name: str, toy: Toy) -> None:
             assert motion[k % len(motion)] == info.extra["step_sq"][k]
 
 
+def test_parts_of_one_shape_are_not_one_structure(toy: Toy) -> None:
+    """`jax.jit` tells programs apart by comparing structures, and so does `stack`."""
+    pairs = [
+        (oracle.Blocks(4), oracle.Epochs(4)),
+        (compressors.identity(), compressors.ternary()),
+        (memories.NoMemory(), memories.ErrorFeedback()),
+        (rules.Always(), rules.Cyclic()),
+        (rules.InnovationChange(), rules.StaleModelChange()),
+    ]
+    for one, other in pairs:
+        assert jax.tree.structure(one) != jax.tree.structure(other)
+    with pytest.raises(ValueError, match="algorithm 1 has another structure"):
+        laqjax.stack([make("sgd", toy), make("sgd", toy, sampler=oracle.Epochs(4))])
+
+
 # ---- rules, memories, servers -------------------------------------------------------------------------------------------------
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import optax
 import pytest
 from conftest import KEY, Toy, programs, softmax_loss
-from jax.tree_util import register_dataclass
 from test_laws import identical, make
 
 import laqjax
 from laqjax import Shards, algorithms, compressors, memories, oracle, problems, rules
+from laqjax.types import register_dataclass
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
