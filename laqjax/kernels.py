@@ -74,7 +74,9 @@ def _rewritten(value: Any) -> Any:
         return jax.make_jaxpr(lambda *args: _evaluate(value, args))(*[v.aval for v in value.jaxpr.invars])
     if isinstance(value, core.Jaxpr) and contains(value, *changes):
         return _rewritten(core.ClosedJaxpr(value, ())).jaxpr
-    return type(value)(_rewritten(inner) for inner in value) if isinstance(value, tuple | list) else value
+    if type(value) is tuple:  # the branches of a cond; not the named tuples of a gather
+        return tuple(_rewritten(inner) for inner in value)
+    return value
 
 
 def _convolution(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> Any:
