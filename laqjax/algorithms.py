@@ -605,10 +605,9 @@ def slaq(
     sampler: Sampler | None = None,
 ) -> Algorithm:
     """SLAQ: LAQ on minibatches, by the paper's rule (the authors' script uses another one)."""
-    past = history(xi, window, oracle.dtype, max_window=max_window, ramp=ramp, of=motion_of(lr, optimizer))
-    rule = patient(lazy(past, InnovationChange()), limit, first_upload)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
-    return assemble(oracle, grid(bits), rule, innovation(oracle), **server)
+    knobs = {"xi": xi, "window": window, "limit": limit, "ramp": ramp, "first_upload": first_upload}
+    return laq(oracle, bits=bits, max_window=max_window, **knobs, **server)
 
 
 @documented
@@ -684,10 +683,9 @@ def lasg_ps(
     sampler: Sampler | None = None,
 ) -> Algorithm:
     """LASG-PS: LAG-PS on minibatches (Chen, Sun, Yin 2020). The paper's D is `limit` = D - 1, its d_max is `window`."""
-    past = weighted(xi, c, window, oracle, max_window, ramp, motion_of(lr, optimizer))
-    rule = patient(ServerLazy(past, each(smoothness, oracle, num_workers)), limit, first_upload)  # pyright: ignore[reportArgumentType]
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
-    return assemble(oracle, identity(), rule, innovation(oracle), **server)
+    knobs = {"xi": xi, "c": c, "window": window, "limit": limit, "ramp": ramp, "first_upload": first_upload}
+    return lag_ps(oracle, smoothness=smoothness, max_window=max_window, **knobs, **server)
 
 
 def amsgrad(lr: Any) -> optax.GradientTransformation:

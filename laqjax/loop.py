@@ -1,4 +1,4 @@
-"""Run an algorithm: rounds as one compiled `lax.scan`, in chunks.
+"""Run an algorithm: rounds as one compiled loop, in chunks.
 
 A chunk is one compiled program of a fixed length that does as many of its rounds as it is told; whatever way a run is
 cut, the same program does every round, so a resumed run equals a straight one bit for bit. Progress, checkpoints and

@@ -1,5 +1,6 @@
 """Methods side by side: what a row of their curves is, where a stopped race goes on, what is printed and drawn."""
 
+import errno
 import io
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from polars.testing import assert_frame_equal
 from rich.console import Console
 
 import laqjax
-from experiments import datasets, plots, race
+from experiments import datasets, files, plots, race
 from laqjax import algorithms, rules, types
 from laqjax.oracle import Blocks
 
@@ -136,3 +137,14 @@ def test_half_the_errors_is_between_the_rule_and_none() -> None:
             for r in (rule, replace(rule, errors=np.asarray(1.5, np.float32)))
         ]
         assert tuple(map(bool, decided)) == sends
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    def write() -> None:
+        with files.replacing(tmp_path / "rows.csv") as part:
+            part.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="the disk is full; make room and run the same command again"):
+        write()
+    assert not list(tmp_path.iterdir())

@@ -160,6 +160,8 @@ def test_a_transformation_is_a_server_too(toy: Toy) -> None:
     """With a step size of its own; the same as the factory at that step size."""
     given, made = (make("laq", toy, lr=0.03, optimizer=server) for server in (optax.adam(0.03), optax.adam))
     identical(*(laqjax.run(alg, toy.theta0, toy.shards, 20, KEY) for alg in (given, made)))
+    server = optax.adam(0.03)
+    laqjax.stack([make("laq", toy, optimizer=server, bits=bits) for bits in (2, 4)])  # one structure
 
 
 def test_a_schedule_is_what_server_and_rule_see(toy64: Toy) -> None:
