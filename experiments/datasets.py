@@ -5,7 +5,11 @@
     tfds:NAME, tfds:NAME@DIR                image classification through TensorFlow Datasets
     libsvm:PATH, libsvm-regression:PATH     sparse text, made dense
     synthetic-linear?workers=10&seed=1      also synthetic-logistic; keys as in `synthetic` (workers: M)
+    npz:FILE                                arrays x, y and perhaps x_test, y_test
+    csv:FILE                                a table with heads; the column y, label or target, else the last, is y
+    FILE.py:load                            load() returns (x, y), (x, y, x_test, y_test) or a `Dataset`
 
+In the last three y of integers are class ids, from 0 on. With FILE.py:load x and y may be any pytrees of arrays [n, ...].
 Everything here is NumPy on the host. Arrays keep the dtype they are stored in; the oracle casts tile by tile.
 """
 
@@ -13,6 +17,7 @@ import gzip
 import hashlib
 import lzma
 import math
+import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +25,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import polars as pl
+
+from experiments import files
 
 MNIST_FOLDER = Path(__file__).parent / "mnist"
 MNIST_MD5 = {  # of the files inside the .xz; every IDX set uses these names
@@ -43,11 +52,11 @@ class Dataset:
     """
 
     name: str
-    x: np.ndarray  # [n, features]: uint8 for images (flattened), float otherwise
-    y: np.ndarray  # [n]: int32 class ids, or float targets for regression
-    x_test: np.ndarray | None = None  # [n_test, features]
-    y_test: np.ndarray | None = None  # [n_test]
-    num_classes: int | None = None  # None for regression
+    x: Any  # [n, features]: uint8 for images (flattened), float otherwise; or a pytree of arrays [n, ...]
+    y: Any  # [n]: int32 class ids, or float targets for regression; or a pytree
+    x_test: Any = None  # as x
+    y_test: Any = None
+    num_classes: int | None = None  # None where y are no class ids
 
     def __post_init__(self) -> None:
         self._check("train", self.x, self.y)
@@ -56,21 +65,27 @@ class Dataset:
         elif self.x_test is not None or self.y_test is not None:
             raise ValueError(f"{self.name}: x_test and y_test must come together")
 
-    def _check(self, part: str, x: np.ndarray, y: np.ndarray) -> None:
-        where = f"{self.name} ({part})"
-        if y.ndim != 1 or len(x) != len(y):
-            raise ValueError(f"{where}: expected one label per row of x, got x {x.shape} and y {y.shape}")
-        if x.size == 0:
-            raise ValueError(f"{where}: no samples or no features, x has shape {x.shape}")
-        if x.shape[1:] != self.x.shape[1:]:
-            raise ValueError(f"{where}: expected rows of {self.x.shape[1:]} as in train, got {x.shape[1:]}")
-        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+    def _check(self, part: str, x: Any, y: Any) -> None:
+        where, k = f"{self.name} ({part})", self.num_classes
+        leaves: list[np.ndarray] = jax.tree.leaves((x, y))
+        if len({a.shape[:1] for a in leaves}) != 1 or leaves[0].ndim == 0 or (k is not None and np.ndim(y) != 1):
+            raise ValueError(
+                f"{where}: expected one label per row of x, got x {_shapes(x)} and y {_shapes(y)}".replace("'", "")
+            )
+        if any(a.size == 0 for a in leaves):
+            raise ValueError(f"{where}: no samples or no features, x has shape {_shapes(x)}")
+        if [a.shape[1:] for a in jax.tree.leaves(x)] != [a.shape[1:] for a in jax.tree.leaves(self.x)]:
+            raise ValueError(f"{where}: expected rows as in train, of {_shapes(self.x)}, got {_shapes(x)}")
+        if not all(np.isfinite(a).all() for a in leaves):
             raise ValueError(f"{where}: NaN or infinity in the data")
         # A label out of range would pass unnoticed later: one_hot makes it a zero row, indexing clamps it.
-        k = self.num_classes
         if k is not None and (y.dtype != np.int32 or y.min() < 0 or y.max() >= k):
             got = f"{y.dtype} in {y.min()}..{y.max()}"
             raise ValueError(f"{where}: expected int32 labels in 0..{k - 1}, got {got}")
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(np.shape, tree)
 
 
 def load(name: str) -> Dataset:
@@ -96,10 +111,50 @@ def load(name: str) -> Dataset:
         return _load_libsvm(name, Path(argument), classes=kind == "libsvm")
     if name.startswith("synthetic-"):
         return _load_synthetic(name)
+    if kind == "npz" and argument:
+        return _load_npz(name, Path(argument))
+    if kind == "csv" and argument:
+        return _load_csv(name, Path(argument))
+    if files.is_own(name):
+        made = files.call(name)
+        if isinstance(made, Dataset):
+            return made
+        if not isinstance(made, tuple) or len(made) not in (2, 4):
+            raise ValueError(f"{name} returned {made!r:.80}: expected (x, y), (x, y, x_test, y_test) or a Dataset")
+        return _dataset(name, *made)
     raise ValueError(
-        f"dataset {name!r}: expected mnist, idx:DIR, tfds:NAME[@DIR], libsvm:PATH, libsvm-regression:PATH, "
-        "synthetic-linear[?KEY=VALUE&...] or synthetic-logistic[?KEY=VALUE&...]"
+        f"dataset {name!r}: expected mnist, idx:DIR, tfds:NAME[@DIR], libsvm:PATH, libsvm-regression:PATH, npz:FILE, "
+        "csv:FILE, FILE.py:load, synthetic-linear[?KEY=VALUE&...] or synthetic-logistic[?KEY=VALUE&...]"
     )
+
+
+def _dataset(name: str, x: Any, y: Any, x_test: Any = None, y_test: Any = None) -> Dataset:
+    """Of somebody's arrays: flat whole numbers from 0 on are classes."""
+    x, y, x_test, y_test = jax.tree.map(np.asarray, (x, y, x_test, y_test))
+    if not (np.ndim(y) == 1 and hasattr(y, "dtype") and np.issubdtype(y.dtype, np.integer)):
+        return Dataset(name, x, y, x_test, y_test)
+    y, y_test = (a if a is None else a.astype(np.int32) for a in (y, y_test))
+    return Dataset(name, x, y, x_test, y_test, int(y.max(initial=0)) + 1)
+
+
+def _load_npz(name: str, path: Path) -> Dataset:
+    try:
+        with np.load(path) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged, or no .npz file: {error}") from None
+    if not {"x", "y"} <= arrays.keys() <= {"x", "y", "x_test", "y_test"}:
+        raise ValueError(f"{name}: expected arrays x and y, and perhaps x_test and y_test; got {sorted(arrays)}")
+    return _dataset(name, **arrays)
+
+
+def _load_csv(name: str, path: Path) -> Dataset:
+    table = pl.read_csv(path, infer_schema_length=None)
+    text = [column for column, kind in table.schema.items() if not kind.is_numeric()]
+    if text or not table.width > 1:
+        raise ValueError(f"{name}: expected two or more columns of numbers under one line of heads; not so: {text}")
+    target = next((column for column in ("y", "label", "target") if column in table.columns), table.columns[-1])
+    return _dataset(name, table.drop(target).to_numpy().astype(np.float32), table[target].to_numpy())
 
 
 def _decompressed(path: Path) -> bytes:

@@ -1,15 +1,20 @@
-"""Files that are whole or absent: everything is written under a temporary name, then renamed."""
+"""Files that are whole or absent: everything is written under a temporary name, then renamed. And files of the user's."""
 
 import errno
+import fcntl
+import importlib.util
+import itertools
 import json
 import os
 import platform
 import shlex
 import sys
+import traceback
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,17 @@ import laqjax
 
 # what a command line reports in one line: wrong values, files that are not there or not readable, missing packages
 REFUSED = (ValueError, OSError, ImportError, pl.exceptions.PolarsError)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """A command line: what it refuses is one line, and Ctrl-C says what becomes of the work."""
+    try:
+        yield
+    except REFUSED as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from the last saved state") from None
 
 
 @contextmanager
@@ -68,20 +84,100 @@ def load_tree(path: Path, like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Make `folder` this experiment's own; ValueError showing the difference when it holds another one's results."""
+@contextmanager
+def claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """Hold `folder` as this experiment's own, for one process at a time; it keeps the identity for the next one.
+
+    Raises:
+        ValueError: it holds another experiment's results (the difference is said), or another process holds it.
+    """
     path = folder / "identity.json"
     identity = json.loads(json.dumps(identity, default=str))
-    if path.exists():
-        there = read_json(path)
-        if there != identity:
-            keys = sorted(k for k in there.keys() | identity.keys() if there.get(k) != identity.get(k))
+
+    def same() -> bool:
+        there = read_json(path) if path.exists() else identity
+        keys = sorted(k for k in there.keys() | identity.keys() if there.get(k) != identity.get(k))
+        if keys:
             difference = "; ".join(f"{k}: {there.get(k)} there, {identity.get(k)} asked for" for k in keys)
             raise ValueError(
                 f"{folder} holds the results of other settings ({difference}); give another --out, or remove the folder"
             )
-    else:
-        write_json(path, identity)
+        return path.exists()
+
+    same()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, also when it is killed
+        except BlockingIOError:
+            lock.seek(0)
+            raise ValueError(
+                f"{folder} is held by {lock.read().strip()}: wait until it ends, or give another --out"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
+        lock.flush()
+        if not same():
+            write_json(path, identity)
+        yield
+
+
+def set_aside(path: Path) -> str:
+    """Rename a damaged file out of the way, overwriting nothing; its new name."""
+    aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.damaged-{n}")).exists())
+    path.rename(aside)
+    return aside.name
+
+
+def is_own(text: str) -> bool:
+    """Whether a name is that of something in a file of the user's: FILE.py:NAME."""
+    return ".py:" in text
+
+
+def load(text: str) -> Any:
+    """The function NAME of `FILE.py:NAME`; ValueError when there is none."""
+    file, _, name = text.rpartition(":")
+    function = getattr(_module(Path(file).resolve()), name, None)
+    if not callable(function):
+        raise ValueError(f"{text}: {file} has no function {name}")
+    return function
+
+
+def call(text: str, *given: Any, **named: Any) -> Any:
+    """What NAME of `FILE.py:NAME` returns; ValueError that names file, function and line when it fails."""
+    function = load(text)
+    try:
+        return function(*given, **named)
+    except Exception as error:
+        raise ValueError(f"{text}: {_where(error, text.rpartition(':')[0])}") from error
+
+
+@cache
+def _module(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: expected FILE.py:NAME")
+    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path.name} cannot be read: {_where(error, str(path))}") from error
+    return module
+
+
+def _where(error: Exception, file: str) -> str:
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == Path(file).name]
+    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
+
+
+def save(frame: pl.DataFrame, path: Path, csv: bool = False) -> None:
+    """Parquet, and CSV for people."""
+    with replacing(path.with_name(path.name + ".parquet")) as part:
+        frame.write_parquet(part)
+    if csv:
+        with replacing(path.with_name(path.name + ".csv")) as part:
+            frame.write_csv(part)
 
 
 def provenance(command: Sequence[str] = ()) -> dict[str, Any]:

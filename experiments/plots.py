@@ -12,11 +12,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import tyro
-from matplotlib import rcsetup
 from matplotlib.colors import LogNorm
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
-from experiments.files import replacing
+from experiments.files import read_json, replacing
+from experiments.ledger import HEADS, goals_of, said, settings_of, unpacked
 
 STYLE: dict[Any, Any] = {
     "figure.dpi": 130,
@@ -28,9 +29,10 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "laqjax",
     "font.size": 10,
     "lines.linewidth": 1.4,
-    "axes.prop_cycle": rcsetup.cycler(linestyle=["-", "--", ":"]) * rcsetup.cycler(color=plt.get_cmap("tab10").colors),  # pyright: ignore[reportAttributeAccessIssue]
 }
 AXES = {"round": "rounds", "uploads": "uploads", "bits_up": "bits up", "bits": "bits up + down"}
+COLORS: Sequence[Any] = plt.get_cmap("tab10").colors  # pyright: ignore[reportAttributeAccessIssue]
+LINES = ("-", "--", ":")
 
 
 def save(figure: Any, path: Path) -> None:
@@ -41,57 +43,45 @@ def save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def loss_curves(curves: pl.DataFrame, path: Path, *, ylabel: str = "f - f*", floor: float = 1e-9) -> None:
-    """`residual` against rounds, uploads, bits up and bits up + down, one line a `method`, log axes."""
+def look(number: int) -> dict[str, Any]:
+    """Color and line of the n-th thing in a figure."""
+    return {"color": COLORS[number % 10], "linestyle": LINES[number // 10 % 3]}
+
+
+def curves_figure(curves: pl.DataFrame, path: Path, column: str = "residual", ylabel: str = "f - f*") -> None:
+    """A measure against rounds, uploads, bits up and bits up + down, a color a `method`, a line a point."""
+    methods = curves["method"].unique(maintain_order=True).to_list()
+    log = column == "residual"
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(AXES), figsize=(4 * len(AXES), 3.6), sharey=True)
-        for axis, (column, label) in zip(axes, AXES.items(), strict=True):
-            known = curves.drop_nans("residual").filter(pl.col(column) > 0)
-            for (method,), rows in known.group_by(["method"], maintain_order=True):
-                axis.plot(rows[column], rows["residual"].clip(floor), label=method, marker="." if len(rows) < 3 else "")
-            axis.set(xscale="log", yscale="log", xlabel=label)
+        for axis, (against, label) in zip(axes, AXES.items(), strict=True):
+            known = curves.drop_nans(column).filter(pl.col(against) > 0)
+            named = set()
+            for (method, _), rows in known.group_by(["method", "point"], maintain_order=True):
+                y = rows[column].clip(1e-12) if log else rows[column]
+                first = None if method in named else method
+                named.add(method)
+                marker, width = "." if len(rows) < 3 else "", 1.4 if first else 0.7
+                axis.plot(rows[against], y, label=first, marker=marker, linewidth=width, **look(methods.index(method)))
+            axis.set(xscale="log", yscale="log" if log else "linear", xlabel=label)
             axis.xaxis.set_minor_formatter(NullFormatter())
         axes[0].set_ylabel(ylabel)
         axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         save(figure, path)
 
 
-def raster(curves: pl.DataFrame, path: Path, *, title: str = "") -> None:
-    """Who uploaded when: one dot an upload, a row a worker, a panel a `method`; `sent` holds lists of workers."""
-    methods = curves["method"].unique(maintain_order=True).to_list()
+def raster(masks: dict[str, np.ndarray], path: Path) -> None:
+    """Who uploaded when: one dot an upload, a row a worker, a panel a method; masks [rounds, workers]."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(len(methods), 1, figsize=(9, 1.6 * len(methods) + 0.5), sharex=True, squeeze=False)
-        for axis, method in zip(axes[:, 0], methods, strict=True):
-            rows = curves.filter(pl.col("method") == method).select("round", "sent").explode("sent").drop_nulls()
-            axis.plot(rows["round"], rows["sent"], linestyle="", marker="|", markersize=4, alpha=0.6)
+        figure, axes = plt.subplots(len(masks), 1, figsize=(9, 1.6 * len(masks) + 0.5), sharex=True, squeeze=False)
+        for axis, (method, sent) in zip(axes[:, 0], masks.items(), strict=True):
+            axis.plot(*np.nonzero(sent), linestyle="", marker="|", markersize=4, alpha=0.6)
             axis.set_ylabel("worker")
-            axis.set_title(f"{title}{method}: {len(rows):,} uploads", fontsize=9, loc="left")
-            axis.invert_yaxis()
+            axis.set_title(f"{method}: {np.count_nonzero(sent):,} uploads", fontsize=9, loc="left")
+            axis.set_ylim(sent.shape[1] - 0.5, -0.5)
             axis.yaxis.get_major_locator().set_params(integer=True)
         axes[-1, 0].set_xlabel("round")
         save(figure, path)
-
-
-def comparison(folder: Path) -> None:
-    """The figures of `experiments.reproduce`."""
-    curves = pl.read_parquet(folder / "curves.parquet")
-    residual = not curves["residual"].is_nan().all()
-    shown = curves if residual else curves.with_columns(residual=pl.col("loss"))
-    loss_curves(shown, folder / "loss", ylabel="f - f*" if residual else "f")
-    all_sent = pl.col("round").max().over("method") * pl.col("workers")
-    lazy = curves.filter(pl.col("uploads").max().over("method") < all_sent)
-    if len(lazy):
-        raster(lazy, folder / "uploads")
-    accuracy_curves(curves, folder / "accuracy")
-
-
-def last_target(summary: pl.DataFrame) -> str:
-    """The smallest target of a sweep, as it stands in the column names."""
-    return min((name.removeprefix("rounds_") for name in summary.columns if _is_target(name)), key=float)
-
-
-def _is_target(name: str) -> bool:
-    return name.startswith("rounds_") and not name.endswith("_ci95")
 
 
 def ranked(summary: pl.DataFrame, target: str) -> pl.DataFrame:
@@ -106,14 +96,11 @@ def front(rows: pl.DataFrame, target: str) -> pl.DataFrame:
 
 
 def labels(summary: pl.DataFrame) -> dict[int, str]:
-    """Each setting in a few words, by its first point: the algorithm, b, C, D, and what else differs between settings."""
-    short = {"bits": "b", "limit": "C", "window": "D"}
-    settings = summary.columns[: summary.columns.index("seeds")]
-    shown = [name for name in settings if name in short or (name != "algorithm" and summary[name].n_unique() > 1)]
+    """Each setting in a few words, by its first point: the algorithm, and what differs between settings."""
+    shown = [name for name in settings_of(summary) if name != "algorithm" and summary[name].n_unique() > 1]
     words = {}
     for row in summary.iter_rows(named=True):
-        said = [(short.get(name, name), row[name]) for name in shown if row[name] is not None]
-        values = [f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in said]
+        values = [f"{HEADS.get(name, name)}={said(row[name])}" for name in shown if row[name] is not None]
         words[row["point"]] = ", ".join([row["algorithm"], *values])
     twins = [word for word in words.values() if list(words.values()).count(word) > 1]
     return {point: f"{word} (point {point})" if word in twins else word for point, word in words.items()}
@@ -121,48 +108,77 @@ def labels(summary: pl.DataFrame) -> dict[int, str]:
 
 def sweep(folder: Path) -> None:
     """The figures of `experiments.sweep`."""
-    summary = pl.read_parquet(folder / "summary.parquet")
-    curves = pl.read_parquet(folder / "curves.parquet")
-    masks = pl.read_parquet(folder / "masks.parquet")
-    target = last_target(summary)
+    summary, curves, masks = (pl.read_parquet(folder / f"{name}.parquet") for name in ("summary", "curves", "masks"))
+    target = goals_of(summary)[-1]
     heat_maps(summary, target, folder / "bits-to-target")
-    best, best_front, words = ranked(summary, target), front(summary, target), labels(summary)
+    best, words = ranked(summary, target), labels(summary)
     # where none got there, those that came nearest
-    shown = (best_front if len(best) else summary.sort("final_loss", nulls_last=True)).head(8)["point"].to_list()
-    chosen = curves.filter(pl.col("point").is_in(shown)).with_columns(
+    drawn = (front(summary, target) if len(best) else summary.sort("final_loss", nulls_last=True)).head(8)
+    chosen = curves.filter(pl.col("point").is_in(drawn["point"].to_list())).with_columns(
         method=pl.col("point").replace_strict(words, return_dtype=pl.String)
     )
     if chosen["uploads"].sum() > 0:
-        loss_curves(chosen, folder / "front")
-    if not best[f"bits_up_{target}"].sum() > 0:  # none got there, or all were there from the start
-        return
+        accuracy = "accuracy" in summary["goal"][0]
+        ylabel = summary["goal"][0].removesuffix(" <=").removesuffix(" >=")
+        curves_figure(chosen, folder / "front", "accuracy" if accuracy else "residual", ylabel)
+    if best[f"bits_up_{target}"].sum() > 0:  # not where none got there, or all were there from the start
+        pareto(best, words, target, folder / "pareto")
+        sent = unpacked(masks.row(by_predicate=pl.col("point") == best["point"][0], named=True))
+        raster({words[best["point"][0]]: sent}, folder / "uploads")
+
+
+def pareto(best: pl.DataFrame, words: dict[int, str], target: str, path: Path) -> None:
+    """Rounds against bits up: a color an algorithm, 95 % intervals over seeds, a word at each point of the front."""
+    x, y = f"bits_up_{target}", f"rounds_{target}"
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(6, 4.2))
-        x, y = f"bits_up_{target}", f"rounds_{target}"
-        axis.scatter(best[x], best[y], s=14, alpha=0.5, label="reached on every seed")
-        axis.plot(best_front[x], best_front[y], "o-", drawstyle="steps-post", color="C3", label="Pareto front")
-        top = best.row(0, named=True)
-        axis.annotate(
-            words[top["point"]],
-            (top[x], top[y]),
-            xytext=(8, 10),
-            textcoords="offset points",
-            fontsize=9,
-        )
-        axis.set(xscale="log", xlabel=f"bits up to f - f* <= {target}", ylabel="rounds")
-        axis.legend(frameon=False)
-        save(figure, folder / "pareto")
-    mask = masks.row(by_predicate=pl.col("point") == best["point"][0], named=True)
-    size = mask["rounds"] * mask["workers"]
-    sent = np.unpackbits(np.frombuffer(mask["sent"], np.uint8), count=size).reshape(mask["rounds"], mask["workers"])
-    if not size:
-        return  # the start was good enough
-    rows = {
-        "method": words[best["point"][0]],
-        "round": range(len(sent)),
-        "sent": [np.flatnonzero(row).tolist() for row in sent],
-    }
-    raster(pl.DataFrame(rows, schema_overrides={"sent": pl.List(pl.Int64)}), folder / "uploads")
+        figure, axis = plt.subplots(figsize=(7, 4.6))
+        for i, ((name,), rows) in enumerate(best.group_by(["algorithm"], maintain_order=True)):
+            error: Any = {
+                f"{c}err": np.nan_to_num(rows[f"{v}_ci95"].to_numpy().astype(float)) for c, v in (("x", x), ("y", y))
+            }
+            axis.errorbar(rows[x], rows[y], **error, fmt="o", markersize=4, alpha=0.5, color=COLORS[i % 10], label=name)
+        edge = front(best, target)
+        axis.plot(edge[x], edge[y], drawstyle="steps-post", color="k", linewidth=1, label="Pareto front")
+        for i, row in enumerate(edge.iter_rows(named=True)):
+            place: Any = {"xytext": (8, 6 + 11 * (i % 2)), "textcoords": "offset points", "fontsize": 7}
+            axis.annotate(words[row["point"]], (row[x], row[y]), **place)
+        axis.set(xscale="log", xlabel=f"bits up to {best['goal'][0]} {target}", ylabel="rounds")
+        axis.margins(x=0.2, y=0.15)
+        axis.legend(frameon=False, fontsize=8)
+        save(figure, path)
+
+
+def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
+    """Bits up to the target over b and C, a panel a D; the cheapest of the other axes in each cell, blank if never reached."""
+    axes = ["bits", "limit", "window"]
+    lazy = summary.drop_nulls(axes) if set(axes) <= set(summary.columns) else summary.head(0)
+    if not len(lazy):
+        return
+    b, c, d = (sorted(lazy[name].unique()) for name in axes)
+    if lazy.select(axes).n_unique() < len(b) * len(c) * len(d):  # drawn at random, not a grid
+        return
+    cheapest = {key: group[f"bits_up_{target}"].min() for key, group in lazy.group_by(axes)}
+    grids = np.array([[[cheapest.get((i, j, k)) for j in c] for i in b] for k in d], float) / 1e6  # nan: never reached
+    if not np.nanmax(grids, initial=0) > 0:
+        return
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        size = 1.6 + (1 + 0.9 * len(c)) * len(d), 1.4 + 0.5 * len(b)
+        figure, panels = plt.subplots(1, len(d), figsize=size, squeeze=False)
+        norm = LogNorm(np.nanmin(grids), max(np.nanmax(grids), 1.01 * np.nanmin(grids)))
+        for axis, grid, window in zip(panels[0], grids, d, strict=True):
+            axis.imshow(grid, norm=norm, cmap="viridis_r", aspect="auto")
+            axis.set(title=f"D = {window}", xlabel="C", ylabel="b")
+            axis.set_xticks(range(len(c)), c)
+            axis.set_yticks(range(len(b)), b)
+            for (row, column), value in np.ndenumerate(grid):
+                best: Any = {"weight": "bold"} if value == np.nanmin(grids) else {}
+                color = "w" if not np.isnan(value) and norm(value) > 0.6 else "k"
+                text = "-" if np.isnan(value) else f"{value:.3g}"
+                axis.text(column, row, text, ha="center", va="center", color=color, **best)
+        others = ", the cheapest of all other axes" * (len(lazy) > grids.size)
+        figure.suptitle(f"Mbit up to {summary['goal'][0]} {target}{others}", fontsize=10, y=1.05)
+        figure.colorbar(panels[0, 0].images[0], ax=panels[0].tolist(), label="Mbit up")
+        save(figure, path)
 
 
 def tune(folder: Path) -> None:
@@ -176,59 +192,118 @@ def tune(folder: Path) -> None:
         axis.plot(trials["trial"], bits, "o", markersize=4, alpha=0.6, label="reached on every seed")
         axis.plot(trials["trial"], np.fmin.accumulate(bits), drawstyle="steps-post", color="C3", label="fewest so far")
         if not np.isnan(bits[0]):
-            axis.axhline(bits[0], color="k", linestyle="--", linewidth=1, label="the paper's setting")
-        axis.set(yscale="log", xlabel="trial", ylabel=f"bits up to f - f* <= {trials['target'][0]:g}")
+            axis.axhline(bits[0], color="k", linestyle="--", linewidth=1, label="the first trial")
+        axis.set(yscale="log", xlabel="trial", ylabel=f"bits up to {trials['goal'][0]} {trials['target'][0]:g}")
         axis.legend(frameon=False)
         save(figure, folder / "trials")
 
 
-def lag(folder: Path) -> None:
-    """Residual against uploads, a panel a problem, from what `experiments.lag` left."""
-    curves = pl.read_parquet(folder / "lag.parquet")
-    problems = curves["method"].str.split(": ").list.first().unique(maintain_order=True).to_list()
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(problems), figsize=(4 * len(problems), 3.6), sharey=True)
-        for axis, problem in zip(axes, problems, strict=True):
-            mine = curves.filter(pl.col("method").str.starts_with(f"{problem}: "))
-            for (method,), rows in mine.group_by(["method"], maintain_order=True):
-                axis.plot(rows["uploads"].clip(1), rows["residual"].clip(1e-9), label=str(method).split(": ")[1])
-            axis.set(xscale="log", yscale="log", xlabel="uploads", title=problem)
-        axes[0].set_ylabel("f - f*")
-        axes[0].legend(frameon=False)
-        save(figure, folder / "uploads")
+def methods(folder: Path) -> None:
+    """The figures of `experiments.reproduce`: loss, accuracy, and who of the lazy methods' workers sent when."""
+    table, curves, masks = (pl.read_parquet(folder / f"{name}.parquet") for name in ("points", "curves", "masks"))
+    names = settings_of(table)
+    named = table.select("point", method=pl.concat_str([n for n in names if table[n].n_unique() > 1], separator=", "))
+    curves = curves.join(named, on="point", maintain_order="left")
+    unknown = table["f_star"].null_count() == len(table)
+    curves_figure(curves, folder / "loss", ylabel="f" if unknown else "f - f*")
+    if curves["accuracy"].is_finite().any():
+        curves_figure(curves, folder / "accuracy", "accuracy", "test accuracy")
+    lazy: dict[str, np.ndarray] = {}
+    for row in masks.join(named, on="point", maintain_order="left").iter_rows(named=True):
+        sent = unpacked(row)
+        if not sent.all() and sent.any():
+            lazy.setdefault(row["method"], sent)
+    if lazy:
+        raster(dict(list(lazy.items())[:12]), folder / "uploads")
+    if len(others := [name for name in names if name != "method" and table[name].n_unique() > 1]):
+        where = table.select("point", "method", panel=pl.concat_str(others, separator=", "))
+        panels(curves.drop("method").join(where, on="point", maintain_order="left"), folder / "panels")
 
 
-def pareto_of_methods(folder: Path) -> None:
-    """Residual against bits up, one line a method, and each method's cost at its target as a point."""
-    curves = pl.read_parquet(folder / "family.parquet")
-    table = pl.read_parquet(folder / "table.parquet").filter(pl.col("target").is_not_null())
+def panels(curves: pl.DataFrame, path: Path) -> None:
+    """Residual against uploads, a color a `method`, a panel a `panel`."""
+    names, methods = (curves[name].unique(maintain_order=True).to_list() for name in ("panel", "method"))
     with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5))
-        for (method,), rows in curves.filter(pl.col("bits_up") > 0).group_by(["method"], maintain_order=True):
-            left.plot(rows["bits_up"], rows["residual"].clip(1e-12), label=method)
-        left.set(xscale="log", yscale="log", xlabel="bits up", ylabel="f - f*")
-        figure.legend(frameon=False, fontsize=8, ncols=9, loc="upper center", bbox_to_anchor=(0.5, 0.03))
-        right.scatter(table["bits_up"], table["round"], s=16)
-        right.margins(x=0.15)
-        for i, row in enumerate(table.sort("bits_up").iter_rows(named=True)):
-            right.annotate(
-                row["method"],
-                (row["bits_up"], row["round"]),
-                xytext=(5 if i % 2 else -5, 3),
-                textcoords="offset points",
-                fontsize=8,
-                ha="left" if i % 2 else "right",
-            )
-        if len(table):
-            best = table.sort("bits_up", "round").filter(
-                (pl.col("round") < pl.col("round").cum_min().shift(1)).fill_null(True)
-            )
-            right.plot(best["bits_up"], best["round"], drawstyle="steps-post", color="C3", label="Pareto front")
-            right.set(
-                xscale="log", yscale="log", xlabel=f"bits up to f - f* <= {table['target'][0]:g}", ylabel="rounds"
-            )
-            right.legend(frameon=False)
-        save(figure, folder / "family")
+        figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.6), sharey=True, squeeze=False)
+        for axis, name in zip(axes[0], names, strict=True):
+            for (method,), rows in curves.filter(pl.col("panel") == name).group_by(["method"], maintain_order=True):
+                y = rows["residual"].clip(1e-12)
+                axis.plot(rows["uploads"].clip(1), y, label=method, **look(methods.index(method)))
+            axis.set(xscale="log", yscale="log", xlabel="uploads", title=name)
+        axes[0, 0].set_ylabel("f - f*")
+        axes[0, 0].legend(frameon=False)
+        save(figure, path)
+
+
+def compare(folder: Path) -> None:
+    """Bits at each target, method by method, and the fronts of each kind, from what `experiments.compare` left."""
+    best, tried = (pl.read_parquet(folder / f"{name}.parquet") for name in ("best", "tried"))
+    kinds = best["kind"].unique(maintain_order=True).to_list()
+    costs(best.filter(pl.col("cheapest in") == "bits up").drop_nulls("bits_up"), kinds, folder / "bits")
+    for target in best["target"].unique(maintain_order=True):
+        reached = tried.drop_nulls(f"bits_up_{target}")
+        if len(reached):
+            kind = dict(best.select("method", "kind").iter_rows())
+            fronts(reached, target, {kind_: [m for m in kind if kind[m] == kind_] for kind_ in kinds}, folder)
+
+
+def costs(best: pl.DataFrame, kinds: list[str], path: Path) -> None:
+    """A row a method, a panel a target: bits up with 95 % intervals, and hollow what the step of theory costs."""
+    targets = best["target"].unique(maintain_order=True).to_list()
+    if not targets:
+        return
+    order = best.group_by("method", maintain_order=True).agg(pl.len(), pl.col("bits_up").last())
+    methods = order.sort("len", "bits_up", descending=[False, True])["method"].to_list()
+    with plt.rc_context(STYLE):
+        size = 3.2 * len(targets) + 1.5, 1.2 + 0.22 * len(methods)
+        figure, axes = plt.subplots(1, len(targets), figsize=size, sharey=True, squeeze=False)
+        for axis, target in zip(axes[0], targets, strict=True):
+            for row in best.filter(pl.col("target") == target).iter_rows(named=True):
+                color, y = COLORS[kinds.index(row["kind"]) % 10], methods.index(row["method"])
+                axis.errorbar(row["bits_up"], y, xerr=row["bits_up_ci95"] or 0, fmt="o", markersize=4, color=color)
+                if row["bits_up of theory"]:
+                    axis.plot(row["bits_up of theory"], y, "o", markersize=5, mfc="none", color=color)
+            axis.set(xscale="log", title=f"{best['goal'][0]} {target}", xlabel="bits up")
+        axes[0, 0].set_yticks(range(len(methods)), methods, fontsize=8)
+        drawn = [kind for kind in kinds if kind in best["kind"].to_list()]
+        dots = [Line2D([], [], marker="o", linestyle="", color=COLORS[kinds.index(kind) % 10]) for kind in drawn]
+        dots.append(Line2D([], [], marker="o", linestyle="", color="k", mfc="none"))
+        names = [*drawn, "step of theory"]
+        figure.legend(dots, names, frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, 0.02))
+        save(figure, path)
+
+
+def fronts(reached: pl.DataFrame, target: str, kinds: dict[str, list[str]], folder: Path) -> None:
+    """Rounds against bits up, a panel a kind: each method's front with its name at the cheapest, all others grey."""
+    edges = {name: front(rows, target) for (name,), rows in reached.group_by(["algorithm"], maintain_order=True)}
+    x, y = f"bits_up_{target}", f"rounds_{target}"
+    shown = {kind: [m for m in methods if m in edges] for kind, methods in kinds.items()}
+    shown = {kind: methods for kind, methods in shown.items() if methods}
+    columns = min(3, len(shown))
+    lines = -(-len(shown) // columns)
+    with plt.rc_context(STYLE):
+        size = 4.4 * columns, 3.4 * lines
+        figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+        for axis in axes.flat[len(shown) :]:
+            axis.axis("off")
+        for axis, (kind, methods) in zip(axes.flat, shown.items(), strict=False):
+            for name, edge in edges.items():
+                if name not in methods:
+                    axis.plot(edge[x], edge[y], ".-", color="0.85", linewidth=0.8, markersize=3, zorder=1)
+            color = COLORS[list(kinds).index(kind) % 10]
+            heights = sorted(methods, key=lambda name: edges[name][y][0])
+            for i, name in enumerate(heights):
+                edge = edges[name]
+                axis.plot(edge[x], edge[y], "o-", color=color, markersize=3, linewidth=1)
+                place: Any = {"xytext": (-4, 3 if i % 2 else -8), "textcoords": "offset points", "ha": "right"}
+                axis.annotate(name, (edge[x][0], edge[y][0]), fontsize=7, **place)
+            axis.set(xscale="log", yscale="log", title=kind)
+            axis.margins(x=0.25)
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        figure.supxlabel(f"bits up to {reached['goal'][0]} {target}", fontsize=10)
+        figure.supylabel("rounds", fontsize=10)
+        figure.tight_layout()
+        save(figure, folder / f"fronts-{target}")
 
 
 def heterogeneity(folder: Path) -> None:
@@ -245,90 +320,15 @@ def heterogeneity(folder: Path) -> None:
         save(figure, folder / "heterogeneity")
 
 
-def accuracy_curves(curves: pl.DataFrame, path: Path) -> None:
-    """Test accuracy where it was measured against rounds, uploads and bits, one line a method."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(AXES), figsize=(4 * len(AXES), 3.6), sharey=True)
-        for axis, (column, name) in zip(axes, AXES.items(), strict=True):
-            known = curves.drop_nulls("accuracy").filter(pl.col(column) > 0)
-            for (method,), rows in known.group_by(["method"], maintain_order=True):
-                axis.plot(rows[column], rows["accuracy"], label=method)
-            axis.set(xscale="log", xlabel=name)
-        axes[0].set_ylabel("test accuracy")
-        axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        save(figure, path)
-
-
-def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
-    """Bits up to the target over b and C, a panel a D; the cheapest of the other axes in each cell, blank if never reached."""
-    lazy = summary.drop_nulls(["bits", "limit", "window"])
-    if not len(lazy):
-        return
-    b, c, d = (sorted(lazy[name].unique()) for name in ("bits", "limit", "window"))
-    if lazy.select("bits", "limit", "window").n_unique() < len(b) * len(c) * len(d):  # drawn at random, not a grid
-        return
-    cheapest = {key: group[f"bits_up_{target}"].min() for key, group in lazy.group_by("bits", "limit", "window")}
-    grids = np.array([[[cheapest.get((i, j, k)) for j in c] for i in b] for k in d], float) / 1e6  # nan: never reached
-    others = ", the cheapest of all other axes" * (len(lazy) > grids.size)
-    if not np.nanmax(grids, initial=0) > 0:
-        return
-    plain: dict[Any, Any] = STYLE | {"axes.grid": False}
-    with plt.rc_context(plain):
-        figure, panels = plt.subplots(
-            1, len(d), figsize=(1.6 + (1 + 0.9 * len(c)) * len(d), 1.4 + 0.5 * len(b)), squeeze=False
-        )
-        norm = LogNorm(np.nanmin(grids), max(np.nanmax(grids), 1.01 * np.nanmin(grids)))
-        for axis, grid, window in zip(panels[0], grids, d, strict=True):
-            axis.imshow(grid, norm=norm, cmap="viridis_r", aspect="auto")
-            axis.set(title=f"D = {window:g}", xlabel="C", ylabel="b")
-            axis.set_xticks(range(len(c)), [f"{v:g}" for v in c])
-            axis.set_yticks(range(len(b)), [f"{v:g}" for v in b])
-            for (row, column), value in np.ndenumerate(grid):
-                text = "-" if np.isnan(value) else f"{value:.3g}"
-                dark = not np.isnan(value) and norm(value) > 0.6
-                best = value == np.nanmin(grids)
-                axis.text(
-                    column,
-                    row,
-                    text,
-                    ha="center",
-                    va="center",
-                    color="w" if dark else "k",
-                    weight="bold" if best else None,
-                )
-        figure.suptitle(f"Mbit up to f - f* <= {target}{others}", fontsize=10, y=1.05)
-        figure.colorbar(panels[0, 0].images[0], ax=panels[0].tolist(), label="Mbit up")
-        save(figure, path)
-
-
 def main(folder: tyro.conf.Positional[Path], /) -> None:
     """Draw the figures of a result folder again."""
-    if (folder / "summary.parquet").exists():
-        sweep(folder)
-    elif (folder / "lag.parquet").exists():
-        lag(folder)
-    elif (folder / "trials.parquet").exists():
-        tune(folder)
-    elif (folder / "family.parquet").exists():
-        pareto_of_methods(folder)
-    elif (folder / "heterogeneity.parquet").exists():
-        heterogeneity(folder)
-    elif (folder / "curves.parquet").exists():
-        comparison(folder)
-    else:
-        raise SystemExit(
-            f"{folder}: neither summary.parquet nor curves.parquet there; expected a folder that an experiment wrote"
-        )
+    draw = {"sweep": sweep, "tune": tune, "methods": methods, "heterogeneity": heterogeneity, "compare": compare}
+    path = folder / "identity.json"
+    kind = read_json(path).get("experiment") if path.exists() else None
+    if kind not in draw:
+        raise SystemExit(f"{folder}: expected a folder that an experiment wrote, with its identity.json")
+    draw[kind](folder)
     print(*sorted(str(p) for p in folder.glob("*.png")), sep="\n")
-
-
-def thinned(rounds: int, points: int) -> Sequence[int]:
-    """About `points` indices below `rounds`, denser at the start as a log axis shows them; first and last included."""
-    if rounds <= points:
-        return range(rounds)
-    return np.unique(
-        np.concatenate([np.geomspace(1, rounds, points // 2), np.linspace(1, rounds, points // 2)]).astype(int) - 1
-    ).tolist()
 
 
 if __name__ == "__main__":

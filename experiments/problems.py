@@ -1,6 +1,9 @@
-"""What the reproductions need of the problems beside `laqjax.problems`: the authors' start, and f* from a real solver."""
+"""What a point runs on: a problem on data that is dealt out to workers, its starts and its f*."""
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,155 @@ import scipy.optimize
 from jaxtyping import Array
 
 import laqjax
-from experiments.files import write_text
+from experiments import datasets, files
 from laqjax.problems import Problem
+
+CACHE = Path("results") / "cache"  # of f*
+
+
+@dataclass(frozen=True)
+class Model(Problem):
+    """A problem made of functions, as `--problem FILE.py:make` gives it.
+
+    `make(data)` is called once with the `datasets.Dataset` and returns (loss, start) or (loss, start, accuracy), or a
+    `laqjax.problems.Problem`:
+
+        loss(params, x, y) -> [n]        the loss of each of n rows; x and y as in the data set, leading axis n
+        start(seed) -> params            any pytree of floating arrays
+        accuracy(params, x, y) -> share  on the test rows; without it there is no --target-accuracy
+    """
+
+    loss: Callable[[Any, Any, Any], Array]
+    begin: Callable[[int], Any]
+    score: Callable[[Any, Any, Any], Any] | None = None
+    l2: float = 0.0
+    reduction: str = "mean"
+    name = "model"
+
+    def __call__(self, params: Any, x: Any, y: Any) -> Array:
+        """Losses of n examples."""
+        return self.loss(params, x, y)
+
+    def start(self, seed: int, dtype: Any = np.float32) -> Any:
+        """The parameters as the user made them."""
+        return jax.tree.map(np.asarray, self.begin(seed))
+
+    def accuracy(self, params: Any, x: Any, y: Any) -> Any:
+        """As the user counts it."""
+        return None if self.score is None else self.score(params, x, y)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A problem on shards, and all that points share which run on it.
+
+    shards: host arrays. test: (x, y). known: f*, where the caller has it; else a problem with a bound on its curvature is
+    taken for convex and solved, and any other has none.
+    """
+
+    problem: Problem
+    shards: laqjax.Shards
+    test: tuple[Any, Any] | None = None
+    dtype: Any = np.float32
+    known: float | None = None
+
+    @cached_property
+    def oracle(self) -> laqjax.oracle.TiledOracle:
+        """Loss and gradient of a worker."""
+        return self.problem.oracle(self.dtype)
+
+    @cached_property
+    def on_device(self) -> laqjax.Shards:
+        """The data, where the rounds read it."""
+        return jax.tree.map(jnp.asarray, self.shards)
+
+    @cached_property
+    def smoothness(self) -> tuple[np.ndarray, float]:
+        """(L_m of the workers, L)."""
+        return self.problem.smoothness(self.shards)
+
+    @cached_property
+    def f_star(self) -> float | None:
+        """The least f, by a solver in float64 the first time."""
+        if self.known is not None or self.problem.curvature is None:
+            return self.known
+        return optimum(self.problem, self.shards, CACHE)
+
+    def start(self, seed: int) -> Array:
+        """The flat parameters of a seed: where the problem's own start is one for all seeds, seed 0 has it, and the others
+        a normal draw of norm about 1 beside it.
+        """
+        start, first = (self.problem.theta0(self.oracle, s) for s in (seed, 0))
+        if seed and bool(jnp.all(start == first)):
+            start += np.random.default_rng(seed).normal(0, len(start) ** -0.5, len(start)).astype(start.dtype)
+        return start
+
+    @cached_property
+    def losses(self) -> Callable[[Any], Any]:
+        """The mean of the workers' losses at parameters [S, p]."""
+        one = full_loss(self.oracle, self.on_device)
+        if self.oracle.one_by_one(self.shards):
+            return jax.jit(lambda many: jax.lax.map(one, many))
+        return jax.jit(jax.vmap(one))
+
+    @cached_property
+    def scored(self) -> bool:
+        """Whether there is a test accuracy."""
+        start = jax.eval_shape(self.oracle.unravel, jax.ShapeDtypeStruct((self.oracle.size,), self.oracle.dtype))
+        return self.test is not None and jax.eval_shape(self.problem.accuracy, start, *self.test) is not None
+
+    @cached_property
+    def accuracies(self) -> Callable[[Any], np.ndarray]:
+        """Test accuracy at parameters [S, p], NaN where problem or data have none."""
+        x, y = jax.tree.map(jnp.asarray, self.test or (None, None))
+        one = jax.jit(lambda params: self.problem.accuracy(self.oracle.unravel(params), x, y) if self.test else None)
+        return lambda many: np.array([one(params) for params in many], float)  # None is NaN
+
+
+def full_loss(oracle: Any, shards: laqjax.Shards) -> Callable[[Any], Any]:
+    """The mean of the workers' losses, as a function of a flat parameter vector; traced."""
+    workers = jnp.arange(len(shards.weight), dtype=jnp.int32)
+    return lambda params: jnp.mean(jax.lax.map(lambda m: oracle(params, shards, m)[0], workers))
+
+
+@cache
+def case(problem: str, dataset: str, partition: str = "contiguous", seed: int = 0, workers: int = 10, rows: int | None = None) -> Case:  # fmt: skip
+    """A case by its names, made once; `rows` keeps so many of each worker."""
+    data = _loaded(dataset)
+    shards = laqjax.problems.partition(data.x, data.y, workers, partition, seed)
+    if rows:
+        shards = laqjax.Shards(*jax.tree.map(lambda array: array[:, :rows], shards))
+    test = None if data.x_test is None else (data.x_test, data.y_test)
+    return Case(named(problem, data), shards, test)
+
+
+@cache
+def _loaded(name: str) -> datasets.Dataset:
+    return datasets.load(name)
+
+
+def _own(name: str, data: datasets.Dataset) -> Problem:
+    made = files.call(name, data)
+    if isinstance(made, Problem):
+        return made
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or not all(map(callable, made)):
+        raise ValueError(f"{name} returned {made!r:.80}: expected functions (loss, start) or (loss, start, accuracy)")
+    return Model(*made)
+
+
+def named(name: str, data: datasets.Dataset) -> Problem:
+    """A problem fit for the data: softmax, network, ridge, logistic, or FILE.py:make (see `Model`)."""
+    if files.is_own(name):
+        return _own(name, data)
+    flat = getattr(data.x, "ndim", 0) == 2
+    if flat and name in ("softmax", "network") and data.num_classes:
+        return getattr(laqjax.problems, name.capitalize())(data.x.shape[1], data.num_classes)
+    if flat and (name == "ridge" or (name == "logistic" and data.num_classes in (None, 2))):
+        return getattr(laqjax.problems, name.capitalize())(data.x.shape[1])
+    raise ValueError(
+        f"problem = {name!r} on {data.name}: expected softmax or network for classes, logistic for two, ridge for numbers "
+        "(all on rows of features), or FILE.py:make"
+    )
 
 
 def authors_start(oracle: Any) -> Array:
@@ -21,23 +171,24 @@ def authors_start(oracle: Any) -> Array:
     return oracle.ravel({"bias": theta0[7840:], "weight": theta0[:7840].reshape(784, 10).T})
 
 
-def optimum(problem: Problem, shards: laqjax.Shards, cache: Path | None = None) -> float:
+def optimum(problem: Problem, shards: laqjax.Shards, folder: Path | None = None) -> float:
     """f*, the least mean over workers of their losses, by L-BFGS in float64 down to the rounding of f.
 
-    Kept in `cache` (a folder) under a hash of problem and data.
+    Kept in `folder` under a hash of problem and data.
     """
     # float64 only for this solve; the flag is thread-local, so a float32 run around it is untouched
     with jax.enable_x64(True):
         data = jax.tree.map(np.asarray, shards)
-        path = cache / f"optimum-{problem.name}-{_digest(problem, data)}.txt" if cache else None
+        ours = type(problem).__module__ == Problem.__module__  # what another's name means may change
+        path = folder / f"optimum-{problem.name}-{_digest(problem, data)}.txt" if folder and ours else None
         if path and path.exists():
             return float(path.read_text())
-        oracle = problem.oracle(np.float64)
-        on_device = laqjax.Shards(*(jnp.asarray(a) for a in data))
+        case = Case(problem, data, dtype=np.float64)
+        oracle, workers = case.oracle, jnp.arange(len(data.weight))
 
         @jax.jit
         def mean(params: Array) -> tuple[Array, Array]:
-            losses, grads = jax.lax.map(lambda m: oracle(params, on_device, m), jnp.arange(len(data.x)))
+            losses, grads = jax.lax.map(lambda m: oracle(params, case.on_device, m), workers)
             return jnp.mean(losses), jnp.mean(grads, axis=0)
 
         def value_and_grad(params: np.ndarray) -> tuple[float, np.ndarray]:
@@ -48,7 +199,7 @@ def optimum(problem: Problem, shards: laqjax.Shards, cache: Path | None = None) 
         options = {"maxiter": 5000, "maxfun": 20000, "maxcor": 30, "ftol": 1e-15, "gtol": 1e-9}
         result = scipy.optimize.minimize(value_and_grad, start, jac=True, method="L-BFGS-B", options=options)
     if path:
-        write_text(path, repr(float(result.fun)))
+        files.write_text(path, repr(float(result.fun)))
     return float(result.fun)
 
 

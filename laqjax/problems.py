@@ -211,7 +211,7 @@ def glorot(rng: np.random.Generator, outputs: int, inputs: int) -> np.ndarray:
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
-def partition(x: np.ndarray, y: np.ndarray, num_workers: int, scheme: str, seed: int = 0) -> Shards:
+def partition(x: Any, y: Any, num_workers: int, scheme: str, seed: int = 0) -> Shards:
     """Deal n samples out to M workers.
 
     contiguous       file order, floor(n / M) rows each, the rest dropped, as the LAQ paper's program; no copy
@@ -222,8 +222,8 @@ def partition(x: np.ndarray, y: np.ndarray, num_workers: int, scheme: str, seed:
     unequal:RATIO    shuffled; sizes in geometric progression, the last RATIO times the first; all are used
 
     Args:
-        x: [n, ...].
-        y: [n].
+        x: [n, ...], or a pytree of such arrays.
+        y: as x; sorted and dirichlet need class labels [n].
         num_workers: M, 1 to n.
         scheme: one of the above.
         seed: the same seed gives the same shards.
@@ -239,9 +239,11 @@ def partition(x: np.ndarray, y: np.ndarray, num_workers: int, scheme: str, seed:
         >>> laqjax.problems.partition(np.zeros((10, 3)), np.arange(10), 2, "contiguous").weight.shape
         (2, 5)
     """
-    n = len(x)
-    if y.shape != (n,):
-        raise ValueError(f"y: expected one label per row of x, got x {x.shape} and y {y.shape}")
+    lengths = {len(leaf) for leaf in jax.tree.leaves((x, y))}
+    if len(lengths) != 1:
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves((x, y))]
+        raise ValueError(f"expected one label per row of x, got arrays of the shapes {shapes}")
+    (n,) = lengths
     if not 1 <= num_workers <= n:
         raise ValueError(f"num_workers={num_workers}: expected 1 to {n}, the number of samples")
     rng = np.random.default_rng(seed)
@@ -249,19 +251,24 @@ def partition(x: np.ndarray, y: np.ndarray, num_workers: int, scheme: str, seed:
         case "contiguous", "":
             return _equal(x, y, num_workers)
         case "shuffled", "":
-            order = rng.permutation(n)
-            return _equal(x[order], y[order], num_workers)
+            return _equal(x, y, num_workers, rng.permutation(n))
         case "sorted", "":
-            order = np.argsort(y, kind="stable")
-            return _equal(x[order], y[order], num_workers)
+            return _equal(x, y, num_workers, np.argsort(_labels(y, scheme), kind="stable"))
         case "dirichlet", _:
             alpha = _parameter(scheme, "dirichlet:ALPHA, ALPHA finite and above 0", lambda alpha: alpha > 0)
-            return _padded(x, y, _dirichlet(y, num_workers, alpha, rng))
+            return _padded(x, y, _dirichlet(_labels(y, scheme), num_workers, alpha, rng))
         case "unequal", _:
             ratio = _parameter(scheme, "unequal:RATIO, RATIO finite and at least 1", lambda ratio: ratio >= 1)
             return _padded(x, y, _unequal(n, num_workers, ratio, rng))
     known = "contiguous, shuffled, sorted, dirichlet:ALPHA or unequal:RATIO"
     raise ValueError(f"scheme={scheme!r}: expected {known}")
+
+
+def _labels(y: Any, scheme: str) -> np.ndarray:
+    if not hasattr(y, "shape") or len(y.shape) != 1:
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(y)]
+        raise ValueError(f"scheme={scheme!r}: expected one label per row, y [n], got y of {shapes}")
+    return y
 
 
 def _parameter(scheme: str, expected: str, valid: Callable[[float], bool]) -> float:
@@ -274,21 +281,24 @@ def _parameter(scheme: str, expected: str, valid: Callable[[float], bool]) -> fl
     return value
 
 
-def _equal(x: np.ndarray, y: np.ndarray, num_workers: int) -> Shards:
-    shape = (num_workers, len(x) // num_workers)
-    kept = math.prod(shape)
-    return Shards(x[:kept].reshape(shape + x.shape[1:]), y[:kept].reshape(shape), np.ones(shape, np.float32))
+def _equal(x: Any, y: Any, num_workers: int, order: np.ndarray | None = None) -> Shards:
+    shape = (num_workers, len(jax.tree.leaves(x)[0]) // num_workers)
+    kept = slice(math.prod(shape)) if order is None else order[: math.prod(shape)]
+    x, y = jax.tree.map(lambda a: a[kept].reshape(shape + a.shape[1:]), (x, y))
+    return Shards(x, y, np.ones(shape, np.float32))
 
 
-def _padded(x: np.ndarray, y: np.ndarray, groups: list[np.ndarray]) -> Shards:
+def _padded(x: Any, y: Any, groups: list[np.ndarray]) -> Shards:
     """Shards from the row indices of each worker."""
     shape = (len(groups), max(map(len, groups)))
-    shard_x, shard_y = np.zeros(shape + x.shape[1:], x.dtype), np.zeros(shape, y.dtype)
-    weight = np.zeros(shape, np.float32)
-    for worker, rows in enumerate(groups):
-        own = worker, slice(len(rows))
-        shard_x[own], shard_y[own], weight[own] = x[rows], y[rows], 1
-    return Shards(shard_x, shard_y, weight)
+    own = np.arange(shape[1]) < np.array([len(rows) for rows in groups])[:, None]
+
+    def dealt(a: np.ndarray) -> np.ndarray:
+        shards = np.zeros(shape + a.shape[1:], a.dtype)
+        shards[own] = a[np.concatenate(groups)]
+        return shards
+
+    return Shards(jax.tree.map(dealt, x), jax.tree.map(dealt, y), own.astype(np.float32))
 
 
 def _dirichlet(y: np.ndarray, num_workers: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:

@@ -19,8 +19,9 @@ from conftest import programs
 from polars.testing import assert_frame_equal
 
 import laqjax
-from experiments import files, plots, race, sweep
-from laqjax import loop, points
+from experiments import files, ledger, plots, points, problems, study, sweep
+from laqjax import loop
+from laqjax import points as many
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -75,12 +76,7 @@ def rows(folder: Path, name: str = "points") -> pl.DataFrame:
 
 def masks(folder: Path) -> list[np.ndarray]:
     """Who sent when, [rounds, workers] a point."""
-    return [
-        np.unpackbits(np.frombuffer(row["sent"], np.uint8), count=row["rounds"] * row["workers"]).reshape(
-            row["rounds"], row["workers"]
-        )
-        for row in rows(folder, "masks").iter_rows(named=True)
-    ]
+    return [ledger.unpacked(row) for row in rows(folder, "masks").iter_rows(named=True)]
 
 
 def same(a: Path, b: Path) -> None:
@@ -101,12 +97,21 @@ def alike(a: pl.DataFrame, b: pl.DataFrame) -> None:
 def same_early(a: Path, b: Path) -> None:
     alike(rows(a), rows(b))
     for left, right in zip(masks(a), masks(b), strict=True):
-        np.testing.assert_array_equal(left[:50], right[:50])
+        both = min(len(left), len(right), 50)
+        np.testing.assert_array_equal(left[:both], right[:both])
 
 
-def groups(*more: str) -> list[sweep.Group]:
-    settings = sweep.parsed([*TASK, *more])
-    return sweep.checked(list(sweep.select(settings)), settings, sweep.Console(quiet=True))
+def parsed(*more: str) -> sweep.Settings:
+    return points.parsed(sweep.Settings, [*TASK, *more], None)
+
+
+def select(settings: sweep.Settings) -> list[dict[str, Any]]:
+    return list(points.select(settings.axes, settings.data, settings.draw))
+
+
+def chosen(*more: str) -> list[study.Point]:
+    settings = parsed(*more)
+    return sweep.built(settings, select(settings))
 
 
 def refusal(*more: str, out: Path = Path("refused")) -> str:
@@ -119,21 +124,22 @@ def refusal(*more: str, out: Path = Path("refused")) -> str:
 
 
 def test_rows_are_single_runs(whole: Path) -> None:
-    (group,) = groups(*GRID)
-    table, sent = rows(whole), masks(whole)
+    singles, table, sent = chosen(*GRID), rows(whole), masks(whole)
+    f_star: Any = singles[0].case.f_star
     for i in np.random.default_rng(0).choice(24, 6, replace=False):
-        row = table.row(i, named=True)
-        start, key = group.problem.theta0(group.oracle, row["seed"]), jax.random.key(row["seed"])
-        info = laqjax.run(group.algs[i], start, group.shards, 100, key).info
+        row, point = table.row(i, named=True), singles[i]
+        info = laqjax.run(point.algorithm, point.begin(), point.case.on_device, 100, jax.random.key(point.seed)).info
+        assert len(sent[i]) == row["ended"]
         np.testing.assert_array_equal(sent[i][:50], info.sent[: min(50, len(sent[i]))])
-        met = np.flatnonzero(info.loss - group.f_star <= 3)
+        met = np.flatnonzero(info.loss - f_star <= 3)
         assert row["reached"] == bool(len(met))
         last = met[0] if len(met) else 100
         assert row["final_loss"] == pytest.approx(info.loss[row["ended"] - 1], rel=0.03)
-        assert row["ended"] == min((last // sweep.CHUNK + 1) * sweep.CHUNK, 100)
-        assert sent[i].sum() == pytest.approx(info.sent[:last].sum(), rel=0.03)
+        assert row["ended"] == min((last // 50 + 1) * 50, 100)
+        assert row["uploads_end"] == sent[i].sum()
         if len(met):
-            assert row["uploads_3"] == sent[i].sum()
+            assert row["uploads_3"] == sent[i][: row["rounds_3"]].sum()
+            assert row["uploads_3"] == pytest.approx(info.sent[:last].sum(), rel=0.03)
             assert row["bits_up_3"] == pytest.approx(info.bits_up[:last].sum(), rel=0.03)
             assert row["bits_down_3"] == 320 * row["rounds_3"]
 
@@ -156,13 +162,10 @@ def test_compaction_changes_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return stream(algs, state, shards, rounds, keys, **given)
 
     monkeypatch.setattr(laqjax, "sweep_stream", counted)
-    monkeypatch.setattr(sweep, "SHORT", 0)
-    given = ["--batch", "8", *EIGHT, "--rounds", "60", "--target", "10", "5"]
-    monkeypatch.setattr(sweep, "CHUNK", 60)
-    straight = run(*given, out=tmp_path / "straight")
+    given = ["--batch", "8", *EIGHT, "--rounds", "200", "--target", "10", "5"]
+    straight = run(*given, "--every", "200", out=tmp_path / "straight")
     assert sizes == [8]
-    monkeypatch.setattr(sweep, "CHUNK", 10)
-    first, again = (run(*given, out=tmp_path / name) for name in ("first", "again"))
+    first, again = (run(*given, "--every", "10", out=tmp_path / name) for name in ("first", "again"))
     cut = sizes[1 : len(sizes) // 2 + 1]
     assert cut[0] == 8
     assert min(cut) < 8
@@ -172,10 +175,10 @@ def test_compaction_changes_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     same_early(straight, first)
 
 
-def test_one_program_for_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "CHUNK", 40)  # nobody is at the target when it ends
+def test_one_program_for_a_group(tmp_path: Path) -> None:
     before = programs()
-    out = run("--rounds", "40", "--target", "1e-9", "--batch", "7", *GRID, out=tmp_path / "out")
+    given = ["--rounds", "40", "--every", "40", "--target", "1e-9", "--batch", "7"]
+    out = run(*given, *GRID, out=tmp_path / "out")
     assert programs() == before + 1
     assert not rows(out)["reached"].any()
 
@@ -190,7 +193,7 @@ def test_four_devices(whole: Path, tmp_path: Path) -> None:
     assert_frame_equal(rows(whole).filter(mine).select(early), rows(tmp_path).select(early))
     here = [mask for mask, is_mine in zip(masks(whole), mine, strict=True) if is_mine]
     for left, right in zip(here, masks(tmp_path), strict=True):
-        np.testing.assert_array_equal(left[:50], right)
+        np.testing.assert_array_equal(left[: len(right)], right[: len(left)])
     assert "made for 4 devices, here are 1" in refusal(*given, out=tmp_path)
 
 
@@ -239,19 +242,19 @@ def test_a_damaged_batch_heals(whole: Path, tmp_path: Path, capsys: pytest.Captu
 def test_another_sweep_is_refused(whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     said = refusal("--batch", "5", *GRID, "--xi", "0.4", "--uplink-mbps", "1", out=whole)
-    assert "uplink_mbps: 10.0 there, 1.0 asked for; xi: [0.8] there, [0.4] asked for" in said
+    assert "uplink_mbps: 10.0 there, 1.0 asked for; xi: [] there, [0.4] asked for" in said
     assert "batch: 5 there, 6 asked for" in refusal("--batch", "6", *GRID, out=whole)
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
 def test_all_bad_points_are_named_before_anything_is_compiled() -> None:
     before = programs()
-    said = refusal("-b", "4", "0", "2.5", "-C", "10", "-1", "-D", "1", out=Path("bad"))
+    said = refusal("-b", "4", "0", "99", "-C", "10", "-1", "-D", "1", out=Path("bad"))
     assert said.startswith("error: 5 of 6 points cannot run:")
     named = [line.split(":")[0].removeprefix("  point ").split(", ") for line in said.splitlines()[1:]]
     assert sorted(point for points in named for point in points) == list("12345")
     assert len(named) == 3  # what is wrong is said once
-    assert "bits = 0" in said.replace(".0", "")
+    assert "bits = 0" in said
     assert "limit = -1" in said
     assert programs() == before
     assert not Path("bad").exists()
@@ -264,15 +267,22 @@ def test_all_bad_points_are_named_before_anything_is_compiled() -> None:
         (["--shard", "one"], "shard = 'one': expected i/n"),
         (["--shard", "1/99"], "expected at most 16 shards for 16 points"),
         (["--random", "0"], "random = 0: expected one whole number"),
-        (["--algorithm", "lac"], "algorithm = 'lac': expected one of "),
+        (["--algorithm", "lac"], "algorithm = 'lac': expected FILE.py:factory or one of "),
         (["--algorithm", "ef21", "--compressor", "tip_k:3"], "compressor = 'tip_k:3': expected one of"),
         (["--problem", "softmaxx"], "problem = 'softmaxx' on synthetic-logistic: expected"),
         (["--target", "1", "2"], "the largest first"),
         (["--rounds", "0"], "rounds = 0: expected"),
         (["--batch", "-1"], "batch = -1: expected"),
         (["--uplink-mbps", "0"], "uplink_mbps = 0.0: expected a number > 0"),
-        (["--lr"], "axis lr has no values"),
+        (["--algorithm"], "axis algorithm has no values"),
+        (["--set", "momentum"], "--set momentum has no values"),
+        (["--set", "momentum", "0.5"], "--set momentum: expected an argument of laq: ["),
         (["--target"], "target = (): expected residuals > 0"),
+        (
+            ["--target-accuracy", "0.5", "0.1"],
+            "target_accuracy = (0.5, 0.1): expected shares above 0, the lowest first",
+        ),
+        (["--target-accuracy", "0.5"], "target_accuracy: expected a problem with an accuracy, and data with test rows"),
         (["--seeds", "0", "-1"], "seeds = -1: expected one whole number and >= 0"),
         (["--batch", "0"], "batch = 0: expected"),
         (["--algorithm", "sgd", "--minibatch", "31"], "minibatch = 31: expected one whole number and >= 1 and <= 30"),
@@ -292,26 +302,25 @@ def test_refusals(given: list[str], said: str) -> None:
 
 def test_random_points() -> None:
     axes = ["-b", "2", "8", "-C", "1", "200", "-D", "1", "4", "9", "--lr", "0.001", "0.1", "--random", "200"]
-    settings = sweep.parsed([*TASK, *axes])
-    points = pl.DataFrame(list(sweep.select(settings)))
-    assert len(points) == 200
-    assert set(points["bits"]) == set(range(2, 9))
-    assert set(points["window"]) == {1, 4, 9}
-    assert points["limit"].is_between(1, 200).all()
-    assert (points["limit"] % 1 == 0).all()
-    assert points["lr"].is_between(0.001, 0.1).all()
-    assert points.filter(pl.col("lr") < 0.01).height == pytest.approx(100, abs=25)  # a log scale
-    assert list(sweep.select(settings)) == points.to_dicts()
-    other = sweep.parsed([*TASK, *axes, "--random-seed", "1"])
-    assert list(sweep.select(other)) != points.to_dicts()
+    settings = parsed(*axes)
+    table = pl.DataFrame(select(settings))
+    assert len(table) == 200
+    assert set(table["bits"]) == set(range(2, 9))
+    assert set(table["window"]) == {1, 4, 9}
+    assert table["limit"].is_between(1, 200).all()
+    assert table["limit"].dtype == pl.Int64
+    assert table["lr"].is_between(0.001, 0.1).all()
+    assert table.filter(pl.col("lr") < 0.01).height == pytest.approx(100, abs=25)  # a log scale
+    assert select(settings) == table.to_dicts()
+    assert select(parsed(*axes, "--random-seed", "1")) != table.to_dicts()
 
 
 def test_knobs_that_an_algorithm_lacks_collapse(tmp_path: Path) -> None:
     axes = ["--algorithm", "gd", "qgd", "laq", "-b", "2", "4", "-C", "10", "20", "-D", "1", "--lr", "0.1"]
-    points = pl.DataFrame(list(sweep.select(sweep.parsed([*TASK, *axes])))).sort("algorithm", "bits", "limit")
-    assert points["algorithm"].to_list() == ["gd", *["laq"] * 4, "qgd", "qgd"]
-    assert points["bits"].to_list() == [None, 2, 2, 4, 4, 2, 4]
-    assert points["limit"].to_list() == [None, 10, 20, 10, 20, None, None]
+    table = pl.DataFrame(select(parsed(*axes))).sort("algorithm", "bits", "limit")
+    assert table["algorithm"].to_list() == ["gd", *["laq"] * 4, "qgd", "qgd"]
+    assert table["bits"].to_list() == [None, 2, 2, 4, 4, 2, 4]
+    assert table["limit"].to_list() == [None, 10, 20, 10, 20, None, None]
     out = run("--algorithm", "gd", *axes[4:], "--rounds", "20", out=tmp_path / "out")
     (gd,) = rows(out).iter_rows(named=True)
     assert gd["uploads_10"] == 4 * gd["rounds_10"]
@@ -319,25 +328,30 @@ def test_knobs_that_an_algorithm_lacks_collapse(tmp_path: Path) -> None:
 
 
 RANGES = "-b 3 5 -C 5 20 -D 1 3 --xi 0.1 0.5 --lr 0.01 0.02 --levels 3 9 --density 0.3 0.6 --zeta 1 3 --damping 0.2 0.5"
-RANGES += " --probability 0.2 0.5 --c 0.1 0.6 --period 3 9 --min-bits 2 3 --max-bits 8 10 --bits-down 3 6 --random 3 --minibatch 10"
+RANGES += " --probability 0.2 0.5 --period 3 9 --min-bits 2 3 --max-bits 8 10 --bits-down 3 6 --random 3 --minibatch 10"
 
 
-@pytest.mark.parametrize("name", sweep.factories())
+def ranges(name: str) -> list[str]:
+    """CADA has c where the others have xi."""
+    return [*RANGES.split(), *(["--c", "0.1", "0.6"] if name.startswith("cada") else [])]
+
+
+@pytest.mark.parametrize("name", points.factories())
 def test_every_member_is_one_structure_for_all_values(name: str) -> None:
-    (group,) = groups("--algorithm", name, *RANGES.split())
-    assert len(group.algs) == 3
-    stacked = laqjax.stack(group.algs)  # refuses another structure
+    made = chosen("--algorithm", name, *ranges(name))
+    assert len(made) == 3
+    stacked = laqjax.stack([point.algorithm for point in made])  # refuses another structure
     changed = [leaf for leaf in jax.tree.leaves(stacked) if len(np.unique(leaf, axis=0)) > 1]
-    swept = sweep.knobs(name) & {*sweep.KNOBS}
+    swept = points.arguments(name) & {word[2:].replace("-", "_") for word in ranges(name) if word[:2] == "--"}
     # what is a structure or a start besides: the window is in the weights too, the limit in the first silence
     assert len(changed) >= len(swept)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", sweep.factories())
+@pytest.mark.parametrize("name", points.factories())
 def test_every_member_sweeps_in_one_program(name: str, tmp_path: Path) -> None:
     before = programs()
-    out = run("--algorithm", name, *RANGES.split(), "--rounds", "5", out=tmp_path)
+    out = run("--algorithm", name, *ranges(name), "--rounds", "5", out=tmp_path)
     assert programs() <= before + 1  # sgd has that of gd
     assert rows(out)["lr"].n_unique() == 3
 
@@ -345,7 +359,8 @@ def test_every_member_sweeps_in_one_program(name: str, tmp_path: Path) -> None:
 def test_config_files_are_the_command_line(tmp_path: Path) -> None:
     line = ["-b", "2", "4", "--lr", "0.05", "--target", "1e-1", "1e-2", "--rounds", "600", "--dataset", DATA]
     line += ["--random", "7", "--smoke", "--out", "there", "--partition-seed", "3"]
-    expected = sweep.parsed(line)
+    read = lambda given: points.parsed(sweep.Settings, given, None)  # noqa: E731
+    expected = read(line)
     toml, yaml = tmp_path / "a.toml", tmp_path / "a.yaml"
     toml.write_text(
         f'bits = [2, 4]\nlr = 0.05\ntarget = [1e-1, 1e-2]\nrounds = 600\ndataset = "{DATA}"\nrandom = 7\n'
@@ -356,10 +371,11 @@ def test_config_files_are_the_command_line(tmp_path: Path) -> None:
         "smoke: true\nout: there\npartition_seed: 3\n"
     )
     for path in (toml, yaml):
-        assert sweep.replace(sweep.parsed(["--config", str(path)]), config=None) == expected
+        assert sweep.replace(read(["--config", str(path)]), config=None) == expected
         # the command line wins, also where it asks for the default
-        mixed = sweep.parsed(["--config", str(path), "-b", "2", "3", "4", "8", "--random", "None", "--no-smoke"])
-        assert (mixed.bits, mixed.random, mixed.smoke, mixed.lr) == ((2, 3, 4, 8), None, False, (0.05,))
+        mixed = read(["--config", str(path), "-b", "2", "3", "4", "8", "--random", "None", "--no-smoke"])
+        assert (mixed.axes.bits, mixed.axes.lr) == ((2, 3, 4, 8), (0.05,))
+        assert (mixed.draw.random, mixed.smoke) == (None, False)
     yaml.write_text("- 3\n")
     assert "expected names of settings with their values" in refusal("--config", str(yaml))
     toml.write_text("bitz = 3\n")
@@ -385,7 +401,7 @@ def test_shards_merge_to_the_whole(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"shards \['1/2', '1/1'\]: expected"):
         merge(one, whole)
     foreign = run("--shard", "2/2", "--batch", "5", *GRID, "--xi", "0.5", out=tmp_path / "foreign")
-    with pytest.raises(SystemExit, match=r"holds another sweep: xi: \[0.5\] here, \[0.8\] there"):
+    with pytest.raises(SystemExit, match=r"holds another sweep: xi: \[0.5\] here, \[\] there"):
         merge(one, foreign)
     (two / "points.parquet").unlink()
     with pytest.raises(SystemExit, match="is not finished"):
@@ -395,49 +411,67 @@ def test_shards_merge_to_the_whole(whole: Path, tmp_path: Path) -> None:
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
 
+def record(loss: Any, sent: Any, up: Any, down: Any, f_star: float | None = 0.0) -> ledger.Record:
+    """Of one point."""
+    made = ledger.Record.empty(len(sent), 1, len(sent[0]), f_star)
+    made.loss[:, 0], made.sent[:, 0], made.up[:, 0], made.down[:, 0], made.computed[:] = loss, sent, up, down, 1
+    made.ran[:] = len(sent)
+    return made
+
+
 def test_seconds_of_a_hand_made_run() -> None:
     """2 workers on 1 Mbit/s up and 10 Mbit/s down, 20 ms one way, 5 ms a gradient: the slowest message counts."""
-    settings = sweep.Settings(target=(1.0, 0.1), uplink_mbps=1, downlink_mbps=10, latency_ms=20)
-    point: dict[str, Any] = {"point": 7, "bits": None, "limit": None, "window": None, "xi": None, "lr": 0.1}
-    loss = np.array([[3.0], [1.5], [0.9], [0.05], [np.nan]])
-    sent = np.array([[[1, 1]], [[0, 0]], [[0, 1]], [[1, 1]]], bool)
-    up = np.array([[[1000, 2000]], [[0, 0]], [[0, 500]], [[9, 9]]])
-    down = np.full((4, 1), 10_000)
-    ran, lost, none = np.array([4]), np.array([-1]), np.array([np.nan])
-    made = sweep.frames([point], 0.0, settings, 5.0, loss, sent, up, down, ran, lost, none)
+    link, targets = ledger.Link(uplink_mbps=1, downlink_mbps=10, latency_ms=20), ledger.Targets((1.0, 0.1))
+    up = [[1000, 2000], [0, 0], [0, 500], [9, 9]]
+    sent = np.array([[1, 1], [0, 0], [0, 1], [1, 1]], bool)
+    mine = record([3.0, 1.5, 0.9, 0.05, np.nan], sent, up, [10_000] * 4)
+    mine.computed[1] = 2  # as SVRG and the like
+    made = ledger.tables([{"point": 7, "lr": 0.1, "seed": 0}], mine, targets, mine.spent(link, 5.0), 100)
     row = made["points"].row(0, named=True)
     quiet = 0.005 + 0.020 + 10_000 / 1e7  # compute, the model's way down, its bits
-    spent = np.cumsum([0, quiet + 0.020 + 2000 / 1e6, quiet, quiet + 0.020 + 500 / 1e6])
+    spent = np.cumsum([0, quiet + 0.020 + 2000 / 1e6, quiet + 0.005, quiet + 0.020 + 500 / 1e6])
     assert (row["rounds_1"], row["uploads_1"], row["bits_up_1"], row["bits_down_1"]) == (2, 2, 3000, 20_000)
     assert (row["rounds_0.1"], row["uploads_0.1"], row["bits_up_0.1"], row["bits_down_0.1"]) == (3, 3, 3500, 30_000)
+    assert (row["rounds_end"], row["uploads_end"], row["bits_up_end"], row["bits_down_end"]) == (4, 5, 3518, 40_000)
     assert row["seconds_1"] == pytest.approx(spent[2])
     assert row["seconds_0.1"] == pytest.approx(spent[3])
     np.testing.assert_allclose(made["curves"]["seconds"], spent)
+    assert made["curves"]["loss"].to_list() == [3.0, 1.5, 0.9, 0.05]
+    assert made["curves"]["uploads"].to_list() == [0, 2, 2, 3]
     assert made["curves"]["bits"].to_list() == [0, 13_000, 23_000, 33_500]
-    mask = made["masks"].row(0, named=True)
-    np.testing.assert_array_equal(np.unpackbits(np.frombuffer(mask["sent"], np.uint8), count=6), [1, 1, 0, 0, 0, 1])
+    np.testing.assert_array_equal(ledger.unpacked(made["masks"].row(0, named=True)), sent)
 
 
 def test_a_point_that_diverges_at_once_is_a_row() -> None:
-    settings = sweep.Settings(target=(1.0,))
-    nothing = np.zeros((2, 1, 2), np.int64)
-    loss, none = np.full((3, 1), np.inf), np.array([np.nan])
-    ran, lost = np.array([2]), np.array([0])
-    made = sweep.frames(
-        [{"point": 0}], 0.0, settings, 1.0, loss, nothing > 0, nothing, nothing[..., 0], ran, lost, none
-    )
+    targets = ledger.Targets((1.0,))
+    mine = record([np.inf] * 3, [[False, False]] * 2, [[0, 0]] * 2, [0, 0])
+    mine.lost[:] = 0
+    made = ledger.tables([{"point": 0, "seed": 0}], mine, targets, mine.spent(ledger.LINK, 1.0), 100)
     row = made["points"].row(0, named=True)
     assert (row["diverged"], row["reached"], row["final_loss"], row["rounds_1"]) == (True, False, None, None)
     assert made["masks"].row(0, named=True)["rounds"] == 0
 
 
+def test_targets_of_accuracy_are_read_where_it_was_measured() -> None:
+    mine = record([3.0, 2.0, 1.0, 0.5, np.nan], [[True]] * 4, [[8]] * 4, [0] * 4, None)
+    mine.accuracy[[0, 2, 4], 0] = 0.1, 0.6, 0.9
+    targets = ledger.Targets((0.5, 0.8, 0.95), accuracy=True)
+    made = ledger.tables([{"point": 0, "seed": 0}], mine, targets, mine.spent(ledger.LINK, 1.0), 100)
+    row = made["points"].row(0, named=True)
+    assert (row["rounds_0.5"], row["rounds_0.8"], row["rounds_0.95"], row["reached"]) == (2, 4, None, False)
+    assert (row["f_star"], row["goal"], row["accuracy"]) == (None, "test accuracy >=", 0.9)
+
+
 def test_means_and_intervals_over_seeds() -> None:
-    shape = dict.fromkeys(sweep.SHAPES, "x")
-    knobs = {"bits": [4.0, 4.0, 4.0, 2.0, 2.0], "limit": 10.0, "window": None, "xi": 0.8, "lr": 0.1}
     table = pl.DataFrame(
         {
             "point": range(5),
+            "algorithm": ["laq"] * 5,
+            "bits": [4, 4, 4, 2, 2],
+            "window": [None] * 5,
             "seed": [0, 1, 2, 0, 1],
+            "f_star": [0.0] * 5,
+            "goal": ["f - f* <="] * 5,
             "rounds_0.1": [10, 12, 17, 5, None],
             "uploads_0.1": [1, 2, 3, 4, None],
             "bits_up_0.1": [1, 2, 3, 4, None],
@@ -448,11 +482,10 @@ def test_means_and_intervals_over_seeds() -> None:
             "accuracy": [None] * 5,
             "reached": [True, True, True, True, False],
             "diverged": [False] * 5,
-        }
-        | {"bits": knobs.pop("bits")},
+        },
         schema_overrides={"accuracy": pl.Float64},
-    ).with_columns(**{name: pl.lit(value) for name, value in (shape | knobs).items()})
-    four, two = sweep.summarised(table).iter_rows(named=True)
+    )
+    four, two = ledger.summarised(table).iter_rows(named=True)
     assert (four["seeds"], four["reached"], four["rounds_0.1"]) == (3, 3, 13)
     assert four["rounds_0.1_ci95"] == pytest.approx(4.302653 * np.std([10, 12, 17], ddof=1) / np.sqrt(3))
     assert four["final_loss_ci95"] == 0
@@ -460,8 +493,9 @@ def test_means_and_intervals_over_seeds() -> None:
     assert (two["seeds"], two["reached"], two["rounds_0.1"], two["rounds_0.1_ci95"]) == (2, 1, None, None)
     assert two["final_loss"] == 1.5
     assert two["final_loss_ci95"] == pytest.approx(12.7062 * 0.5)
-    assert plots.last_target(sweep.summarised(table)) == "0.1"
-    assert plots.ranked(sweep.summarised(table), "0.1")["bits"].to_list() == [4]
+    assert (four["rounds_0.1_least"], four["rounds_0.1_most"]) == (10, 17)
+    assert ledger.goals_of(ledger.summarised(table)) == ["0.1"]
+    assert plots.ranked(ledger.summarised(table), "0.1")["bits"].to_list() == [4]
 
 
 def test_seeds_are_rows_of_one_setting(tmp_path: Path) -> None:
@@ -497,8 +531,8 @@ def test_the_memory_budget_holds(tmp_path: Path) -> None:
 
 
 def test_less_memory_is_a_smaller_batch() -> None:
-    (group,) = groups(*GRID)
-    sizes = [laqjax.batch_size(group.algs[0], group.shards, memory) for memory in (2**20, 2**21, 2**24)]
+    point = chosen(*GRID)[0]
+    sizes = [laqjax.batch_size(point.algorithm, point.case.on_device, memory) for memory in (2**20, 2**21, 2**24)]
     assert 1 <= sizes[0] < sizes[1] < sizes[2]
 
 
@@ -506,14 +540,14 @@ def test_less_memory_is_a_smaller_batch() -> None:
 
 
 def test_figures_from_files_alone(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("summary", "curves", "masks"):
-        shutil.copy(whole / f"{name}.parquet", tmp_path)
+    for name in ("summary.parquet", "curves.parquet", "masks.parquet", "identity.json"):
+        shutil.copy(whole / name, tmp_path)
     plots.main(tmp_path)
     names = {"bits-to-target", "front", "pareto", "uploads"}
     assert {path.name for path in tmp_path.glob("*.*g")} == {name + end for name in names for end in (".png", ".svg")}
     assert all(path.stat().st_size > 1000 for path in tmp_path.glob("*.*g"))
     assert len(capsys.readouterr().out.split()) == 4
-    with pytest.raises(SystemExit, match="neither"):
+    with pytest.raises(SystemExit, match="expected a folder that an experiment wrote"):
         plots.main(whole / "batches")
 
 
@@ -526,7 +560,7 @@ def test_the_program_lowers_for_every_platform(count: int | None) -> None:
     state: Any = alg.init(jnp.zeros(10))
     if count:
         alg, key = laqjax.stack([alg] * count), jax.random.split(key, count)
-        chunk, state = points.compiled_chunk, jax.vmap(laqjax.Algorithm.init)(alg, jnp.zeros((count, 10)))
+        chunk, state = many.compiled_chunk, jax.vmap(laqjax.Algorithm.init)(alg, jnp.zeros((count, 10)))
         given["mesh"] = jax.make_mesh((1,), ("sweep",), axis_types=(jax.sharding.AxisType.Auto,))
     platforms = ("cpu", "cuda", "tpu")
     exported = jax.export.export(chunk, platforms=platforms)(alg, state, shards, key, np.int32(3), **given)
@@ -545,7 +579,12 @@ def test_whole_numbers_stand_in_the_table(tmp_path: Path) -> None:
     console = sweep.Console(file=io.StringIO(), width=120)
     REPORT(run(*given, out=tmp_path), console)
     said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert [line.split()[1] for line in said.splitlines() if line.startswith("│")] == ["3", "5"]
+    assert [
+        line.split()[0] for line in said.splitlines() if line.startswith((" 3", " 5", "         3", "         5"))
+    ] == [
+        "3",
+        "5",
+    ]
 
 
 def test_where_none_gets_there_the_nearest_are_drawn(tmp_path: Path) -> None:
@@ -557,6 +596,8 @@ def test_where_none_gets_there_the_nearest_are_drawn(tmp_path: Path) -> None:
     said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert "2 of 2 settings did not reach 1e-09 (0 diverged)" in said
     assert "cheapest" not in said
+    assert "no target was reached; point" in said
+    assert "would need about" in said
 
 
 def test_labels_tell_settings_apart() -> None:
@@ -581,39 +622,40 @@ def test_labels_tell_settings_apart() -> None:
 def test_minibatches_are_judged_on_all_data(tmp_path: Path) -> None:
     given = ["--algorithm", "sgd", "--minibatch", "3", "--lr", "0.05", "--rounds", "100", "--target", "5"]
     out = run(*given, out=tmp_path)
-    (group,) = groups(*given)
+    (point,) = chosen(*given)
     (row,) = rows(out).iter_rows(named=True)
-    start, key = group.problem.theta0(group.oracle, 0), jax.random.key(0)
-    info = laqjax.run(group.algs[0], start, group.shards, 100, key, record=["params"]).info
-    loss = jax.jit(race.full_loss(group.oracle, group.shards))
-    whole = np.array([float(loss(jnp.asarray(params))) for params in info.extra["params"][[0, 50]]]) - group.f_star
+    start, key = point.begin(), jax.random.key(0)
+    info = laqjax.run(point.algorithm, start, point.case.on_device, 100, key, record=["params"]).info
+    loss = jax.jit(problems.full_loss(point.case.oracle, point.case.on_device))
+    whole = np.array([float(loss(jnp.asarray(params))) for params in info.extra["params"][[0, 50]]])
     assert rows(out, "curves")["round"].to_list()[:2] == [0, 50]
-    np.testing.assert_allclose(rows(out, "curves")["residual"].to_list()[:2], whole, rtol=1e-4)
+    np.testing.assert_allclose(rows(out, "curves")["loss"].to_list()[:2], whole, rtol=1e-4)
     assert row["rounds_5"] in (None, 50, 100)
-    lucky = np.flatnonzero(info.loss - group.f_star <= 5)
+    f_star: Any = point.case.f_star
+    lucky = np.flatnonzero(info.loss - f_star <= 5)
     assert lucky[0] not in (0, 50)  # what the minibatches alone would have said
 
 
 def test_a_shard_runs_the_points_of_the_whole(home: Path) -> None:
     """Their shapes too: the padding of D comes from the axis, not from the points at hand."""
     axes = ["-b", "4", "-C", "10", "-D", "1", "5", "--lr", "0.1"]
-    (whole,), (part,) = groups(*axes), groups(*axes, "--shard", "1/2")
-    assert part.points == whole.points[:1]
-    for one, other in zip(jax.tree.leaves(whole.algs[0]), jax.tree.leaves(part.algs[0]), strict=True):
+    whole, (part,) = chosen(*axes), chosen(*axes, "--shard", "1/2")
+    assert (part.label, part.number, part.seed) == (whole[0].label, 0, whole[0].seed)
+    for one, other in zip(*(jax.tree.leaves(point.algorithm) for point in (whole[0], part)), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_random_settings_run_on_all_seeds() -> None:
-    settings = sweep.parsed([*TASK, "-b", "2", "8", "--random", "5", "--seeds", "0", "1", "2"])
-    points = pl.DataFrame(list(sweep.select(settings)))
-    assert points["seed"].to_list() == [0, 1, 2] * 5
+    table = pl.DataFrame(select(parsed("-b", "2", "8", "--random", "5", "--seeds", "0", "1", "2")))
+    assert table["seed"].to_list() == [0, 1, 2] * 5
 
 
 @pytest.mark.parametrize(("given", "folder"), [([], "results/sweep-smoke"), (["--out", "mine"], "mine")])
 def test_smoke_has_its_own_folder(given: list[str], folder: str) -> None:
-    settings = sweep.configured(sweep.parsed(["--smoke", *given]))
-    assert (settings.out, settings.target, settings.rounds) == (Path(folder), (1.0, 0.5), 60)
-    assert sweep.configured(sweep.parsed(["--smoke", "--target", "2"])).target == (2.0,)
+    settings = sweep.configured(points.parsed(sweep.Settings, ["--smoke", *given], None))
+    assert (settings.out, settings.goal.target, settings.budget.rounds) == (Path(folder), (1.0, 0.5), 60)
+    settings = sweep.configured(points.parsed(sweep.Settings, ["--smoke", "--target", "2"], None))
+    assert settings.goal.target == (2.0,)
 
 
 def test_a_folder_of_other_points_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 import laqjax
-from experiments import files, plots
+from experiments import ledger
+from experiments.ledger import Targets
+from experiments.problems import Case
+from experiments.reproduce import finish, methods
+from experiments.study import Budget, Point
 from laqjax import algorithms
 from laqjax.rules import Rule
 from laqjax.types import register_dataclass
@@ -82,10 +84,15 @@ def read(folder: Path, problem: str, parts: int) -> laqjax.Shards:
     return laqjax.Shards(np.stack([pad(x) for x in xs]), np.stack([pad(y) for y in ys]), weight)
 
 
-def methods(problem: str, shards: laqjax.Shards) -> dict[str, tuple[laqjax.Algorithm, laqjax.State]]:
+def model_of(problem: str) -> laqjax.problems.Problem:
+    """The loss of LAG's linear or logistic problem."""
+    return (laqjax.problems.Logistic if problem == "logistic" else laqjax.problems.Ridge)(FEATURES[problem])
+
+
+def algorithms_of(problem: str, shards: laqjax.Shards) -> dict[str, tuple[laqjax.Algorithm, laqjax.State]]:
     """Each method with the state before the round that the authors' program counts as its first."""
-    workers, features = shards.x.shape[0], shards.x.shape[2]
-    model = (laqjax.problems.Logistic if problem == "logistic" else laqjax.problems.Ridge)(features)
+    workers = shards.x.shape[0]
+    model = model_of(problem)
     oracle = model.oracle(np.float64)
     each, smooth = model.smoothness(shards)
     smooth -= (workers - 1) * model.l2  # the authors add lambda once
@@ -116,61 +123,46 @@ def start(name: str, alg: laqjax.Algorithm, shards: laqjax.Shards, workers: int)
     return state._replace(aggregate=workers * ones, workers=state.workers._replace(memory=memory))
 
 
-def follow(alg: laqjax.Algorithm, state: laqjax.State, shards: laqjax.Shards, optimum: Any) -> tuple[pl.DataFrame, int]:
-    """Rows of a run until the total loss is within 1e-8 of the optimum, and the uploads as the authors count them.
-
-    Their loop measures the loss of a round's model after that round's uploads; their counter starts at 1 and gains 1
-    at rounds 1000, 2000, ... when nobody uploads then.
+def counted(out: Path) -> pl.DataFrame:
+    """Uploads as the authors count them, from the tables of a study: the loss of a round's model is measured after that
+    round's uploads, within 1e-8 of the optimum in the sum over workers; the counter starts at 1 and gains 1 at rounds 1000,
+    2000, ... when nobody uploads then.
     """
-    workers, infos = len(shards.x), []
-    for out in laqjax.stream(alg, state, shards, 200_000, jax.random.key(0), chunk=1000, workers_at_once=workers):
-        infos.append(out.info)
-        if np.any(workers * out.info.loss - optimum <= WITHIN):
-            break
-    info = laqjax.join(infos)
-    residual = workers * info.loss - optimum
-    end = int(np.argmax(residual <= WITHIN)) + 1
-    uploads = np.cumsum(info.sent.sum(axis=1))[:end]
-    quiet = sum(not info.sent[k - 1].any() for k in range(1000, end, 1000))
-    frame = pl.DataFrame({"round": np.arange(end), "residual": residual[:end], "uploads": uploads, "workers": workers})
-    return frame, int(uploads[-1]) + 1 + quiet
-
-
-def table(folder: Path, out: Path, console: Console) -> None:
-    """Uploads until the loss is within 1e-8 of the optimum, four problems, five methods; figures beside it."""
-    jax.config.update("jax_enable_x64", True)
-    rows, curves = [], []
-    for problem, parts in track([(p, s) for p in SETS for s in (3, 6)], "LAG table", console=console):
-        shards = read(folder, problem, parts)
-        workers = len(shards.x)
-        algs = methods(problem, shards)
-        gd = laqjax.run(
-            *algs["GD"], shards, OPTIMUM_AFTER[problem], jax.random.key(0), chunk=1000, workers_at_once=workers
+    rows = []
+    points, masks = (pl.read_parquet(out / f"{name}.parquet") for name in ("points", "masks"))
+    for row, mask in zip(points.iter_rows(named=True), masks.iter_rows(named=True), strict=True):
+        sent, name, workers = ledger.unpacked(mask), row["method"], row["workers"]
+        end = row[f"rounds_{WITHIN / workers:g}"] + 1
+        uploads = int(sent[:end].sum()) + 1 + sum(not sent[k - 1].any() for k in range(1000, end, 1000))
+        if name == "GD":  # one more round of M uploads stands before the state we start from
+            uploads += workers - 1
+        elif name.endswith("IAG"):  # every round counts, the one before too
+            uploads += 1
+        recomputed = RECOMPUTED[row["problem"], workers][name]
+        rows.append(
+            {n: row[n] for n in ("problem", "workers", "method")} | {"uploads": uploads, "recomputed": recomputed}
         )
-        optimum = workers * gd.info.loss[-1]
-        for name, (alg, state) in algs.items():
-            frame, uploads = follow(alg, state, shards, optimum)
-            if name == "GD":  # one more round of M uploads stands before the state we start from
-                uploads += workers - 1
-            elif name.endswith("IAG"):  # every round counts, the one before too
-                uploads += 1
-            published = RECOMPUTED[problem, workers][name]
-            rows.append(
-                {"problem": problem, "workers": workers, "method": name, "uploads": uploads, "recomputed": published}
-            )
-            label = f"{problem}, M = {workers}: {name}"
-            curves.append(frame.select(pl.lit(label).alias("method"), pl.all().exclude("workers")))
-    result = pl.DataFrame(rows).with_columns(difference=pl.col("uploads") - pl.col("recomputed"))
-    with files.replacing(out / "table.parquet") as part:
-        result.write_parquet(part)
-    with files.replacing(out / "table.csv") as part:
-        result.write_csv(part)
-    with files.replacing(out / "lag.parquet") as part:
-        pl.concat(curves).write_parquet(part)
-    files.write_json(out / "run.json", files.provenance())
-    plots.lag(out)
-    shown = Table("problem", "M", "method", "uploads", "recomputed from the authors' rules", "difference")
-    for row in rows:
-        shown.add_row(*map(str, row.values()), f"{row['uploads'] - row['recomputed']:+d}")
-    console.print(shown)
-    console.print(f"figures and tables: {out}")
+    return pl.DataFrame(rows).with_columns(difference=pl.col("uploads") - pl.col("recomputed"))
+
+
+def table(data: Path, out: Path = Path("results/lag")) -> None:
+    """LAG's real-data table: uploads to 1e-8, linear and logistic, M = 9 and 18 (NeurIPS 2018, table 5).
+
+    Args:
+        data: Folder laid out as the authors publish it: dataN/data.txt and dataN/y.txt.
+        out: Folder for the results.
+    """
+    console, points = Console(), []
+    with jax.enable_x64(True):
+        for problem, parts in [(p, s) for p in SETS for s in (3, 6)]:
+            shards = read(data, problem, parts)
+            algs = algorithms_of(problem, shards)
+            with console.status(f"f* of {problem}, M = {len(shards.x)}, by GD"):
+                gd = laqjax.run(*algs["GD"], shards, OPTIMUM_AFTER[problem], jax.random.key(0), chunk=1000)
+            case = Case(model_of(problem), shards, None, np.float64, float(gd.info.loss[-1]))
+            for name, (alg, state) in algs.items():
+                label = {"problem": problem, "workers": len(shards.x), "method": name}
+                points.append(Point(alg, case, 0, label, state))
+        targets = Targets(tuple(sorted({WITHIN / len(point.case.shards.x) for point in points}, reverse=True)))
+        methods({"name": "lag"}, points, targets, out, Budget(200_000, every=1000, keep=1000), console)
+    finish(out, counted(out), f"uploads to a total loss within {WITHIN:g} of the optimum", console)

@@ -1,0 +1,316 @@
+"""Every method at its best: steps and numbers searched, the cheapest chosen on some seeds and reported on others.
+
+    python -m experiments.compare                                       all members on a convex problem, 10 minutes
+    python -m experiments.compare --problem softmax --dataset mnist --algorithm gd laq qgd --minibatch 500
+    python -m experiments.compare --problem my.py:make --dataset my.py:load --algorithm laq my.py:factory
+                                    --set beta 0.1 0.5 --target-accuracy 0.8 0.9
+
+Every member runs its grid of steps (powers of `--factor` around the step of theory, or around 1 / L) and of its own numbers
+on `--seeds`, as one compiled program. Where the best value of a number lies on the edge of its grid, the grid is widened
+there. The settings that are cheapest at each target in bits up, in all bits, in rounds or in seconds run again on
+`--report-seeds`: what the tables say is what these cost. Leaves in --out: best (a row a method, target and criterion;
+Parquet, CSV), tried (every setting), figures (PNG, SVG), and the studies that it is made of; resumes like a sweep.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jax
+import polars as pl
+from rich.console import Console
+
+from experiments import files, ledger, plots, points, problems, study, sweep
+from experiments.ledger import Link
+from experiments.reproduce.family import BASE, convex
+from experiments.study import Budget
+from laqjax import theory
+
+Setting = dict[str, Any]
+Wanted = tuple[str, Setting]  # an algorithm's name and setting
+CRITERIA = {"bits up": "bits_up", "all bits": "bits", "rounds": "rounds", "seconds": "seconds"}
+WIDER = 4  # times that a grid is widened
+
+
+@dataclass(frozen=True)
+class Member:
+    """What is searched for a method. kind: of the panels. axes: its own numbers, the default of each first.
+
+    step: the step of theory of a case, and where there is none what stands for it. stochastic: it runs on minibatches.
+    """
+
+    kind: str
+    axes: dict[str, tuple[Any, ...]]
+    step: Callable[[problems.Case], float]
+    stochastic: bool = False
+    compressor: str | None = None
+
+
+def smooth(scale: float) -> Callable[[problems.Case], float]:
+    """Scale / L; scale / (10 M) where L is not known."""
+    return lambda case: scale / (case.smoothness[1] if case.problem.curvature else 10 * len(case.shards.weight))
+
+
+def plain(lr: float) -> Callable[[problems.Case], float]:
+    """A step without the scale of the loss."""
+    return lambda case: lr
+
+
+def one_worker(case: problems.Case) -> float:
+    """1 / the largest L_m, for steps on a worker's own loss; 0.1 where it is not known."""
+    return 1 / case.smoothness[0].max() if case.problem.curvature else 0.1
+
+
+def of_theory(step: Callable[..., float], *constants: float) -> Callable[[problems.Case], float]:
+    """A step that theory admits, 1 / L where L is not known."""
+    return lambda case: step(*case.smoothness, *constants) if case.problem.curvature else smooth(1)(case)
+
+
+LAZY: dict[str, Any] = {"xi": (0.1, 0.4, 0.8)}
+BITS: dict[str, Any] = {"bits": (4, 2, 8)}
+CADA: dict[str, Any] = {"c": (0.6, 0.06, 6.0)}
+LOCAL: dict[str, Any] = {"steps": (2, 5)}
+MEMBERS = {
+    "gd": Member("full", {}, smooth(1)),
+    "qgd": Member("quantized", BITS, smooth(1)),
+    "lag_wk": Member("lazy", LAZY, smooth(0.8)),
+    "lag_ps": Member("lazy", LAZY, smooth(0.8)),
+    "laq": Member("lazy", LAZY | BITS, smooth(0.8)),
+    "two_laq": Member("lazy", LAZY | BITS, smooth(0.8)),
+    "laq_adaptive": Member("lazy", LAZY | {"min_bits": (3, 2)}, smooth(0.8)),
+    "iag_cyclic": Member("full", {}, smooth(0.1)),
+    "iag_random": Member("full", {}, smooth(0.16)),
+    "ef21": Member("quantized", {}, of_theory(theory.lr_ef21, 0.1)),
+    "ef21_p": Member("quantized", {}, of_theory(theory.lr_ef21, 0.1)),
+    "ef_bv": Member("quantized", {"damping": (0.5, 0.9), "scaling": (0.5, 0.9)}, of_theory(theory.lr_ef21, 0.1)),
+    "clag": Member("lazy", {"zeta": (1.0, 4.0, 16.0)}, of_theory(theory.lr_ef21, 0.1)),
+    "diana": Member("quantized", {"damping": (0.9, 0.5)}, of_theory(theory.lr_diana, 1 / 8), compressor="natural"),
+    "dasha": Member("quantized", {"a": (0.1, 0.3)}, of_theory(theory.lr_marina, 9.0, 0.1), compressor="rand_k"),
+    "marina": Member(
+        "quantized", {"probability": (0.1, 0.05, 0.3)}, of_theory(theory.lr_marina, 9.0, 0.1), compressor="rand_k"
+    ),
+    "fedavg": Member("local", LOCAL, one_worker),
+    "fedpaq": Member("local", LOCAL | {"levels": (15, 3)}, one_worker),
+    "fedlaq": Member("local", LOCAL | LAZY, one_worker),
+    "sgd": Member("stochastic", {}, smooth(0.1), True),
+    "qsgd": Member("stochastic", {"levels": (15, 3)}, smooth(0.1), True),
+    "terngrad": Member("stochastic", {}, smooth(0.1), True),
+    "ssgd": Member("stochastic", {"density": (0.25, 0.05)}, smooth(0.1), True),
+    "sign_sgd": Member("stochastic", {}, plain(1e-3), True),
+    "ef_sign_sgd": Member("stochastic", {}, smooth(0.1), True),
+    "topk_ef": Member("stochastic", {}, smooth(0.1), True),
+    "dgc": Member("stochastic", {"momentum": (0.9, 0.5)}, smooth(0.01), True),
+    "ef21_sgdm": Member("stochastic", {"eta": (0.1, 0.5)}, smooth(0.1), True),
+    "slaq": Member("lazy stochastic", LAZY | BITS, smooth(0.1), True),
+    "lasg_wk1": Member("lazy stochastic", LAZY, smooth(0.1), True),
+    "lasg_wk2": Member("lazy stochastic", LAZY, smooth(0.1), True),
+    "lasg_ps": Member("lazy stochastic", LAZY, smooth(0.1), True),
+    "cada1": Member("lazy stochastic", CADA, plain(1e-2), True),
+    "cada2": Member("lazy stochastic", CADA, plain(1e-2), True),
+}
+OWN = Member("own", {}, smooth(1))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A comparison."""
+
+    axes: points.Axes = points.Axes(algorithm=tuple(MEMBERS), seeds=(0, 1))
+    """What is given here is the grid of those that have it, instead of their own."""
+    factor: float = 2.0
+    """Between two steps of a grid."""
+    steps: int = 7
+    """Of each grid of steps, around that of theory."""
+    report_seeds: tuple[int, ...] = (2, 3, 4, 5)
+    """Of the runs that the tables report."""
+    data: points.Data = points.Data(problem=("logistic",), dataset=(BASE + "1",))
+    goal: sweep.Goal = sweep.Goal((1e-2, 1e-4, 1e-6))
+    budget: Budget = Budget(2000, every=25, batch=32, keep=100, short=10**9, filled=True)
+    link: Link = Link()
+    config: Path | None = None
+    """A TOML or YAML file of these settings; the command line goes before it."""
+    out: Path = Path("results/compare")
+    """Folder for the results."""
+    smoke: bool = False
+    """Few examples and rounds: does everything work here?"""
+
+
+class Comparison:
+    """The grids of a comparison, and the points of any settings."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, data = settings, settings.data
+        for f in fields(data):
+            if len(getattr(data, f.name)) != 1:
+                raise ValueError(f"{f.name} = {getattr(data, f.name)}: expected one; a comparison is of one problem")
+        self.data = {f.name: getattr(data, f.name)[0] for f in fields(data)}
+        if data == Settings().data:
+            self.case = convex(data.dataset[0])
+        else:
+            self.case = problems.case(*self.data.values(), rows=200 if settings.smoke else None)
+        self.grids = {name: self.grid(name) for name in settings.axes.algorithm}
+
+    def grid(self, name: str) -> dict[str, tuple[Any, ...]]:
+        """The axes of a member, the first value of each that of theory or of the default."""
+        member, own = MEMBERS.get(name, OWN), points.arguments(name)
+        given = points.values_of(replace(self.settings.axes, algorithm=(name,)), self.settings.data, strict=False)
+        axes = member.axes | {key: values for key, values in given.items() if key in own and values != (None,)}
+        step, base = "local_lr" if "local_lr" in own else "lr", member.step(self.case)
+        around = [(i + 1) // 2 * (-1) ** i for i in range(self.settings.steps)]
+        return {step: tuple(base * self.settings.factor**power for power in around)} | axes
+
+    def choice(self, name: str, values: Setting) -> dict[str, Any]:
+        """A setting as `points.build` takes it."""
+        member, k = MEMBERS.get(name, OWN), max(self.case.oracle.size // 10, 1)
+        choice: dict[str, Any] = self.data | {"algorithm": name, **values}
+        if member.stochastic:
+            rows = self.case.shards.weight.shape[1]
+            choice["minibatch"] = (self.settings.axes.minibatch or (max(rows // 10, 1),))[0]
+        if member.compressor:
+            choice["compressor"] = f"rand_k:{k}" if member.compressor == "rand_k" else member.compressor
+        return choice
+
+    def points(self, wanted: list[Wanted], seeds: tuple[int, ...]) -> list[study.Point]:
+        """The points of settings on seeds; the window's padding is the same for all."""
+        made = []
+        for name, values in wanted:
+            choice = self.choice(name, values) | {"point": None, "seed": 0}
+            point = points.build(choice, self.case, max((10, *self.settings.axes.window)))
+            made += [replace(point, seed=seed, label={"algorithm": name, **values}) for seed in seeds]
+        return made
+
+    def run(self, folder: str, wanted: list[Wanted], seeds: tuple[int, ...], console: Console) -> pl.DataFrame:
+        """A study of settings; its summary, with all bits together."""
+        s, made = self.settings, self.points(wanted, seeds)
+        identity = {"seeds": seeds, "settings": wanted}
+        summary = study.run(made, s.goal.targets, s.out / folder, s.budget, s.link, identity, console)
+        both = [
+            (f"bits{c}", f"bits_up{c}", f"bits_down{c}")
+            for t in ledger.goals_of(summary)
+            for c in (f"_{t}", f"_{t}_ci95")
+        ]
+        return summary.with_columns((pl.col(up) + pl.col(down)).alias(name) for name, up, down in both)
+
+    def rows(self, name: str, tried: pl.DataFrame, reported: pl.DataFrame) -> Iterator[dict[str, Any]]:
+        """The best of a member at each target by each criterion, as reported."""
+        axes, measures = self.grids[name], ("uploads", *CRITERIA.values())
+        first = same(reported, name, {axis: values[0] for axis, values in axes.items()})
+        for t, (title, cost) in product(ledger.goals_of(tried), CRITERIA.items()):
+            row: dict[str, Any] = {
+                "method": name,
+                "kind": MEMBERS.get(name, OWN).kind,
+                "target": t,
+                "cheapest in": title,
+            }
+            if values := cheapest(tried, name, axes, cost, t):
+                mine = same(reported, name, values)
+                row |= {f"{c}{end}": mine[f"{c}_{t}{end}"][0] for c in measures for end in ("", "_ci95")}
+                theirs = {f"{c} of theory": first[f"{c}_{t}"][0] for c in CRITERIA.values()}
+                row |= theirs
+                both = theirs[f"{cost} of theory"], row[cost]
+                row["gain over theory"] = both[0] / both[1] if None not in both and both[1] else None
+                row["setting"] = ", ".join(f"{ledger.HEADS.get(k, k)}={ledger.said(v)}" for k, v in values.items())
+                row["widened"] = ", ".join(k for k, v in values.items() if v not in axes[k])
+                row["at the edge"] = ", ".join(dict(self.edges(name, values, tried)))
+            yield row
+
+    def edges(self, name: str, best: Setting, tried: pl.DataFrame) -> Iterator[tuple[str, Any]]:
+        """(Axis, value) beyond the tried ones, where the best has the least or the most beside its other values."""
+        for axis in self.grids[name]:
+            beside = same(tried, name, {key: value for key, value in best.items() if key != axis})
+            values = sorted(beside[axis].drop_nulls().unique())
+            if len(values) < 2 or isinstance(values[0], str) or values[0] <= 0:
+                continue
+            for end, inner in ((values[0], values[1]), (values[-1], values[-2])):
+                new = end * end / inner
+                new = round(new) if isinstance(end, int) else new
+                if best[axis] == end != new and self.allowed(name, best | {axis: new}):
+                    yield axis, new
+
+    def allowed(self, name: str, values: Setting) -> bool:
+        """Whether the algorithm takes these numbers."""
+        try:
+            return bool(self.points([(name, values)], (0,)))
+        except (TypeError, ValueError):
+            return False
+
+
+def same(frame: pl.DataFrame, name: str, values: Setting) -> pl.DataFrame:
+    """The rows of an algorithm with these values."""
+    return frame.filter(pl.col("algorithm") == name, *(pl.col(key) == value for key, value in values.items()))
+
+
+def cheapest(tried: pl.DataFrame, name: str, axes: Any, cost: str, target: str) -> Setting | None:
+    """The setting of a member that costs least at a target."""
+    reached = same(tried, name, {}).drop_nulls(f"{cost}_{target}").sort(f"{cost}_{target}")
+    return reached.select(list(axes)).row(0, named=True) if len(reached) else None
+
+
+def best_of(tried: pl.DataFrame, grids: Any) -> list[Wanted]:
+    """The settings that are cheapest at some target by some criterion."""
+    found = {}
+    for name, t, cost in product(grids, ledger.goals_of(tried), CRITERIA.values()):
+        if values := cheapest(tried, name, grids[name], cost, t):
+            found[f"{name} {values}"] = name, values
+    return list(found.values())
+
+
+def run(settings: Settings) -> Path:
+    """Search, widen, report; tables and figures in the output folder, which is returned."""
+    console = Console()
+    settings = sweep.configured(settings)
+    settings.budget.check()
+    settings.link.check()
+    with jax.enable_x64(settings.data == Settings().data):
+        compared = Comparison(settings)
+        wanted = [(name, dict(zip(axes, v, strict=True))) for name, axes in compared.grids.items() for v in product(*axes.values())]  # fmt: skip
+        firsts = [(name, {axis: values[0] for axis, values in axes.items()}) for name, axes in compared.grids.items()]
+        compared.points(firsts, (0,))  # what cannot run is refused before anything is written
+        with files.claimed(settings.out, points.identity(settings, experiment="compare")):
+            tried = compared.run("search", wanted, settings.axes.seeds, console)
+            for number in range(WIDER):
+                known = {f"{name} {values}" for name, values in wanted}
+                best = best_of(tried, compared.grids)
+                new = [(n, v | {axis: value}) for n, v in best for axis, value in compared.edges(n, v, tried)]
+                more = list({f"{n} {v}": (n, v) for n, v in new if f"{n} {v}" not in known}.values())
+                if not more:
+                    break
+                wanted += more
+                console.print(f"{len(more)} settings beyond the edges of their grids")
+                summary = compared.run(f"wider-{number}", more, settings.axes.seeds, console)
+                tried = pl.concat([tried, summary], how="diagonal_relaxed")
+            chosen = {f"{n} {v}": (n, v) for n, v in [*best_of(tried, compared.grids), *firsts]}
+            reported = compared.run("report", list(chosen.values()), settings.report_seeds, console)
+            files.save(tried, settings.out / "tried", csv=True)
+            rows = [row for name in compared.grids for row in compared.rows(name, tried, reported)]
+            best = pl.DataFrame(rows, infer_schema_length=None).with_columns(goal=pl.lit(tried["goal"][0]))
+            files.save(best, settings.out / "best", csv=True)
+            files.write_json(settings.out / "run.json", files.provenance())
+            report(settings.out, console)
+    return settings.out
+
+
+def report(out: Path, console: Console) -> None:
+    """Figures, and a row a member: its bits at each target, and its setting at the smallest that it reached."""
+    plots.compare(out)
+    best = pl.read_parquet(out / "best.parquet").filter(pl.col("cheapest in") == "bits up")
+    targets = best["target"].unique(maintain_order=True).to_list()
+    wide = best.pivot("target", index="method", values="bits_up")
+    last = best.drop_nulls("bits_up").group_by("method", maintain_order=True).last()
+    shown = wide.join(last, on="method", how="left").sort(*reversed(targets), nulls_last=True)
+    columns = [pl.col(t).map_elements(ledger.short, pl.String, skip_nulls=False) for t in targets]
+    gain = pl.col("gain over theory").map_elements(lambda gain: f"{gain:.1f}x", pl.String).alias("gain")
+    wider = pl.when(pl.col("widened") != "").then(pl.format(" (wider: {})", "widened")).otherwise(pl.lit(""))
+    title = f"fewest bits up to {best['goal'][0]} ..., mean over the report seeds; gain over the step of theory"
+    console.print(ledger.printed(shown.select("method", *columns, gain, pl.col("setting") + wider), title))
+    if open_ := last.filter(pl.col("at the edge") != "").select("method", "at the edge").rows():
+        console.print("still best at the edge of what was tried: " + ", ".join(f"{m} ({axes})" for m, axes in open_))
+    console.print(f"figures and tables: {out}")
+
+
+if __name__ == "__main__":
+    with files.refusing():
+        run(points.parsed(Settings, sys.argv[1:], __doc__))

@@ -1,0 +1,277 @@
+"""What points cost: rounds, uploads, bits and seconds at their targets, their curves and masks, as tables.
+
+One convention everywhere: row k is the model after k rounds, with all that was sent until then. A round's loss is that of
+the model it began with. What nobody measures in a round (a minibatch method's loss on all data, test accuracy) is measured
+at the ends of chunks, and known there only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import scipy.stats
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from experiments import files
+
+COST = ("rounds", "uploads", "bits_up", "bits_down", "seconds")
+TABLES = ("curves", "masks", "points")  # points last: a batch is done when its points are there
+
+
+@dataclass(frozen=True)
+class Link:
+    """The link of each worker, for the simulated seconds: a round lasts as long as its slowest message."""
+
+    uplink_mbps: float = 10.0
+    """Megabits a second from a worker to the server."""
+    downlink_mbps: float = 100.0
+    """And back."""
+    latency_ms: float = 20.0
+    """Of one way."""
+    compute_ms: float | None = None
+    """Of one gradient of a worker; measured here when not given."""
+
+    def check(self) -> None:
+        """ValueError for what is no link."""
+        for name in ("uplink_mbps", "downlink_mbps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected a number > 0")
+
+
+LINK = Link()
+
+
+@dataclass(frozen=True)
+class Targets:
+    """When a point is done: at the last of `values`. Residuals f - f* (f where no f* is known), or test accuracy."""
+
+    values: tuple[float, ...] = ()
+    accuracy: bool = False
+
+    def __post_init__(self) -> None:
+        name, order = ("target_accuracy", "lowest") if self.accuracy else ("target", "largest")
+        if not all(t > 0 for t in self.values) or list(self.values) != sorted(self.values, reverse=not self.accuracy):
+            kind = "shares above 0" if self.accuracy else "residuals > 0"
+            raise ValueError(f"{name} = {self.values}: expected {kind}, the {order} first")
+
+    def met(self, record: "Record", target: float) -> np.ndarray:
+        """The models within a target [K + 1, S]; what is not known is not within."""
+        return record.accuracy >= target if self.accuracy else record.residual <= target
+
+    def words(self, f_star: float | None) -> str:
+        """What stands before the number of a target."""
+        return "test accuracy >=" if self.accuracy else "f <=" if f_star is None else "f - f* <="
+
+
+@dataclass
+class Record:
+    """What S points have done so far. Row k of loss and accuracy is the model after k rounds, NaN where not known."""
+
+    f_star: float | None
+    loss: np.ndarray  # [K + 1, S]
+    accuracy: np.ndarray  # [K + 1, S]
+    sent: np.ndarray  # [K, S, M]
+    up: np.ndarray  # [K, S, M]
+    down: np.ndarray  # [K, S]
+    computed: np.ndarray  # [K, S] gradients of the worker that computed most
+    ran: np.ndarray = field(init=False)  # [S] rounds done
+    lost: np.ndarray = field(init=False)  # [S] the first round without a finite loss, or -1
+
+    def __post_init__(self) -> None:
+        points = self.loss.shape[1]
+        self.ran, self.lost = np.zeros(points, int), np.full(points, -1)
+
+    @classmethod
+    def empty(cls, rounds: int, points: int, workers: int, f_star: float | None) -> "Record":
+        """Before round 0."""
+        unknown = lambda: np.full((rounds + 1, points), np.nan)  # noqa: E731
+        each = (rounds, points, workers)
+        counts = np.zeros(each, bool), np.zeros(each, np.int32), *np.zeros((2, rounds, points), np.int64)
+        return cls(f_star, unknown(), unknown(), *counts)
+
+    @property
+    def residual(self) -> np.ndarray:
+        """F - f*, or f where no f* is known."""
+        return self.loss - (self.f_star or 0.0)
+
+    def add(self, done: int, info: Any, here: np.ndarray, place: np.ndarray, whole: np.ndarray | None) -> None:
+        """A chunk of the points `here`, in the places `place` of the batch; `whole`: their losses on all data at its end."""
+        rows, end = slice(done, done + len(info.loss)), done + len(info.loss)
+        found = info.loss[:, place]
+        broken = ~np.isfinite(found)
+        self.lost[here] = np.where(broken.any(axis=0), done + broken.argmax(axis=0), -1)
+        if whole is None:
+            self.loss[rows, here] = found
+        else:
+            self.loss[end, here] = whole
+        self.sent[rows, here] = info.sent[:, place]
+        self.up[rows, here] = info.bits_up[:, place]
+        self.down[rows, here] = info.bits_down[:, place]
+        self.computed[rows, here] = info.extra["gradients"].max(axis=2)[:, place]
+        self.ran[here] = end
+
+    def kept(self, done: int) -> list[np.ndarray]:
+        """The first `done` rounds, for a file; `restore` takes them back."""
+        models, rounds = (self.loss, self.accuracy), (self.sent, self.up, self.down, self.computed)
+        return [*(a[: done + 1] for a in models), *(a[:done] for a in rounds), self.ran, self.lost]
+
+    def restore(self, kept: Sequence[np.ndarray]) -> None:
+        """What `kept` gave."""
+        all_rounds = self.loss, self.accuracy, self.sent, self.up, self.down, self.computed
+        for mine, theirs in zip(all_rounds, kept, strict=False):
+            mine[: len(theirs)] = theirs
+        self.ran, self.lost = (np.array(a) for a in kept[len(all_rounds) :])
+
+    def spent(self, link: Link, compute_ms: float) -> dict[str, np.ndarray]:
+        """Everything spent before row k, [K + 1, S]."""
+        slowest = self.up.max(axis=2) / (link.uplink_mbps * 1e6) + link.latency_ms / 1e3
+        seconds = np.where(self.sent.any(axis=2), slowest, 0) + self.down / (link.downlink_mbps * 1e6)
+        each = {
+            "uploads": self.sent.sum(axis=2),
+            "bits_up": self.up.sum(axis=2, dtype=np.int64),
+            "bits_down": self.down,
+            "seconds": seconds + (compute_ms * self.computed + link.latency_ms) / 1e3,
+        }
+        spent = {name: np.concatenate([0 * values[:1], np.cumsum(values, axis=0)]) for name, values in each.items()}
+        return {"rounds": np.broadcast_to(np.arange(len(self.loss))[:, None], self.loss.shape), **spent}
+
+
+def tables(labels: Sequence[dict[str, Any]], record: Record, targets: Targets, spent: Any, keep: int) -> dict[str, Any]:
+    """Curves of about `keep` rows up to the last target, masks of all rounds done, and a row a point."""
+    rows, curves, masks = [], [], []
+    known = np.isfinite(record.loss) | np.isfinite(record.accuracy)
+    for i, label in enumerate(labels):
+        lost = bool(record.lost[i] >= 0)
+        end = int(record.lost[i] if lost else record.ran[i])
+        met = {t: np.flatnonzero(targets.met(record, t)[: end + 1, i]) for t in targets.values}
+        at: dict[str, int | None] = {f"{t:g}": int(found[0]) if len(found) else None for t, found in met.items()}
+        last = at[f"{targets.values[-1]:g}"] if at else None
+        row = dict(label) | {"f_star": record.f_star, "goal": targets.words(record.f_star)}
+        row |= {"diverged": lost, "reached": last is not None, "ended": end}
+        for t, k in {**at, "end": end}.items():
+            row |= {f"{name}_{t}": None if k is None else spent[name][k, i].item() for name in COST}
+        finite = np.flatnonzero(np.isfinite(record.loss[: end + 1, i]))
+        row["final_loss"] = float(record.loss[finite[-1], i]) if len(finite) else None
+        scored = np.flatnonzero(np.isfinite(record.accuracy[: end + 1, i]))
+        row["accuracy"] = float(record.accuracy[scored[-1], i]) if len(scored) and not lost else None
+        rows.append(row)
+        shown = np.flatnonzero(known[: (end if last is None else last) + 1, i])
+        shown = shown[thinned(len(shown), keep)]
+        columns = {"point": label["point"], "round": shown} | {
+            n: v[shown, i] for n, v in spent.items() if n != "rounds"
+        }
+        measured = {"loss": record.loss[shown, i], "residual": record.residual[shown, i]}
+        measured |= {"accuracy": record.accuracy[shown, i]}
+        curves.append(pl.DataFrame(columns | measured))
+        sent = np.packbits(record.sent[:end, i]).tobytes()
+        masks.append({"point": label["point"], "rounds": end, "workers": record.sent.shape[2], "sent": sent})
+    kinds = {f"{name}_{t}": pl.Int64 for t in [*(f"{t:g}" for t in targets.values), "end"] for name in COST[:-1]}
+    kinds |= {name: pl.Float64 for name in rows[0] if name.startswith("seconds_")}
+    kinds |= {"f_star": pl.Float64, "final_loss": pl.Float64, "accuracy": pl.Float64}
+    drawn = pl.concat(curves).with_columns(bits=pl.col("bits_up") + pl.col("bits_down"))
+    points = pl.DataFrame(rows, schema_overrides=kinds, infer_schema_length=None)
+    return {"curves": drawn, "masks": pl.DataFrame(masks), "points": points}
+
+
+def thinned(rounds: int, points: int) -> list[int]:
+    """About `points` indices below `rounds`, denser at the start as a log axis shows them; first and last included."""
+    if rounds <= points:
+        return list(range(rounds))
+    even = np.concatenate([np.geomspace(1, rounds, points // 2), np.linspace(1, rounds, points // 2)])
+    return np.unique(even.astype(int) - 1).tolist()
+
+
+def unpacked(mask: dict[str, Any]) -> np.ndarray:
+    """Who sent when, [rounds, workers], of a row of masks."""
+    size = mask["rounds"] * mask["workers"]
+    bits = np.unpackbits(np.frombuffer(mask["sent"], np.uint8), count=size)
+    return bits.reshape(mask["rounds"], mask["workers"])
+
+
+def settings_of(table: pl.DataFrame) -> list[str]:
+    """The columns that say what a point or a setting is."""
+    names = table.columns
+    return [name for name in names[: names.index("seed" if "seed" in names else "seeds")] if name != "point"]
+
+
+def goals_of(table: pl.DataFrame) -> list[str]:
+    """The targets of a table, as they stand in its columns; "end" alone where there are none."""
+    found = [name.removeprefix("rounds_") for name in table.columns if name.startswith("rounds_")]
+    return [t for t in found if "_" not in t and t != "end"] or ["end"]
+
+
+def summarised(points: pl.DataFrame) -> pl.DataFrame:
+    """Mean, half of the 95 % interval (Student's t), least and most over seeds, a row a setting; a cost only where all seeds reached it."""
+    by = settings_of(points)
+    measures = [name for name in points.columns if name.rsplit("_", 1)[0] in COST] + ["final_loss", "accuracy"]
+    rows = []
+    for key, group in points.group_by(by, maintain_order=True):
+        row: dict[str, Any] = dict(zip(by, key, strict=True)) | {"seeds": len(group), "point": group["point"][0]}
+        row |= {name: int(group[name].sum()) for name in ("reached", "diverged")} | dict(
+            group[0].select("f_star", "goal").to_dicts()[0]
+        )
+        for name in measures:
+            whole = group[name].to_numpy() if group[name].null_count() == 0 else None
+            row |= {name + end: value for end, value in interval(whole).items()}
+        rows.append(row)
+    ends = ("", "_ci95", "_least", "_most")
+    return pl.DataFrame(
+        rows, infer_schema_length=None, schema_overrides={m + e: pl.Float64 for m in measures for e in ends}
+    )
+
+
+def interval(values: np.ndarray | None) -> dict[str, float | None]:
+    """Mean, half of the 95 % interval where there are two values or more, least, most."""
+    if values is None:
+        return dict.fromkeys(("", "_ci95", "_least", "_most"))
+    n = len(values)
+    half = float(scipy.stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else None
+    return {"": float(values.mean()), "_ci95": half, "_least": float(values.min()), "_most": float(values.max())}
+
+
+def joined(folder: Path, parts: Sequence[str]) -> pl.DataFrame:
+    """The tables PART + NAME.parquet of batches, or of merged folders, as one of each kind; and the summary, returned."""
+    for name in TABLES:
+        frames = [pl.read_parquet(f"{part}{name}.parquet") for part in parts]
+        whole = pl.concat(frames, how="diagonal_relaxed").sort("point", maintain_order=True)
+        files.save(whole, folder / name, csv=name == "points")
+    summary = summarised(pl.read_parquet(folder / "points.parquet"))
+    files.save(summary, folder / "summary", csv=True)
+    return summary
+
+
+HEADS = {"bits": "b", "limit": "C", "window": "D"}
+
+
+def said(value: Any) -> str:
+    """A value of a setting in a few letters."""
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def short(number: float | None) -> str:
+    """1,234 or 12.3M or 1.23G."""
+    if number is None:
+        return "-"
+    for limit, suffix in ((1e9, "G"), (1e6, "M")):
+        if number >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:.2g}"
+
+
+def printed(frame: pl.DataFrame, title: str) -> Table:
+    """A table for a terminal of 80 columns: what is constant is left to the title, no word is broken."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    frame = frame.select(name for name in frame.columns if frame[name].null_count() < len(frame))
+    for name, kind in frame.schema.items():  # only the last may take more lines
+        table.add_column(name, justify="right" if kind.is_numeric() else "left", no_wrap=name != frame.columns[-1])
+    for row in frame.iter_rows(named=True):
+        table.add_row(*(v if isinstance(v, str) else short(v) if _counted(n) else said(v) for n, v in row.items()))
+    return table
+
+
+def _counted(name: str) -> bool:
+    return name in ("rounds", "uploads") or "bits" in name

@@ -1,0 +1,335 @@
+"""Which points: a grid, random draws or a config file, over an algorithm's numbers, data and problems."""
+
+import inspect
+import itertools
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+import yaml
+
+import laqjax
+from experiments import files, problems
+from experiments.study import Point
+from laqjax import algorithms, types
+from laqjax.checks import number
+
+# what an algorithm must have, where nothing is given
+PLAIN = {"lr": 0.02, "damping": 0.5, "scaling": 0.5, "probability": 0.1, "a": 0.5, "steps": 2, "local_lr": 0.01}
+
+
+def short(letter: str) -> Any:
+    """A one-letter name for an option."""
+    return tyro.conf.arg(aliases=[f"-{letter}"])
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Every list is an axis of the grid. A number that an algorithm does not have is left out there; one that is not given is
+    what the algorithm takes by itself.
+    """
+
+    bits: Annotated[tuple[int, ...], short("b")] = ()
+    """b, bits for each coordinate of a message."""
+    limit: Annotated[tuple[int, ...], short("C")] = ()
+    """C, rounds that a worker may be silent at most."""
+    window: Annotated[tuple[int, ...], short("D")] = ()
+    """D, rounds that the lazy rule looks back on."""
+    xi: tuple[float, ...] = ()
+    """Sum of the weights of these rounds: the larger, the lazier."""
+    lr: tuple[float, ...] = ()
+    """Step size; 0.02 where an algorithm must have one."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the start and of the algorithm's draws."""
+    algorithm: tuple[str, ...] = ("laq",)
+    """Names in laqjax.algorithms, or FILE.py:factory, called as factory(oracle, num_workers=M, NAME=value, ...)."""
+    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """NAME VALUE ...: an axis over any other keyword argument of the algorithms, as --set momentum 0.5 0.9."""
+    compressor: tuple[str, ...] = ()
+    """Of ef21, clag, diana, marina, ...: top_k:K, rand_k:K, natural, sign, ternary, qsgd:LEVELS, grid:BITS."""
+    k: tuple[int, ...] = ()
+    """Coordinates that topk_ef and dgc send; a tenth of the parameters when not given."""
+    minibatch: tuple[int, ...] = ()
+    """Rows per worker and round, one of the shard's fixed blocks; the whole shard when not given."""
+    levels: tuple[int, ...] = ()
+    """Of qsgd and fedpaq: steps between 0 and the vector's norm."""
+    density: tuple[float, ...] = ()
+    """Of ssgd: the share of coordinates sent."""
+    zeta: tuple[float, ...] = ()
+    """Of clag: the larger, the lazier."""
+    damping: tuple[float, ...] = ()
+    """Of diana and ef_bv: how fast the memories follow."""
+    probability: tuple[float, ...] = ()
+    """Of marina: the share of rounds with full gradients."""
+    c: tuple[float, ...] = ()
+    """Of the LASG and CADA rules: the absolute weight of the history, instead of xi."""
+    period: tuple[int, ...] = ()
+    """Of lasg_wk1 and cada1: rounds between two snapshots."""
+    min_bits: tuple[int, ...] = ()
+    """Of laq_adaptive: the fewest bits."""
+    max_bits: tuple[int, ...] = ()
+    """And the most."""
+    bits_down: tuple[int, ...] = ()
+    """Of two_laq: bits of the way down; as up when not given."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the points run on; these are axes too."""
+
+    problem: tuple[str, ...] = ("softmax",)
+    """softmax, network, ridge, logistic, or FILE.py:make, called with the data set: see experiments.problems.Model."""
+    dataset: tuple[str, ...] = ("mnist",)
+    """mnist, tfds:NAME, idx:DIR, libsvm:FILE, npz:FILE, csv:FILE, FILE.py:load, synthetic-linear?..., synthetic-logistic?...:
+    see experiments.datasets."""
+    partition: tuple[str, ...] = ("contiguous",)
+    """How rows are dealt out: contiguous, shuffled, sorted, dirichlet:ALPHA, unequal:RATIO."""
+    partition_seed: tuple[int, ...] = (0,)
+    """Of the shuffles and of Dirichlet's draws."""
+    workers: tuple[int, ...] = (10,)
+    """M."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Points drawn instead of the whole grid."""
+
+    random: int | None = None
+    """So many settings, each run on all seeds: two values of a number are its range then; more, and names, are choices."""
+    random_seed: int = 0
+    """Of these draws."""
+    shard: str = "1/1"
+    """i/n: only every n-th point, from the i-th; join the folders with `merge`."""
+
+
+def values_of(axes: Axes, data: Data, strict: bool = True) -> dict[str, tuple[Any, ...]]:
+    """The axes under their names in a row, (None,) where none is given. strict: no algorithm lacks all that is --set."""
+    given = {f.name: getattr(part, f.name) for part in (data, axes) for f in fields(part)}
+    own, seeds = given.pop("set"), given.pop("seeds")
+    given = {"algorithm": given.pop("algorithm"), **given}
+    for name, *values in own:
+        given[name] = tuple(literal(value) for value in values)
+        if not values:
+            raise ValueError(f"--set {name} has no values: expected NAME VALUE ...")
+    known = set().union(*(arguments(name) for name in given["algorithm"]))
+    lost = [name for name, *_ in own if name not in known]
+    if lost and strict:
+        raise ValueError(f"--set {lost[0]}: expected an argument of {', '.join(given['algorithm'])}: {sorted(known)}")
+    optional = {f.name for f in fields(Axes) if f.default == ()}
+    empty = [name for name, values in (given | {"seed": seeds}).items() if not values and name not in optional]
+    if empty:
+        raise ValueError(f"axis {empty[0]} has no values: expected one or more")
+    for seed in seeds:
+        number("seeds", seed, np.int32, least=0)
+    return {name: values or (None,) for name, values in given.items()} | {"seed": seeds}
+
+
+def literal(text: str) -> Any:
+    """A number or a word of the command line."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def select(axes: Axes, data: Data, draw: Draw = Draw()) -> Iterator[dict[str, Any]]:
+    """The settings of this shard, duplicates (from numbers that an algorithm does not have) once."""
+    given = values_of(axes, data)
+    if draw.random is not None:
+        number("random", draw.random, np.int32, least=1)
+    seen: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for values in drawn(given, draw) if draw.random else itertools.product(*given.values()):
+        point = dict(zip(given, values, strict=True))
+        own = arguments(point["algorithm"]) | {f.name for f in fields(Data)} | {"algorithm", "minibatch", "seed"}
+        point = {name: value if name in own else None for name, value in point.items()}
+        seen.setdefault(tuple(point.values()), point)
+    found = re.fullmatch(r"(\d+)/(\d+)", draw.shard)
+    i, n = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= i <= n:
+        raise ValueError(f"shard = {draw.shard!r}: expected i/n with 1 <= i <= n, such as 2/3")
+    if n > len(seen):
+        raise ValueError(f"shard = {draw.shard!r}: expected at most {len(seen)} shards for {len(seen)} points")
+    yield from ({"point": number, **point} for number, point in list(enumerate(seen.values()))[i - 1 :: n])
+
+
+def drawn(given: dict[str, tuple[Any, ...]], draw: Draw) -> Iterator[tuple[Any, ...]]:
+    """Random settings on all seeds: two numbers of the algorithm are a range (lr on a log scale), all else choices."""
+    rng = np.random.default_rng(draw.random_seed)
+    choices = {f.name for f in fields(Data)} | {"algorithm", "compressor", "minibatch", "seed"}
+
+    def value(name: str, values: tuple[Any, ...]) -> Any:
+        if len(values) != 2 or name in choices:
+            return values[rng.integers(len(values))]
+        low, high = sorted(values)
+        if isinstance(low, int) and isinstance(high, int):
+            return int(rng.integers(low, high, endpoint=True))
+        if name != "lr":
+            return float(rng.uniform(low, high))
+        number("lr", low, np.float64, above=0)
+        return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+    for _ in range(draw.random or 0):
+        point = {name: value(name, values) for name, values in given.items()}
+        for seed in given["seed"]:
+            yield tuple((point | {"seed": seed}).values())
+
+
+def factories() -> dict[str, Callable[..., laqjax.Algorithm]]:
+    """The named algorithms of the library."""
+    own = [f for _, f in inspect.getmembers(algorithms, inspect.isfunction) if f.__module__ == algorithms.__name__]
+    return {f.__name__: f for f in own if inspect.signature(f).return_annotation is laqjax.Algorithm}
+
+
+def factory(name: str) -> Callable[..., laqjax.Algorithm]:
+    """The function behind a name; ValueError when there is none."""
+    if files.is_own(name):
+        return files.load(name)
+    if name not in factories():
+        raise ValueError(f"algorithm = {name!r}: expected FILE.py:factory or one of {', '.join(sorted(factories()))}")
+    return factories()[name]
+
+
+def arguments(name: str) -> set[str]:
+    """The keyword arguments of a named algorithm."""
+    return set(inspect.signature(factory(name)).parameters)
+
+
+def built(choices: Sequence[dict[str, Any]], max_window: int, authors: bool = False, rows: int | None = None) -> list[Point]:  # fmt: skip
+    """The points of settings as `select` yields them; every bad one is named, before anything is compiled.
+
+    Args:
+        choices: of the points.
+        max_window: the shape that all windows share; of the whole sweep, so that a shard's points are those of the whole.
+        authors: the lazy rule of the authors' program.
+        rows: of each worker, at most.
+    """
+    points, bad = [], {}
+    for choice in choices:
+        try:
+            names = [choice[f.name] for f in fields(Data)]
+            points.append(build(choice, problems.case(*names, rows=rows), max_window, authors))
+        except (TypeError, ValueError) as error:  # TypeError: an algorithm that needs more than this command line gives
+            bad.setdefault(str(error), []).append(str(choice["point"]))
+    if bad:
+        lines = [f"  point {', '.join(which)}: {error}" for error, which in bad.items()]
+        raise ValueError("\n".join([f"{sum(map(len, bad.values()))} of {len(choices)} points cannot run:", *lines]))
+    return points
+
+
+def build(choice: dict[str, Any], case: problems.Case, max_window: int, authors: bool = False) -> Point:
+    """A point of a setting; what its algorithm must have and the setting does not say is a plain choice."""
+    name, oracle = choice["algorithm"], case.oracle
+    signature = inspect.signature(factory(name)).parameters
+    own, p = set(signature), oracle.size
+    label = {key: value for key, value in choice.items() if key not in ("seed", "point")}
+    label |= {key: value for key, value in PLAIN.items() if needed(signature, key) and label.get(key) is None}
+    given = {key: label[key] for key in own & label.keys() if label[key] is not None}
+    if "max_window" in own:
+        given |= {"max_window": max_window} | ({"ramp": True, "first_upload": "rule"} if authors else {})
+    if needed(signature, "smoothness"):
+        given["smoothness"] = case.smoothness[0]
+    if "compressor" in own:
+        plain = "natural" if own & {"damping", "a"} else f"top_k:{max(p // 10, 1)}"
+        given |= dict.fromkeys(own & {"compressor", "down"}, compressor(label.get("compressor") or plain))
+    if needed(signature, "k"):
+        given["k"] = label.get("k") or max(p // 10, 1)
+    if label.get("minibatch") is not None:
+        most = case.shards.weight.shape[1]
+        given["sampler"] = laqjax.oracle.Blocks(
+            int(number("minibatch", label["minibatch"], np.int32, least=1, most=most))
+        )
+        if name == "dasha" and "b" not in given:
+            given["b"] = 0.1  # it needs one on minibatches
+    workers = len(case.shards.weight)
+    call = files.call if files.is_own(name) else lambda _, *given, **named: factories()[name](*given, **named)
+    alg = call(name, oracle, num_workers=workers, **given)
+    if not isinstance(alg, laqjax.Algorithm):
+        raise ValueError(f"{name} returned {alg!r:.80}: expected a laqjax.Algorithm")
+    key, index = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
+    keys: Any = types.Keys(key, key, key, index, index)  # pyright: ignore[reportArgumentType]
+    jax.eval_shape(alg.compressor.encode, jax.ShapeDtypeStruct((p,), oracle.dtype), keys)  # refuses k > p
+    return Point(alg, case, choice["seed"], label, number=choice["point"])
+
+
+def needed(signature: Any, *names: str) -> bool:
+    """Whether a factory has these arguments, the first without a default."""
+    return all(name in signature for name in names) and signature[names[0]].default is inspect.Parameter.empty
+
+
+def compressor(text: str) -> Any:
+    """A compressor by name, as `top_k:50`."""
+    name, _, size = text.partition(":")
+    makers = ("grid", "identity", "natural", "qsgd", "rand_k", "sampled", "sign", "ternary", "top_k")
+    try:
+        return getattr(laqjax.compressors, name if name in makers else "")(*([float(size)] if size else []))
+    except (AttributeError, TypeError):
+        raise ValueError(
+            f"compressor = {text!r}: expected one of {', '.join(makers)}, with its number as top_k:50"
+        ) from None
+
+
+def widest(choices: Sequence[dict[str, Any]], axes: Axes) -> int:
+    """The padding of the windows of a sweep."""
+    return max(1, *axes.window, *(int(choice["window"] or 1) for choice in choices), 10 if not axes.window else 1)
+
+
+# ---- command lines ---------------------------------------------------------------------------------------------------
+
+
+def parsed(kind: Any, given: Sequence[str], about: str | None) -> Any:
+    """The settings of a command line; those of its config file stand before it, so that the command line wins."""
+    settings = tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=given, description=about)
+    if settings.config:
+        before = from_file(settings.config, kind)
+        settings = tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=[*before, *given], description=about)
+    return settings
+
+
+def names_of(kind: Any) -> set[str]:
+    """The names of all options of a settings class, those of its groups too."""
+    nested = {f.name: f.type for f in fields(kind) if is_dataclass(f.type)}
+    return {f.name for f in fields(kind)} - nested.keys() | set().union(*map(names_of, nested.values()))
+
+
+def from_file(path: Path, kind: Any) -> list[str]:
+    """A TOML or YAML file as command-line arguments: one set of names, types and errors for both."""
+    text = path.read_text()
+    try:
+        given = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text) or {}
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no {'TOML' if path.suffix == '.toml' else 'YAML'}: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} holds {given!r}: expected names of settings with their values")
+    known = names_of(kind) - {"config"}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"{path}: {unknown} are no settings; expected names among {sorted(known)}")
+    words = []
+    for name, value in given.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{name.replace('_', '-')}")
+        elif name == "set":
+            for axis, values in value.items():
+                words += [option, axis, *map(str, values if isinstance(values, list) else [values])]
+        else:
+            words += [option, *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def identity(settings: Any, **more: Any) -> dict[str, Any]:
+    """What makes an experiment this experiment: all settings but where they stand."""
+    flat, free = more, ("out", "config", "short", "filled")
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        flat |= identity(value) if is_dataclass(value) else {} if f.name in free else {f.name: value}
+    return flat

@@ -1,0 +1,68 @@
+"""The tables of the papers, beside the published values: which points, which targets; all else is `experiments.study`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+
+from experiments import files, ledger, plots, study
+from experiments.ledger import Targets
+from experiments.study import Budget, Point
+
+COSTS = {"rounds": "rounds", "uploads": "uploads", "bits_up": "bits up", "paper_bits": "as b p", "bits": "up + down"}
+
+
+def methods(
+    name: dict[str, Any], points: Sequence[Point], targets: Targets, out: Path, budget: Budget, console: Console
+) -> pl.DataFrame:
+    """Points whose label is their method, to their targets; figures; the summary, with all bits together."""
+    identity = name | {"experiment": "methods", "rounds": budget.rounds, "targets": targets.values}
+    summary = study.run(points, targets, out, budget, identity=identity, console=console)
+    plots.methods(out)
+    for target in dict.fromkeys([*ledger.goals_of(summary), "end"]):
+        for end in ("", "_least", "_most"):
+            both = pl.col(f"bits_up_{target}{end}") + pl.col(f"bits_down_{target}{end}")
+            summary = summary.with_columns(both.alias(f"bits_{target}{end}"))
+    return summary
+
+
+def beside(
+    summary: pl.DataFrame, target: str, published: Mapping[str, Mapping[str, float]], message: Any
+) -> pl.DataFrame:
+    """A row a method and cost: mean, least and most over the starts, what was published, and whether it lies inside.
+
+    message: bits of an upload of each method as the paper counts them (b p).
+    """
+    rows = []
+    for row in summary.iter_rows(named=True):
+        method = row["method"]
+        for cost, title in COSTS.items():
+            source, scale = ("uploads", message[method]) if cost == "paper_bits" else (cost, 1)
+            found = {e: row[f"{source}_{target}{x}"] for e, x in (("mean", ""), ("least", "_least"), ("most", "_most"))}
+            ours: Any = {e: None if value is None else value * scale for e, value in found.items()}
+            value: Any = published.get(method, {}).get(cost)
+            known = value is not None and ours["mean"] is not None
+            rows.append(
+                {"method": method, "cost": title, **ours, "published": value}
+                | {"difference": f"{ours['mean'] / value - 1:+.1%}" if known else None}
+                | {"inside": ("yes" if ours["least"] <= value <= ours["most"] else "no") if known else None}
+            )
+    kinds: Any = dict.fromkeys(("mean", "least", "most", "published"), pl.Float64) | {
+        "difference": pl.String,
+        "inside": pl.String,
+    }
+    return pl.DataFrame(rows, schema_overrides=kinds)
+
+
+def finish(out: Path, table: pl.DataFrame, title: str, console: Console) -> None:
+    """Write the table, print it, say where it is."""
+    files.save(table, out / "table", csv=True)
+    shown = table.with_columns(
+        pl.col(name).map_elements(ledger.short, return_dtype=pl.String, skip_nulls=False)
+        for name in ("mean", "least", "most", "published")
+        if name in table.columns
+    )
+    console.print(ledger.printed(shown, title))
+    console.print(f"figures and tables: {out}")

@@ -1,0 +1,141 @@
+"""Files of the user's in the commands: data, problems, algorithms; and what is said when they are wrong."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from experiments import datasets, files, points, sweep, tune
+
+EXAMPLES = Path(__file__).parents[1] / "experiments" / "examples"
+OWN = """
+import numpy as np, jax, jax.numpy as jnp, laqjax
+
+def load():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(80, 3)).astype(np.float32)
+    return x, (x[:, 0] > 0).astype(np.int64), x[:8], (x[:8, 0] > 0).astype(np.int64)
+
+def make(data):
+    margin = lambda w, x, y: (2 * y.astype(x.dtype) - 1) * (x @ w)
+    return (lambda w, x, y: jax.nn.softplus(-margin(w, x, y)), lambda seed: np.zeros(3, np.float32),
+            lambda w, x, y: jnp.mean(margin(w, x, y) > 0))
+
+def slow(oracle, *, lr, num_workers, patience=3, sampler=None):
+    return laqjax.algorithms.laq(oracle, lr=lr, num_workers=num_workers, limit=patience, window=1)
+
+def wrong(data):
+    return data.nothing
+
+def number(data):
+    return 3
+
+nothing = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of the user's, under a name of its own: modules are read once."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"own_{tmp_path.name.replace('-', '_')}.py"
+    path.write_text(OWN)
+    return path
+
+
+def run(*given: str) -> pl.DataFrame:
+    sweep.main([*given, "--workers", "4", "--compute-ms", "1", "--out", "out"])
+    return pl.read_parquet("out/points.parquet")
+
+
+def test_data_problem_and_algorithm_of_ones_own(own: Path) -> None:
+    task = ["--dataset", f"{own}:load", "--problem", f"{own}:make", "--algorithm", f"{own}:slow", "--lr", "0.5"]
+    task += ["--rounds", "40", "--every", "10", "--target-accuracy", "0.6", "0.95"]
+    table = run(*task, "--set", "patience", "1", "5")
+    assert table["patience"].to_list() == [1, 5]
+    assert table["reached"].all()
+    assert (table["rounds_0.95"] % 10 == 0).all()
+    assert table["f_star"].is_null().all()
+    assert table["uploads_end"][0] > table["uploads_end"][1]
+    settings = points.parsed(
+        tune.Settings, [*task, "--set", "patience", "1", "5", "--trials", "4", "--batch", "2"], None
+    )
+    tune.run(sweep.replace(settings, data=sweep.replace(settings.data, workers=(4,)), out=Path("tuned")))
+    trials = pl.read_parquet("tuned/trials.parquet")
+    assert trials["patience"].is_between(1, 5).all()
+    assert len(trials) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--problem", "{}:wrong"], "{}:wrong: AttributeError: 'Dataset' object has no attribute 'nothing' (line 18)"),
+        (
+            ["--problem", "{}:number"],
+            "{}:number returned 3: expected functions (loss, start) or (loss, start, accuracy)",
+        ),
+        (["--problem", "{}:nothing"], "{}:nothing: {} has no function nothing"),
+        (["--problem", "none.py:make"], "none.py is missing: expected FILE.py:NAME"),
+        (["--algorithm", "{}:slow", "--set", "pace", "3"], "--set pace: expected an argument of {}:slow"),
+        (["--algorithm", "{}:slow", "--set", "patience", "-3"], "{}:slow: ValueError: limit = -3: expected"),
+        (["--dataset", "{}:slow"], "{}:slow: TypeError: slow() missing 1 required positional argument: 'oracle'"),
+        (["--dataset", "{}:nothing"], "{}:nothing: {} has no function nothing"),
+    ],
+)
+def test_what_is_wrong_in_it_is_said(given: list[str], said: str, own: Path) -> None:
+    task = ["--dataset", f"{own}:load", "--problem", f"{own}:make", *(word.format(own) for word in given)]
+    with pytest.raises(SystemExit) as stop:
+        run(*task, "-b", "4", "-C", "5", "-D", "1")
+    assert said.format(own, own) in str(stop.value)
+    assert not Path("out").exists()
+
+
+def test_a_file_that_cannot_be_read(own: Path) -> None:
+    own.write_text("x = 1\ny = 1 / 0\n")
+    with pytest.raises(ValueError, match=r"cannot be read: ZeroDivisionError: division by zero \(line 2\)"):
+        files.load(f"{own}:make")
+
+
+def test_npz_and_csv(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 3)).astype(np.float32), np.array([0, 1, 2, 0, 1, 2])
+    np.savez(tmp_path / "a.npz", x=x, y=y, x_test=x[:2], y_test=y[:2])
+    data = datasets.load(f"npz:{tmp_path / 'a.npz'}")
+    np.testing.assert_array_equal(data.x, x)
+    assert (data.num_classes, data.y.dtype, len(data.x_test)) == (3, np.int32, 2)
+    np.savez(tmp_path / "b.npz", x=x, z=y)
+    with pytest.raises(ValueError, match=r"expected arrays x and y, and perhaps x_test and y_test; got \['x', 'z'\]"):
+        datasets.load(f"npz:{tmp_path / 'b.npz'}")
+    (tmp_path / "c.npz").write_bytes(b"PK..")
+    with pytest.raises(ValueError, match=r"is damaged, or no \.npz file"):
+        datasets.load(f"npz:{tmp_path / 'c.npz'}")
+    pl.DataFrame(x, schema=["a", "b", "c"]).insert_column(1, pl.Series("label", y)).write_csv(tmp_path / "a.csv")
+    data = datasets.load(f"csv:{tmp_path / 'a.csv'}")
+    np.testing.assert_allclose(data.x, x)
+    assert data.y.tolist() == y.tolist()
+    (tmp_path / "b.csv").write_text("a,b\n1,2\nx,3\n")
+    with pytest.raises(ValueError, match=r"expected two or more columns of numbers .* not so: \['a'\]"):
+        datasets.load(f"csv:{tmp_path / 'b.csv'}")
+
+
+@pytest.mark.parametrize("name", ["images", "tokens"])
+def test_the_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the README has them, with few rows and rounds."""
+    monkeypatch.chdir(tmp_path)
+    path = shutil.copy(EXAMPLES / f"{name}.py", tmp_path / f"{name}_here.py")
+    data = ["--dataset", f"{path}:load" if name == "tokens" else "mnist"]
+    given = [
+        "--smoke",
+        "--problem",
+        f"{path}:make",
+        *data,
+        "--partition",
+        "unequal:2" if name == "tokens" else "dirichlet:0.5",
+    ]
+    given += ["-b", "4", "8", "-C", "5", "-D", "3", "--lr", "0.05", "--rounds", "4", "--every", "2"]
+    table = run(*given, "--target-accuracy", "0.999")
+    assert table["bits"].to_list() == [4, 8]
+    assert table["final_loss"].is_finite().all()
+    assert table["accuracy"].is_between(0, 1).all()
