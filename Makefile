@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce sweep bench test test-long check lock clean
+.PHONY: help setup reproduce sweep compare bench test test-long check lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -16,11 +16,14 @@ setup: .venv/ready ## a virtual environment with what requirements.lock pins
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
-reproduce: setup ## LAQ, GD, QGD, LAG on the embedded MNIST: the paper's table and figures, in results/laq-logistic
+reproduce: setup ## LAQ, TWO-LAQ, GD, QGD, LAG on the embedded MNIST: the paper's table and figures, in results/laq-logistic
 	$(BIN)/python -m experiments.reproduce laq-logistic
 
 sweep: setup ## the default grid of b, C and D on the embedded MNIST, in results/sweep
 	$(BIN)/python -m experiments.sweep
+
+compare: setup ## every method at its best on a convex problem, in results/compare (ten minutes)
+	$(BIN)/python -m experiments.compare
 
 bench: setup ## speed and memory beside this machine's GEMM rate
 	$(BIN)/python -m experiments.bench

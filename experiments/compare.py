@@ -32,7 +32,7 @@ from laqjax import theory
 Setting = dict[str, Any]
 Wanted = tuple[str, Setting]  # an algorithm's name and setting
 CRITERIA = {"bits up": "bits_up", "all bits": "bits", "rounds": "rounds", "seconds": "seconds"}
-WIDER = 4  # times that a grid is widened
+WIDER = 3  # times that a grid is widened
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Settings:
     """Of the runs that the tables report."""
     data: points.Data = points.Data(problem=("logistic",), dataset=(BASE + "1",))
     goal: sweep.Goal = sweep.Goal((1e-2, 1e-4, 1e-6))
-    budget: Budget = Budget(2000, every=25, batch=32, keep=100, short=10**9, filled=True)
+    budget: Budget = Budget(1000, every=25, batch=16, keep=100, short=10**9, filled=True)
     link: Link = Link()
     config: Path | None = None
     """A TOML or YAML file of these settings; the command line goes before it."""
@@ -225,10 +225,10 @@ class Comparison:
             if len(values) < 2 or isinstance(values[0], str) or values[0] <= 0:
                 continue
             for end, inner in ((values[0], values[1]), (values[-1], values[-2])):
-                new = end * end / inner
-                new = round(new) if isinstance(end, int) else new
-                if best[axis] == end != new and self.allowed(name, best | {axis: new}):
-                    yield axis, new
+                for new in (end * end / inner, end * (end / inner) ** 2):  # two: they fill a batch up
+                    new = round(new) if isinstance(end, int) else new
+                    if best[axis] == end != new and self.allowed(name, best | {axis: new}):
+                        yield axis, new
 
     def allowed(self, name: str, values: Setting) -> bool:
         """Whether the algorithm takes these numbers."""

@@ -29,11 +29,11 @@ class Link:
     uplink_mbps: float = 10.0
     """Megabits a second from a worker to the server."""
     downlink_mbps: float = 100.0
-    """And back."""
+    """Megabits a second from the server to a worker."""
     latency_ms: float = 20.0
-    """Of one way."""
+    """Milliseconds of one way."""
     compute_ms: float | None = None
-    """Of one gradient of a worker; measured here when not given."""
+    """Milliseconds of one gradient of a worker; measured here when not given."""
 
     def check(self) -> None:
         """ValueError for what is no link."""
@@ -229,8 +229,9 @@ def interval(values: np.ndarray | None) -> dict[str, float | None]:
     if values is None:
         return dict.fromkeys(("", "_ci95", "_least", "_most"))
     n = len(values)
-    half = float(scipy.stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else None
-    return {"": float(values.mean()), "_ci95": half, "_least": float(values.min()), "_most": float(values.max())}
+    with np.errstate(over="ignore"):  # of a loss that diverged
+        half = float(scipy.stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else None
+        return {"": float(values.mean()), "_ci95": half, "_least": float(values.min()), "_most": float(values.max())}
 
 
 def joined(folder: Path, parts: Sequence[str]) -> pl.DataFrame:

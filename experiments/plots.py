@@ -38,7 +38,7 @@ LINES = ("-", "--", ":")
 def save(figure: Any, path: Path) -> None:
     """PNG and SVG beside each other."""
     for suffix in (".png", ".svg"):
-        with replacing(path.with_suffix(suffix)) as part:
+        with replacing(path.with_name(path.name + suffix)) as part:
             figure.savefig(part, bbox_inches="tight", metadata={"Date": None} if suffix == ".svg" else None)
     plt.close(figure)
 
@@ -256,7 +256,7 @@ def costs(best: pl.DataFrame, kinds: list[str], path: Path) -> None:
     methods = order.sort("len", "bits_up", descending=[False, True])["method"].to_list()
     with plt.rc_context(STYLE):
         size = 3.2 * len(targets) + 1.5, 1.2 + 0.22 * len(methods)
-        figure, axes = plt.subplots(1, len(targets), figsize=size, sharey=True, squeeze=False)
+        figure, axes = plt.subplots(1, len(targets), figsize=size, sharey=True, squeeze=False, layout="constrained")
         for axis, target in zip(axes[0], targets, strict=True):
             for row in best.filter(pl.col("target") == target).iter_rows(named=True):
                 color, y = COLORS[kinds.index(row["kind"]) % 10], methods.index(row["method"])
@@ -269,7 +269,7 @@ def costs(best: pl.DataFrame, kinds: list[str], path: Path) -> None:
         dots = [Line2D([], [], marker="o", linestyle="", color=COLORS[kinds.index(kind) % 10]) for kind in drawn]
         dots.append(Line2D([], [], marker="o", linestyle="", color="k", mfc="none"))
         names = [*drawn, "step of theory"]
-        figure.legend(dots, names, frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, 0.02))
+        figure.legend(dots, names, frameon=False, ncols=len(names), loc="outside upper center")
         save(figure, path)
 
 

@@ -47,7 +47,7 @@ class Axes:
     lr: tuple[float, ...] = ()
     """Step size; 0.02 where an algorithm must have one."""
     seeds: tuple[int, ...] = (0,)
-    """Of the start and of the algorithm's draws."""
+    """Seeds of the start and of the algorithm's draws; over them the tables give means and intervals."""
     algorithm: tuple[str, ...] = ("laq",)
     """Names in laqjax.algorithms, or FILE.py:factory, called as factory(oracle, num_workers=M, NAME=value, ...)."""
     set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
@@ -75,7 +75,7 @@ class Axes:
     min_bits: tuple[int, ...] = ()
     """Of laq_adaptive: the fewest bits."""
     max_bits: tuple[int, ...] = ()
-    """And the most."""
+    """Of laq_adaptive: the most bits."""
     bits_down: tuple[int, ...] = ()
     """Of two_laq: bits of the way down; as up when not given."""
 
@@ -92,9 +92,9 @@ class Data:
     partition: tuple[str, ...] = ("contiguous",)
     """How rows are dealt out: contiguous, shuffled, sorted, dirichlet:ALPHA, unequal:RATIO."""
     partition_seed: tuple[int, ...] = (0,)
-    """Of the shuffles and of Dirichlet's draws."""
+    """Seed of the shuffles and of Dirichlet's draws."""
     workers: tuple[int, ...] = (10,)
-    """M."""
+    """M, how many workers share the data."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Draw:
     random: int | None = None
     """So many settings, each run on all seeds: two values of a number are its range then; more, and names, are choices."""
     random_seed: int = 0
-    """Of these draws."""
+    """Seed of these draws."""
     shard: str = "1/1"
     """i/n: only every n-th point, from the i-th; join the folders with `merge`."""
 
@@ -256,7 +256,10 @@ def build(choice: dict[str, Any], case: problems.Case, max_window: int, authors:
         raise ValueError(f"{name} returned {alg!r:.80}: expected a laqjax.Algorithm")
     key, index = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
     keys: Any = types.Keys(key, key, key, index, index)  # pyright: ignore[reportArgumentType]
-    jax.eval_shape(alg.compressor.encode, jax.ShapeDtypeStruct((p,), oracle.dtype), keys)  # refuses k > p
+    try:
+        jax.eval_shape(alg.compressor.encode, jax.ShapeDtypeStruct((p,), oracle.dtype), keys)
+    except ValueError as error:  # such as k > p, in JAX's words
+        raise ValueError(f"{name}: {str(error).splitlines()[0]}") from None
     return Point(alg, case, choice["seed"], label, number=choice["point"])
 
 

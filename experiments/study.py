@@ -57,7 +57,7 @@ class Budget:
     """How far points run, and in what portions."""
 
     rounds: int = 400
-    """At most, of each point."""
+    """Rounds of each point at most."""
     every: int = 50
     """Rounds between two looks at who is done; minibatch methods' loss and the test accuracy are measured then."""
     memory: float | None = None
@@ -107,56 +107,50 @@ def run(
 
     Raises:
         ValueError: the folder holds another study, or another process is writing it.
-        KeyboardInterrupt: what is done is kept.
     """
     console = console or Console(quiet=True)
     budget.check()
     link.check()
-    names = dict.fromkeys(name for point in points for name in point.label)
-    labels = [
-        {"point": i if point.number is None else point.number, **names, **point.label, "seed": point.seed}
-        for i, point in enumerate(points)
-    ]
-    groups = grouped(points)
+    labels, groups = labelled(points), grouped(points)
     for case in {id(point.case): point.case for point in points}.values():
         with console.status("f* by a solver in float64 (half a minute on MNIST, then cached)"):
-            if not targets.accuracy:
-                _ = case.f_star
+            _ = None if targets.accuracy else case.f_star
     sizes = [batch_size([points[i] for i in group], budget) for group in groups]
-    identity = identity or {"points": labels, "targets": targets.values, "rounds": budget.rounds}
-    began, fresh = time.perf_counter(), 0
-    with files.claimed(out, identity):
+    began, fresh, done = time.perf_counter(), 0, 0
+    with files.claimed(out, identity or {"points": labels, "targets": targets.values, "rounds": budget.rounds}):
         plan = planned([points[group[0]] for group in groups], sizes, out, link)
         batches = list(cut(groups, plan["batch"]))
-        most = max(plan["batch"], default=0)
-        console.print(
-            f"{len(points)} points of {len(groups)} structure(s) in {len(batches)} batch(es) of up to {most}, "
-            f"each up to {budget.rounds} rounds"
-        )
+        console.print(f"{len(points)} points, {len(batches)} batch(es), each up to {budget.rounds} rounds")
         with bar(console) as progress:
             task = progress.add_task("points x rounds", total=len(points) * budget.rounds, note="")
-            done = 0
+
+            def show(work: float, note: str) -> None:
+                progress.update(task, completed=done * budget.rounds + work, note=note)
+
             for g, which, part in batches:
                 if not intact(out / part, [labels[i] for i in which], console):
-
-                    def show(work: float, note: str, base: int = done) -> None:
-                        progress.update(task, completed=base * budget.rounds + work, note=note)
-
-                    chosen = [points[i] for i in which]
-                    live = Batch(chosen, targets, budget, plan["batch"][g], (out / part).with_suffix(".npz"), show)
+                    state = (out / part).with_suffix(".npz")
+                    live = Batch([points[i] for i in which], targets, budget, plan["batch"][g], state, show)
                     record = live.run(console)
                     spent = record.spent(link, plan["compute_ms"][g])
                     tables = ledger.tables([labels[i] for i in which], record, targets, spent, budget.keep)
                     for name in ledger.TABLES:
                         files.save(tables[name], out / f"{part}-{name}")
-                    live.path.unlink(missing_ok=True)
+                    state.unlink(missing_ok=True)
                     fresh += len(which)
                 done += len(which)
-                progress.update(task, completed=done * budget.rounds, note=f"{done} points done")
+                show(0, f"{done} points done")
         summary = ledger.joined(out, [f"{out / part}-" for _, _, part in batches])
         spent = {"seconds": time.perf_counter() - began, "points_computed": fresh}
         files.write_json(out / "run.json", files.provenance() | spent)
     return summary
+
+
+def labelled(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """What the tables say of each point: all have the same columns."""
+    names = dict.fromkeys(name for point in points for name in point.label)
+    numbers = [i if point.number is None else point.number for i, point in enumerate(points)]
+    return [{"point": n, **names, **point.label, "seed": point.seed} for n, point in zip(numbers, points, strict=True)]
 
 
 def grouped(points: Sequence[Point]) -> list[list[int]]:

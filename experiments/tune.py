@@ -42,9 +42,9 @@ class Settings:
     """A search."""
 
     trials: int = 64
-    """In all, the paper's setting among them; more of them go on from what is there."""
+    """Trials in all, the paper's setting among them; more of them go on from what is there."""
     search_seed: int = 0
-    """Of the search."""
+    """Seed of the search."""
     axes: points.Axes = points.Axes(bits=(2, 8), limit=(5, 200), window=(1, 10), xi=(0.1, 1.0), lr=(0.02,))
     data: points.Data = points.Data()
     goal: sweep.Goal = sweep.Goal((3e-2,))
