@@ -141,7 +141,7 @@ class Settings:
 class Comparison:
     """The grids of a comparison, and the points of any settings."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, console: Console) -> None:
         self.settings, data = settings, settings.data
         for f in fields(data):
             if len(getattr(data, f.name)) != 1:
@@ -151,7 +151,15 @@ class Comparison:
             self.case = convex(data.dataset[0])
         else:
             self.case = problems.case(*self.data.values(), rows=200 if settings.smoke else None)
-        self.grids = {name: self.grid(name) for name in settings.axes.algorithm}
+        known = self.case.problem.curvature is not None
+        lost = [name for name in settings.axes.algorithm if "smoothness" in points.arguments(name) and not known]
+        if lost:
+            console.print(f"left out, since L_m is not known here: {', '.join(lost)}")
+        self.grids = {name: self.grid(name) for name in settings.axes.algorithm if name not in lost}
+        if not self.grids:
+            raise ValueError(f"algorithm = {settings.axes.algorithm}: expected one that runs without L_m")
+        if settings.goal.targets.accuracy and not self.case.scored:
+            raise ValueError("target_accuracy: expected a problem with an accuracy, and data with test rows")
 
     def grid(self, name: str) -> dict[str, tuple[Any, ...]]:
         """The axes of a member, the first value of each that of theory or of the default."""
@@ -265,7 +273,7 @@ def run(settings: Settings) -> Path:
     settings.budget.check()
     settings.link.check()
     with jax.enable_x64(settings.data == Settings().data):
-        compared = Comparison(settings)
+        compared = Comparison(settings, console)
         wanted = [(name, dict(zip(axes, v, strict=True))) for name, axes in compared.grids.items() for v in product(*axes.values())]  # fmt: skip
         firsts = [(name, {axis: values[0] for axis, values in axes.items()}) for name, axes in compared.grids.items()]
         compared.points(firsts, (0,))  # what cannot run is refused before anything is written

@@ -7,6 +7,7 @@ differs from an undisturbed run. When half of a batch's points or fewer are left
 follows from the plan alone.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -264,6 +265,9 @@ class Batch:
         self.slots = np.minimum(np.arange(self.size), count - 1)  # the point in each place
         self.running = np.ones(count, bool)
         self.algs = laqjax.stack([point.algorithm for point in self.points])
+        seeds = repr([point.seed for point in self.points]).encode()
+        numbers = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(self.algs))
+        self.digest = np.frombuffer(hashlib.sha256(seeds + numbers).digest(), np.uint8)  # what a saved state belongs to
         self.keys = jnp.stack([jax.random.key(point.seed) for point in self.points])
         starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(point.begin() for point in self.points))
         if not isinstance(starts, laqjax.State):
@@ -344,15 +348,17 @@ class Batch:
 
     def kept(self) -> Any:
         """All that changes, as arrays."""
-        return self.state, self.record.kept(self.done), self.slots, self.running, np.array([self.done])
+        return self.state, self.record.kept(self.done), self.slots, self.running, np.array([self.done]), self.digest
 
     def resume(self, console: Console) -> None:
         """What `kept` left; a damaged file is set aside, and the batch begins anew."""
         try:
-            self.state, kept, self.slots, self.running, done = files.load_tree(self.path, self.kept())
+            state, kept, slots, running, done, digest = files.load_tree(self.path, self.kept())
+            if not np.array_equal(digest, self.digest):
+                raise ValueError(f"{self.path} holds other points")
         except ValueError as error:
             console.print(f"[red]{error}; kept as {files.set_aside(self.path)}, the batch begins anew[/red]")
             return
-        self.state = jax.tree.map(jnp.asarray, self.state)
-        self.done, self.size = int(done[0]), len(self.slots)
+        self.state, self.slots, self.running = jax.tree.map(jnp.asarray, state), slots, running
+        self.done, self.size = int(done[0]), len(slots)
         self.record.restore(kept)

@@ -7,11 +7,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments import datasets, files, points, sweep, tune
+from experiments import compare, datasets, files, points, sweep, tune
 
 EXAMPLES = Path(__file__).parents[1] / "experiments" / "examples"
 OWN = """
-import numpy as np, jax, jax.numpy as jnp, laqjax
+import numpy as np, jax, jax.numpy as jnp, laqjax, optax
+from flax import linen as nn
 
 def load():
     rng = np.random.default_rng(0)
@@ -25,6 +26,22 @@ def make(data):
 
 def slow(oracle, *, lr, num_workers, patience=3, sampler=None):
     return laqjax.algorithms.laq(oracle, lr=lr, num_workers=num_workers, limit=patience, window=1)
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(nn.relu(nn.Conv(2, (3, 3), strides=2)(x)).reshape(len(x), -1))
+
+def images():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 80)
+    x = (rng.normal(size=(80, 6, 6, 1)) + y[:, None, None, None]).astype(np.float32)
+    return x[:64], y[:64], x[64:], y[64:]
+
+def cnn(data):
+    return (lambda w, x, y: optax.softmax_cross_entropy_with_integer_labels(Net().apply(w, x), y),
+            lambda seed: Net().init(jax.random.key(seed), data.x[:1]),
+            lambda w, x, y: jnp.mean(Net().apply(w, x).argmax(axis=1) == y))
 
 def wrong(data):
     return data.nothing
@@ -71,7 +88,7 @@ def test_data_problem_and_algorithm_of_ones_own(own: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--problem", "{}:wrong"], "{}:wrong: AttributeError: 'Dataset' object has no attribute 'nothing' (line 18)"),
+        (["--problem", "{}:wrong"], "{}:wrong: AttributeError: 'Dataset' object has no attribute 'nothing' (line 35)"),
         (
             ["--problem", "{}:number"],
             "{}:number returned 3: expected functions (loss, start) or (loss, start, accuracy)",
@@ -118,6 +135,22 @@ def test_npz_and_csv(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("a,b\n1,2\nx,3\n")
     with pytest.raises(ValueError, match=r"expected two or more columns of numbers .* not so: \['a'\]"):
         datasets.load(f"csv:{tmp_path / 'b.csv'}")
+
+
+def test_a_flax_cnn_in_sweep_tune_and_compare(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = ["--dataset", f"{own}:images", "--problem", f"{own}:cnn", "--partition", "dirichlet:1", "--workers", "4"]
+    task += ["--rounds", "40", "--every", "10", "--target-accuracy", "0.7", "--compute-ms", "1"]
+    sweep.main([*task, "-b", "4", "8", "-C", "5", "-D", "3", "--lr", "0.05", "--out", "swept"])
+    table = pl.read_parquet("swept/points.parquet")
+    assert table["reached"].all()
+    tune.run(points.parsed(tune.Settings, [*task, "--trials", "3", "--batch", "2", "--out", "tuned"], None))
+    assert len(pl.read_parquet("tuned/trials.parquet")) == 3
+    given = ["--algorithm", "laq", "lag_ps", "sgd", "--xi", "0.4", "-b", "4", "--steps", "3", "--batch", "8"]
+    compare.run(points.parsed(compare.Settings, [*task, *given, "--out", "compared"], None))
+    best = pl.read_parquet("compared/best.parquet").filter(pl.col("cheapest in") == "bits up")
+    assert best["method"].to_list() == ["laq", "sgd"]
+    assert best["goal"].unique().to_list() == ["test accuracy >="]
+    assert "left out, since L_m is not known here: lag_ps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["images", "tokens"])

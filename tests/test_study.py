@@ -113,6 +113,24 @@ def test_a_damaged_state_is_set_aside(tmp_path: Path) -> None:
     same(tmp_path / "calm", tmp_path / "cut")
 
 
+def test_a_state_of_other_points_is_set_aside(tmp_path: Path) -> None:
+    """What a search that is asked for more trials would find after a kill."""
+    mine, budget = chosen(), Budget(40, every=10)
+    path, show = tmp_path / "batch.npz", lambda work, note: None
+    other = study.Batch(mine[2::-1], Targets(), budget, 3, path, show)
+    files.save_tree(path, other.kept())
+    console = Console(record=True, width=200, file=io.StringIO())
+    study.Batch(mine[:3], Targets(), budget, 3, path, show).run(console)
+    assert "holds other points" in console.export_text()
+
+
+def test_the_loss_of_local_steps_is_that_of_the_model_before_them() -> None:
+    mine = case()
+    alg = algorithms.fedavg(mine.oracle, num_workers=4, steps=3, local_lr=0.01)
+    info = laqjax.run(alg, mine.start(1), mine.on_device, 1, jax.random.key(0)).info
+    np.testing.assert_allclose(info.loss[0], mine.losses(mine.start(1)[None])[0], rtol=1e-6)
+
+
 def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
     with files.claimed(tmp_path, {"a": 1}):
         with pytest.raises(
