@@ -1,7 +1,7 @@
 """Sweep b, C, D, xi, lr and seeds as one compiled program, and read off what is cheapest.
 
     python -m experiments.sweep                                      the default grid on the embedded MNIST, 3 minutes
-    python -m experiments.sweep -b 2 4 8 -C 10 100 -D 1 10 --seeds 0 1 2 --target 1e-2 1e-3 --rounds 2000
+    python -m experiments.sweep -b 2 4 8 -C 10 100 -D 1 10 --seeds 0 1 2 --lr 0.02 --target 1e-2 --rounds 2000
     python -m experiments.sweep --problem my.py:make --dataset my.py:load --partition dirichlet:0.3 --target-accuracy 0.9
     python -m experiments.sweep --random 200 -b 2 8 -C 1 200 --lr 0.005 0.05        two values are a range here
     python -m experiments.sweep --shard 2/3 ...  and  python -m experiments.sweep merge DIR DIR DIR --out DIR

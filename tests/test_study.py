@@ -172,6 +172,26 @@ def test_f_star_is_that_of_newton() -> None:
     assert mine.f_star == pytest.approx(f, abs=1e-12)
 
 
+def test_f_star_of_softmax_regression_is_that_of_newton() -> None:
+    """The problem of LAQ's tables: mean cross-entropy + (l2 / 2) ||all variables||^2 for each worker."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (2, 30, 4)).astype(np.uint8), rng.integers(0, 3, (2, 30)).astype(np.int32)
+    problem = laqjax.problems.Softmax(4, 3)
+    found = problems.optimum(problem, laqjax.Shards(x, y, np.ones((2, 30), np.float32)))
+    rows = np.column_stack([x.reshape(60, 4) / 255, np.ones(60)])
+    theta, gradient = np.zeros((3, 5)), np.ones((3, 5))
+    for _ in range(20):
+        p = np.exp(rows @ theta.T)
+        p /= p.sum(axis=1, keepdims=True)
+        gradient = (p - np.eye(3)[y.ravel()]).T @ rows / 60 + problem.l2 * theta
+        outer = np.einsum("nc,cd->ncd", p, np.eye(3)) - np.einsum("nc,nd->ncd", p, p)
+        hessian = np.einsum("ncd,ni,nj->cidj", outer, rows, rows).reshape(15, 15) / 60 + problem.l2 * np.eye(15)
+        theta -= np.linalg.solve(hessian, gradient.ravel()).reshape(3, 5)
+    f = -np.log(p[np.arange(60), y.ravel()]).mean() + problem.l2 / 2 * np.sum(theta**2)
+    assert np.abs(gradient).max() < 1e-12
+    assert found == pytest.approx(f, abs=1e-12)
+
+
 def test_a_full_disk_is_said(tmp_path: Path) -> None:
     def write() -> None:
         with files.replacing(tmp_path / "rows.csv") as part:
