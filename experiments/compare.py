@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import polars as pl
 from rich.console import Console
 
 from experiments import files, ledger, plots, points, problems, study, sweep
 from experiments.ledger import Link
-from experiments.reproduce.family import BASE, convex
 from experiments.study import Budget
 from laqjax import theory
+from laqjax.checks import number
 
 Setting = dict[str, Any]
 Wanted = tuple[str, Setting]  # an algorithm's name and setting
@@ -126,7 +127,7 @@ class Settings:
     """Of each grid of steps, around that of theory."""
     report_seeds: tuple[int, ...] = (2, 3, 4, 5)
     """Of the runs that the tables report."""
-    data: points.Data = points.Data(problem=("logistic",), dataset=(BASE + "1",))
+    data: points.Data = points.Data(problem=("logistic",), dataset=(problems.SYNTHETIC + "1",))
     goal: sweep.Goal = sweep.Goal((1e-2, 1e-4, 1e-6))
     budget: Budget = Budget(1000, every=25, batch=16, keep=100, short=10**9, filled=True)
     link: Link = Link()
@@ -141,16 +142,15 @@ class Settings:
 class Comparison:
     """The grids of a comparison, and the points of any settings."""
 
-    def __init__(self, settings: Settings, console: Console) -> None:
+    def __init__(self, settings: Settings, console: Console, case: problems.Case | None = None) -> None:
         self.settings, data = settings, settings.data
         for f in fields(data):
             if len(getattr(data, f.name)) != 1:
                 raise ValueError(f"{f.name} = {getattr(data, f.name)}: expected one; a comparison is of one problem")
         self.data = {f.name: getattr(data, f.name)[0] for f in fields(data)}
-        if data == Settings().data:
-            self.case = convex(data.dataset[0])
-        else:
-            self.case = problems.case(*self.data.values(), rows=200 if settings.smoke else None)
+        default = data == Settings().data
+        rows = 200 if settings.smoke else None
+        self.case = case or (problems.convex(data.dataset[0]) if default else problems.case(*self.data.values(), rows))
         known = self.case.problem.curvature is not None
         lost = [name for name in settings.axes.algorithm if "smoothness" in points.arguments(name) and not known]
         if lost:
@@ -158,6 +158,10 @@ class Comparison:
         self.grids = {name: self.grid(name) for name in settings.axes.algorithm if name not in lost}
         if not self.grids:
             raise ValueError(f"algorithm = {settings.axes.algorithm}: expected one that runs without L_m")
+        for seed in (*settings.axes.seeds, *settings.report_seeds):
+            number("seeds", seed, np.int32, least=0)
+        if not (settings.axes.seeds and settings.report_seeds):
+            raise ValueError("seeds, report_seeds: expected one or more of each")
         if settings.goal.targets.accuracy and not self.case.scored:
             raise ValueError("target_accuracy: expected a problem with an accuracy, and data with test rows")
 
@@ -166,18 +170,23 @@ class Comparison:
         member, own = MEMBERS.get(name, OWN), points.arguments(name)
         given = points.values_of(replace(self.settings.axes, algorithm=(name,)), self.settings.data, strict=False)
         axes = member.axes | {key: values for key, values in given.items() if key in own and values != (None,)}
-        step, base = "local_lr" if "local_lr" in own else "lr", member.step(self.case)
+        step, base = "local_lr" if "local_lr" in own else "lr", float(member.step(self.case))
         around = [(i + 1) // 2 * (-1) ** i for i in range(self.settings.steps)]
+        if self.settings.axes.minibatch and "sampler" in own:
+            axes["minibatch"] = self.settings.axes.minibatch
         return {step: tuple(base * self.settings.factor**power for power in around)} | axes
+
+    def theory(self) -> list[Wanted]:
+        """Every member at the step of theory and its defaults."""
+        return [(name, {axis: values[0] for axis, values in axes.items()}) for name, axes in self.grids.items()]
 
     def choice(self, name: str, values: Setting) -> dict[str, Any]:
         """A setting as `points.build` takes it."""
         member, k = MEMBERS.get(name, OWN), max(self.case.oracle.size // 10, 1)
         choice: dict[str, Any] = self.data | {"algorithm": name, **values}
-        if member.stochastic:
-            rows = self.case.shards.weight.shape[1]
-            choice["minibatch"] = (self.settings.axes.minibatch or (max(rows // 10, 1),))[0]
-        if member.compressor:
+        if member.stochastic and "minibatch" not in values:
+            choice["minibatch"] = max(self.case.shards.weight.shape[1] // 10, 1)
+        if member.compressor and "compressor" not in values:
             choice["compressor"] = f"rand_k:{k}" if member.compressor == "rand_k" else member.compressor
         return choice
 
@@ -191,21 +200,15 @@ class Comparison:
         return made
 
     def run(self, folder: str, wanted: list[Wanted], seeds: tuple[int, ...], console: Console) -> pl.DataFrame:
-        """A study of settings; its summary, with all bits together."""
+        """A study of settings; its summary."""
         s, made = self.settings, self.points(wanted, seeds)
         identity = {"seeds": seeds, "settings": wanted}
-        summary = study.run(made, s.goal.targets, s.out / folder, s.budget, s.link, identity, console)
-        both = [
-            (f"bits{c}", f"bits_up{c}", f"bits_down{c}")
-            for t in ledger.goals_of(summary)
-            for c in (f"_{t}", f"_{t}_ci95")
-        ]
-        return summary.with_columns((pl.col(up) + pl.col(down)).alias(name) for name, up, down in both)
+        return study.run(made, s.goal.targets, s.out / folder, s.budget, s.link, identity, console)
 
     def rows(self, name: str, tried: pl.DataFrame, reported: pl.DataFrame) -> Iterator[dict[str, Any]]:
         """The best of a member at each target by each criterion, as reported."""
         axes, measures = self.grids[name], ("uploads", *CRITERIA.values())
-        first = same(reported, name, {axis: values[0] for axis, values in axes.items()})
+        first = same(reported, name, dict(self.theory())[name])
         for t, (title, cost) in product(ledger.goals_of(tried), CRITERIA.items()):
             row: dict[str, Any] = {
                 "method": name,
@@ -213,10 +216,12 @@ class Comparison:
                 "target": t,
                 "cheapest in": title,
             }
+            row |= dict.fromkeys(f"{c}{end}" for c in measures for end in ("", "_ci95", " of theory"))
+            row |= dict.fromkeys(("gain over theory", "setting", "widened", "at the edge"))
             if values := cheapest(tried, name, axes, cost, t):
                 mine = same(reported, name, values)
                 row |= {f"{c}{end}": mine[f"{c}_{t}{end}"][0] for c in measures for end in ("", "_ci95")}
-                theirs = {f"{c} of theory": first[f"{c}_{t}"][0] for c in CRITERIA.values()}
+                theirs = {f"{c} of theory": first[f"{c}_{t}"][0] for c in measures}
                 row |= theirs
                 both = theirs[f"{cost} of theory"], row[cost]
                 row["gain over theory"] = both[0] / both[1] if None not in both and both[1] else None
@@ -246,6 +251,11 @@ class Comparison:
             return False
 
 
+def key(wanted: Wanted) -> Any:
+    """Settings of equal numbers are one, whatever their types."""
+    return wanted[0], tuple(wanted[1].values())
+
+
 def same(frame: pl.DataFrame, name: str, values: Setting) -> pl.DataFrame:
     """The rows of an algorithm with these values."""
     return frame.filter(pl.col("algorithm") == name, *(pl.col(key) == value for key, value in values.items()))
@@ -262,7 +272,7 @@ def best_of(tried: pl.DataFrame, grids: Any) -> list[Wanted]:
     found = {}
     for name, t, cost in product(grids, ledger.goals_of(tried), CRITERIA.values()):
         if values := cheapest(tried, name, grids[name], cost, t):
-            found[f"{name} {values}"] = name, values
+            found[key((name, values))] = name, values
     return list(found.values())
 
 
@@ -275,26 +285,27 @@ def run(settings: Settings) -> Path:
     with jax.enable_x64(settings.data == Settings().data):
         compared = Comparison(settings, console)
         wanted = [(name, dict(zip(axes, v, strict=True))) for name, axes in compared.grids.items() for v in product(*axes.values())]  # fmt: skip
-        firsts = [(name, {axis: values[0] for axis, values in axes.items()}) for name, axes in compared.grids.items()]
-        compared.points(firsts, (0,))  # what cannot run is refused before anything is written
+        compared.points(compared.theory(), (0,))  # what cannot run is refused before anything is written
         with files.claimed(settings.out, points.identity(settings, experiment="compare")):
             tried = compared.run("search", wanted, settings.axes.seeds, console)
-            for number in range(WIDER):
-                known = {f"{name} {values}" for name, values in wanted}
+            for turn in range(WIDER):
+                known = {key(one) for one in wanted}
                 best = best_of(tried, compared.grids)
                 new = [(n, v | {axis: value}) for n, v in best for axis, value in compared.edges(n, v, tried)]
-                more = list({f"{n} {v}": (n, v) for n, v in new if f"{n} {v}" not in known}.values())
+                more = list({key(one): one for one in new if key(one) not in known}.values())
                 if not more:
                     break
                 wanted += more
                 console.print(f"{len(more)} settings beyond the edges of their grids")
-                summary = compared.run(f"wider-{number}", more, settings.axes.seeds, console)
+                summary = compared.run(f"wider-{turn}", more, settings.axes.seeds, console)
                 tried = pl.concat([tried, summary], how="diagonal_relaxed")
-            chosen = {f"{n} {v}": (n, v) for n, v in [*best_of(tried, compared.grids), *firsts]}
+            chosen = {key(one): one for one in [*best_of(tried, compared.grids), *compared.theory()]}
             reported = compared.run("report", list(chosen.values()), settings.report_seeds, console)
             files.save(tried, settings.out / "tried", csv=True)
             rows = [row for name in compared.grids for row in compared.rows(name, tried, reported)]
-            best = pl.DataFrame(rows, infer_schema_length=None).with_columns(goal=pl.lit(tried["goal"][0]))
+            kinds = {c: pl.Float64 for c in rows[0] if c.startswith((*CRITERIA.values(), "uploads", "gain"))}
+            kinds |= dict.fromkeys(("setting", "widened", "at the edge"), pl.String)
+            best = pl.DataFrame(rows, schema_overrides=kinds).with_columns(goal=pl.lit(tried["goal"][0]))
             files.save(best, settings.out / "best", csv=True)
             files.write_json(settings.out / "run.json", files.provenance())
             report(settings.out, console)
@@ -304,6 +315,9 @@ def run(settings: Settings) -> Path:
 def report(out: Path, console: Console) -> None:
     """Figures, and a row a member: its bits at each target, and its setting at the smallest that it reached."""
     plots.compare(out)
+    if not pl.read_parquet(out / "best.parquet")["bits_up"].count():
+        console.print(f"no target was reached: give more --rounds, or larger targets; tables: {out}")
+        return
     best = pl.read_parquet(out / "best.parquet").filter(pl.col("cheapest in") == "bits up")
     targets = best["target"].unique(maintain_order=True).to_list()
     wide = best.pivot("target", index="method", values="bits_up")

@@ -141,7 +141,7 @@ def _load_npz(name: str, path: Path) -> Dataset:
     try:
         with np.load(path) as file:
             arrays = {key: file[key] for key in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:  # TypeError: an .npy file
         raise ValueError(f"{path} is damaged, or no .npz file: {error}") from None
     if not {"x", "y"} <= arrays.keys() <= {"x", "y", "x_test", "y_test"}:
         raise ValueError(f"{name}: expected arrays x and y, and perhaps x_test and y_test; got {sorted(arrays)}")

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -76,7 +77,7 @@ def load_tree(path: Path, like: Any) -> Any:
     try:
         with np.load(path) as file:
             leaves = [file[f"arr_{i}"] for i in range(len(file.files))]
-    except (KeyError, OSError, ValueError, zipfile.BadZipFile):
+    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile):
         leaves = []
     expected = [(np.shape(leaf)[1:], np.asarray(leaf).dtype) for leaf in jax.tree.leaves(like)]
     if expected != [(leaf.shape[1:], leaf.dtype) for leaf in leaves]:
@@ -117,9 +118,16 @@ def claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
         lock.flush()
-        if not same():
+        fresh = not same()
+        if fresh:
             write_json(path, identity)
-        yield
+        try:
+            yield
+        except (TypeError, ValueError):
+            if fresh and not any(folder.rglob("batches/*")):  # refused before anything was done: the name stays free
+                path.unlink()
+                (folder / "plan.json").unlink(missing_ok=True)
+            raise
 
 
 def set_aside(path: Path) -> str:
@@ -132,6 +140,13 @@ def set_aside(path: Path) -> str:
 def is_own(text: str) -> bool:
     """Whether a name is that of something in a file of the user's: FILE.py:NAME."""
     return ".py:" in text
+
+
+def digest(text: str) -> str | None:
+    """Of the content of a file that a name stands for (FILE.py:NAME, npz:FILE, ...), None where there is none."""
+    names = [text.rpartition(":")[0], text.partition(":")[2]]
+    path = next((Path(name) for name in names if name and Path(name).is_file()), None)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path else None
 
 
 def load(text: str) -> Any:
@@ -149,7 +164,7 @@ def call(text: str, *given: Any, **named: Any) -> Any:
     try:
         return function(*given, **named)
     except Exception as error:
-        raise ValueError(f"{text}: {_where(error, text.rpartition(':')[0])}") from error
+        raise ValueError(f"{text}: {where(error, text)}") from error
 
 
 @cache
@@ -162,13 +177,17 @@ def _module(path: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"{path.name} cannot be read: {_where(error, str(path))}") from error
+        raise ValueError(f"{path.name} cannot be read: {where(error, f'{path}:')}") from error
     return module
 
 
-def _where(error: Exception, file: str) -> str:
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == Path(file).name]
-    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
+def where(error: Exception, text: str) -> str:
+    """An error, and the line of the file of FILE.py:NAME from which it came."""
+    file = Path(text.rpartition(":")[0]).name
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == file]
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}" + (
+        f" (line {lines[-1]})" if lines else ""
+    )
 
 
 def save(frame: pl.DataFrame, path: Path, csv: bool = False) -> None:

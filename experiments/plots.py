@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
-from experiments.files import read_json, replacing
+from experiments.files import read_json, refusing, replacing
 from experiments.ledger import HEADS, goals_of, said, settings_of, unpacked
 
 STYLE: dict[Any, Any] = {
@@ -312,7 +312,7 @@ def heterogeneity(folder: Path) -> None:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
         for axis, ((name,), rows) in zip(axes, table.group_by(["axis"], maintain_order=True), strict=True):
-            for method in ("LAQ", "LAG-WK"):
+            for method in ("laq", "lag_wk"):
                 axis.plot(rows["value"], 100 * rows[f"{method} saves"], "o-", label=method)
             axis.set(xlabel=name, xscale="log" if "alpha" in str(name) else "linear")
         axes[0].set_ylabel("uploads saved against GD, %")
@@ -332,4 +332,5 @@ def main(folder: tyro.conf.Positional[Path], /) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with refusing():
+        tyro.cli(main)

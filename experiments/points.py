@@ -131,6 +131,11 @@ def values_of(axes: Axes, data: Data, strict: bool = True) -> dict[str, tuple[An
     return {name: values or (None,) for name, values in given.items()} | {"seed": seeds}
 
 
+def is_number(value: Any) -> bool:
+    """Whether two of them can be a range."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def literal(text: str) -> Any:
     """A number or a word of the command line."""
     for kind in (int, float):
@@ -138,7 +143,7 @@ def literal(text: str) -> Any:
             return kind(text)
         except ValueError:
             pass
-    return {"True": True, "False": False, "None": None}.get(text, text)
+    return {"True": True, "False": False}.get(text, text)
 
 
 def select(axes: Axes, data: Data, draw: Draw = Draw()) -> Iterator[dict[str, Any]]:
@@ -167,7 +172,7 @@ def drawn(given: dict[str, tuple[Any, ...]], draw: Draw) -> Iterator[tuple[Any, 
     choices = {f.name for f in fields(Data)} | {"algorithm", "compressor", "minibatch", "seed"}
 
     def value(name: str, values: tuple[Any, ...]) -> Any:
-        if len(values) != 2 or name in choices:
+        if len(values) != 2 or name in choices or not all(map(is_number, values)):
             return values[rng.integers(len(values))]
         low, high = sorted(values)
         if isinstance(low, int) and isinstance(high, int):
@@ -322,6 +327,8 @@ def from_file(path: Path, kind: Any) -> list[str]:
         if isinstance(value, bool):
             words.append(option if value else f"--no-{name.replace('_', '-')}")
         elif name == "set":
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}: set = {value!r}: expected names with their values")
             for axis, values in value.items():
                 words += [option, axis, *map(str, values if isinstance(values, list) else [values])]
         else:
@@ -330,9 +337,11 @@ def from_file(path: Path, kind: Any) -> list[str]:
 
 
 def identity(settings: Any, **more: Any) -> dict[str, Any]:
-    """What makes an experiment this experiment: all settings but where they stand."""
+    """What makes an experiment this experiment: all settings but where they stand, and what stands in files of one's own."""
     flat, free = more, ("out", "config", "short", "filled")
     for f in fields(settings):
         value = getattr(settings, f.name)
         flat |= identity(value) if is_dataclass(value) else {} if f.name in free else {f.name: value}
+        texts = [text for text in value if isinstance(text, str)] if isinstance(value, tuple) else []
+        flat |= {text: digest for text in texts if (digest := files.digest(text))}
     return flat

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import laqjax
 from experiments import datasets, files
 from laqjax.problems import Problem
 
+SYNTHETIC = "synthetic-logistic?workers=10&samples=200&features=50&condition=100&heterogeneity="
 CACHE = Path("results") / "cache"  # of f*
 
 
@@ -32,6 +33,7 @@ class Model(Problem):
         accuracy(params, x, y) -> share  on the test rows; without it there is no --target-accuracy
     """
 
+    source: str
     loss: Callable[[Any, Any, Any], Array]
     begin: Callable[[int], Any]
     score: Callable[[Any, Any, Any], Any] | None = None
@@ -41,15 +43,22 @@ class Model(Problem):
 
     def __call__(self, params: Any, x: Any, y: Any) -> Array:
         """Losses of n examples."""
-        return self.loss(params, x, y)
+        return self._called("loss", self.loss, params, x, y)
 
     def start(self, seed: int, dtype: Any = np.float32) -> Any:
         """The parameters as the user made them."""
-        return jax.tree.map(np.asarray, self.begin(seed))
+        start = self._called("start", self.begin, seed)
+        return jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), start)  # float32 where x64 is off
 
     def accuracy(self, params: Any, x: Any, y: Any) -> Any:
         """As the user counts it."""
-        return None if self.score is None else self.score(params, x, y)
+        return None if self.score is None else self._called("accuracy", self.score, params, x, y)
+
+    def _called(self, name: str, function: Callable[..., Any], *given: Any) -> Any:
+        try:
+            return function(*given)
+        except Exception as error:
+            raise ValueError(f"{self.source}, {name}: {files.where(error, self.source)}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +145,14 @@ def case(problem: str, dataset: str, partition: str = "contiguous", seed: int = 
     return Case(named(problem, data), shards, test)
 
 
+def convex(name: str, scheme: str = "contiguous") -> Case:
+    """Binary logistic regression on a data set, sums over shards made means, l2 = 0.01 per worker; float64."""
+    made = case("logistic", name, scheme)
+    weight = made.shards.weight.astype(np.float64)
+    problem = laqjax.problems.Logistic(made.shards.x.shape[2], l2=0.01, reduction="mean")
+    return replace(made, problem=problem, shards=made.shards._replace(weight=weight), dtype=np.float64)
+
+
 @cache
 def _loaded(name: str) -> datasets.Dataset:
     return datasets.load(name)
@@ -147,7 +164,7 @@ def _own(name: str, data: datasets.Dataset) -> Problem:
         return made
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not all(map(callable, made)):
         raise ValueError(f"{name} returned {made!r:.80}: expected functions (loss, start) or (loss, start, accuracy)")
-    return Model(*made)
+    return Model(name, *made)
 
 
 def named(name: str, data: datasets.Dataset) -> Problem:

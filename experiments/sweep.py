@@ -113,11 +113,13 @@ def report(folder: Path, console: Console) -> None:
         "rounds": pl.col(f"rounds_{target}"),
         "uploads": pl.col(f"uploads_{target}"),
         "Mbit up": pl.col(f"bits_up_{target}") / 1e6,
-        "+ down": (pl.col(f"bits_up_{target}") + pl.col(f"bits_down_{target}")) / 1e6,
+        "+ down": pl.col(f"bits_{target}") / 1e6,
         "seconds": pl.col(f"seconds_{target}"),
         "accuracy": pl.col("accuracy"),
     }
-    columns = [pl.col(name).alias(ledger.HEADS.get(name, name)) for name in differ or ["algorithm"]]
+    taken = {*costs, *differ}
+    heads = {name: ledger.HEADS.get(name, name) for name in differ or ["algorithm"]}
+    columns = [pl.col(n).alias(head if head not in taken else f"{n} ") for n, head in heads.items()]
     if len(ranked):
         title = f"cheapest to {goal} {target} (simulated seconds)"
         console.print(ledger.printed(shown.select(*columns, **costs), title))
@@ -154,6 +156,8 @@ def merge(folders: tyro.conf.Positional[tuple[Path, ...]], /, out: Path) -> None
         if not (folder / "identity.json").exists():
             raise ValueError(f"{folder} holds no sweep: expected identity.json there")
         there = files.read_json(folder / "identity.json")
+        if there.get("experiment") != "sweep":
+            raise ValueError(f"{folder} holds no sweep but {there.get('experiment')}: expected folders of --shard i/n")
         shards.append(there.pop("shard"))
         if not (folder / "points.parquet").exists():
             raise ValueError(f"{folder} is not finished: expected points.parquet there; run its command again first")

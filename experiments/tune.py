@@ -157,7 +157,7 @@ def searched(values: dict[str, tuple[Any, ...]]) -> dict[str, BaseDistribution]:
             raise ValueError(f"{name} = {values[name]}: expected one; a search runs on one problem")
     space: dict[str, BaseDistribution] = {}
     for name in (name for name, given in values.items() if name in own and given != (None,)):
-        if len(set(values[name])) != 2:
+        if len(set(values[name])) != 2 or not all(map(points.is_number, values[name])):
             space[name] = CategoricalDistribution(list(values[name]))
             continue
         low, high = sorted(values[name])

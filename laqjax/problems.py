@@ -59,8 +59,8 @@ class Problem:
         return oracle.ravel(self.start(seed, oracle.dtype))
 
     def design(self, x: np.ndarray) -> np.ndarray:
-        """The rows that meet the weights, float64: bytes are pixels in 0..1."""
-        return x.reshape(len(x), -1) / (255.0 if x.dtype == np.uint8 else 1.0)
+        """The rows that meet the weights, float64."""
+        return x.reshape(len(x), -1).astype(np.float64)
 
     def smoothness(self, shards: Shards) -> tuple[np.ndarray, float]:
         """(L_m [M], L) of a linear model: curvature x the largest eigenvalue of the weighted Gram matrix + l2.
@@ -105,8 +105,8 @@ class Softmax(Problem):
         return jnp.mean(jnp.argmax(affine(params["weight"], params["bias"], x), axis=0) == y)
 
     def design(self, x: np.ndarray) -> np.ndarray:
-        """With a column for the bias."""
-        rows = super().design(x)
+        """With a column for the bias; bytes are pixels in 0..1."""
+        rows = super().design(x) / (255.0 if x.dtype == np.uint8 else 1.0)
         return np.column_stack([rows, np.ones(len(rows))])
 
 
@@ -176,8 +176,9 @@ class Logistic(Problem):
     def margin(self, params: Tree, x: Array, y: Array) -> Array:
         """Y x'theta per example, > 0 where the prediction is right."""
         weight = params["weight"]
-        sign = 2 * y - 1 if jnp.issubdtype(y.dtype, jnp.integer) else y
-        return sign.astype(weight.dtype) * (x.astype(weight.dtype) @ weight)
+        classes = jnp.issubdtype(y.dtype, jnp.integer)
+        y = y.astype(weight.dtype)  # before the sum: bytes have no -1
+        return (2 * y - 1 if classes else y) * (x.astype(weight.dtype) @ weight)
 
     def __call__(self, params: Tree, x: Array, y: Array) -> Array:
         """log(1 + exp(-margin)) per example."""

@@ -15,6 +15,7 @@ from polars.testing import assert_frame_equal
 
 from experiments import compare, files, points, study
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parents[1]
 TASK = ["--dataset", "synthetic-logistic?workers=4&samples=30&features=10", "--problem", "logistic", "--workers", "4"]
 TASK += ["--compute-ms", "1", "--target", "10", "4", "--rounds", "80", "--every", "20", "--batch", "8"]
@@ -98,6 +99,17 @@ def test_it_goes_on_where_it_was(whole: Path, home: Path, monkeypatch: pytest.Mo
     assert_frame_equal(run(home / "cut"), pl.read_parquet(whole / "best.parquet"))
     assert len(calls) - 2 == len(list((home / "cut").glob("*/batches/*-points.parquet")))
     assert {path.name for path in whole.glob("*.png")} == {"bits.png", "fronts-4.png", "fronts-10.png"}
+
+
+def test_a_setting_is_reported_once_and_nothing_reached_is_said(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The step of theory is the best of a grid of one, and a NumPy number."""
+    run(home / "once", "--algorithm", "ef21", "--steps", "1", "--rounds", "20", "--target", "1e-30")
+    assert pl.read_parquet(home / "once" / "report" / "points.parquet")["seed"].to_list() == [2, 3, 4]
+    assert "no target was reached: give more --rounds" in " ".join(capsys.readouterr().out.split())
+    best = run(home / "named", "--algorithm", "diana", "--compressor", "top_k:3", "natural", "--steps", "1")
+    tried = pl.read_parquet(home / "named" / "tried.parquet")
+    assert tried.group_by("compressor").agg(pl.col("bits_up_end").first())["bits_up_end"].n_unique() == 2
+    assert "compressor=" in best.drop_nulls("setting")["setting"][0]
 
 
 def test_what_cannot_run_is_said_before_anything_is_written(home: Path) -> None:

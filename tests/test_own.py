@@ -9,6 +9,7 @@ import pytest
 
 from experiments import compare, datasets, files, points, sweep, tune
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXAMPLES = Path(__file__).parents[1] / "experiments" / "examples"
 OWN = """
 import numpy as np, jax, jax.numpy as jnp, laqjax, optax
@@ -45,6 +46,9 @@ def cnn(data):
 
 def wrong(data):
     return data.nothing
+
+def key(data):
+    return lambda w, x, y: w["a"], lambda seed: np.zeros(3), None or (lambda w, x, y: 0.5)
 
 def number(data):
     return 3
@@ -88,6 +92,7 @@ def test_data_problem_and_algorithm_of_ones_own(own: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        (["--problem", "{}:key"], "{}:key, loss: "),
         (["--problem", "{}:wrong"], "{}:wrong: AttributeError: 'Dataset' object has no attribute 'nothing' (line 35)"),
         (
             ["--problem", "{}:number"],

@@ -13,10 +13,11 @@ import polars as pl
 import pytest
 
 import laqjax
-from experiments import plots, reproduce
+from experiments import compare, plots, reproduce
 from experiments.reproduce import family, lag, laq
 from laqjax import algorithms, rules, types
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIZES = {"linear": (7, 10, 13), "logistic": (9, 6, 8)}  # rows of the three sets
 
 
@@ -144,11 +145,14 @@ def test_the_stochastic_methods(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert table["f"].is_between(0.5, 2.4).all()
 
 
-def test_the_family_at_the_steps_of_theory(home: Path) -> None:
+@pytest.mark.parametrize("members", [6, pytest.param(34, marks=pytest.mark.long)])
+def test_the_family_at_the_steps_of_theory(members: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theory = compare.Comparison.theory
+    monkeypatch.setattr(compare.Comparison, "theory", lambda self: theory(self)[:: 34 // members])
     family.family(rounds=20, target=0.05)
     table = pl.read_csv(home / "results" / "family" / "table.csv")
-    assert len(table) == 26
-    assert dict(table.select("method", "uploads").iter_rows())["GD"] in range(10, 210, 10)
+    assert len(table) == len(range(0, 34, 34 // members))
+    assert dict(table.select("method", "uploads").iter_rows())["gd"] in range(10, 210, 10)
     assert table["f - f* at the end"].is_between(0, 1).all()
 
 
@@ -156,9 +160,9 @@ def test_heterogeneity(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family.heterogeneity(target=1e-2)
     table = pl.read_csv(home / "results" / "heterogeneity" / "heterogeneity.csv")
     assert table["value"].to_list() == [0, 0.5, 1, 1.5, 2, 0.1, 0.3, 1, 3, 10]
-    assert (table["GD"] % 10 == 0).all()
-    assert (table["LAQ"] < table["GD"]).all()
-    assert table["LAQ saves"].to_list() == pytest.approx((1 - table["LAQ"] / table["GD"]).to_list())
+    assert (table["gd"] % 10 == 0).all()
+    assert (table["laq"] < table["gd"]).all()
+    assert table["laq saves"].to_list() == pytest.approx((1 - table["laq"] / table["gd"]).to_list())
     assert table["spread"][:5].is_sorted()
 
 

@@ -102,10 +102,34 @@ def test_what_was_saved_within_a_batch_is_gone_on_with(
     same(tmp_path / "calm", tmp_path / "cut")
 
 
+def test_a_stop_before_a_cut_changes_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch is saved, then cut in half: what goes on is cut too."""
+    mine, server = case(), dict[str, Any](num_workers=4)
+    rates = (0.05, 0.05, 0.05, 0.05, 0.05, 1e-5)
+    points = [Point(algorithms.gd(mine.oracle, lr=lr, **server), mine, i, {"lr": lr}) for i, lr in enumerate(rates)]
+    budget, targets = Budget(300, every=10), Targets((5.0,))
+    study.run(points, targets, tmp_path / "calm", budget, LINK)
+    monkeypatch.setattr(study, "SAVE", 0.0)
+    compact, cuts = study.Batch.compact, []
+
+    def stopped(self: study.Batch) -> None:
+        cuts.append((self.done, self.size))
+        if len(cuts) == 1:
+            raise KeyboardInterrupt
+        compact(self)
+
+    monkeypatch.setattr(study.Batch, "compact", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        study.run(points, targets, tmp_path / "cut", budget, LINK)
+    study.run(points, targets, tmp_path / "cut", budget, LINK)
+    assert cuts[1] == cuts[0]
+    same(tmp_path / "calm", tmp_path / "cut")
+
+
 def test_a_damaged_state_is_set_aside(tmp_path: Path) -> None:
     run(tmp_path / "calm")
     (tmp_path / "cut" / "batches").mkdir(parents=True)
-    (tmp_path / "cut" / "batches" / "000-000000.npz").write_bytes(b"PK")
+    (tmp_path / "cut" / "batches" / "000-000000.npz").write_bytes(b"")
     console = Console(record=True, width=200, file=io.StringIO())
     run(tmp_path / "cut", console=console)
     assert "is damaged" in console.export_text()
@@ -179,7 +203,7 @@ def test_f_star_of_softmax_regression_is_that_of_newton() -> None:
     problem = laqjax.problems.Softmax(4, 3)
     found = problems.optimum(problem, laqjax.Shards(x, y, np.ones((2, 30), np.float32)))
     rows = np.column_stack([x.reshape(60, 4) / 255, np.ones(60)])
-    theta, gradient = np.zeros((3, 5)), np.ones((3, 5))
+    theta, gradient, p = np.zeros((3, 5)), np.ones((3, 5)), np.ones((60, 3))
     for _ in range(20):
         p = np.exp(rows @ theta.T)
         p /= p.sum(axis=1, keepdims=True)

@@ -265,7 +265,7 @@ def test_all_bad_points_are_named_before_anything_is_compiled() -> None:
     [
         (["--shard", "3/2"], "shard = '3/2': expected i/n"),
         (["--shard", "one"], "shard = 'one': expected i/n"),
-        (["--shard", "1/99"], "expected at most 16 shards for 16 points"),
+        (["--shard", "1/99"], "expected at most 36 shards for 36 points"),
         (["--random", "0"], "random = 0: expected one whole number"),
         (["--algorithm", "lac"], "algorithm = 'lac': expected FILE.py:factory or one of "),
         (["--algorithm", "ef21", "--compressor", "tip_k:3"], "compressor = 'tip_k:3': expected one of"),
@@ -384,6 +384,25 @@ def test_config_files_are_the_command_line(tmp_path: Path) -> None:
     assert "is no TOML" in refusal("--config", str(toml))
 
 
+def test_names_are_choices_and_other_folders_are_no_sweeps(tmp_path: Path) -> None:
+    settings = parsed("--set", "first_upload", "forced", "rule", "--random", "9", "--random-seed", "1")
+    assert {row["first_upload"] for row in select(settings)} == {"forced", "rule"}
+    (tmp_path / "a.yaml").write_text("set: [[momentum, 0.5]]\n")
+    assert "set = [['momentum', 0.5]]: expected names with" in refusal("--config", str(tmp_path / "a.yaml"))
+    (tmp_path / "a.yaml").write_text("set: {momentum: [0.5, 0.9]}\nalgorithm: dgc\n")
+    read = points.parsed(sweep.Settings, ["--config", str(tmp_path / "a.yaml")], None)
+    assert points.values_of(read.axes, read.data)["momentum"] == (0.5, 0.9)
+    (tmp_path / "identity.json").write_text('{"experiment": "tune"}')
+    with pytest.raises(SystemExit, match="holds no sweep but tune"):
+        sweep.main(["merge", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_what_is_refused_while_it_compiles_leaves_the_folder_free(tmp_path: Path) -> None:
+    given = ["--algorithm", "fedavg", "--minibatch", "4", "--lr", "0.1", "--rounds", "5", "--set", "steps"]
+    assert "multiple" in refusal(*given, "3", out=tmp_path / "out")
+    assert len(rows(run(*given, "2", out=tmp_path / "out"))) == 1
+
+
 def test_shards_merge_to_the_whole(whole: Path, tmp_path: Path) -> None:
     one, two = (run("--shard", f"{i}/2", "--batch", "5", *GRID, out=tmp_path / f"{i}") for i in (1, 2))
     assert sorted([*rows(one)["point"], *rows(two)["point"]]) == list(range(24))
@@ -450,6 +469,21 @@ def test_a_point_that_diverges_at_once_is_a_row() -> None:
     row = made["points"].row(0, named=True)
     assert (row["diverged"], row["reached"], row["final_loss"], row["rounds_1"]) == (True, False, None, None)
     assert made["masks"].row(0, named=True)["rounds"] == 0
+
+
+def test_a_curve_of_which_nothing_is_known_is_empty() -> None:
+    mine = record([np.inf, np.nan], [[True]], [[8]], [0])
+    mine.lost[:] = 0
+    made = ledger.tables([{"point": 0, "seed": 0}], mine, ledger.Targets(), mine.spent(ledger.LINK, 1.0), 100)
+    assert made["curves"].schema["point"] == pl.Int64
+    assert len(made["curves"]) == 0
+
+
+def test_an_accuracy_in_float32_that_is_the_target_meets_it() -> None:
+    mine = record([1.0, 1.0], [[True]], [[8]], [0], None)
+    for share in (0.6, 0.7, 0.9, 0.95, 0.99):
+        mine.accuracy[1] = np.float32(share)
+        assert ledger.Targets((share,), accuracy=True).met(mine, share).tolist() == [[False], [True]]
 
 
 def test_targets_of_accuracy_are_read_where_it_was_measured() -> None:
@@ -579,12 +613,8 @@ def test_whole_numbers_stand_in_the_table(tmp_path: Path) -> None:
     console = sweep.Console(file=io.StringIO(), width=120)
     REPORT(run(*given, out=tmp_path), console)
     said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert [
-        line.split()[0] for line in said.splitlines() if line.startswith((" 3", " 5", "         3", "         5"))
-    ] == [
-        "3",
-        "5",
-    ]
+    first = [line.split()[0] for line in said.splitlines() if line.strip()]
+    assert [word for word in first if word in ("3", "5", "3.0", "5.0")] == ["3", "5"]
 
 
 def test_where_none_gets_there_the_nearest_are_drawn(tmp_path: Path) -> None:

@@ -191,3 +191,18 @@ def test_it_ends_near_the_solution(name: str, near: float, x64: None) -> None:
     """Without a memory of the gradients, what is lost in a round does not vanish at the solution."""
     far, _ = distance(name, 1000)
     assert 1e-6 < far < near
+
+
+@pytest.mark.parametrize("problem", [laqjax.problems.Ridge(3), laqjax.problems.Logistic(3)])
+def test_bytes_are_numbers_to_linear_models(problem: Any) -> None:
+    """Their losses take bytes as they are, so L does; and classes may be bytes."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 9, (2, 5, 3)).astype(np.uint8), rng.integers(0, 2, (2, 5))
+    shards = laqjax.Shards(x, y, np.ones((2, 5), np.float32))
+    plain = problem.smoothness(shards._replace(x=x.astype(np.float32)))
+    np.testing.assert_allclose(problem.smoothness(shards)[0], plain[0])
+    params = {"weight": np.ones(3, np.float32)}
+    as_bytes, as_numbers = (
+        problem(params, jnp.asarray(x[0]), jnp.asarray(y[0].astype(t))) for t in (np.uint8, np.int32)
+    )
+    np.testing.assert_array_equal(as_bytes, as_numbers)

@@ -17,14 +17,10 @@ COSTS = {"rounds": "rounds", "uploads": "uploads", "bits_up": "bits up", "paper_
 def methods(
     name: dict[str, Any], points: Sequence[Point], targets: Targets, out: Path, budget: Budget, console: Console
 ) -> pl.DataFrame:
-    """Points whose label is their method, to their targets; figures; the summary, with all bits together."""
+    """Points whose label is their method, to their targets; figures; the summary."""
     identity = name | {"experiment": "methods", "rounds": budget.rounds, "targets": targets.values}
     summary = study.run(points, targets, out, budget, identity=identity, console=console)
     plots.methods(out)
-    for target in dict.fromkeys([*ledger.goals_of(summary), "end"]):
-        for end in ("", "_least", "_most"):
-            both = pl.col(f"bits_up_{target}{end}") + pl.col(f"bits_down_{target}{end}")
-            summary = summary.with_columns(both.alias(f"bits_{target}{end}"))
     return summary
 
 

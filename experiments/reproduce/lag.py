@@ -164,5 +164,7 @@ def table(data: Path, out: Path = Path("results/lag")) -> None:
                 label = {"problem": problem, "workers": len(shards.x), "method": name}
                 points.append(Point(alg, case, 0, label, state))
         targets = Targets(tuple(sorted({WITHIN / len(point.case.shards.x) for point in points}, reverse=True)))
-        methods({"name": "lag"}, points, targets, out, Budget(200_000, every=1000, keep=1000), console)
+        methods(
+            {"name": "lag", "data": str(data)}, points, targets, out, Budget(200_000, every=1000, keep=1000), console
+        )
     finish(out, counted(out), f"uploads to a total loss within {WITHIN:g} of the optimum", console)

@@ -95,7 +95,8 @@ def compare(name: str, settings: Settings, bits: int, rounds: int, published: An
     target = ledger.goals_of(summary)[-1]
     if summary[f"rounds_{target}"].null_count() == len(summary):
         target = "end"
-    table = beside(summary, target, {} if settings.smoke else published, message)
+    unfinished = convex and target == "end"
+    table = beside(summary, target, {} if settings.smoke or unfinished else published, message)
     goal = "at the end" if target == "end" else f"to {summary['goal'][0]} {target}"
     finish(out, table, f"cost {goal}, over {starts} start(s)", console)
 
