@@ -103,6 +103,15 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Compiled programs are dropped with their module: thousands of them fill a process's table of memory maps, and XLA
+    ends with a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Half the time of XLA, for tests that compile many programs and run each for a moment."""
