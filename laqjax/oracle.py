@@ -345,7 +345,7 @@ class Blocks:
     size: int = static()
 
     def __call__(self, keys: Keys, shards: Shards) -> Rows:
-        blocks = jnp.maximum(_rows(shards, keys.worker) // self.size, 1)
+        blocks = jnp.maximum(_rows(shards, keys.shard) // self.size, 1)
         return Rows(self.size, start=self.size * jax.random.randint(_sample(keys.own), (), 0, blocks, jnp.int32))
 
 
@@ -357,7 +357,7 @@ class Epochs:
     size: int = static()
 
     def __call__(self, keys: Keys, shards: Shards) -> Rows:
-        rows = _rows(shards, keys.worker)
+        rows = _rows(shards, keys.shard)
         rounds = jnp.maximum(rows // self.size, 1)
         key = jax.random.fold_in(jax.random.fold_in(_sample(keys.run), keys.round // rounds), keys.worker)
         length = shards.weight.shape[1]

@@ -25,6 +25,7 @@ from laqjax.types import (
     Compressor,
     Downlink,
     Evidence,
+    Exchange,
     Info,
     Keys,
     Memory,
@@ -43,7 +44,6 @@ from laqjax.types import (
 )
 from laqjax.wire import message_bits
 
-SMALL_BYTES = 2**21  # of all data
 SMALL_BYTES = 2**21  # of all data
 LARGE_BYTES = 16 * 2**20  # of a model's vector, from which on workers run side by side on the CPU
 
@@ -96,6 +96,7 @@ class Algorithm:
         *,
         record: Sequence[str] = (),
         workers_at_once: int | None = None,
+        exchange: Exchange | None = None,
     ) -> tuple[State, Info]:
         """One round of all workers and the server: pure, to be jitted, vmapped, scanned and exported by its caller.
 
@@ -107,6 +108,8 @@ class Algorithm:
                 "worker_loss", "gradients" (how many a worker computed) of each worker [M, ...], and "params",
                 "direction_sq", "step_sq" of the server.
             workers_at_once: workers whose gradients are computed side by side (None: see the method of that name).
+            exchange: inside `jax.shard_map`, how the devices' messages become one sum, see `laqjax.exchange`; `shards` and
+                `state.workers` are then those of this device. None: all workers are here.
 
         Returns:
             The state after the round, and its raw facts, each without the axis of rounds.
@@ -120,15 +123,23 @@ class Algorithm:
         round_key = jax.random.fold_in(key, state.round)
         shared_key = jax.random.fold_in(round_key, alg.num_workers)
 
-        def one(index: Array, worker: Worker) -> Any:
-            keys = Keys(jax.random.fold_in(round_key, index), shared_key, key, state.round, index)
-            worker, upload, facts = worker_step(alg, worker, state, shards, keys)
-            kept = {name: fact for name, fact in facts.items() if name in record}
-            return worker, upload.decoded, (upload._replace(decoded=None), kept, facts["loss"])
+        exchange = exchange or Here()
+        first, count = exchange.workers(alg.num_workers, shards)
 
-        workers, total, (uploads, facts, losses) = over_workers(
-            one, state, alg.num_workers, workers_at_once or alg.workers_at_once(shards)
-        )
+        def one(row: Array, worker: Worker) -> Any:
+            index = first + row
+            keys = Keys(jax.random.fold_in(round_key, index), shared_key, key, state.round, index, row)
+            worker, upload, facts = worker_step(alg, worker, state, shards, keys)
+            real = index < alg.num_workers
+            upload = upload._replace(sent=upload.sent & real, asked=upload.asked & real)
+            kept = {name: fact for name, fact in facts.items() if name in record}
+            bare = upload._replace(payload=None, decoded=None)
+            return worker, exchange.message(alg, upload), (bare, kept, facts["loss"])
+
+        at_once = workers_at_once or alg.workers_at_once(shards)
+        workers, messages, rest = over_workers(one, state, count, at_once, exchange.adds)
+        uploads, facts, losses = exchange.gather(rest, alg.num_workers)
+        total = exchange.total(alg, messages, uploads.sent, state.params)
         keys = Keys(shared_key, shared_key, key, state.round, jnp.int32(alg.num_workers))
         after, bits_down, server_facts = server_step(alg, state, total, jnp.sum(uploads.asked, dtype=jnp.int32), keys)
         facts |= {name: fact for name, fact in server_facts.items() if name in record}
@@ -223,36 +234,57 @@ def assemble(
     )
 
 
-def over_workers(one: Callable[..., Any], state: State, count: int, at_once: int) -> Any:
-    """(workers, total, the rest for each) of `one(index, worker) -> (worker, [p], rest)`: where a worker becomes M of them.
+class Here:
+    """All workers are on this device: their messages are added as they come."""
 
-    `total` is the sum of the messages sent; `rest` begins with an upload, which says who sent.
+    adds = True
+
+    def workers(self, num_workers: int, shards: Shards) -> tuple[Any, int]:
+        return 0, num_workers
+
+    def message(self, alg: Algorithm, upload: Upload) -> Any:
+        return upload.decoded
+
+    def gather(self, facts: Any, num_workers: int) -> Any:
+        return facts
+
+    def total(self, alg: Algorithm, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Any:
+        return messages
+
+
+def over_workers(one: Callable[..., Any], state: State, count: int, at_once: int, adds: bool) -> Any:
+    """(workers, messages, the rest for each) of `one(row, worker) -> (worker, message, rest)`: a worker becomes `count`.
+
+    `adds`: `messages` is the sum [p] of what was sent, else they are stacked; `rest` begins with an upload, which says who
+    sent.
     """
-    indices = jnp.arange(count, dtype=jnp.int32)
+    rows = jnp.arange(count, dtype=jnp.int32)
 
-    def in_turn(carry: Any, index: Array) -> Any:
+    def in_turn(carry: Any, row: Array) -> Any:
         # a worker's row moves in place and its message is added at once: [M, p] is not written once more
         workers, total = carry
-        before = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), workers)
-        after, decoded, rest = one(index, before)
+        before = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, row, keepdims=False), workers)
+        after, message, rest = one(row, before)
 
-        def put(rows: Array, row: Array, old: Array) -> Array:
-            return rows if row is old else jax.lax.dynamic_update_index_in_dim(rows, row, index, 0)
+        def put(rows: Array, new: Array, old: Array) -> Array:
+            return rows if new is old else jax.lax.dynamic_update_index_in_dim(rows, new, row, 0)
 
-        total = total + jnp.where(rest[0].sent, decoded, 0)
-        return (jax.tree.map(put, workers, after, before), total), rest
+        if adds:
+            total, message = total + jnp.where(rest[0].sent, message, 0), None
+        return (jax.tree.map(put, workers, after, before), total), (message, rest)
 
     if at_once == 1:
-        (workers, total), rest = jax.lax.scan(in_turn, (state.workers, jnp.zeros_like(state.params)), indices)
-        return workers, total, rest
+        (workers, total), (messages, rest) = jax.lax.scan(in_turn, (state.workers, jnp.zeros_like(state.params)), rows)
+        return workers, total if adds else messages, rest
     side_by_side = jax.vmap(one) if at_once >= count else partial(_mapped, one, at_once)
-    workers, decoded, rest = side_by_side(indices, state.workers)
-    # a product: XLA on the CPU sums over a leading axis many times slower
-    return workers, jnp.matmul(rest[0].sent.astype(decoded.dtype), decoded, precision="highest"), rest
+    workers, messages, rest = side_by_side(rows, state.workers)
+    if adds:  # a product: XLA on the CPU sums over a leading axis many times slower
+        messages = jnp.matmul(rest[0].sent.astype(messages.dtype), messages, precision="highest")
+    return workers, messages, rest
 
 
-def _mapped(one: Callable[..., Any], at_once: int, indices: Array, workers: Worker) -> Any:
-    return jax.lax.map(lambda pair: one(*pair), (indices, workers), batch_size=at_once)
+def _mapped(one: Callable[..., Any], at_once: int, rows: Array, workers: Worker) -> Any:
+    return jax.lax.map(lambda pair: one(*pair), (rows, workers), batch_size=at_once)
 
 
 def choose(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:
@@ -286,14 +318,14 @@ def worker_step(
 
     def gradient_at(params: Any, full: bool = False, when: bool | Bool[Array, ""] = True) -> Float[Array, " p"]:
         def there(params: Any) -> Any:
-            return alg.oracle(params, shards, keys.worker, None if full else rows)[1]
+            return alg.oracle(params, shards, keys.shard, None if full else rows)[1]
 
         counted.append(jnp.asarray(when, jnp.int32))
         return there(params) if when is True else jax.lax.cond(when, there, jnp.zeros_like, params)
 
     now = Round(state.params, keys, alg.step_size(state.round), alg.num_workers, gradient_at)
     asked = alg.rule.asked(state.rule, worker.rule, now)
-    loss, grad = alg.oracle(state.params, shards, keys.worker, rows)
+    loss, grad = alg.oracle(state.params, shards, keys.shard, rows)
     target, silent = alg.memory.target(worker.memory, grad, now)
     payload = alg.compressor.encode(target, keys)
     decoded = alg.compressor.decode(payload, target)
@@ -307,7 +339,7 @@ def worker_step(
     silent_memory = choose(asked, silent, worker.memory)
     memory = choose(sent, alg.memory.update(silent, grad, target, decoded), silent_memory)
     worker = Worker(memory, choose(sent, sent_rule, silent_rule))
-    upload = Upload(decoded, sent, asked, message_bits(alg.compressor.wire(payload, target)))
+    upload = Upload(payload, decoded, sent, asked, message_bits(alg.compressor.wire(payload, target)))
     # a worker that the server does not ask computes nothing
     gradients = jnp.where(asked, jnp.asarray(sum(counted), jnp.int32), 0)
     facts = {"loss": loss, "worker_loss": loss, "grad": grad, "gradients": gradients}

@@ -74,6 +74,12 @@ class Keys(NamedTuple):
     run: PRNGKeyArray
     round: Int[Array, ""]
     worker: Int[Array, ""]  # M for the draws of the server
+    row: Any = None  # where its shard lies in the data at hand; None: at its number
+
+    @property
+    def shard(self) -> Int[Array, ""]:
+        """The row of `Shards` that is this worker's: on a mesh, a device holds some shards only."""
+        return self.worker if self.row is None else self.row
 
 
 def shared_bernoulli(keys: Keys, probability: Float[Array | np.ndarray, ""]) -> Bool[Array, ""]:
@@ -136,9 +142,10 @@ class State(NamedTuple):
 
 
 class Upload(NamedTuple):
-    """What a worker hands to the exchange: `decoded` counts only where `sent`."""
+    """What a worker hands to the exchange: `payload` and `decoded` count only where `sent`."""
 
-    decoded: Any  # [p]
+    payload: Any  # of the compressor
+    decoded: Any  # [p], what it stands for
     sent: Bool[Array, ""]
     asked: Bool[Array, ""]  # whether the worker took part in this round
     bits: Int[Array, ""]
@@ -203,6 +210,33 @@ class Oracle(Protocol):
 
     def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> tuple[Array, Array]:
         """(loss, gradient [p]) of worker `worker` at `params` [p], on its shard or on `rows` of it."""
+        ...
+
+
+@runtime_checkable
+class Exchange(Protocol):
+    """How the messages of workers that are spread over devices become one sum on each; see `laqjax.exchange`.
+
+    adds: messages are added where they were made; else they are stacked for `total`.
+    """
+
+    @property
+    def adds(self) -> bool: ...
+
+    def workers(self, num_workers: int, shards: Shards) -> tuple[Any, int]:
+        """(number of the first, how many) of the workers whose shards are at hand; num_workers and above are padding."""
+        ...
+
+    def message(self, alg: Any, upload: Upload) -> Any:
+        """What one worker contributes."""
+        ...
+
+    def gather(self, facts: Any, num_workers: int) -> Any:
+        """[m, ...] of the workers at hand as [M, ...] of all."""
+        ...
+
+    def total(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
+        """The sum of the messages of all senders."""
         ...
 
 
