@@ -113,8 +113,11 @@ def no_tracers(*trees: Any) -> None:
         )
 
 
-def run_arguments(alg: Any, params: Any, shards: Shards) -> None:
-    """Raise ValueError when parameters, data and algorithm do not fit; only shapes and finiteness are looked at."""
+def run_arguments(alg: Any, params: Any, shards: Shards, rows: int = 0) -> None:
+    """Raise ValueError when parameters, data and algorithm do not fit; only shapes and finiteness are looked at.
+
+    rows: of the shards, where padding workers are allowed.
+    """
     p, m = alg.oracle.size, alg.num_workers
     if not callable(alg.lr) and np.ndim(alg.lr):
         raise ValueError("an algorithm of many points (`stack`): expected one algorithm; run it with `sweep`")
@@ -126,15 +129,15 @@ def run_arguments(alg: Any, params: Any, shards: Shards) -> None:
     most = np.iinfo(np.int32).max // (m if alg.rule.server_decides else 2) // alg.oracle.dtype.itemsize // 8
     if p > most:  # a message may be longer than the vector (indices), a server that asks sends one to each worker
         raise ValueError(f"params of {p} parameters: expected at most {most}, a round's bits are counted in int32")
-    check_shards(shards, m)
+    check_shards(shards, m, rows)
     if alg.sampler is not None and not 1 <= alg.sampler.size <= shards.weight.shape[1]:
         rows = shards.weight.shape[1]
         raise ValueError(f"sampler of {alg.sampler.size} rows for shards of {rows}: expected 1 to {rows}")
     alg.oracle.check(shards)
 
 
-def check_shards(shards: Shards, num_workers: int) -> None:
-    """Raise ValueError unless these are finite numbers of `num_workers` workers, padded at the end."""
+def check_shards(shards: Shards, num_workers: int, rows: int = 0) -> None:
+    """Raise ValueError unless these are finite numbers of `num_workers` workers (or `rows`), padded at the end."""
     for name, tree in zip(Shards._fields, shards, strict=True):
         for array in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, list)):
             if not hasattr(array, "dtype"):
@@ -146,7 +149,7 @@ def check_shards(shards: Shards, num_workers: int) -> None:
     if len(shape) != 2 or not x or any(a[:2] != shape for a in (*x, *y)):
         x, y, weight = (", ".join(str(list(a)) for a in shapes) for shapes in (x, y, weight))
         raise ValueError(f"shards: expected x [M, N, ...], y [M, N, ...] and weight [M, N], got {x}, {y}, {weight}")
-    if shape[0] != num_workers:
+    if shape[0] not in (num_workers, rows):
         raise ValueError(
             f"shards of {shape[0]} workers for an algorithm of num_workers = {num_workers}: expected the same number"
         )
@@ -158,7 +161,8 @@ def check_shards(shards: Shards, num_workers: int) -> None:
                 )
             if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(array))):
                 raise ValueError(f"shards.{name} holds NaN or infinity: expected finite data; clean or drop those rows")
-    _check_weights(np.asarray(shards.weight))
+    if not isinstance(shards.weight, jax.Array) or shards.weight.is_fully_addressable:  # else each process saw its own
+        _check_weights(np.asarray(shards.weight))
 
 
 def _check_weights(weight: np.ndarray) -> None:

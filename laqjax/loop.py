@@ -12,11 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from laqjax import exchange as exchanges
+from laqjax import mesh as meshes
 from laqjax.checks import no_tracers, number, run_arguments
 from laqjax.step import Algorithm
-from laqjax.types import Info, Shards, State
+from laqjax.types import Exchange, Info, Shards, State
 
 CHUNK = 100  # rounds in one compiled program
 
@@ -77,6 +81,8 @@ def run(
     record: Sequence[str] = (),
     chunk: int = CHUNK,
     workers_at_once: int | None = None,
+    mesh: Mesh | None = None,
+    exchange: str | exchanges.Sums = "messages",
 ) -> Output:
     """`rounds` rounds.
 
@@ -89,9 +95,13 @@ def run(
         record: facts to keep of every round in `info.extra`, see `Algorithm.step`.
         chunk: rounds in one compiled program.
         workers_at_once: workers whose gradients are computed side by side, see `Algorithm.step`.
+        mesh: devices, of this process or of many, that share the workers (`laqjax.mesh.make()`). Each process then calls
+            this with the same arguments, or with shards of `laqjax.mesh.load`. None: one device.
+        exchange: on a mesh: "messages", "chunked", "sums", or one of one's own, see `laqjax.exchange`.
 
     Returns:
-        `info`, the facts of all rounds on the host, and `state`.
+        `info`, the facts of all rounds on the host, and `state`; on a mesh its workers are spread over the devices, with
+        rows of padding behind the M-th (`laqjax.mesh.trim`).
 
     Raises:
         ValueError: before anything is compiled, when arguments and data do not fit.
@@ -110,8 +120,8 @@ def run(
     infos: list[Info] = []
     state = None
     try:
-        parts = stream(alg, start, shards, rounds, key, record=record, chunk=chunk, workers_at_once=workers_at_once)
-        for part in parts:
+        options: Any = {"record": record, "chunk": chunk, "workers_at_once": workers_at_once}
+        for part in stream(alg, start, shards, rounds, key, **options, mesh=mesh, exchange=exchange):
             infos.append(part.info)
             state = part.state
     except Diverged as stop:
@@ -130,6 +140,8 @@ def stream(
     record: Sequence[str] = (),
     chunk: int = CHUNK,
     workers_at_once: int | None = None,
+    mesh: Mesh | None = None,
+    exchange: str | exchanges.Sums = "messages",
 ) -> Iterator[Output]:
     """The same as `run`, chunk after chunk: show progress, save, or leave the loop to stop early.
 
@@ -144,6 +156,8 @@ def stream(
         record: see `run`.
         chunk: rounds between two outputs.
         workers_at_once: see `run`.
+        mesh: see `run`.
+        exchange: see `run`.
 
     Yields:
         `info` of the chunk's rounds, and the state after it.
@@ -155,16 +169,21 @@ def stream(
     no_tracers(alg, start, shards, key)
     rounds, chunk, names = arguments(rounds, chunk, record, workers_at_once)
     params = start.params if isinstance(start, State) else alg.oracle.ravel(start)
-    run_arguments(alg, params, shards)
-    # copies: the chunks consume their state
-    state = own_state(start if isinstance(start, State) else alg.init(params), alg.init, params)
-    shards = jax.tree.map(jnp.asarray, shards)
+    run_arguments(alg, params, shards, rows=meshes.slots(mesh, alg.num_workers))
+    options: Any = {"length": chunk, "record": names, "workers_at_once": workers_at_once or alg.workers_at_once(shards)}
+    if mesh is None:
+        # copies: the chunks consume their state
+        state = own_state(start if isinstance(start, State) else alg.init(params), alg.init, params)
+        shards = jax.tree.map(jnp.asarray, shards)
+    else:
+        meshes.agree("algorithm, start, data or key", alg, start, shards, key)
+        options["exchange"] = exchanges.named(exchange, alg)
+        state, shards = spread(alg, start, params, shards, mesh)
+        alg, key = meshes.place((alg, key), mesh, P())
     first = int(state.round)
     for done in range(0, rounds, chunk):
         count = min(chunk, rounds - done)
-        state, info = compiled_chunk(
-            alg, state, shards, key, np.int32(count), length=chunk, record=names, workers_at_once=workers_at_once
-        )
+        state, info = compiled_chunk(alg, state, shards, key, np.int32(count), mesh=mesh, **options)
         info = head(info, count)
         if not np.all(np.isfinite(info.loss)):
             good = int(np.argmin(np.isfinite(info.loss)))
@@ -194,13 +213,34 @@ def arguments(
 
 def own_state(state: State, init: Callable[[Any], State], params: Any) -> State:
     """The state as arrays of our own, since a chunk consumes its state. ValueError for another algorithm's."""
-    shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (jax.eval_shape(init, params), state)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"state: expected one that `init` makes for this algorithm, {shapes[0]}; got {shapes[1]}")
+    check_state(state, jax.eval_shape(init, params))
     return jax.tree.map(partial(jnp.array, copy=True), state)
 
 
-@partial(jax.jit, static_argnames=("length", "record", "workers_at_once"), donate_argnames="state")
+def check_state(state: State, expected: State) -> None:
+    """ValueError unless the state has these shapes and dtypes."""
+    shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (expected, state)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"state: expected one that `init` makes for this algorithm, {shapes[0]}; got {shapes[1]}")
+
+
+def spread(alg: Algorithm, start: Any, params: Any, shards: Shards, mesh: Mesh) -> tuple[State, Shards]:
+    """(a state of our own, shards) over the devices of a mesh, with rows of padding where M is no multiple of them."""
+    rows, specs = meshes.slots(mesh, alg.num_workers), meshes.state_specs(mesh)
+    if isinstance(start, State):
+        check_state(
+            jax.eval_shape(partial(meshes.rows_of, rows=alg.num_workers), start), jax.eval_shape(alg.init, params)
+        )
+        parts = zip(meshes.rows_of(start, rows), specs, strict=True)
+        # a copy: the chunks consume their state
+        state = jax.jit(partial(jax.tree.map, jnp.copy))(State(*(meshes.place(part, mesh, at) for part, at in parts)))
+    else:
+        at = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda node: isinstance(node, P))
+        state = jax.jit(lambda alg, params: meshes.rows_of(alg.init(params), rows), out_shardings=at)(alg, params)
+    return state, meshes.place(meshes.padded(shards, rows), mesh, specs.workers)
+
+
+@partial(jax.jit, static_argnames=("length", "record", "workers_at_once", "mesh", "exchange"), donate_argnames="state")
 def compiled_chunk(
     alg: Algorithm,
     state: State,
@@ -211,10 +251,20 @@ def compiled_chunk(
     length: int,
     record: tuple[str, ...],
     workers_at_once: int | None,
+    mesh: Mesh | None = None,
+    exchange: Exchange | None = None,
 ) -> tuple[State, Info]:
     """`count` <= `length` rounds; rows of the info from `count` on are zeros."""
-    one = partial(alg.step, shards=shards, key=key, record=record, workers_at_once=workers_at_once)
-    return rounds_of(one, state, count, length)
+
+    def rounds(alg: Algorithm, state: State, shards: Shards, key: Any, count: Array) -> tuple[State, Info]:
+        options: Any = {"record": record, "workers_at_once": workers_at_once, "exchange": exchange}
+        return rounds_of(partial(alg.step, shards=shards, key=key, **options), state, count, length)
+
+    if mesh is not None:
+        specs = meshes.state_specs(mesh)
+        in_specs = P(), specs, specs.workers, P(), P()
+        rounds = jax.shard_map(rounds, mesh=mesh, in_specs=in_specs, out_specs=(specs, P()), check_vma=False)
+    return rounds(alg, state, shards, key, count)
 
 
 def rounds_of(step: Callable[[State], Any], state: State, count: Int[Array, ""], length: int) -> tuple[State, Info]:

@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Key
 
+from laqjax import exchange as exchanges
+from laqjax import mesh as meshes
 from laqjax.checks import no_tracers, number, run_arguments
 from laqjax.loop import CHUNK, Output, arguments, head, join, own_state, rounds_of
 from laqjax.step import Algorithm
@@ -57,6 +59,8 @@ def sweep(
     record: Sequence[str] = (),
     chunk: int = CHUNK,
     workers_at_once: int | None = None,
+    mesh: Mesh | None = None,
+    exchange: str | exchanges.Sums = "messages",
 ) -> Output:
     """`run` for S points side by side; the data is read once a round for all points of a batch.
 
@@ -75,6 +79,8 @@ def sweep(
         record: see `run`.
         chunk: see `run`.
         workers_at_once: see `run`.
+        mesh: with the axis `sweep`, `workers` or both: points and workers are spread over them. None: points over all devices.
+        exchange: see `run`; "messages" and "chunked" need one b for all points.
 
     Returns:
         `info` with the points behind the rounds ([K, S], [K, S, M], ...), and `state` with the points first everywhere:
@@ -83,11 +89,11 @@ def sweep(
     Raises:
         ValueError: before anything is compiled, when arguments and data do not fit.
     """
-    points = check_points(algs, keys)
-    batch = (
-        batch_size(take(algs, 0), shards, memory) if batch is None else int(number("batch", batch, np.int32, least=1))
-    )
-    batch = min(batch, -(-points // jax.device_count()) * jax.device_count())
+    points, mesh = check_points(algs, keys), points_mesh() if mesh is None else mesh
+    devices = mesh.shape.get(meshes.POINTS, 1)
+    if batch is None:
+        batch = batch_size(take(algs, 0), shards, memory, devices=devices)
+    batch = min(int(number("batch", batch, np.int32, least=1)), -(-points // devices) * devices)
     params = start.params if isinstance(start, State) else _vectors(algs, start, points)
     if params.shape[0] != points:
         raise ValueError(f"start of {params.shape[0]} points for an algorithm of {points}: expected the same number")
@@ -96,7 +102,7 @@ def sweep(
         which = np.minimum(np.arange(first, first + batch), points - 1)
         begin = take(start if isinstance(start, State) else params, which)
         infos, state = [], None
-        options: Any = dict(record=record, chunk=chunk, workers_at_once=workers_at_once)
+        options: Any = dict(record=record, chunk=chunk, workers_at_once=workers_at_once, mesh=mesh, exchange=exchange)
         for out in sweep_stream(take(algs, which), begin, shards, rounds, keys[which], **options):
             infos.append(out.info)
             state = out.state
@@ -116,6 +122,8 @@ def sweep_stream(
     record: Sequence[str] = (),
     chunk: int = CHUNK,
     workers_at_once: int | None = None,
+    mesh: Mesh | None = None,
+    exchange: str | exchanges.Sums = "messages",
 ) -> Iterator[Output]:
     """One batch of points, chunk after chunk; to `sweep` what `stream` is to `run`.
 
@@ -128,6 +136,8 @@ def sweep_stream(
         record: see `sweep`.
         chunk: see `sweep`.
         workers_at_once: see `sweep`.
+        mesh: see `sweep`.
+        exchange: see `sweep`.
 
     Yields:
         `info` of the chunk's rounds, and the state after it; the state is donated to the next chunk.
@@ -137,31 +147,34 @@ def sweep_stream(
     """
     no_tracers(algs, start, shards, keys)
     rounds, chunk, names = arguments(rounds, chunk, record, workers_at_once)
-    points, devices = check_points(algs, keys), jax.device_count()
+    points, mesh = check_points(algs, keys), points_mesh() if mesh is None else mesh
+    one, devices = take(algs, 0), mesh.shape.get(meshes.POINTS, 1)
+    rows = meshes.slots(mesh, one.num_workers)
     if points % devices:
         raise ValueError(f"{points} points on {devices} devices: expected a multiple; fill up with copies of a point")
     params = start.params if isinstance(start, State) else _vectors(algs, start, points)
-    run_arguments(take(algs, 0), params[0], shards)
+    run_arguments(one, params[0], shards, rows)
     begin = partial(jax.vmap(Algorithm.init), algs)
     state = own_state(start if isinstance(start, State) else begin(params), begin, params)
-    mesh = jax.make_mesh((devices,), ("sweep",), axis_types=(jax.sharding.AxisType.Auto,))
+    meshes.agree("algorithms, start, data or keys", algs, state, shards, keys)
     # the state is placed anew for every chunk, which moves nothing: another placement would compile the chunk again
-    split, everywhere = (NamedSharding(mesh, spec) for spec in (P("sweep"), P()))
-    algs, keys, shards = jax.device_put((algs, keys, shards), (split, split, everywhere))
+    specs = meshes.state_specs(mesh, meshes.POINTS)
+    algs, keys = meshes.place((algs, keys), mesh, specs.params)
+    shards = meshes.place(meshes.padded(shards, rows), mesh, meshes.spec(mesh, meshes.WORKERS))
+    options: Any = {"length": chunk, "record": names, "workers_at_once": workers_at_once or one.workers_at_once(shards)}
+    if meshes.WORKERS in mesh.axis_names:
+        options["exchange"] = exchanges.named(exchange, algs)
+    state = meshes.rows_of(state, rows, axis=1)
     for done in range(0, rounds, chunk):
         count = min(chunk, rounds - done)
-        state, info = compiled_chunk(
-            algs,
-            jax.device_put(state, split),
-            shards,
-            keys,
-            np.int32(count),
-            length=chunk,
-            record=names,
-            workers_at_once=workers_at_once,
-            mesh=mesh,
-        )
+        state = State(*(meshes.place(part, mesh, at) for part, at in zip(state, specs, strict=True)))
+        state, info = compiled_chunk(algs, state, shards, keys, np.int32(count), mesh=mesh, **options)
         yield Output(head(info, count), state)
+
+
+def points_mesh() -> Mesh:
+    """All devices along the axis of points."""
+    return jax.make_mesh((jax.device_count(),), (meshes.POINTS,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def check_points(algs: Algorithm, keys: Any) -> int:
@@ -186,7 +199,9 @@ def _vectors(algs: Algorithm, start: Any, points: int) -> Array:
     return jnp.broadcast_to(params, (points, *np.shape(params)))
 
 
-def batch_size(alg: Algorithm, shards: Shards, memory: float | None = None, rounds: int = 0) -> int:
+def batch_size(
+    alg: Algorithm, shards: Shards, memory: float | None = None, rounds: int = 0, *, devices: int | None = None
+) -> int:
     """How many points of `alg` run side by side, a multiple of the devices.
 
     Args:
@@ -194,11 +209,12 @@ def batch_size(alg: Algorithm, shards: Shards, memory: float | None = None, roun
         shards: the data, which the points share.
         memory: bytes (None: half of what is free).
         rounds: of which the caller keeps the info, on the host.
+        devices: that share the points (None: all).
 
     Raises:
         ValueError: not even one fits.
     """
-    devices = jax.device_count()
+    devices = jax.device_count() if devices is None else devices
     if memory is None:
         memory = free_memory() / 2
     state = jax.eval_shape(alg.init, jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype))
@@ -223,7 +239,7 @@ def free_memory() -> int:
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-@partial(jax.jit, static_argnames=("length", "record", "workers_at_once", "mesh"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("length", "record", "workers_at_once", "mesh", "exchange"), donate_argnames="state")
 def compiled_chunk(
     algs: Algorithm,
     state: State,
@@ -234,18 +250,20 @@ def compiled_chunk(
     length: int,
     record: tuple[str, ...],
     workers_at_once: int | None,
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh,
+    exchange: exchanges.Sums | None = None,
 ) -> tuple[State, Info]:
     """`count` <= `length` rounds of all points; rows of the info from `count` on are zeros."""
     # inside, the points stand behind the workers, whose axis the round maps over: in front, each round would transpose
     behind = State(*(0,) * (len(State._fields) - 1), workers=1)  # pyright: ignore[reportArgumentType]
 
-    def one(shards: Shards, alg: Algorithm, state: State, key: Any) -> tuple[State, Info]:
-        return alg.step(state, shards, key, record=record, workers_at_once=workers_at_once)
+    def one(shards: Shards, alg: Algorithm, state: State, key: Any, exchange: Any = exchange) -> tuple[State, Info]:
+        return alg.step(state, shards, key, record=record, workers_at_once=workers_at_once, exchange=exchange)
 
     def together(algs: Algorithm, state: State, shards: Shards, keys: Any, count: Array) -> tuple[State, Info]:
         def step(state: State) -> tuple[State, Info]:
-            return jax.vmap(partial(one, shards), (0, behind, 0), (behind, 0))(algs, state, keys)
+            each = partial(one, shards, exchange=exchanges.beside_points(exchange, "points"))
+            return jax.vmap(each, (0, behind, 0), (behind, 0), axis_name="points")(algs, state, keys)
 
         state, info = rounds_of(step, _swapped(state), count, length)
         return _swapped(state), info
@@ -258,11 +276,12 @@ def compiled_chunk(
         state, info = jax.lax.map(rounds, (algs, state, keys))
         return state, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), info)
 
+    specs = meshes.state_specs(mesh, meshes.POINTS)
     split = jax.shard_map(
         in_turn if algs.oracle.one_by_one(shards) else together,
         mesh=mesh,
-        in_specs=(P("sweep"), P("sweep"), P(), P("sweep"), P()),
-        out_specs=(P("sweep"), P(None, "sweep")),
+        in_specs=(specs.params, specs, meshes.spec(mesh, meshes.WORKERS), specs.params, P()),
+        out_specs=(specs, meshes.spec(mesh, None, meshes.POINTS)),
         check_vma=False,
     )
     return split(algs, state, shards, keys, count)
