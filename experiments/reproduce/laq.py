@@ -45,7 +45,7 @@ class Settings:
     rounds: int | None = None
     """Stop each method after so many rounds."""
     starts: int | None = None
-    """Starts of each method, side by side; 2 (the network: 1) by default. The first is that of the authors' program
+    """Starts of each method, side by side; 3 (the network: 1) by default. The first is that of the authors' program
     (softmax regression), the others are draws of seeds 1, 2, ..."""
     smoke: bool = False
     """A tenth of the data and few rounds: does everything work here?"""
@@ -68,7 +68,7 @@ def compare(name: str, settings: Settings, bits: int, rounds: int, published: An
     console, convex = Console(), name == "laq-logistic"
     out = settings.out or Path("results") / (name + "-smoke" * settings.smoke + "-float64" * settings.float64)
     rounds = (200 if settings.smoke else rounds) if settings.rounds is None else settings.rounds
-    starts = (2 if convex else 1) if settings.starts is None else settings.starts
+    starts = (3 if convex else 1) if settings.starts is None else settings.starts
     budget = Budget(rounds, every=100, keep=1000)
     number("starts", starts, np.int32, least=1)
     with jax.enable_x64(settings.float64):
