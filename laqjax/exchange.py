@@ -193,7 +193,8 @@ def named(exchange: str | Sums, alg: Any, axis: str = "workers") -> Sums:
         return exchange
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange = {exchange!r}: expected one of {sorted(EXCHANGES)}")
-    return EXCHANGES[exchange](alg, axis)
+    with jax.ensure_compile_time_eval():  # the caller may be traced, the numbers of the algorithm are not
+        return EXCHANGES[exchange](alg, axis)
 
 
 def beside_points(exchange: Sums | None, points: str) -> Sums | None:

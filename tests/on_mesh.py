@@ -14,6 +14,9 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from jax.sharding import NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import laqjax  # noqa: E402
 from laqjax import algorithms, compressors, loop, mesh, problems  # noqa: E402
@@ -139,6 +142,76 @@ def refused() -> None:
     (OUT / "refused").write_text("\n".join(lines))
 
 
+def lazy() -> None:
+    """A training loop of one's own is `run` bit for bit; parameters of several dtypes; what it cannot do."""
+    workers, oracle, start = 4, problems.Softmax(784, 10).oracle(), problems.Softmax(784, 10).start(0)
+    shards, along = data(workers, 100), jax.make_mesh((workers,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def train(tx: Any, params: Any, gradient: Any, steps: int) -> Any:
+        specs = laqjax.lazy.specs(jax.eval_shape(tx.init, params), "data")
+        places = jax.tree.map(lambda spec: NamedSharding(along, spec), specs)
+        state = jax.jit(tx.init, out_shardings=places)(params)
+
+        def step(params: Any, state: Any, shards: Any) -> Any:
+            updates, state = tx.update(gradient(params, shards), state, params)
+            return optax.apply_updates(params, updates), state
+
+        step = jax.shard_map(
+            step, mesh=along, in_specs=(P(), specs, P("data")), out_specs=(P(), specs), check_vma=False
+        )
+        step, facts = jax.jit(step), []
+        for _ in range(steps):
+            params, state = step(params, state, shards)
+            facts.append(jax.device_get(state[0])._replace(laq=None))
+        return params, facts
+
+    def flat(params: Any, shards: Any) -> Any:
+        return oracle(params, shards, np.int32(0))[1]
+
+    def tree(params: Any, shards: Any) -> Any:
+        def loss(params: Any) -> Any:
+            whole = jax.tree.map(lambda a: a.astype(np.float32), params)
+            return oracle(oracle.ravel(whole), shards, np.int32(0))[0]
+
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.grad(loss)(params)
+
+    vector = oracle.ravel(start)
+    for exchange in ("messages", "chunked"):
+        tx = optax.chain(laqjax.lazy_aggregate("data", workers, bits=4, exchange=exchange, mean=False), optax.sgd(0.02))
+        params, facts = train(tx, vector, flat, 40)
+        alg = algorithms.laq(oracle, lr=0.02, num_workers=workers, bits=4, optimizer=optax.sgd(0.02))
+        out = laqjax.run(alg, vector, shards, 40, KEY, workers_at_once=1)
+        assert np.allclose(params, out.state.params, rtol=1e-5, atol=1e-6)  # steps are rounded in another place
+        mine = {
+            "sent": np.stack([fact.sent for fact in facts]),
+            "bits": np.stack([fact.bits for fact in facts]),
+        }
+        compare(f"lazy-{exchange}", {"sent": out.info.sent, "bits": out.info.bits_up}, mine)
+        words = {"messages": 3 * (1 + 982), "chunked": 3 * (1 + 248 + 1984)}[exchange]
+        assert [int(fact.bytes) for fact in facts] == [4 * words * bool(fact.sent.any()) for fact in facts]
+        assert int(facts[-1].uploads) == out.info.sent.sum()
+    mixed = {"weight": start["weight"].astype(jax.numpy.bfloat16), "bias": start["bias"]}
+    tx = optax.chain(laqjax.lazy_aggregate("data", workers, bits=8, blocks="leaf"), optax.sgd(0.08))
+    params, facts = train(tx, mixed, tree, 10)
+    assert jax.tree.map(lambda a: a.dtype, params) == jax.tree.map(lambda a: a.dtype, mixed)
+    assert int(facts[0].bits[0]) == 2 * 32 + 8 * 7850
+
+    def message(tx: Any) -> str:
+        try:
+            train(optax.chain(tx, optax.sgd(0.1)), vector, flat, 1)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    lines = [
+        message(laqjax.lazy_aggregate("data", 8)),
+        message(laqjax.lazy_aggregate("data", 4, algorithms.lasg_wk2, sampler=Blocks(10))),
+        message(laqjax.lazy_aggregate("data", 4, blocks=(1, 2))),
+    ]
+    (OUT / "refused").write_text("\n".join(lines))
+
+
 def resumed() -> None:
     """A long run with checkpoints, to be killed; `PACE` seconds between chunks."""
     shards, oracle = data(6, 50), problems.Softmax(784, 10).oracle()
@@ -178,10 +251,12 @@ def disagree() -> None:
 if __name__ == "__main__":
     cases: dict[str, Any] = {
         "reference": lambda: reference(6000, 200),
+        "smaller": lambda: reference(1000, 200),
         "short": lambda: reference(500, 60, (7,), ("laq", "ef21")),
         "swept": swept,
         "refused": refused,
         "family": family,
+        "lazy": lazy,
         "resumed": resumed,
         "disagree": disagree,
     }

@@ -67,9 +67,18 @@ def test_what_a_mesh_cannot_do_is_refused(tmp_path: Path) -> None:
     ]
 
 
+def test_a_loop_of_ones_own_sends_what_a_run_sends(tmp_path: Path) -> None:
+    results = on_devices("lazy", tmp_path, 4)
+    lines = results.pop("refused").splitlines()
+    assert results == {"lazy-messages": "", "lazy-chunked": ""}
+    assert "num_workers = 8 on the axis 'data' of 4 devices" in lines[0]
+    assert "a method that asks for gradients at other models" in lines[1]
+    assert "expected p = 7850" in lines[2]
+
+
 @pytest.mark.distributed
-def test_four_devices_are_one_over_two_hundred_rounds_of_the_reference_problem(tmp_path: Path) -> None:
-    results = on_devices("reference", tmp_path, 4)
+def test_four_devices_are_one_over_two_hundred_rounds(tmp_path: Path) -> None:
+    results = on_devices("smaller", tmp_path, 4)
     assert len(results) == 14
     assert set(results.values()) == {""}, results
 
