@@ -306,7 +306,7 @@ class Batch:
     def __post_init__(self) -> None:
         count, case = len(self.points), self.points[0].case
         self.case, self.devices = case, jax.device_count()
-        self.running = np.ones(count, bool)
+        self.running, self.slots = np.ones(count, bool), np.arange(0)  # the point in each place
         self.algs = laqjax.stack([point.algorithm for point in self.points])
         seeds = repr([point.seed for point in self.points]).encode()
         numbers = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(self.algs))
@@ -350,7 +350,7 @@ class Batch:
         ran, every = self.record.ran, self.budget.every
         step = np.where(self.running, np.minimum(every - ran % every, self.budget.rounds - ran), every + 1)
         here = np.flatnonzero(step == step.min())
-        self.slots = here[np.minimum(np.arange(self.places()), len(here) - 1)]  # the point in each place
+        self.slots = here[np.minimum(np.arange(self.places()), len(here) - 1)]
         self.state: Any = laqjax.take(self.last, self.slots)
         whole = (self.budget.rounds - ran[here].max()) // every * every
         return int(whole if step.min() == every else step.min())
@@ -377,8 +377,8 @@ class Batch:
 
     def put(self, here: np.ndarray, place: np.ndarray) -> None:
         """Keep the states in these places."""
-        for last, state in zip(jax.tree.leaves(self.last), jax.tree.leaves(self.state), strict=True):
-            if len(here):
+        if len(here):
+            for last, state in zip(jax.tree.leaves(self.last), jax.tree.leaves(self.state), strict=True):
                 last[here] = np.asarray(state)[place]
 
     def measure(self, here: np.ndarray, place: np.ndarray) -> None:
