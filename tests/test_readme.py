@@ -47,6 +47,16 @@ def test_your_own_model(used: dict[str, Any]) -> None:
     assert loss[-1] < 0.8 * loss[0]
 
 
+def test_many_devices(used: dict[str, Any]) -> None:
+    names = dict(used)
+    exec(block("laqjax.mesh.make"), names)
+    alone = laqjax.run(used["alg"], used["problem"].start(0), used["shards"], rounds=10, key=jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, names["state"], jax.device_get(alone.state))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(block("lazy_aggregate"), names)
+    assert names["state"][0].sent.all()
+
+
 def test_your_own_method() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (10, 12, 20)).astype(np.uint8), rng.integers(0, 3, (10, 12)).astype(np.int32)

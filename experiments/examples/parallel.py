@@ -10,6 +10,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ model = nn.Sequential([nn.Dense(1024), nn.relu, nn.Dense(1024), nn.relu, nn.Dens
 
 
 def loss(params, x, y):
-    logits = model.apply(params, x.astype(jnp.float32) / 255)
+    logits: Any = model.apply(params, x.astype(jnp.float32) / 255)
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
@@ -55,9 +56,7 @@ def main(steps: int = 300, batch: int = 1024, lr: float = 0.1, out: Path = Path(
     data, rng = datasets.load("mnist"), np.random.default_rng(0)
     start = model.init(jax.random.key(0), jnp.zeros((1, 784)))
     size = sum(leaf.size for leaf in jax.tree.leaves(start))
-    mean = optax.GradientTransformation(
-        lambda params: optax.EmptyState(), lambda g, s, p=None: (jax.lax.pmean(g, "data"), s)
-    )
+    mean: Any = optax.stateless(lambda gradients, params: jax.lax.pmean(gradients, "data"))
     ways = {
         "pmean": mean,
         "LAQ, b = 8": laqjax.lazy_aggregate("data", DEVICES, bits=8, xi=10, limit=10, blocks="leaf"),
