@@ -10,7 +10,7 @@ import pytest
 from conftest import KEY, Toy, make_toy
 
 import laqjax
-from laqjax import algorithms, checkpoint, mesh
+from laqjax import algorithms, checkpoint, loop, mesh
 
 ROUNDS, CHUNK = 40, 8
 
@@ -62,7 +62,7 @@ def test_a_run_that_was_killed_goes_on(
             run(toy, tmp_path / "run")
     computed: list[int] = []
     with monkeypatch.context() as patch:
-        head = laqjax.loop.head
+        head = loop.head
         patch.setattr("laqjax.loop.head", lambda info, rounds: computed.append(rounds) or head(info, rounds))
         same(run(toy, tmp_path / "run"), straight)
     assert sum(computed) == ROUNDS - chunks * CHUNK
