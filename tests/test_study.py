@@ -208,7 +208,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
         ((37, FAR[:1]), (130, FAR[:1]), 20, [6, 3, 1, 2, 1]),  # more rounds: cut in half on the way
         ((130, FAR[:1]), (130, FAR), NEVER, [6, 2]),
         ((37, FAR[:1]), (75, FAR), NEVER, [6, 6, 2, 2]),
-        ((37, ()), (75, ()), 10, [6, 6, 2, 2]),
+        ((7, ()), (75, ()), 10, [6, 6, 2, 2]),
     ],
 )
 def test_more_is_what_a_straight_run_would_have(
