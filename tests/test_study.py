@@ -208,7 +208,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
         ((37, FAR[:1]), (130, FAR[:1]), 20, [6, 3, 1, 2, 1]),  # more rounds: cut in half on the way
         ((130, FAR[:1]), (130, FAR), NEVER, [6, 2]),
         ((37, FAR[:1]), (75, FAR), NEVER, [6, 6, 2, 2]),
-        ((37, ()), (75, ()), 10, [6, 6, 2, 2]),
+        ((7, ()), (75, ()), 10, [6, 6, 2, 2]),
     ],
 )
 def test_more_is_what_a_straight_run_would_have(
@@ -229,7 +229,15 @@ def test_more_is_what_a_straight_run_would_have(
     same(tmp_path / "straight", tmp_path / "more")
     begun.clear()
     asked(tmp_path / "more", *then, short)
-    assert not begun
+    assert files.read_json(tmp_path / "more" / "run.json")["points_computed"] == len(begun) == 0
+
+
+def test_a_target_that_is_met_between_two_looks_is_a_straight_run_too(tmp_path: Path) -> None:
+    """More rounds would have taken the point to its next look."""
+    for name, rounds in (("straight", 75), ("more", 37), ("more", 75)):
+        study.run(uneven()[3:4], Targets(FAR[:1]), tmp_path / name, Budget(rounds, every=10), LINK)
+    assert pl.read_parquet(tmp_path / "more" / "points.parquet")["ended"].to_list() == [40]
+    same(tmp_path / "straight", tmp_path / "more")
 
 
 def test_further_targets_after_a_cut_change_nothing_before(tmp_path: Path, begun: list[np.ndarray]) -> None:
@@ -307,6 +315,7 @@ def test_less_is_refused(tmp_path: Path) -> None:
 
 def test_states_that_are_too_large_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "KEEP", 1e-9)
+    monkeypatch.setattr(study, "SAVE", 0.0)
     console = Console(record=True, width=200, file=io.StringIO())
     asked(tmp_path, 20, FAR, console=console)
     assert "of its last states were not kept" in console.export_text()
