@@ -136,7 +136,7 @@ def slope(x: Any, seconds: Any) -> tuple[float, float]:
         power, offset = np.polyfit(np.log(x), np.log(seconds - share * seconds.min()), 1)
         return power, np.log(share * seconds.min() + np.exp(offset) * x**power) - np.log(seconds)
 
-    tried = scipy.optimize.minimize_scalar(
+    tried: Any = scipy.optimize.minimize_scalar(
         lambda share: np.sum(line(share)[1] ** 2), bounds=(0, 0.99), method="bounded"
     )
     return float(tried.x * seconds.min()), float(line(tried.x)[0])

@@ -106,7 +106,7 @@ def moved(cell: dict[str, Any]) -> dict[str, Any]:
     program = loop.compiled_chunk.lower(alg, state, shards, key, np.int32(10), **options).compile()
     devices = jax.device_count()
     floats = 4 * given["start"].size * meshes.slots(mesh, given["alg"].num_workers) * (devices - 1) / devices
-    return traffic.received(program.as_text()) | {"float32": floats, "p": int(given["start"].size)}
+    return traffic.received(program.as_text() or "") | {"float32": floats, "p": int(given["start"].size)}
 
 
 def memory(cell: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +131,7 @@ def constants(cell: dict[str, Any], words: int, times: int) -> dict[str, Any]:
     given = made(**cell)
     alg, like, workers = given["alg"], given["start"], 8
     widths = exchanges.widths(alg)
+    assert widths is not None  # of a grid they are known
     size = sum(exchanges.packed_words(f.like, b) for f, b in zip(alg.compressor.wire({}, like), widths, strict=True))
     decode = partial(exchanges.unpack_message, alg.compressor, like=like, widths=widths)
     added = jax.jit(lambda every, sent: exchanges.added(decode, every, sent, like))
