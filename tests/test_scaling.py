@@ -1,16 +1,19 @@
 """Scaling: collectives are counted right, teams of processes answer and leave nothing behind, the quick run leaves its files."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import polars as pl
 import pytest
 
-from experiments import files, points, scaling, teams, traffic
+import laqjax
+from experiments import datasets, files, points, scaling, teams, traffic
 
 HLO = """HloModule jit_chunk, is_scheduled=true
 
@@ -157,3 +160,22 @@ def test_devices_come_before_all_else():
         points.cpu_devices(2)
     with pytest.raises(ValueError, match="devices"):
         points.cpu_devices(0)
+
+
+def test_example_of_hosts():
+    command = [sys.executable, "-m", "experiments.examples.hosts", "--coordinator", f"127.0.0.1:{teams.free_port()}"]
+    command += ["--num-processes", "2", "--rows", "60", "--rounds", "20", "--process-id"]
+    options = {"cwd": Path(__file__).parent.parent, "env": os.environ | {"JAX_PLATFORMS": "cpu"}}
+    with contextlib.ExitStack() as stack:
+        pair = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True, **options) for i in (0, 1)]
+        for process in pair:
+            stack.enter_context(process)
+            stack.callback(process.kill)
+        said = [process.communicate(timeout=300)[0].splitlines()[-1:] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    problem, data = laqjax.problems.Softmax(784, 10), datasets.load("mnist")
+    alg = laqjax.algorithms.laq(problem.oracle(), lr=0.02, num_workers=10, bits=4)
+    shards = laqjax.problems.partition(data.x[:600], data.y[:600], 10, "contiguous")
+    info = laqjax.run(alg, problem.start(0), shards, 20, jax.random.key(0), workers_at_once=1).info
+    assert f"f = {info.loss[-1]:.9g} after 20 rounds, {info.sent.sum()} uploads" in said[0][0]
+    assert "uploads" not in "".join(said[1])
