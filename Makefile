@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce sweep compare bench test test-long check lock clean
+.PHONY: help setup reproduce sweep compare bench test test-distributed test-long check lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ bench: setup ## speed and memory beside this machine's GEMM rate
 
 test: setup ## the tests (under ten minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-distributed: setup ## the tests with several processes (a quarter of an hour)
+	$(BIN)/python -m pytest -m distributed
 
 test-long: setup ## the tests that take minutes each
 	$(BIN)/python -m pytest -m long

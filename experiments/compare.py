@@ -9,9 +9,11 @@ Every member runs its grid of steps (powers of `--factor` around the step of the
 on `--seeds`, as one compiled program. Where the best value of a number lies on the edge of its grid, the grid is widened
 there. The settings that are cheapest at each target in bits up, in all bits, in rounds or in seconds run again on
 `--report-seeds`: what the tables say is what these cost. Leaves in --out: best (a row a method, target and criterion;
-Parquet, CSV), tried (every setting), figures (PNG, SVG), and the studies that it is made of; resumes like a sweep.
+Parquet, CSV), tried (every setting), figures (PNG, SVG), and the studies that it is made of; resumes like a sweep, and goes
+on to more rounds or smaller targets like one. Where the choice of settings is another then, their study is run anew.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -202,10 +204,12 @@ class Comparison:
         return made
 
     def run(self, folder: str, wanted: list[Wanted], seeds: tuple[int, ...], console: Console) -> pl.DataFrame:
-        """A study of settings; its summary."""
-        s, made = self.settings, self.points(wanted, seeds)
-        identity = {"seeds": seeds, "settings": wanted}
-        return study.run(made, s.goal.targets, s.out / folder, s.budget, s.link, identity, console)
+        """A study of settings; its summary. One of other settings, chosen with fewer rounds or targets, is set aside."""
+        s, made, path = self.settings, self.points(wanted, seeds), self.settings.out / folder / "identity.json"
+        identity = json.loads(json.dumps({"seeds": seeds, "settings": wanted}, default=str))
+        if path.exists() and files.read_json(path) != identity:
+            console.print(f"other settings than before for {folder}: kept as {files.set_aside(path.parent, 'before')}")
+        return study.run(made, s.goal.targets, path.parent, s.budget, s.link, identity, console)
 
     def rows(self, name: str, tried: pl.DataFrame, reported: pl.DataFrame) -> Iterator[dict[str, Any]]:
         """The best of a member at each target by each criterion, as reported."""
@@ -287,8 +291,8 @@ def run(settings: Settings) -> Path:
     with jax.enable_x64(settings.data == Settings().data):
         compared = Comparison(settings, console)
         wanted = [(name, dict(zip(axes, v, strict=True))) for name, axes in compared.grids.items() for v in product(*axes.values())]  # fmt: skip
-        compared.points(compared.theory(), (0,))  # what cannot run is refused before anything is written
-        with files.claimed(settings.out, points.identity(settings, experiment="compare")):
+        made = compared.points(wanted, settings.axes.seeds)  # what cannot run is refused before anything is written
+        with files.claimed(settings.out, points.identity(settings, experiment="compare"), study.not_kept(made)):
             tried = compared.run("search", wanted, settings.axes.seeds, console)
             for turn in range(WIDER):
                 known = {key(one) for one in wanted}

@@ -28,6 +28,8 @@ import laqjax
 
 # what a command line reports in one line: wrong values, files that are not there or not readable, missing packages
 REFUSED = (ValueError, OSError, ImportError, pl.exceptions.PolarsError)
+TARGETS = "further targets behind these"
+MORE = {"rounds": "more rounds"} | dict.fromkeys(("target", "targets", "target_accuracy"), TARGETS)
 
 
 @contextmanager
@@ -85,9 +87,19 @@ def load_tree(path: Path, like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
+def further(there: Any, asked: Any) -> bool:
+    """Whether more of the same is asked for: more rounds, or further targets behind those that are there."""
+    return bool(there and asked) and (asked[: len(there)] == there if isinstance(there, list) else asked > there)
+
+
 @contextmanager
-def claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
+def claimed(folder: Path, identity: dict[str, Any], ended: str = "") -> Iterator[None]:
     """Hold `folder` as this experiment's own, for one process at a time; it keeps the identity for the next one.
+
+    Args:
+        folder: of the results.
+        identity: all but what is in `MORE` must be as it is there, and that may ask for more.
+        ended: why it may not.
 
     Raises:
         ValueError: it holds another experiment's results (the difference is said), or another process holds it.
@@ -98,12 +110,13 @@ def claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
     def same() -> bool:
         there = read_json(path) if path.exists() else identity
         keys = sorted(k for k in there.keys() | identity.keys() if there.get(k) != identity.get(k))
-        if keys:
-            difference = "; ".join(f"{k}: {there.get(k)} there, {identity.get(k)} asked for" for k in keys)
-            raise ValueError(
-                f"{folder} holds the results of other settings ({difference}); give another --out, or remove the folder"
-            )
-        return path.exists()
+        more = [k for k in keys if k in MORE and further(there.get(k), identity.get(k))]
+        words = {k: f"{k}: {there.get(k)} there, {identity.get(k)} asked for" for k in keys if ended or k not in more}
+        words |= {k: f"{words[k]}, which goes on to {MORE[k]} only" for k in words.keys() & MORE.keys() if not ended}
+        if words:
+            why = f"cannot go on: {ended}" if more == keys else "holds the results of other settings"
+            raise ValueError(f"{folder} {why} ({'; '.join(words.values())}); give another --out, or remove the folder")
+        return path.exists() and not keys
 
     same()
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,8 +131,9 @@ def claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
         lock.flush()
-        fresh = not same()
-        if fresh:
+        fresh = not path.exists()
+        if not same():
+            (folder / "run.json").unlink(missing_ok=True)  # it says that all is done
             write_json(path, identity)
         try:
             yield
@@ -130,9 +144,9 @@ def claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
             raise
 
 
-def set_aside(path: Path) -> str:
+def set_aside(path: Path, why: str = "damaged") -> str:
     """Rename a damaged file out of the way, overwriting nothing; its new name."""
-    aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.damaged-{n}")).exists())
+    aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{why}-{n}")).exists())
     path.rename(aside)
     return aside.name
 

@@ -100,12 +100,14 @@ class Record:
         """F - f*, or f where no f* is known."""
         return self.loss - (self.f_star or 0.0)
 
-    def add(self, done: int, info: Any, here: np.ndarray, place: np.ndarray, whole: np.ndarray | None) -> None:
+    def add(self, info: Any, here: np.ndarray, place: np.ndarray, whole: np.ndarray | None) -> None:
         """A chunk of the points `here`, in the places `place` of the batch; `whole`: their losses on all data at its end."""
-        rows, end = slice(done, done + len(info.loss)), done + len(info.loss)
+        began, end = self.ran[here], self.ran[here] + len(info.loss)
+        rows = began + np.arange(len(info.loss))[:, None]
         found = info.loss[:, place]
         broken = ~np.isfinite(found)
-        self.lost[here] = np.where(broken.any(axis=0), done + broken.argmax(axis=0), -1)
+        first = np.where(broken.any(axis=0), began + broken.argmax(axis=0), -1)
+        self.lost[here] = np.where(self.lost[here] < 0, first, self.lost[here])
         if whole is None:
             self.loss[rows, here] = found
         else:
@@ -116,9 +118,13 @@ class Record:
         self.computed[rows, here] = info.extra["gradients"].max(axis=2)[:, place]
         self.ran[here] = end
 
-    def kept(self, done: int) -> list[np.ndarray]:
-        """The first `done` rounds, for a file; `restore` takes them back."""
-        models, rounds = (self.loss, self.accuracy), (self.sent, self.up, self.down, self.computed)
+    def kept(self) -> list[np.ndarray]:
+        """The rounds that were run, for a file; `restore` takes them back."""
+        models, rounds, done = (
+            (self.loss, self.accuracy),
+            (self.sent, self.up, self.down, self.computed),
+            self.ran.max(),
+        )
         return [*(a[: done + 1] for a in models), *(a[:done] for a in rounds), self.ran, self.lost]
 
     def restore(self, kept: Sequence[np.ndarray]) -> None:

@@ -5,6 +5,11 @@
 A batch's rows are safe when it ends, and its state every few seconds before: after a kill the same call goes on, and no row
 differs from an undisturbed run. When half of a batch's points or fewer are left, the batch is cut in half: which points remain
 follows from the plan alone.
+
+The last state of every point stays beside the tables: a call that asks for more rounds, or for further targets behind those
+that are there, goes on from them. With more rounds alone its rows are those of a run that asked for them at once, bit for
+bit, from the same plan. With further targets they are that where no batch was cut (`Budget.short`); after a cut, what a point
+did before stands as it is, and what it does then differs from that run in the last bits, as in a batch of another size.
 """
 
 import hashlib
@@ -31,6 +36,7 @@ from laqjax.checks import number
 
 MOST = 64  # points in a batch, for each device: more is not faster, and rows are safe later
 SAVE = 10.0  # seconds between two saved states of a batch
+KEEP = 2.0  # GiB of last states that a study keeps; one that has more keeps none
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +73,7 @@ class Budget:
     """Points that run side by side; as many as fit, at most 64 a device, when not given."""
     keep: int = 200
     """Rows of each point's curve, thinned as a log axis shows them."""
-    short: tyro.conf.Suppress[int] = 100  # rounds: with fewer to go a cut batch does not earn its compile time
+    short: tyro.conf.Suppress[int] = 100  # rounds before a cut: a shorter batch does not earn the compile time
     filled: tyro.conf.Suppress[bool] = (
         False  # all batches of one size: another study of such points is the same program
     )
@@ -107,7 +113,7 @@ def run(
         The summary: a row a setting, means and intervals over its seeds.
 
     Raises:
-        ValueError: the folder holds another study, or another process is writing it.
+        ValueError: the folder holds another study, or more of this one, or another process is writing it.
     """
     console = console or Console(quiet=True)
     budget.check()
@@ -117,8 +123,9 @@ def run(
         with console.status("f* by a solver in float64 (half a minute on MNIST, then cached)"):
             _ = None if targets.accuracy else case.f_star
     sizes = [batch_size([points[i] for i in group], budget) for group in groups]
-    began, fresh, done = time.perf_counter(), 0, 0
-    with files.claimed(out, identity or {"points": labels, "targets": targets.values, "rounds": budget.rounds}):
+    began, fresh, done, left = time.perf_counter(), 0, 0, not_kept(points)
+    identity = identity or {"points": labels, "targets": targets.values, "rounds": budget.rounds}
+    with files.claimed(out, identity, left):
         plan = planned([points[group[0]] for group in groups], sizes, out, link)
         batches = list(cut(groups, plan["batch"]))
         console.print(f"{len(points)} points, {len(batches)} batch(es), each up to {budget.rounds} rounds")
@@ -129,22 +136,37 @@ def run(
                 progress.update(task, completed=done * budget.rounds + work, note=note)
 
             for g, which, part in batches:
-                if not intact(out / part, [labels[i] for i in which], console):
-                    state = (out / part).with_suffix(".npz")
+                state, mine = (out / part).with_suffix(".npz"), [labels[i] for i in which]
+                if not finished(out / part, mine, targets, budget, console):
                     live = Batch([points[i] for i in which], targets, budget, plan["batch"][g], state, show)
                     record = live.run(console)
+                    if not left:
+                        live.save()
                     spent = record.spent(link, plan["compute_ms"][g])
-                    tables = ledger.tables([labels[i] for i in which], record, targets, spent, budget.keep)
+                    tables = ledger.tables(mine, record, targets, spent, budget.keep)
                     for name in ledger.TABLES:
                         files.save(tables[name], out / f"{part}-{name}")
-                    state.unlink(missing_ok=True)
                     fresh += len(which)
+                if left:
+                    state.unlink(missing_ok=True)
                 done += len(which)
                 show(0, f"{done} points done")
         summary = ledger.joined(out, [f"{out / part}-" for _, _, part in batches])
         spent = {"seconds": time.perf_counter() - began, "points_computed": fresh}
         files.write_json(out / "run.json", files.provenance() | spent)
+    if left:
+        console.print(f"more rounds or targets would begin anew: {left}")
     return summary
+
+
+def not_kept(points: Sequence[Point]) -> str:
+    """Why the last states of these points are not kept; nothing where they are."""
+    sizes = 0
+    for group in grouped(points):
+        alg = points[group[0]].algorithm
+        state = jax.eval_shape(alg.init, jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype))
+        sizes += len(group) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return f"the {sizes / 2**30:.1f} GiB of its last states were not kept" if sizes > KEEP * 2**30 else ""
 
 
 def labelled(points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -248,6 +270,18 @@ def intact(part: Path, labels: Sequence[dict[str, Any]], console: Console) -> bo
     return whole
 
 
+def finished(part: Path, labels: Any, targets: Targets, budget: Budget, console: Console) -> bool:
+    """Whether a batch's tables are there, and all that these targets and rounds ask for."""
+    if not intact(part, labels, console):
+        return False
+    table, asked = pl.read_parquet(f"{part}-points.parquet"), [f"{t:g}" for t in targets.values] or ["end"]
+    ended = pl.col("reached") & (pl.col("ended") % budget.every == 0) | (pl.col("ended") == budget.rounds)
+    done = ledger.goals_of(table) == asked and table.select((ended | pl.col("diverged")).all()).item()
+    if not done and not part.with_suffix(".npz").exists():
+        console.print(f"[red]{part}.npz, the last states, is missing: the batch begins anew[/red]")
+    return done
+
+
 def bar(console: Console) -> Progress:
     """Progress with the time to go and a note."""
     percent, note = TextColumn("{task.percentage:.0f} %"), TextColumn("{task.fields[note]}")
@@ -257,20 +291,22 @@ def bar(console: Console) -> Progress:
 
 @dataclass
 class Batch:
-    """Points side by side, filled up to `size` with copies of the last; cut in half whenever half of them or fewer are left."""
+    """Points side by side, filled up to `size` with copies of the last; cut in half whenever half of them or fewer are left.
+
+    Each goes on from its own last state: points of different rounds run side by side.
+    """
 
     points: Sequence[Point]
     targets: Targets
     budget: Budget
     size: int
-    path: Path  # of the state, before the batch ends
+    path: Path  # of the state
     show: Callable[[float, str], None]
 
     def __post_init__(self) -> None:
         count, case = len(self.points), self.points[0].case
-        self.case, self.devices, self.done = case, jax.device_count(), 0
-        self.slots = np.minimum(np.arange(self.size), count - 1)  # the point in each place
-        self.running = np.ones(count, bool)
+        self.case, self.devices = case, jax.device_count()
+        self.running, self.slots = np.ones(count, bool), np.arange(0)  # the point in each place
         self.algs = laqjax.stack([point.algorithm for point in self.points])
         seeds = repr([point.seed for point in self.points]).encode()
         numbers = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(self.algs))
@@ -279,95 +315,118 @@ class Batch:
         starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(point.begin() for point in self.points))
         if not isinstance(starts, laqjax.State):
             starts = jax.vmap(laqjax.Algorithm.init)(self.algs, starts)
-        self.state: Any = laqjax.take(starts, self.slots)
+        self.last: Any = jax.tree.map(np.array, starts)  # of every point that is not in the batch, or not any more
         f_star = None if self.targets.accuracy else case.f_star
         self.record = Record.empty(self.budget.rounds, count, len(case.shards.weight), f_star)
 
     def run(self, console: Console) -> Record:
         """Every point to its end."""
-        if self.path.exists():
-            self.resume(console)
-            if self.running.any() and self.halved() < self.size:  # as it would have been without the stop
-                self.compact()
-        if not self.done:
-            self.measure(np.arange(len(self.points)), np.arange(len(self.points)))
-            self.running &= ~self.at_target(np.arange(len(self.points)))
-        saved = time.monotonic()
+        if not self.resumed(console):
+            self.fill()
+            self.measure(*self.here())
+        self.running, saved = self.unfinished(), time.monotonic()
         while self.running.any():
+            rounds = self.fill()
             algs, keys = laqjax.take(self.algs, self.slots), self.keys[self.slots]
-            rounds = self.budget.rounds - self.done
-            chunk = min(self.budget.every, self.budget.rounds)
             given = algs, self.state, self.case.on_device, rounds, keys
-            for out in laqjax.sweep_stream(*given, chunk=chunk, record=["gradients"]):
+            for out in laqjax.sweep_stream(*given, chunk=self.budget.every, record=["gradients"]):
                 self.take_in(out)
                 if time.monotonic() - saved > SAVE and self.running.any():
-                    files.save_tree(self.path, self.kept())
+                    self.save()
                     saved = time.monotonic()
-                if not self.running.any() or self.halved() < self.size:
+                if not len(self.here()[0]) or self.places() < len(self.slots):
                     break
-            self.compact()
+            self.put(*self.here())
         return self.record
+
+    def unfinished(self) -> np.ndarray:
+        """Who runs on. A point whose rounds were used up between two looks goes on to the next, as if there had been more."""
+        ran = self.record.ran
+        ended = (self.record.lost >= 0) | self.at_target()
+        return (ran < self.budget.rounds) & ((ran % self.budget.every > 0) | ~ended)
+
+    def fill(self) -> int:
+        """Fill the batch with those that run and are nearest to their next look; the rounds that they have in common."""
+        ran, every = self.record.ran, self.budget.every
+        step = np.where(self.running, np.minimum(every - ran % every, self.budget.rounds - ran), every + 1)
+        here = np.flatnonzero(step == step.min())
+        self.slots = here[np.minimum(np.arange(self.places()), len(here) - 1)]
+        self.state: Any = laqjax.take(self.last, self.slots)
+        whole = (self.budget.rounds - ran[here].max()) // every * every
+        return int(whole if step.min() == every else step.min())
+
+    def here(self) -> tuple[np.ndarray, np.ndarray]:
+        """The points of the batch that run, and their places; copies fill the batch up."""
+        here, place = np.unique(self.slots, return_index=True)
+        return here[self.running[here]], place[self.running[here]]
 
     def take_in(self, out: laqjax.Output) -> None:
         """A chunk's facts; points that are done stop running."""
         self.state = out.state
-        here, place = np.unique(self.slots, return_index=True)  # copies fill the batch up
-        here, place = here[self.running[here]], place[self.running[here]]
+        here, place = self.here()
         whole = np.asarray(self.case.losses(out.state.params))[place] if self.algs.sampler else None
-        self.record.add(self.done, out.info, here, place, whole)
-        self.done += len(out.info.loss)
+        self.record.add(out.info, here, place, whole)
         self.measure(here, place)
-        ended = (self.record.lost[here] >= 0) | self.at_target(here) | (self.done == self.budget.rounds)
-        self.running[here[ended]] = False
+        self.running = self.unfinished()
+        ended = ~self.running[here]
+        self.put(here[ended], place[ended])
         left = np.count_nonzero(self.running)
-        work = float(np.where(self.running, self.done, self.budget.rounds).sum())
-        self.show(work, f"{len(self.running) - left} of {len(self.running)} done in this batch, round {self.done}")
+        work = float(np.where(self.running, self.record.ran, self.budget.rounds).sum())
+        said = f"{len(self.running) - left} of {len(self.running)} done in this batch"
+        self.show(work, f"{said}, round {self.record.ran[here].min()}")
+
+    def put(self, here: np.ndarray, place: np.ndarray) -> None:
+        """Keep the states in these places."""
+        if len(here):
+            for last, state in zip(jax.tree.leaves(self.last), jax.tree.leaves(self.state), strict=True):
+                last[here] = np.asarray(state)[place]
 
     def measure(self, here: np.ndarray, place: np.ndarray) -> None:
         """Accuracy, and before round 0 a sampler's loss, of the state as it stands."""
+        done = self.record.ran[here]
         if self.case.scored:
-            self.record.accuracy[self.done, here] = self.case.accuracies(self.state.params[place])
-        if self.algs.sampler and not self.done:
+            self.record.accuracy[done, here] = self.case.accuracies(self.state.params[place])
+        if self.algs.sampler and not done.any():
             self.record.loss[0, here] = np.asarray(self.case.losses(self.state.params))[place]
 
-    def at_target(self, here: np.ndarray) -> np.ndarray:
+    def at_target(self) -> np.ndarray:
         """Whether the points have met the last target."""
         if not self.targets.values:
-            return np.zeros(len(here), bool)
-        met = self.targets.met(self.record, self.targets.values[-1])[: self.done + 1, here]
-        return np.atleast_1d(met.any(axis=0))
+            return np.zeros(len(self.points), bool)
+        return np.atleast_1d(self.targets.met(self.record, self.targets.values[-1]).any(axis=0))
 
-    def halved(self) -> int:
-        """The places that are worth having for what is left."""
-        left, size = max(np.count_nonzero(self.running), 1), self.size
+    def places(self) -> int:
+        """The places that are worth having for those that run: it follows from who they are, and not from the rounds to go."""
+        left, size = np.count_nonzero(self.running), self.size
         half = lambda size: size // 2 // self.devices * self.devices  # noqa: E731
-        while half(size) >= left and self.budget.rounds - self.done >= self.budget.short:
+        while half(size) >= left and self.record.ran[self.running].min() >= self.budget.short:
             size = half(size)
         return size
 
-    def compact(self) -> None:
-        """Fewer places, with the points that still run."""
-        remaining = np.flatnonzero(self.running)
-        if not len(remaining):
-            return
-        self.size = self.halved()
-        kept = remaining[np.minimum(np.arange(self.size), len(remaining) - 1)]
-        place = np.array([np.flatnonzero(self.slots == point)[0] for point in kept])
-        self.state, self.slots = laqjax.take(self.state, place), kept
-
     def kept(self) -> Any:
-        """All that changes, as arrays."""
-        return self.state, self.record.kept(self.done), self.slots, self.running, np.array([self.done]), self.digest
+        """All that changes, as arrays: who runs follows from it."""
+        return self.last, self.record.kept(), self.digest
 
-    def resume(self, console: Console) -> None:
-        """What `kept` left; a damaged file is set aside, and the batch begins anew."""
+    def save(self) -> None:
+        """Leave what `resumed` goes on with."""
+        self.put(*self.here())
+        files.save_tree(self.path, self.kept())
+
+    def resumed(self, console: Console) -> bool:
+        """Take what `save` left, if there is any; a damaged file is set aside, and the batch begins anew."""
         try:
-            state, kept, slots, running, done, digest = files.load_tree(self.path, self.kept())
+            if not self.path.exists():
+                return False
+            last, kept, digest = files.load_tree(self.path, self.kept())
             if not np.array_equal(digest, self.digest):
                 raise ValueError(f"{self.path} holds other points")
         except ValueError as error:
             console.print(f"[red]{error}; kept as {files.set_aside(self.path)}, the batch begins anew[/red]")
-            return
-        self.state, self.slots, self.running = jax.tree.map(jnp.asarray, state), slots, running
-        self.done, self.size = int(done[0]), len(slots)
+            return False
+        self.last = last
         self.record.restore(kept)
+        ran = self.record.ran
+        more = np.flatnonzero((ran % self.budget.every > 0) & (ran < self.budget.rounds))
+        for measured in (self.record.loss, self.record.accuracy):
+            measured[ran[more], more] = np.nan  # with more rounds it would not have been looked at there
+        return True

@@ -9,6 +9,7 @@
 Leaves in --out: points (a row a point), summary (mean and 95 % interval over seeds), curves (thinned), masks (who sent
 when), each as Parquet, the first two as CSV too; figures as PNG and SVG; the plan, the exact command and the versions.
 A batch's rows are safe when it ends: after a kill the same command goes on, and no row differs from an undisturbed run.
+With more --rounds, or with smaller targets behind those that are there, it goes on from the last states.
 """
 
 import sys
@@ -161,8 +162,8 @@ def merge(folders: tyro.conf.Positional[tuple[Path, ...]], /, out: Path) -> None
         if there.get("experiment") != "sweep":
             raise ValueError(f"{folder} holds no sweep but {there.get('experiment')}: expected folders of --shard i/n")
         shards.append(there.pop("shard"))
-        if not (folder / "points.parquet").exists():
-            raise ValueError(f"{folder} is not finished: expected points.parquet there; run its command again first")
+        if lacking := [name for name in ("points.parquet", "run.json") if not (folder / name).exists()]:
+            raise ValueError(f"{folder} is not finished: expected {lacking[0]} there; run its command again first")
         if seen and there != seen:
             keys = sorted(k for k in there if there[k] != seen.get(k))
             raise ValueError(

@@ -101,7 +101,7 @@ def run(settings: Settings) -> Path:
         raise ValueError(f"batch = {batch} on {seeds} seeds: expected at most {fits} points in the memory")
     identity = points.identity(settings, experiment="tune")
     identity = {name: value for name, value in identity.items() if name not in ("memory", "trials")}
-    with files.claimed(settings.out, identity):
+    with files.claimed(settings.out, identity, "each trial was asked for by what those before it cost"):
         compute = study.planned([some[0]], [size], settings.out, settings.link)["compute_ms"][0]
 
         def measured(asked: list[dict[str, Any]], show: Callable[[float, str], None]) -> list[dict[str, Any]]:

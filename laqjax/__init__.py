@@ -18,11 +18,12 @@ Notation
     alpha            lr                    step size
 
 Reading order: types (what the parts promise) -> step (one round) -> memories, rules, compressors and wire (the parts)
--> algorithms (the named members) -> oracle (a loss becomes gradients) -> loop, points (runs and sweeps) -> problems, theory;
-checks stands apart.
+-> algorithms (the named members) -> oracle (a loss becomes gradients) -> loop, points (runs and sweeps) -> mesh, exchange
+(many devices) -> lazy (other people's loops) -> problems, theory; checks stands apart.
 """
 
-from laqjax import algorithms, compressors, memories, oracle, problems, rules, theory, types, wire
+from laqjax import algorithms, compressors, exchange, lazy, memories, mesh, oracle, problems, rules, theory, types, wire
+from laqjax.lazy import lazy_aggregate
 from laqjax.loop import Diverged, Output, init, join, run, step, stream
 from laqjax.points import batch_size, stack, sweep, sweep_stream, take
 from laqjax.step import Algorithm, assemble
@@ -40,9 +41,13 @@ __all__ = [
     "assemble",
     "batch_size",
     "compressors",
+    "exchange",
     "init",
     "join",
+    "lazy",
+    "lazy_aggregate",
     "memories",
+    "mesh",
     "oracle",
     "problems",
     "rules",

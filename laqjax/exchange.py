@@ -72,6 +72,10 @@ class Sums:
         """`total` in a round in which somebody sent."""
         return lax.psum(messages, self.axis)
 
+    def received(self, alg: Any, devices: int) -> int:
+        """Bytes that `moved` brings to a device with one worker on each: of a ring, which adds and hands on both halves."""
+        return 2 * alg.oracle.size * alg.oracle.dtype.itemsize * (devices - 1) // devices
+
 
 @dataclass(frozen=True)
 class Messages(Sums):
@@ -91,6 +95,10 @@ class Messages(Sums):
     def moved(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
         every = lax.all_gather(messages, self.axis, tiled=True)[: sent.shape[0]]
         return added(lambda words: unpack_message(alg.compressor, words, like, self.widths), every, sent, like)
+
+    def received(self, alg: Any, devices: int) -> int:
+        """Bytes that `moved` brings to a device with one worker on each."""
+        return 4 * message_words(alg, alg.oracle.size, self.widths) * (devices - 1)
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,12 @@ class Chunked(Messages):
         total = added(lambda words: unpack_message(alg.compressor, words, part, self.widths), mine, sent, part)
         return lax.all_gather(total, self.axis, tiled=True)[: like.shape[0]]
 
+    def received(self, alg: Any, devices: int) -> int:
+        """Bytes that `moved` brings to a device with one worker on each."""
+        length = WORD * math.ceil(alg.oracle.size / (WORD * devices))
+        words = message_words(alg, length, self.widths)
+        return (4 * words + length * alg.oracle.dtype.itemsize) * (devices - 1)
+
 
 def sums(alg: Any, axis: str = "workers") -> Sums:
     """Partial sums; any algorithm."""
@@ -157,7 +171,8 @@ def chunked(alg: Any, axis: str = "workers") -> Chunked:
         ValueError: as `messages`, or the compressor does not work coordinate by coordinate.
     """
     known = widths(alg)
-    if known is not None and not _by_coordinate(alg.compressor, alg.oracle.dtype):
+    compressor = jax.tree.map(lambda number: np.ravel(number)[0], alg.compressor)  # that of the first point
+    if known is not None and not _by_coordinate(compressor, alg.oracle.dtype):
         raise ValueError(
             f"chunked exchange of {type(alg.compressor).__name__} messages: expected a compressor with a code for each "
             "coordinate, such as a grid; use exchange='messages'"
@@ -178,7 +193,8 @@ def named(exchange: str | Sums, alg: Any, axis: str = "workers") -> Sums:
         return exchange
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange = {exchange!r}: expected one of {sorted(EXCHANGES)}")
-    return EXCHANGES[exchange](alg, axis)
+    with jax.ensure_compile_time_eval():  # the caller may be traced, the numbers of the algorithm are not
+        return EXCHANGES[exchange](alg, axis)
 
 
 def beside_points(exchange: Sums | None, points: str) -> Sums | None:
@@ -236,6 +252,16 @@ def packed_words(like: Any, bits: int) -> int:
         return like.size * bits // WORD
     group = WORD // math.gcd(bits, WORD)
     return -(-like.size // group) * group * bits // WORD
+
+
+def message_words(alg: Any, size: int, widths: tuple[int, ...] | None) -> int:
+    """Words of a packed message of `size` coordinates."""
+    like = jax.ShapeDtypeStruct((size,), alg.oracle.dtype)
+    if widths is None:
+        return size * like.dtype.itemsize // 4
+    return sum(
+        packed_words(field.like, bits) for field, bits in zip(alg.compressor.wire({}, like), widths, strict=True)
+    )
 
 
 def pack(values: Array, bits: int) -> UInt32[Array, " words"]:

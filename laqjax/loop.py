@@ -7,6 +7,7 @@ early stops live between chunks: `stream` is a generator.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from laqjax import exchange as exchanges
 from laqjax import mesh as meshes
+from laqjax.checkpoint import Checkpoints
 from laqjax.checks import no_tracers, number, run_arguments
 from laqjax.step import Algorithm
 from laqjax.types import Exchange, Info, Shards, State
@@ -83,6 +85,8 @@ def run(
     workers_at_once: int | None = None,
     mesh: Mesh | None = None,
     exchange: str | exchanges.Sums = "messages",
+    checkpoint: str | Path | None = None,
+    every: int | None = None,
 ) -> Output:
     """`rounds` rounds.
 
@@ -98,13 +102,16 @@ def run(
         mesh: devices, of this process or of many, that share the workers (`laqjax.mesh.make()`). Each process then calls
             this with the same arguments, or with shards of `laqjax.mesh.load`. None: one device.
         exchange: on a mesh: "messages", "chunked", "sums", or one of one's own, see `laqjax.exchange`.
+        checkpoint: a folder of this run's own, which all processes see. The same call goes on from there after it was
+            stopped, and the same call for more rounds goes on from the end; the result is that of a run without a stop.
+        every: rounds between two checkpoints (None: `chunk`).
 
     Returns:
         `info`, the facts of all rounds on the host, and `state`; on a mesh its workers are spread over the devices, with
         rows of padding behind the M-th (`laqjax.mesh.trim`).
 
     Raises:
-        ValueError: before anything is compiled, when arguments and data do not fit.
+        ValueError: before anything is compiled, when arguments and data do not fit, or the checkpoints are of another run.
         Diverged: the loss is no longer finite.
 
     Example:
@@ -118,14 +125,32 @@ def run(
         True
     """
     infos: list[Info] = []
-    state = None
+    state, done, saved = None, 0, None
+    begin = start if isinstance(start, State) else alg.oracle.ravel(start)
+    if checkpoint is not None:
+        every = int(number("every", chunk if every is None else every, np.int32, least=1))
+        chunk = min(chunk, every)
+        contents = {"algorithm": alg, "start": begin, "data": shards, "key": key, "record": sorted(set(record))}
+        saved = Checkpoints(checkpoint, contents)
+        params = begin.params if isinstance(begin, State) else begin
+        done, state, info = saved.latest(rounds, jax.eval_shape(alg.init, params), mesh)
+        if state is not None:
+            infos, begin = [info], state if mesh else meshes.rows_of(state, alg.num_workers)
+    written = done
     try:
         options: Any = {"record": record, "chunk": chunk, "workers_at_once": workers_at_once}
-        for part in stream(alg, start, shards, rounds, key, **options, mesh=mesh, exchange=exchange):
+        rest = rounds - done
+        for part in stream(alg, begin, shards, rest, key, **options, mesh=mesh, exchange=exchange) if rest else ():
             infos.append(part.info)
-            state = part.state
+            state, done = part.state, done + len(part.info.loss)
+            if saved and (done - written >= (every or 1) or done == rounds):
+                infos, written = [join(infos)], done
+                saved.save(done, state, infos[0])
     except Diverged as stop:
         raise Diverged(stop.round, join([*infos, stop.info])) from None
+    finally:
+        if saved:
+            saved.close()
     assert state is not None
     return Output(join(infos), state)
 
@@ -183,8 +208,9 @@ def stream(
     first = int(state.round)
     for done in range(0, rounds, chunk):
         count = min(chunk, rounds - done)
-        state, info = compiled_chunk(alg, state, shards, key, np.int32(count), mesh=mesh, **options)
-        info = head(info, count)
+        with meshes.together():
+            state, info = compiled_chunk(alg, state, shards, key, np.int32(count), mesh=mesh, **options)
+            info = head(info, count)
         if not np.all(np.isfinite(info.loss)):
             good = int(np.argmin(np.isfinite(info.loss)))
             raise Diverged(first + done + good, head(info, good))

@@ -5,11 +5,11 @@ padding: copies of the last worker that never send and are never counted.
 """
 
 import hashlib
-import pickle
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -144,10 +144,19 @@ def rows_of(state: State, rows: int, axis: int = 0) -> State:
     return state._replace(workers=padded(state.workers, rows, axis))
 
 
+def host(tree: Any) -> Any:
+    """Arrays whole on the host, also those that are spread over processes."""
+
+    def one(a: Any) -> Any:
+        here = not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated
+        return jax.device_get(a) if here else multihost_utils.process_allgather(a, tiled=True)
+
+    return jax.tree.map(one, tree)
+
+
 def trim(state: State, num_workers: int) -> State:
     """A state without the rows of padding, on the host: to save it, or to go on with it on other devices."""
-    state = multihost_utils.process_allgather(state, tiled=True) if jax.process_count() > 1 else jax.device_get(state)
-    return rows_of(state, num_workers)
+    return rows_of(host(state), num_workers)
 
 
 # ---- several processes ------------------------------------------------------------------------------------------
@@ -206,12 +215,31 @@ def _wait_for(address: str, timeout: float) -> None:
         time.sleep(0.2)
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """Say in words that another process is gone, where a collective of this one fails.
+
+    Raises:
+        ConnectionError: instead of JAX's error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise ConnectionError(
+            f"process {jax.process_index()} has lost another one of {jax.process_count()}, which was killed, has failed or "
+            f"cannot be reached ({str(error).splitlines()[0][:200]}); start all of them again: a run with checkpoints goes on "
+            "from the last one"
+        ) from None
+
+
 def agree(what: str, *values: Any) -> None:
     """Raise ValueError unless all processes have the same values (arrays, or pytrees of them), before long work begins."""
     if jax.process_count() == 1:
         return
-    digest = np.frombuffer(hashlib.sha256(pickle.dumps(_content(values))).digest(), np.uint8)
-    every = multihost_utils.process_allgather(digest)
+    mine = np.frombuffer(bytes.fromhex(digest(values)), np.uint8)
+    every = multihost_utils.process_allgather(mine)
     others = [i for i, row in enumerate(every) if not np.array_equal(row, every[0])]
     if others:
         raise ValueError(
@@ -219,12 +247,15 @@ def agree(what: str, *values: Any) -> None:
         )
 
 
-def _content(tree: Any) -> Any:
+def digest(tree: Any) -> str:
+    """Of structure, shapes and numbers of a pytree; of arrays that are spread over processes the shapes only."""
     leaves, structure = jax.tree.flatten(tree)
-    kept: list[Any] = [re.sub(r" at 0x[0-9a-f]+", "", str(structure))]
+    whole = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", str(structure)).encode())  # where functions lie in memory
     for leaf in leaves:
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
-        kept.append((np.shape(leaf), str(leaf.dtype), np.asarray(leaf).tobytes() if whole else ""))
-    return kept
+        known = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        array = np.asarray(leaf) if known else None
+        whole.update(f"{np.shape(leaf)} {getattr(leaf, 'dtype', type(leaf))}".encode())
+        whole.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
+    return whole.hexdigest()

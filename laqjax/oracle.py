@@ -19,8 +19,10 @@ from laqjax import kernels
 from laqjax.checks import number
 from laqjax.types import Keys, Oracle, Shards, register_dataclass, static
 
-# of one tile in the parameters' dtype: in the second-level caches of two cores together, above that in the third
+# of one tile in the parameters' dtype, on the CPU: in the second-level caches of two cores together, above that in the third
 TILE_BYTES = 4 * 2**20
+# of the tiles of all workers, elsewhere: whole shards, mostly, so that a round is a handful of kernels
+ACCELERATOR_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,11 @@ class TiledOracle:
         return self.layout.unravel(params)
 
     def rows_per_tile(self, shards: Shards) -> int:
-        """The tile asked for, or equal tiles of about TILE_BYTES; never more than a shard."""
-        rows = shards.weight.shape[1]
+        """The tile asked for, or equal tiles of about `TILE_BYTES` on the CPU, larger ones elsewhere; at most a shard."""
+        workers, rows = shards.weight.shape
+        size = TILE_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_BYTES // workers
         numbers = sum(math.prod(a.shape[2:]) for a in jax.tree.leaves(shards.x))
-        tiles = -(-rows * numbers * self.dtype.itemsize // TILE_BYTES)
+        tiles = -(-rows * numbers * self.dtype.itemsize // size)
         return min(self.tile or -(-rows // max(tiles, 1)), rows)
 
     def __call__(
@@ -226,7 +229,7 @@ def from_loss(
         params: any pytree of floating arrays of one dtype; their values do not matter here.
         l2: adds (l2 / 2) ||params||^2 per worker.
         reduction: "mean" or "sum" over a worker's shard, by its weights.
-        tile: rows read at a time (None: about 4 MiB of them).
+        tile: rows read at a time (None: about 4 MiB of them on the CPU; on GPU and TPU 1 GiB, those of all workers together).
         precision: of the matrix products; "highest" is true float32 on every device, anything less changes trajectories
             on GPU and TPU.
 

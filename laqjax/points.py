@@ -168,8 +168,10 @@ def sweep_stream(
     for done in range(0, rounds, chunk):
         count = min(chunk, rounds - done)
         state = State(*(meshes.place(part, mesh, at) for part, at in zip(state, specs, strict=True)))
-        state, info = compiled_chunk(algs, state, shards, keys, np.int32(count), mesh=mesh, **options)
-        yield Output(head(info, count), state)
+        with meshes.together():
+            state, info = compiled_chunk(algs, state, shards, keys, np.int32(count), mesh=mesh, **options)
+            info = head(meshes.host(info), count)
+        yield Output(info, state)
 
 
 def points_mesh() -> Mesh:

@@ -1,6 +1,7 @@
 """Every method at its best: chosen on some seeds, reported on others; grids grow where the best lies on their edge."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,20 @@ def test_it_goes_on_where_it_was(whole: Path, home: Path, monkeypatch: pytest.Mo
     assert_frame_equal(run(home / "cut"), pl.read_parquet(whole / "best.parquet"))
     assert len(calls) - 2 == len(list((home / "cut").glob("*/batches/*-points.parquet")))
     assert {path.name for path in whole.glob("*.png")} == {"bits.png", "fronts-4.png", "fronts-10.png"}
+
+
+def test_it_goes_on_to_more_rounds_and_a_smaller_target(whole: Path, home: Path) -> None:
+    """The tables of a straight run; what was chosen with fewer is set aside."""
+    more = ["--rounds", "160", "--target", "10", "4", "2"]
+    shutil.copytree(whole, home / "more")
+    for out in ("straight", "more"):
+        run(home / out, *more)
+    for name in ("best", "tried"):
+        assert_frame_equal(*(pl.read_parquet(home / out / f"{name}.parquet") for out in ("straight", "more")))
+    assert {path.name for path in (home / "more").glob("*before*")} == {"report.before-1"}
+    assert files.read_json(home / "more" / "search" / "run.json")["points_computed"] == 8
+    with pytest.raises(ValueError, match="rounds: 160 there, 80 asked for, which goes on to more rounds only"):
+        run(home / "more")
 
 
 def test_a_setting_is_reported_once_and_nothing_reached_is_said(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

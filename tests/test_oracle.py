@@ -212,3 +212,22 @@ def test_points_of_convolutions_run_in_turn() -> None:
             one = laqjax.run(algs[i], params, shards, 8, key)
             np.testing.assert_array_equal(one.info.sent, many.info.sent[:, i])
             np.testing.assert_allclose(one.state.params, laqjax.take(many.state, i).params, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("backend", "loops"), [("cpu", 2), ("gpu", 0)])
+def test_a_round_on_an_accelerator_has_no_loop_over_workers_or_tiles(
+    monkeypatch: pytest.MonkeyPatch, backend: str, loops: int
+) -> None:
+    """The softmax round of MNIST as it is given to the compiler: on the CPU a loop over workers and one over tiles."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    problem = laqjax.problems.Softmax(784, 10)
+    alg = laqjax.algorithms.laq(problem.oracle(), lr=0.02, num_workers=10)
+    shapes = [((10, 6000, 784), np.uint8), ((10, 6000), np.int32), ((10, 6000), np.float32)]
+    shards = laqjax.Shards(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    state = jax.eval_shape(alg.init, problem.start(0))
+    platforms = ["cpu" if backend == "cpu" else "cuda"]
+    exported = jax.export.export(jax.jit(alg.step), platforms=platforms)(state, shards, jax.random.key(0))
+    text = exported.mlir_module()
+    assert text.count("stablehlo.while") == loops
+    large = [line for line in text.splitlines() if "stablehlo.dot_general" in line and "784" in line]
+    assert len(large) == 2  # the forward and the backward product

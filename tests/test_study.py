@@ -89,16 +89,15 @@ def test_what_was_saved_within_a_batch_is_gone_on_with(
         if len(taken) == calls:
             taken.append(None)
             raise KeyboardInterrupt
-        taken.append(self.done)
+        taken.append(int(self.record.ran.max()))
         take_in(self, out)
 
     monkeypatch.setattr(study.Batch, "take_in", counted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", Targets())
-    assert len(list(tmp_path.glob("cut/batches/*.npz"))) == 1
+    assert len(list(tmp_path.glob("cut/batches/*.npz"))) == calls // 4 + 1
     run(tmp_path / "cut", Targets())
     assert [done for done in taken if done is not None] == 2 * [0, 10, 20, 30]
-    assert not list(tmp_path.glob("cut/batches/*.npz"))
     same(tmp_path / "calm", tmp_path / "cut")
 
 
@@ -110,19 +109,19 @@ def test_a_stop_before_a_cut_changes_no_row(tmp_path: Path, monkeypatch: pytest.
     budget, targets = Budget(300, every=10), Targets((5.0,))
     study.run(points, targets, tmp_path / "calm", budget, LINK)
     monkeypatch.setattr(study, "SAVE", 0.0)
-    compact, cuts = study.Batch.compact, []
+    fill, fills = study.Batch.fill, []
 
-    def stopped(self: study.Batch) -> None:
-        cuts.append((self.done, self.size))
-        if len(cuts) == 1:
+    def stopped(self: study.Batch) -> int:
+        fills.append((int(self.record.ran.max()), self.places()))
+        if len(fills) == 3:
             raise KeyboardInterrupt
-        compact(self)
+        return fill(self)
 
-    monkeypatch.setattr(study.Batch, "compact", stopped)
+    monkeypatch.setattr(study.Batch, "fill", stopped)
     with pytest.raises(KeyboardInterrupt):
         study.run(points, targets, tmp_path / "cut", budget, LINK)
     study.run(points, targets, tmp_path / "cut", budget, LINK)
-    assert cuts[1] == cuts[0]
+    assert fills == [(0, 6), (0, 6), (100, 1), (100, 1)]
     same(tmp_path / "calm", tmp_path / "cut")
 
 
@@ -171,6 +170,165 @@ def test_another_study_is_refused(tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(ValueError, match=r"targets: \[1.0\] there, \[2.0\] asked for"):
         run(tmp_path, Targets((2.0,)))
+
+
+# ---- more of the same ------------------------------------------------------------------------------------------------
+
+FAR, NEVER = (4.0, 3.0), 10**9
+
+
+def uneven() -> list[Point]:
+    """Points that are done early, late, never, and one that diverges; and minibatches, with which another batch begins."""
+    mine, server = case(), dict[str, Any](num_workers=4)
+    laq: Any = [algorithms.laq(mine.oracle, lr=lr, **server) for lr in (0.1, 0.1, 0.08, 0.05, 0.01, 1e38)]
+    sgd: Any = [algorithms.sgd(mine.oracle, lr=lr, sampler=Blocks(5), **server) for lr in (0.1, 0.03)]
+    return [Point(alg, mine, i, {"method": f"{i}"}) for i, alg in enumerate([*laq, *sgd])]
+
+
+def asked(out: Path, rounds: int, targets: tuple[float, ...], short: int = NEVER, **given: Any) -> pl.DataFrame:
+    return study.run(uneven(), Targets(targets), out, Budget(rounds, every=10, short=short), LINK, **given)
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """The rounds at which points begin, a row a call of the engine."""
+    stream, seen = laqjax.sweep_stream, []
+
+    def seeing(algs: Any, state: Any, *given: Any, **more: Any) -> Any:
+        seen.append(np.asarray(state.round))
+        return stream(algs, state, *given, **more)
+
+    monkeypatch.setattr(laqjax, "sweep_stream", seeing)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "short", "sizes"),
+    [
+        ((37, FAR[:1]), (130, FAR[:1]), 20, [6, 3, 1, 2, 1]),  # more rounds: cut in half on the way
+        ((130, FAR[:1]), (130, FAR), NEVER, [6, 2]),
+        ((37, FAR[:1]), (75, FAR), NEVER, [6, 6, 2, 2]),
+        ((37, ()), (75, ()), 10, [6, 6, 2, 2]),
+    ],
+)
+def test_more_is_what_a_straight_run_would_have(
+    first: tuple[int, Any],
+    then: tuple[int, Any],
+    short: int,
+    sizes: list[int],
+    tmp_path: Path,
+    begun: list[np.ndarray],
+) -> None:
+    """Bit for bit, and nobody begins anew."""
+    asked(tmp_path / "straight", *then, short)
+    assert [len(rounds) for rounds in begun] == sizes
+    asked(tmp_path / "more", *first, short)
+    begun.clear()
+    asked(tmp_path / "more", *then, short)
+    assert min(rounds.min() for rounds in begun) > 0
+    same(tmp_path / "straight", tmp_path / "more")
+    begun.clear()
+    asked(tmp_path / "more", *then, short)
+    assert not begun
+
+
+def test_further_targets_after_a_cut_change_nothing_before(tmp_path: Path, begun: list[np.ndarray]) -> None:
+    """Rows up to where a point was; from there on those of a batch of another size."""
+    for name, targets in (("straight", FAR), ("more", FAR[:1])):
+        asked(tmp_path / name, 130, targets, 10)
+    before = pl.read_parquet(tmp_path / "more" / "masks.parquet")
+    assert len({len(rounds) for rounds in begun[-3:]}) > 1
+    begun.clear()
+    asked(tmp_path / "more", 130, FAR, 10)
+    assert len(set(begun[0])) > 1  # points of different rounds side by side
+    for old, new in zip(
+        before.to_dicts(), pl.read_parquet(tmp_path / "more" / "masks.parquet").to_dicts(), strict=True
+    ):
+        np.testing.assert_array_equal(ledger.unpacked(old), ledger.unpacked(new)[: old["rounds"]])
+    one, other = (pl.read_parquet(tmp_path / name / "points.parquet") for name in ("straight", "more"))
+    assert_frame_equal(one.select("ended", "reached", "diverged"), other.select("ended", "reached", "diverged"))
+    assert_frame_equal(one.select("rounds_3", "final_loss"), other.select("rounds_3", "final_loss"), rel_tol=0.03)
+
+
+def test_a_stop_while_it_goes_on_loses_and_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: list[np.ndarray]
+) -> None:
+    asked(tmp_path / "straight", 130, FAR)
+    for name in ("calm", "cut"):
+        asked(tmp_path / name, 37, FAR[:1])
+    begun.clear()
+    asked(tmp_path / "calm", 130, FAR)
+    before = {path: path.read_bytes() for path in tmp_path.glob("cut/*.parquet")}
+    monkeypatch.setattr(study, "SAVE", 0.0)
+    take_in, taken, calm = study.Batch.take_in, [], len(begun)
+
+    def stopped(self: study.Batch, out: Any) -> None:
+        taken.append((len(self.points), *self.record.ran))
+        if len(taken) in (2, 6):
+            raise KeyboardInterrupt
+        take_in(self, out)
+
+    monkeypatch.setattr(study.Batch, "take_in", stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            asked(tmp_path / "cut", 130, FAR)
+        assert {path: path.read_bytes() for path in tmp_path.glob("cut/*.parquet")} == before
+        assert not (tmp_path / "cut" / "run.json").exists()
+    saved = files.save
+    monkeypatch.setattr(files, "save", None)  # the last states are there, and the tables those of the first request
+    with pytest.raises(TypeError):
+        asked(tmp_path / "cut", 130, FAR)
+    monkeypatch.setattr(files, "save", saved)
+    asked(tmp_path / "cut", 130, FAR)
+    assert len(set(taken)) == len(taken) - 2
+    assert len(begun) - 2 == 2 * calm
+    same(tmp_path / "straight", tmp_path / "cut")
+
+
+def test_less_is_refused(tmp_path: Path) -> None:
+    asked(tmp_path, 40, FAR[:1])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    for rounds, targets, said in (
+        (30, FAR[:1], r"\(rounds: 40 there, 30 asked for, which goes on to more rounds only\)"),
+        (
+            80,
+            FAR[1:],
+            r"\(targets: \[4.0\] there, \[3.0\] asked for, which goes on to further targets behind these only",
+        ),
+        (80, (), r"targets: \[4.0\] there, \[\] asked for"),
+        (80, (9.0, 4.0), r"targets: \[4.0\] there, \[9.0, 4.0\] asked for"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            asked(tmp_path, rounds, targets)
+    with pytest.raises(ValueError, match=r"holds the results of other settings \(points: .* asked for\); give"):
+        study.run(uneven()[:3], Targets(FAR), tmp_path, Budget(80, every=10), LINK)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+
+def test_states_that_are_too_large_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "KEEP", 1e-9)
+    console = Console(record=True, width=200, file=io.StringIO())
+    asked(tmp_path, 20, FAR, console=console)
+    assert "of its last states were not kept" in console.export_text()
+    assert not list(tmp_path.glob("batches/*.npz"))
+    with pytest.raises(
+        ValueError, match=r"cannot go on: the 0.0 GiB of its last states were not kept \(rounds: 20 there"
+    ):
+        asked(tmp_path, 30, FAR)
+    asked(tmp_path, 20, FAR)
+
+
+@pytest.mark.parametrize("content", [b"PK..", None])
+def test_a_batch_without_its_last_states_begins_anew(content: bytes | None, tmp_path: Path) -> None:
+    asked(tmp_path / "straight", 75, FAR)
+    asked(tmp_path / "more", 37, FAR)
+    state = tmp_path / "more" / "batches" / "000-000000.npz"
+    state.unlink() if content is None else state.write_bytes(content)
+    console = Console(record=True, width=200, file=io.StringIO())
+    asked(tmp_path / "more", 75, FAR, console=console)
+    said = " ".join(console.export_text().split())
+    assert ("is missing: the batch begins anew" if content is None else "npz.damaged-1, the batch begins anew") in said
+    same(tmp_path / "straight", tmp_path / "more")
 
 
 def test_seeds_of_a_start_that_has_none_are_draws_beside_it() -> None:

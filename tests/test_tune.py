@@ -70,6 +70,10 @@ def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert_frame_equal(run(out, "--trials", "11"), calm)
     with pytest.raises(ValueError, match="search_seed: 0 there, 1 asked for"):
         run(out, "--trials", "11", "--search-seed", "1")
+    with pytest.raises(
+        ValueError, match=r"cannot go on: each trial was asked for .* \(rounds: 60 there, 80 asked for\)"
+    ):
+        run(out, "--trials", "11", "--rounds", "80")
 
 
 def test_a_trial_costs_what_the_sweep_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@
     ... --smoke                                      a tenth of the data, 200 rounds; under a minute
 
 Leaves in --out: table and summary (CSV, Parquet), points, curves and masks (Parquet), figures (PNG, SVG), command, versions.
-Ctrl-C ends early and keeps what is done; the same command goes on where it, or a kill, stopped.
+Ctrl-C ends early and keeps what is done; the same command goes on where it, or a kill, stopped, and with more --rounds from
+where it ended.
 """
 
 import tyro

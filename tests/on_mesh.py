@@ -1,0 +1,263 @@
+"""A program of one process of a mesh, for test_mesh.py: runs a case on all devices and leaves what came out as .npz.
+
+python tests/on_mesh.py CASE OUT DEVICES [PROCESSES RANK PORT]
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+CASE, OUT, DEVICES = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from jax.sharding import NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+import laqjax  # noqa: E402
+from laqjax import algorithms, compressors, loop, mesh, problems  # noqa: E402
+from laqjax.oracle import Blocks  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+if len(sys.argv) > 4:
+    mesh.initialize(f"127.0.0.1:{sys.argv[6]}", int(sys.argv[4]), int(sys.argv[5]), timeout=20, heartbeat=10)
+KEY = jax.random.key(0)
+
+
+MEMBERS = "laq", "two_laq", "slaq", "ef21"
+
+
+def data(workers: int, rows: int) -> laqjax.Shards:
+    from experiments import datasets
+
+    train = datasets.load("mnist")
+    return problems.partition(train.x[: rows * workers], train.y[: rows * workers], workers, "contiguous")
+
+
+def members(workers: int, rows: int) -> dict[str, laqjax.Algorithm]:
+    given: Any = {"lr": 0.02, "num_workers": workers}
+    oracle = problems.Softmax(784, 10).oracle()
+    return {
+        "laq": algorithms.laq(oracle, **given),
+        "two_laq": algorithms.two_laq(oracle, **given),
+        "slaq": algorithms.slaq(oracle, **given, sampler=Blocks(rows // 12)),
+        "ef21": algorithms.ef21(oracle, **given, compressor=compressors.top_k(50)),
+    }
+
+
+def facts(out: laqjax.Output, workers: int) -> dict[str, Any]:
+    state = mesh.trim(out.state, workers)
+    leaves = {f"state{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    return {"sent": out.info.sent, "loss": out.info.loss, "bits": out.info.bits_up, **leaves}
+
+
+def compare(name: str, one: dict[str, Any], many: dict[str, Any]) -> None:
+    """Names of what is not bit for bit the same, into a file for each comparison."""
+    differs = [key for key in one if not np.array_equal(one[key], many[key])]
+    if jax.process_index() == 0:
+        (OUT / name).write_text(" ".join(differs))
+
+
+def reference(rows: int, rounds: int, counts: tuple[int, ...] = (10, 7), names: tuple[str, ...] = MEMBERS) -> None:
+    """Every exchange that promises it is one device bit for bit, and a sum of floats is not."""
+    everywhere = mesh.make()
+    for workers in counts:
+        shards = data(workers, rows)
+        own = mesh.load(everywhere, workers, lambda first, last: jax.tree.map(lambda a: a[first:last], shards))  # noqa: B023
+        for name in names:
+            alg = members(workers, rows)[name]
+            start = problems.Softmax(784, 10).start(0)
+            alone = facts(laqjax.run(alg, start, shards, rounds, KEY), workers)
+            for exchange in ("messages", "chunked") if name in ("laq", "two_laq") else ("messages",):
+                out = laqjax.run(alg, start, own, rounds, KEY, mesh=everywhere, exchange=exchange)
+                compare(f"{name}-{workers}-{exchange}", alone, facts(out, workers))
+        alg = algorithms.laq(problems.Softmax(784, 10).oracle(), lr=0.02, num_workers=workers)
+        out = laqjax.run(alg, problems.Softmax(784, 10).start(0), shards, 20, KEY, mesh=everywhere, exchange="sums")
+        alone = laqjax.run(alg, problems.Softmax(784, 10).start(0), shards, 20, KEY)
+        compare(f"sums-{workers}", {"sent": alone.info.sent}, {"sent": out.info.sent})
+        assert np.allclose(out.info.loss, alone.info.loss, rtol=1e-5)
+
+
+def family() -> None:
+    """Every named algorithm on 4 workers, on 3 devices two of which have a row of padding."""
+    import test_laws
+    from conftest import make_toy
+
+    toy = make_toy(np.float32)
+    for name, row in test_laws.ROWS.items():
+        alg = row.factory(toy.oracle, num_workers=4, **{"lr": 0.05} | row.knobs)
+        options: Any = {"workers_at_once": 1}
+        alone = laqjax.run(alg, toy.theta0, toy.shards, 12, KEY, **options)
+        out = laqjax.run(alg, toy.theta0, toy.shards, 12, KEY, mesh=mesh.make(), **options)
+        compare(name, facts(alone, 4), facts(out, 4))
+
+
+def swept() -> None:
+    """Points and workers on two axes at once, against one axis of points with as many points a device."""
+    shards, oracle = data(6, 100), problems.Softmax(784, 10).oracle()
+    algs = laqjax.stack([algorithms.laq(oracle, lr=0.02, num_workers=6, limit=limit) for limit in (2, 5, 20, 100)])
+    keys, start = jax.random.split(KEY, 4), problems.Softmax(784, 10).start(0)
+    options: Any = {"workers_at_once": 1, "record": ["worker_loss"]}
+    alone = laqjax.sweep(
+        algs, start, shards, 40, keys, mesh=jax.make_mesh((2,), ("sweep",), devices=jax.devices()[:2]), **options
+    )
+    for exchange in ("messages", "chunked"):
+        both = laqjax.sweep(algs, start, shards, 40, keys, mesh=mesh.make(2, 2), exchange=exchange, **options)
+        one, two = (
+            {"sent": o.info.sent, "loss": o.info.loss, **o.info.extra, "params": o.state.params} for o in (alone, both)
+        )
+        compare(f"swept-{exchange}", one, two)
+
+
+def refused() -> None:
+    """What cannot work is said before anything runs."""
+    shards, oracle = data(4, 20), problems.Softmax(784, 10).oracle()
+    alg, start = algorithms.laq(oracle, lr=0.02, num_workers=4), problems.Softmax(784, 10).start(0)
+    everywhere = mesh.make()
+
+    def message(call: Any) -> str:
+        try:
+            call()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    other = jax.make_mesh((DEVICES,), ("model",))
+    algs = laqjax.stack([algorithms.laq(oracle, lr=0.02, num_workers=4, bits=b) for b in (3, 4, 5, 6)])
+    keys = jax.random.split(KEY, 4)
+    top = algorithms.ef21(oracle, lr=0.02, num_workers=4, compressor=compressors.top_k(5))
+    lines = [
+        message(lambda: laqjax.run(alg, start, shards, 2, KEY, mesh=other)),
+        message(lambda: laqjax.run(alg, start, data(3, 20), 2, KEY, mesh=everywhere)),
+        message(lambda: laqjax.run(alg, start, shards, 2, KEY, mesh=everywhere, exchange="gossip")),
+        message(lambda: laqjax.sweep(algs, start, shards, 2, keys, mesh=mesh.make(2, 2))),
+        message(lambda: laqjax.run(top, start, shards, 2, KEY, mesh=everywhere, exchange="chunked")),
+        message(lambda: mesh.make(3)),
+    ]
+    (OUT / "refused").write_text("\n".join(lines))
+
+
+def lazy() -> None:
+    """A training loop of one's own is `run` bit for bit; parameters of several dtypes; what it cannot do."""
+    workers, oracle, start = 4, problems.Softmax(784, 10).oracle(), problems.Softmax(784, 10).start(0)
+    shards, along = data(workers, 100), jax.make_mesh((workers,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def train(tx: Any, params: Any, gradient: Any, steps: int) -> Any:
+        specs = laqjax.lazy.specs(jax.eval_shape(tx.init, params), "data")
+        places = jax.tree.map(lambda spec: NamedSharding(along, spec), specs)
+        state = jax.jit(tx.init, out_shardings=places)(params)
+
+        def step(params: Any, state: Any, shards: Any) -> Any:
+            updates, state = tx.update(gradient(params, shards), state, params)
+            return optax.apply_updates(params, updates), state
+
+        step = jax.shard_map(
+            step, mesh=along, in_specs=(P(), specs, P("data")), out_specs=(P(), specs), check_vma=False
+        )
+        step, facts = jax.jit(step), []
+        for _ in range(steps):
+            params, state = step(params, state, shards)
+            facts.append(jax.device_get(state[0])._replace(laq=None))
+        return params, facts
+
+    def flat(params: Any, shards: Any) -> Any:
+        return oracle(params, shards, np.int32(0))[1]
+
+    def tree(params: Any, shards: Any) -> Any:
+        def loss(params: Any) -> Any:
+            whole = jax.tree.map(lambda a: a.astype(np.float32), params)
+            return oracle(oracle.ravel(whole), shards, np.int32(0))[0]
+
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.grad(loss)(params)
+
+    vector = oracle.ravel(start)
+    for exchange in ("messages", "chunked"):
+        tx = optax.chain(laqjax.lazy_aggregate("data", workers, bits=4, exchange=exchange, mean=False), optax.sgd(0.02))
+        params, facts = train(tx, vector, flat, 40)
+        alg = algorithms.laq(oracle, lr=0.02, num_workers=workers, bits=4, optimizer=optax.sgd(0.02))
+        out = laqjax.run(alg, vector, shards, 40, KEY, workers_at_once=1)
+        assert np.allclose(params, out.state.params, rtol=1e-5, atol=1e-6)  # steps are rounded in another place
+        mine = {
+            "sent": np.stack([fact.sent for fact in facts]),
+            "bits": np.stack([fact.bits for fact in facts]),
+        }
+        compare(f"lazy-{exchange}", {"sent": out.info.sent, "bits": out.info.bits_up}, mine)
+        words = {"messages": 3 * (1 + 982), "chunked": 3 * (1 + 248 + 1984)}[exchange]
+        assert [int(fact.bytes) for fact in facts] == [4 * words * bool(fact.sent.any()) for fact in facts]
+        assert int(facts[-1].uploads) == out.info.sent.sum()
+    mixed = {"weight": start["weight"].astype(jax.numpy.bfloat16), "bias": start["bias"]}
+    tx = optax.chain(laqjax.lazy_aggregate("data", workers, bits=8, blocks="leaf"), optax.sgd(0.08))
+    params, facts = train(tx, mixed, tree, 10)
+    assert jax.tree.map(lambda a: a.dtype, params) == jax.tree.map(lambda a: a.dtype, mixed)
+    assert int(facts[0].bits[0]) == 2 * 32 + 8 * 7850
+
+    def message(tx: Any) -> str:
+        try:
+            train(optax.chain(tx, optax.sgd(0.1)), vector, flat, 1)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    lines = [
+        message(laqjax.lazy_aggregate("data", 8)),
+        message(laqjax.lazy_aggregate("data", 4, algorithms.lasg_wk2, sampler=Blocks(10))),
+        message(laqjax.lazy_aggregate("data", 4, blocks=(1, 2))),
+    ]
+    (OUT / "refused").write_text("\n".join(lines))
+
+
+def resumed() -> None:
+    """A long run with checkpoints, to be killed; `PACE` seconds between chunks."""
+    shards, oracle = data(6, 50), problems.Softmax(784, 10).oracle()
+    alg, everywhere = algorithms.laq(oracle, lr=0.02, num_workers=6), mesh.make()
+    pace = float(os.environ.get("PACE", "0"))
+    begun = loop.head
+
+    def head(info: Any, rounds: int) -> Any:
+        time.sleep(pace)
+        return begun(info, rounds)
+
+    loop.head = head
+    out = laqjax.run(
+        alg,
+        problems.Softmax(784, 10).start(0),
+        shards,
+        200,
+        KEY,
+        mesh=everywhere,
+        chunk=10,
+        checkpoint=OUT / "checkpoints",
+    )
+    if jax.process_index() == 0:
+        print("whole", flush=True)
+    kept = facts(out, 6)
+    if jax.process_index() == 0:
+        np.savez(OUT / "resumed.npz", **kept)  # pyright: ignore[reportArgumentType]
+
+
+def disagree() -> None:
+    """Process 1 has another step size."""
+    shards, oracle = data(4, 20), problems.Softmax(784, 10).oracle()
+    alg = algorithms.laq(oracle, lr=0.02 + 0.01 * jax.process_index(), num_workers=4)
+    laqjax.run(alg, problems.Softmax(784, 10).start(0), shards, 2, KEY, mesh=mesh.make())
+
+
+if __name__ == "__main__":
+    cases: dict[str, Any] = {
+        "reference": lambda: reference(6000, 200),
+        "smaller": lambda: reference(1000, 200),
+        "short": lambda: reference(500, 60, (7,), ("laq", "ef21")),
+        "swept": swept,
+        "refused": refused,
+        "family": family,
+        "lazy": lazy,
+        "resumed": resumed,
+        "disagree": disagree,
+    }
+    cases[CASE]()

@@ -1,0 +1,202 @@
+"""Many devices and many processes are one device, bit for bit; what travels is packed; what cannot work is refused."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import KEY, Toy
+from hypothesis import given
+from hypothesis import strategies as st
+
+import laqjax
+from laqjax import algorithms, compressors, exchange, mesh, types
+
+HERE = Path(__file__).parent
+# JAX in its optimised form rounds the gradients of these otherwise when a round is compiled for a mesh: two gradients, or a
+# width of the code that only the run knows, are fused with what reads them. Their decisions are the same.
+ROUNDED = {"laq_adaptive", "lasg_wk1", "lasg_wk2", "cada1", "cada2"}
+
+
+def command(case: str, out: Path, devices: int, *process: int) -> list[str]:
+    return [sys.executable, str(HERE / "on_mesh.py"), case, str(out), str(devices), *map(str, process)]
+
+
+def on_devices(case: str, out: Path, devices: int) -> dict[str, str]:
+    """What one process with so many devices leaves, file by file."""
+    subprocess.run(command(case, out, devices), check=True, cwd=HERE.parent)
+    return {path.name: path.read_text() for path in out.iterdir()}
+
+
+def on_processes(case: str, out: Path, **env: str) -> list[subprocess.Popen[str]]:
+    """Two processes of two devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options: Any = {"cwd": HERE.parent, "env": os.environ | env, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(command(case, out, 2, 2, rank, port), **options) for rank in (0, 1)]
+
+
+def test_four_devices_are_one(tmp_path: Path) -> None:
+    results = on_devices("short", tmp_path, 4)
+    assert len(results) == 4
+    assert set(results.values()) == {""}, results
+
+
+def test_points_and_workers_are_spread_at_once(tmp_path: Path) -> None:
+    assert on_devices("swept", tmp_path, 4) == {"swept-messages": "", "swept-chunked": ""}
+
+
+def test_what_a_mesh_cannot_do_is_refused(tmp_path: Path) -> None:
+    lines = on_devices("refused", tmp_path, 4)["refused"].splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "mesh with axes ('model',)",
+        "shards of 3 workers for an algorithm of num_workers = 4",
+        "exchange = 'gossip'",
+        "messages of 3, 4, 5, 6 bits per number of 'codes' in one sweep",
+        "chunked exchange of Sparse messages",
+        "mesh of 1 x 3 devices",
+    ]
+
+
+def test_a_loop_of_ones_own_sends_what_a_run_sends(tmp_path: Path) -> None:
+    results = on_devices("lazy", tmp_path, 4)
+    lines = results.pop("refused").splitlines()
+    assert results == {"lazy-messages": "", "lazy-chunked": ""}
+    assert "num_workers = 8 on the axis 'data' of 4 devices" in lines[0]
+    assert "a method that asks for gradients at other models" in lines[1]
+    assert "expected p = 7850" in lines[2]
+
+
+@pytest.mark.distributed
+def test_four_devices_are_one_over_two_hundred_rounds(tmp_path: Path) -> None:
+    results = on_devices("smaller", tmp_path, 4)
+    assert len(results) == 14
+    assert set(results.values()) == {""}, results
+
+
+@pytest.mark.distributed
+def test_two_processes_are_one_over_two_hundred_rounds_of_the_reference_problem(tmp_path: Path) -> None:
+    for process in on_processes("reference", tmp_path):
+        errors = process.communicate(timeout=600)[1]
+        assert process.returncode == 0, errors
+    results = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert len(results) == 14
+    assert set(results.values()) == {""}, results
+
+
+@pytest.mark.distributed
+def test_every_member_is_the_same_on_a_mesh(tmp_path: Path) -> None:
+    results = on_devices("family", tmp_path, 3)
+    assert {name for name, differs in results.items() if differs} <= ROUNDED, results
+    assert not any("sent" in differs or "bits" in differs for differs in results.values())
+
+
+@pytest.mark.distributed
+def test_a_lost_process_is_noticed_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    cut, straight = tmp_path / "cut", tmp_path / "straight"
+    cut.mkdir()
+    straight.mkdir()
+    first, second = on_processes("resumed", cut, PACE="0.5")
+    while not (cut / "checkpoints" / "30").exists():
+        assert first.poll() is None
+        time.sleep(0.1)
+    second.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    errors = first.communicate(timeout=60)[1]
+    assert time.monotonic() - killed < 60
+    assert first.returncode != 0
+    assert "process 0 has lost another one of 2" in errors
+    second.communicate()
+    for out in (cut, straight):
+        for process in on_processes("resumed", out):
+            errors = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, errors
+    with np.load(cut / "resumed.npz") as mine, np.load(straight / "resumed.npz") as other:
+        assert mine.files == other.files
+        for name in mine.files:
+            np.testing.assert_array_equal(mine[name], other[name])
+
+
+@pytest.mark.distributed
+def test_processes_that_disagree_stop_before_the_first_round(tmp_path: Path) -> None:
+    for process in on_processes("disagree", tmp_path):
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode != 0
+        assert "process 1 has another one than process 0" in errors
+
+
+def test_a_coordinator_that_does_not_answer_is_named() -> None:
+    with pytest.raises(TimeoutError, match=r"no answer from the coordinator 127\.0\.0\.1:1 within 0\.1 s"):
+        mesh.initialize("127.0.0.1:1", 2, 1, timeout=0.1)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="expected host:port"):
+        mesh.initialize("here", 2, 1)
+    with pytest.raises(ValueError, match="expected all three"):
+        mesh.initialize("127.0.0.1:1")
+
+
+@given(bits=st.integers(1, 32), codes=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=70))
+def test_packing_loses_nothing_and_wastes_less_than_a_group(bits: int, codes: list[int]) -> None:
+    values = np.array(codes, np.uint32) & np.uint32(2**bits - 1)
+    words = exchange.pack(jnp.asarray(values), bits)
+    np.testing.assert_array_equal(exchange.unpack(words, bits, values), values)
+    assert words.size == exchange.packed_words(values, bits)
+    assert 32 * words.size < bits * (len(codes) + 32)
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int32, np.float32, np.float64])
+def test_facts_of_every_dtype_come_back_from_words(x64, dtype: Any) -> None:
+    values = jnp.asarray(np.arange(-3, 21).reshape(4, 3, 2) % 5 - 2).astype(dtype)
+    back = exchange.of_words(exchange.to_words(values), values)
+    assert back.dtype == values.dtype
+    np.testing.assert_array_equal(back, values)
+
+
+SCHEMES = {
+    "identity": (compressors.identity(), (32,), True),
+    "grid": (compressors.grid(3), (32, 3), True),
+    "qsgd": (compressors.qsgd(5), (32, 1, 3), True),
+    "natural": (compressors.natural(), (1, 8), True),
+    "sign": (compressors.sign(), (32, 1), True),
+    "top_k": (compressors.top_k(7), (6, 32), False),
+    "blockwise": (compressors.blockwise(compressors.grid(5), (20, 43)), (32, 5, 32, 5), False),
+    "adaptive": (compressors.adaptive_grid(), None, True),
+    "sampled": (compressors.sampled(0.3), None, True),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_packed_message_decodes_to_what_was_sent(toy: Toy, name: str) -> None:
+    compressor, widths, in_chunks = SCHEMES[name]
+    alg = algorithms.ef21(toy.oracle, lr=0.1, num_workers=4, compressor=compressor)
+    assert exchange.widths(alg) == widths
+    keys = types.Keys(KEY, KEY, KEY, jnp.int32(1), jnp.int32(0))
+    target = jax.random.normal(KEY, toy.theta0.shape)
+    payload = compressor.encode(target, keys)
+    decoded = compressor.decode(payload, target)
+    upload = types.Upload(payload, decoded, jnp.asarray(True), jnp.asarray(True), jnp.int32(0))
+    words = exchange.pack_message(compressor, upload, widths)
+    assert words.size == exchange.message_words(alg, 63, widths)
+    np.testing.assert_array_equal(exchange.unpack_message(compressor, words, target, widths), decoded)
+    if not in_chunks:
+        with pytest.raises(ValueError, match="expected a compressor with a code for each coordinate"):
+            exchange.chunked(alg)
+
+
+def test_shards_that_one_process_loads_are_checked(toy: Toy) -> None:
+    everywhere = mesh.make()
+    x, y, weight = toy.shards
+    loaded = mesh.load(
+        everywhere, 4, lambda first, last: laqjax.Shards(x[first:last], y[first:last], weight[first:last])
+    )
+    np.testing.assert_array_equal(loaded.x, x)
+    with pytest.raises(ValueError, match="sums to 0"):
+        mesh.load(everywhere, 4, lambda first, last: laqjax.Shards(x, y, 0 * weight))
