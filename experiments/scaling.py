@@ -8,7 +8,8 @@ Starts its own processes on this machine, on CPU devices that XLA makes of its c
 faster, and a device alone uses all cores in its products, so that weak and strong scaling show here what devices and
 processes cost, not what they gain. LAQ with b = 4, on MNIST. Contestants take turns, the best call counts. Bytes are those
 that a device receives, by the compiled program; between processes also by the counter of the loopback device, from which
-the traffic of an idle while as long is taken away: what else the machine says to itself meanwhile stays in it.
+the traffic of an idle while as long is taken away: what else the machine says to itself meanwhile stays in it, but not in a
+network of its own (as root: unshare -n sh -c 'ip link set lo up; python -m experiments.scaling').
 The model of a thousand hosts is a model: its formula, constants and assumptions stand in model.json.
 
 Leaves in --out: cost and bytes (Parquet, CSV), goals and model (Parquet, CSV; JSON), figures (PNG, SVG), run.json.
@@ -24,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import scipy.optimize
 import tyro
 from rich.console import Console
 
-from experiments import files, ledger, plots, traffic
+from experiments import files, ledger, traffic
 from experiments.bench import cores, cpu_seconds_of_others
+from experiments.scaling_plots import draw, slope
 from experiments.teams import Team
 
 MEMBER = "experiments.scaling_member:member"
@@ -128,20 +129,6 @@ def row(cell: Cell, rounds: int, seconds: float) -> dict[str, Any]:
     return facts | {"M": cell.workers, "p": cell.size, "rows": cell.rows, "rounds": rounds, "seconds": seconds}
 
 
-def slope(x: Any, seconds: Any) -> tuple[float, float]:
-    """(Fixed cost, slope): seconds = fixed + c x^slope, the least squares of the logarithms."""
-    x, seconds = np.asarray(x, float), np.asarray(seconds, float)
-
-    def line(share: float) -> tuple[float, np.ndarray]:
-        power, offset = np.polyfit(np.log(x), np.log(seconds - share * seconds.min()), 1)
-        return power, np.log(share * seconds.min() + np.exp(offset) * x**power) - np.log(seconds)
-
-    tried: Any = scipy.optimize.minimize_scalar(
-        lambda share: np.sum(line(share)[1] ** 2), bounds=(0, 0.99), method="bounded"
-    )
-    return float(tried.x * seconds.min()), float(line(tried.x)[0])
-
-
 def bytes_moved(teams: dict[tuple[int, int], Team], quick: bool, note: Callable[[str], Any]) -> pl.DataFrame:
     """A row an exchange and team: bytes that a device receives, and that the loopback device counted."""
     rows: list[dict[str, Any]] = []
@@ -218,7 +205,7 @@ def model(teams: dict[tuple[int, int], Team], cost: pl.DataFrame, quick: bool) -
 # ---- what is said of it -----------------------------------------------------------------------------------------
 
 
-def goals(cost: pl.DataFrame, moved: pl.DataFrame) -> pl.DataFrame:
+def goals(cost: pl.DataFrame, moved: pl.DataFrame, memory: pl.DataFrame) -> pl.DataFrame:
     """A row a goal: what was measured, and whether it is met."""
     found: list[tuple[str, float, float, float]] = []  # name, least, most, measured
     for (axis, devices), rows in cost.group_by(["axis", "devices"], maintain_order=True):
@@ -233,44 +220,14 @@ def goals(cost: pl.DataFrame, moved: pl.DataFrame) -> pl.DataFrame:
         team = f"{rows['processes']} x {rows['devices of each']}"
         found.append((f"messages / float32 all-gather, an exchange, {team}", 0, 0.14, rows["an exchange / float32"]))
         found.append((f"the same over {rows['rounds']} rounds, {team}", 0, 0.05, rows["the run / float32"]))
+    for team, rows in memory.filter(M=8).group_by(["processes", "devices of each"], maintain_order=True):
+        if len(rows) > 2:
+            found.append(
+                (f"slope of peak memory in p, {team[0]} x {team[1]}", 0, 1.1, slope(rows["p"], rows["grown MB"])[1])
+            )
     names = ("goal", "least", "most", "measured")
     table = pl.DataFrame(found, names, orient="row", schema_overrides={n: pl.Float64 for n in names[1:]})
     return table.with_columns(met=pl.col("measured").is_between("least", "most"))
-
-
-def draw(folder: Path) -> None:
-    """The figures, from the tables of a folder."""
-    cost, modelled = (pl.read_parquet(folder / f"{name}.parquet") for name in ("cost", "model"))
-    with plots.plt.rc_context(plots.STYLE):
-        figure, axes = plots.plt.subplots(1, 3, figsize=(12, 3.6))
-        for axis, name in zip(axes, ("M", "p", "rounds"), strict=True):
-            for i, ((devices,), rows) in enumerate(cost.filter(axis=name).group_by(["devices"], maintain_order=True)):
-                fixed, power = slope(rows[name], rows["seconds"])
-                label = f"{devices} device(s): slope {power:.2f} above {1e3 * fixed:.2g} ms"
-                axis.plot(rows[name], rows["seconds"], marker="o", label=label, **plots.look(i))
-            axis.set(xscale="log", yscale="log", xlabel=name, ylabel="s a run" if name == "rounds" else "s a round")
-            axis.legend(frameon=False, fontsize=8)
-        figure.tight_layout()
-        plots.save(figure, folder / "cost")
-        figure, axes = plots.plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
-        for axis, name in zip(axes, ("strong", "weak"), strict=True):
-            rows = cost.filter(axis=name)
-            bars = [f"{r['processes']} x {r['devices of each']}" for r in rows.iter_rows(named=True)]
-            axis.bar(bars, 1e3 * rows["seconds"], color=[plots.COLORS[r - 1] for r in rows["processes"]])
-            work = f"M = {rows['M'][0]}" if name == "strong" else f"M = {rows['M'][0]} a device"
-            axis.set(title=f"{name} scaling, {work}", xlabel="processes x devices of each")
-        axes[0].set_ylabel("ms a round")
-        plots.save(figure, folder / "devices")
-        figure, axes = plots.plt.subplots(1, 2, figsize=(8, 3.6))
-        for axis, ((size,), part) in zip(axes, modelled.group_by(["p"], maintain_order=True), strict=True):
-            for i, ((name,), rows) in enumerate(part.group_by(["exchange"], maintain_order=True)):
-                axis.plot(rows["hosts"], rows["seconds"], label=name, **plots.look(i))
-            axis.set(
-                xscale="log", yscale="log", xlabel="hosts", title=f"a model, not measured: M = 1000, p = {size:.2g}"
-            )
-        axes[0].set_ylabel("s a round")
-        axes[1].legend(frameon=False)
-        plots.save(figure, folder / "model")
 
 
 def main(out: Path = Path("results/scaling"), quick: bool = False) -> None:
@@ -312,7 +269,7 @@ def measure(out: Path, quick: bool, note: Callable[[str], Any]) -> dict[str, pl.
         modelled, constants = model(teams, tables["cost"], quick)
     keep("model", modelled)
     files.write_json(out / "model.json", constants)
-    keep("goals", goals(tables["cost"], tables["bytes"]))
+    keep("goals", goals(tables["cost"], tables["bytes"], tables["memory"]))
     return tables
 
 

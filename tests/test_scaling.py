@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 import laqjax
-from experiments import datasets, files, points, scaling, teams, traffic
+from experiments import datasets, files, points, scaling, scaling_plots, teams, traffic
 
 HLO = """HloModule jit_chunk, is_scheduled=true
 
@@ -131,7 +131,7 @@ def test_members_end_when_the_one_who_asks_is_killed(member):
 @pytest.mark.parametrize(("fixed", "power"), [(0.0, 1.0), (0.01, 1.0), (0.02, 0.7), (0.005, 1.3)])
 def test_slope_above_the_fixed_cost(fixed, power):
     x = np.array([10, 30, 100, 300, 1000])
-    found = scaling.slope(x, fixed + 1e-3 * x**power)
+    found = scaling_plots.slope(x, fixed + 1e-3 * x**power)
     np.testing.assert_allclose(found, (fixed, power), atol=0.02)
 
 
