@@ -99,7 +99,10 @@ def race(teams: dict[tuple[int, int], Team], timed: Sequence[Cell], seconds: flo
     best, end, turn = [np.inf] * len(timed), None, 0
     while turn < 2 or time.perf_counter() < (end or 0):
         for i, cell in list(enumerate(timed))[:: -1 if turn % 2 else 1]:
-            answers = teams[cell.team].ask(do="go", number=i, cell=cell.asked)
+            answers = teams[cell.team].ask(do="go", cell=cell.asked)
+            ran = {(answer["M"], answer["p"]) for answer in answers}
+            if ran != {(cell.workers, cell.size)}:  # else a table would hold the times of something else
+                raise ValueError(f"(M, p) = {ran} ran: expected {cell.workers, cell.size}")
             best[i] = min(best[i], max(answer["seconds"] for answer in answers))
         end, turn = end or time.perf_counter() + seconds, turn + 1  # the first turn compiles
     return best

@@ -24,12 +24,12 @@ def member(rank: int, processes: int, port: int) -> None:
     """Join the others and answer."""
     if processes > 1:
         meshes.initialize(f"127.0.0.1:{port}", processes, rank)
-    streams: dict[int, Iterator[Any]] = {}
+    streams: dict[Any, Iterator[Any]] = {}
     jax.devices()  # starts the backend: not part of what is measured
 
-    def respond(do: str, cell: dict[str, Any], number: int = 0, **more: Any) -> Any:
+    def respond(do: str, cell: dict[str, Any], **more: Any) -> Any:
         if do == "go":
-            return go(streams, number, cell)
+            return go(streams, cell)
         return {"run": run, "bytes": moved, "memory": memory, "constants": constants}[do](cell, **more)
 
     teams.answer(respond)
@@ -67,15 +67,17 @@ def made(workers: int, rows: int, hidden: int | None = None, exchange: str = "me
     return given | {"mesh": mesh, "exchange": exchange}
 
 
-def go(streams: dict[int, Iterator[Any]], number: int, cell: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of a round, by a chunk of rounds of a run that goes on with each call."""
-    if number not in streams:
+def go(streams: dict[Any, Iterator[Any]], cell: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a round, by a chunk of rounds of a run that goes on with each call; and M and p of what ran."""
+    name = tuple(cell.items())
+    if name not in streams:
         options = {"chunk": cell["chunk"], "workers_at_once": cell["at_once"]}
-        streams[number] = laqjax.stream(**made(**cell), rounds=10**6, **options)
-        next(streams[number])  # compiles
+        streams[name] = laqjax.stream(**made(**cell), rounds=10**6, **options)
+        next(streams[name])  # compiles
     begin = time.perf_counter()
-    next(streams[number])
-    return {"seconds": (time.perf_counter() - begin) / cell["chunk"]}
+    out = next(streams[name])
+    seconds = (time.perf_counter() - begin) / len(out.info.loss)
+    return {"seconds": seconds, "M": out.info.sent.shape[1], "p": out.state.params.size}
 
 
 def run(cell: dict[str, Any], rounds: int) -> dict[str, Any]:
