@@ -52,9 +52,8 @@ def draw(folder: Path) -> None:
         for axis, ((size,), part) in zip(axes, modelled.group_by(["p"], maintain_order=True), strict=True):
             for i, ((name,), rows) in enumerate(part.group_by(["exchange"], maintain_order=True)):
                 axis.plot(rows["hosts"], rows["seconds"], label=name, **plots.look(i))
-            axis.set(
-                xscale="log", yscale="log", xlabel="hosts", title=f"a model, not measured: M = 1000, p = {size:.2g}"
-            )
+            axis.set(xscale="log", yscale="log", xlabel="hosts", title=f"p = {size:,}")
+        figure.suptitle("a model, not measured: M = 1000", y=1.02)
         axes[0].set_ylabel("s a round")
         axes[1].legend(frameon=False)
         plots.save(figure, folder / "model")
