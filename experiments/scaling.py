@@ -87,11 +87,11 @@ def cells(quick: bool) -> list[Cell]:
         # workers one after another: which run together is a choice by size, and would be a step in the curve
         found += [Cell("M", team, m, 60, chunk=min(100, max(4, 4000 // m)), at_once=1) for m in workers]
         chunks = [min(100, max(2, 10**6 // (795 * h))) for h in hidden]
-        found += [Cell("p", team, 8, 32, h, chunk, 1) for h, chunk in zip(hidden, chunks, strict=True)]
+        found += [Cell("p", team, 8, 32, h, chunk) for h, chunk in zip(hidden, chunks, strict=True)]
     rows = 60 if quick else 1500
     found += [Cell("strong", team, 40, rows) for team in few]
     found += [Cell("weak", team, 10 * team[0] * team[1], rows) for team in few]
-    return found + [Cell("reference", team, **REFERENCE) for team in (() if quick else few[1:])]
+    return found + [Cell("reference", team, **REFERENCE) for team in (() if quick else few)]
 
 
 def race(teams: dict[tuple[int, int], Team], timed: Sequence[Cell], seconds: float) -> list[float]:
