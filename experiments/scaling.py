@@ -2,7 +2,7 @@
 
     python -m experiments.scaling [--out DIR] [--quick]
 
-Cost: ten minutes and 6 GB on two cores; --quick under half a minute, with rougher times and small sizes.
+Cost: a quarter of an hour on two busy cores; --quick a minute and a half, with rougher times and small sizes.
 
 Starts its own processes on this machine, on CPU devices that XLA makes of its cores: more devices than cores cannot be
 faster, and a device alone uses all cores in its products, so that weak and strong scaling show here what devices and
