@@ -137,6 +137,8 @@ class Settings:
     """A TOML or YAML file of these settings; the command line goes before it."""
     out: Path = Path("results/compare")
     """Folder for the results."""
+    devices: int | None = None
+    """Devices that the CPU is cut into; points are spread over them. GPUs and TPUs are all used as they are."""
     smoke: bool = False
     """Few examples and rounds: does everything work here?"""
 

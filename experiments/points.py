@@ -299,7 +299,25 @@ def parsed(kind: Any, given: Sequence[str], about: str | None) -> Any:
     if settings.config:
         before = from_file(settings.config, kind)
         settings = tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=[*before, *given], description=about)
+    cpu_devices(getattr(settings, "devices", None))
     return settings
+
+
+def cpu_devices(count: int | None) -> None:
+    """Make XLA see so many devices in this machine's CPU; others, as GPUs, are not touched. None: as it is.
+
+    Raises:
+        ValueError: no number of devices, or JAX has computed something already.
+    """
+    if count is None:
+        return
+    number("devices", count, np.int32, least=1)
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        raise ValueError(
+            f"devices = {count}: expected to be set before JAX is used in this process ({error})"
+        ) from None
 
 
 def names_of(kind: Any) -> set[str]:
@@ -338,7 +356,7 @@ def from_file(path: Path, kind: Any) -> list[str]:
 
 def identity(settings: Any, **more: Any) -> dict[str, Any]:
     """What makes an experiment this experiment: all settings but where they stand, and what stands in files of one's own."""
-    flat, free = more, ("out", "config", "short", "filled")
+    flat, free = more, ("out", "config", "devices", "short", "filled")
     for f in fields(settings):
         value = getattr(settings, f.name)
         flat |= identity(value) if is_dataclass(value) else {} if f.name in free else {f.name: value}

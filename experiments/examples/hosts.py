@@ -1,0 +1,48 @@
+"""LAQ on MNIST over the devices of many processes or hosts: the same command on each, with its own --process-id.
+
+python -m experiments.examples.hosts --coordinator HOST:PORT --num-processes 2 --process-id 0
+srun python -m experiments.examples.hosts        where JAX finds the processes itself: Slurm, TPU pods
+"""
+
+from typing import Literal
+
+import jax
+import numpy as np
+import tyro
+
+import laqjax
+from experiments import datasets, files
+from laqjax import mesh as meshes
+
+
+def main(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    exchange: Literal["messages", "chunked", "sums"] = "messages",
+    workers: int = 10,
+    rows: int = 6000,
+    rounds: int = 200,
+) -> None:
+    with files.refusing():
+        meshes.initialize(coordinator, num_processes, process_id)  # before anything else of JAX
+        data, mesh = datasets.load("mnist"), meshes.make()
+
+        def load(first: int, last: int) -> laqjax.Shards:  # a process asks for its own workers only
+            part = slice(first * rows, last * rows)
+            return laqjax.problems.partition(data.x[part], data.y[part], last - first, "contiguous")
+
+        problem = laqjax.problems.Softmax(784, 10)
+        alg = laqjax.algorithms.laq(problem.oracle(), lr=0.2 / workers, num_workers=workers, bits=4)
+        shards = meshes.load(mesh, workers, load)
+        out = laqjax.run(
+            alg, problem.start(0), shards, rounds, jax.random.key(0), mesh=mesh, exchange=exchange, workers_at_once=1
+        )
+        if jax.process_index() == 0:  # one of them speaks and writes
+            uploads, bits = int(out.info.sent.sum()), int(out.info.bits_up.sum(dtype=np.int64))
+            where = f"{jax.process_count()} process(es), {jax.device_count()} device(s)"
+            print(f"{where}: f = {out.info.loss[-1]:.9g} after {rounds} rounds, {uploads} uploads, {bits} bits up")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

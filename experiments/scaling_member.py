@@ -1,0 +1,167 @@
+"""What a process of `experiments.scaling` does: rounds, whole runs, memory and constants, as it is asked."""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+import laqjax
+from experiments import datasets, teams, traffic
+from experiments.bench import peak
+from laqjax import exchange as exchanges
+from laqjax import loop
+from laqjax import mesh as meshes
+
+BITS, LR, CLASSES, PIXELS = 4, 0.2, 10, 784  # lr M: steps on the mean of the workers' losses
+
+
+def member(rank: int, processes: int, port: int) -> None:
+    """Join the others and answer."""
+    if processes > 1:
+        meshes.initialize(f"127.0.0.1:{port}", processes, rank)
+    streams: dict[Any, Iterator[Any]] = {}
+    jax.devices()  # starts the backend: not part of what is measured
+
+    def respond(do: str, cell: dict[str, Any], **more: Any) -> Any:
+        if do == "go":
+            return go(streams, cell)
+        return {"run": run, "bytes": moved, "memory": memory, "constants": constants}[do](cell, **more)
+
+    teams.answer(respond)
+
+
+@cache
+def images() -> datasets.Dataset:
+    """MNIST, as it lies."""
+    return datasets.load("mnist")
+
+
+def problem_of(hidden: int | None) -> Any:
+    """Softmax regression, or a network with so many hidden units."""
+    return (
+        laqjax.problems.Network(PIXELS, CLASSES, hidden, l2=0) if hidden else laqjax.problems.Softmax(PIXELS, CLASSES)
+    )
+
+
+def shards_of(first: int, last: int, rows: int) -> laqjax.Shards:
+    """The images of some workers; from the beginning again where there are no more."""
+    data, which = images(), np.arange(first * rows, last * rows) % len(images().x)
+    x, y = data.x[which].reshape(last - first, rows, -1), data.y[which].reshape(last - first, rows)
+    return laqjax.Shards(x, y, np.ones(y.shape, np.float32))
+
+
+def made(workers: int, rows: int, hidden: int | None = None, exchange: str = "messages", **_: Any) -> dict[str, Any]:
+    """What `laqjax.stream` takes: on one device without a mesh, on more with each process's own shards."""
+    problem = problem_of(hidden)
+    oracle = problem.oracle()
+    alg = laqjax.algorithms.laq(oracle, lr=LR / workers, num_workers=workers, bits=BITS)
+    mesh = meshes.make() if jax.device_count() > 1 else None
+    part = partial(shards_of, rows=rows)
+    shards = part(0, workers) if mesh is None else meshes.load(mesh, workers, part)
+    given = {"alg": alg, "start": problem.theta0(oracle), "shards": shards, "key": jax.random.key(0)}
+    return given | {"mesh": mesh, "exchange": exchange}
+
+
+def go(streams: dict[Any, Iterator[Any]], cell: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a round, by a chunk of rounds of a run that goes on with each call; and M and p of what ran."""
+    name = tuple(cell.items())
+    if name not in streams:
+        options = {"chunk": cell["chunk"], "workers_at_once": cell["at_once"]}
+        streams[name] = laqjax.stream(**made(**cell), rounds=10**6, **options)
+        next(streams[name])  # compiles
+    begin = time.perf_counter()
+    out = next(streams[name])
+    seconds = (time.perf_counter() - begin) / len(out.info.loss)
+    return {"seconds": seconds, "M": out.info.sent.shape[1], "p": out.state.params.size}
+
+
+def run(cell: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """A whole run, compiled before: its seconds, and what a server would have received."""
+    given = kept(**cell)
+    laqjax.run(**given, rounds=1)
+    begin = time.perf_counter()
+    info = laqjax.run(**given, rounds=rounds).info
+    seconds, sent = time.perf_counter() - begin, np.asarray(info.sent)
+    bits = int(np.asarray(info.bits_up).sum(dtype=np.int64))
+    return {"seconds": seconds, "active": int(sent.any(1).sum()), "uploads": int(sent.sum()), "bits_up": bits}
+
+
+@cache
+def kept(**cell: Any) -> dict[str, Any]:
+    """`made`, once."""
+    return made(**cell)
+
+
+def moved(cell: dict[str, Any]) -> dict[str, Any]:
+    """Bytes that a device receives in a round, by the compiled program, and by an all-gather of float32 gradients."""
+    given = made(**cell)
+    alg, mesh = given["alg"], given["mesh"]
+    state, shards = loop.spread(alg, given["start"], given["start"], given["shards"], mesh)
+    alg, key = meshes.place((alg, given["key"]), mesh, P())
+    exchange = exchanges.named(given["exchange"], given["alg"])
+    options: Any = {"length": 10, "record": (), "workers_at_once": 1, "mesh": mesh, "exchange": exchange}
+    program = loop.compiled_chunk.lower(alg, state, shards, key, np.int32(10), **options).compile()
+    devices = jax.device_count()
+    floats = 4 * given["start"].size * meshes.slots(mesh, given["alg"].num_workers) * (devices - 1) / devices
+    return traffic.received(program.as_text() or "") | {"float32": floats, "p": int(given["start"].size)}
+
+
+def memory(cell: dict[str, Any]) -> dict[str, Any]:
+    """By how many bytes a run makes the peak of this process grow; to be asked of a new process, once."""
+    jax.block_until_ready(jnp.ones(8) + 1)
+    images()  # its arrays are there for all sizes alike
+    before = peak()
+    given = made(**cell)
+    for _ in laqjax.stream(**given, rounds=2 * cell["chunk"], chunk=cell["chunk"], workers_at_once=cell["at_once"]):
+        pass
+    return {"grown": peak() - before, "peak": peak(), "p": int(given["start"].size)}
+
+
+# ---- constants of the model -------------------------------------------------------------------------------------
+
+
+def constants(cell: dict[str, Any], words: int, times: int) -> dict[str, Any]:
+    """Seconds of an all-gather of one word, and of `words` words a device; of decoding and adding one number."""
+    if jax.device_count() > 1:
+        short, long = gathering(1, 20 * times), gathering(words, times)
+        return {"short": short, "long": long}
+    given = made(**cell)
+    alg, like, workers = given["alg"], given["start"], 8
+    widths = exchanges.widths(alg)
+    assert widths is not None  # of a grid they are known
+    size = sum(exchanges.packed_words(f.like, b) for f, b in zip(alg.compressor.wire({}, like), widths, strict=True))
+    decode = partial(exchanges.unpack_message, alg.compressor, like=like, widths=widths)
+    added = jax.jit(lambda every, sent: exchanges.added(decode, every, sent, like))
+    every, sent = jnp.ones((workers, size), jnp.uint32), jnp.ones(workers, bool)
+    return {"decode": best(lambda: added(every, sent), times) / (workers * like.size)}
+
+
+def gathering(words: int, times: int) -> float:
+    """Seconds of an all-gather of so many words from each device."""
+    mesh = meshes.make()
+
+    def many(a: Any) -> Any:
+        def one(_: Any, a: Any) -> Any:
+            every = jax.lax.all_gather(a, "workers", tiled=True)
+            return every[: a.shape[0]] + every[-1]
+
+        return jax.lax.fori_loop(0, times, one, a)
+
+    there = meshes.place(np.ones(words * jax.device_count(), np.float32), mesh, P("workers"))
+    call = jax.jit(jax.shard_map(many, mesh=mesh, in_specs=P("workers"), out_specs=P("workers"), check_vma=False))
+    return best(lambda: call(there), 5) / times
+
+
+def best(call: Callable[[], Any], times: int) -> float:
+    """Seconds of the fastest of some calls, after one that compiles."""
+    seconds = []
+    for _ in range(times + 1):
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds[1:])
