@@ -33,6 +33,7 @@ from laqjax.messages import (
     draws,
     message_bytes,
     moved,
+    name_of,
     opened,
     packed,
     record,
@@ -309,7 +310,7 @@ class Federation:
             raise Refused(f"it stands on its upload of round {up.base}: expected that of {self.accepted[worker][0]}")
         if up.kind == SILENT:
             return worker, up, None
-        if up.bits != 8 * len(body) or up.digest != digest(body, up.round.to_bytes(4, "little")):
+        if up.bits != 8 * len(body) or up.digest != name_of(body, up.round, (up.base, up.base_digest))[1]:
             raise Refused(f"{len(body)} bytes billed as {up.bits} bits: expected what was billed, and its digest")
         decoded = from_bytes(Identity() if up.kind == FULL else self.alg.compressor, body, self.like)
         if not np.all(np.isfinite(np.asarray(decoded))):

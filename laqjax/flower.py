@@ -28,7 +28,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from laqjax import types
 from laqjax.compressors import Identity
@@ -50,6 +50,7 @@ from laqjax.messages import (
     down_compressor,
     draws,
     moved,
+    name_of,
     opened,
     packed,
     record,
@@ -70,6 +71,9 @@ class Told(Rule):
     rule: types.Rule
     must: bool = static()
 
+    def init(self, params):
+        return self.rule.init(params)
+
     def decide(self, shared, own, now):
         send, sent, silent = self.rule.decide(shared, own, now)
         return send | self.must, sent, silent
@@ -79,6 +83,12 @@ class Told(Rule):
 def observed(rule: types.Rule, shared: Any, step: Step) -> Any:
     """What a rule shares after a step."""
     return rule.observe(shared, step)
+
+
+@jax.jit
+def begun(alg: Algorithm, params: Array) -> Worker:
+    """A worker that remembers nothing."""
+    return Worker(alg.memory.init(params), alg.rule.init(params)[1])
 
 
 class Kept(NamedTuple):
@@ -115,8 +125,7 @@ class Client:
         self.rule, self.scheme, self.down = alg.rule, scheme(alg), down_compressor(alg)
         self.shard = cache(lambda worker: jax.tree.map(jnp.asarray, checked(alg, shard(worker))))
         self.model = jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)
-        self.init = jax.jit(lambda params: Worker(alg.memory.init(params), alg.rule.init(params)[1]))
-        self.like = jax.eval_shape(alg.rule.init, self.model)[0], jax.eval_shape(self.init, self.model)
+        self.like = jax.eval_shape(alg.rule.init, self.model)[0], jax.eval_shape(begun, alg, self.model)
 
     def __call__(self, message: Message, context: Context) -> Message:
         """The reply to a broadcast."""
@@ -145,7 +154,7 @@ class Client:
         computed = time.perf_counter()
         compressor = self.full.compressor if fresh else self.alg.compressor
         body = to_bytes(compressor, payload, self.model) if sent else b""
-        last = (down.round, digest(body, down.round.to_bytes(4, "little"))) if sent else base
+        last = name_of(body, down.round, base) if sent else base
         kind = (FULL if fresh and self.alg.memory.persists else SENT) if sent else SILENT
         times = computed - began, time.perf_counter() - computed
         self.save(context, Kept(down.session, down.round, base, last, *known, before, after))
@@ -182,10 +191,10 @@ class Client:
         """(worker, the upload that it stands on): the one that the server has, or a new one."""
         accepted = down.accepted, down.digest
         if kept is None or (not self.alg.memory.persists and accepted not in (kept.base, kept.last)):
-            return self.init(params), LOST if accepted != NEVER and self.alg.memory.persists else accepted
+            return begun(self.alg, params), LOST if accepted != NEVER and self.alg.memory.persists else accepted
         if accepted == kept.last and kept.round != down.round:  # else the round is done once more
             return kept.after, accepted
-        return (kept.before, accepted) if accepted == kept.base else (self.init(params), LOST)
+        return (kept.before, accepted) if accepted == kept.base else (begun(self.alg, params), LOST)
 
     def load(self, context: Context) -> Kept | None:
         """What was kept; None where there is nothing, or nothing usable."""

@@ -56,6 +56,7 @@ class Up(NamedTuple):
     pack: float
 
 
+CHECK = 4  # bytes of a digest of the head, which follow it
 HEADS = {Down: struct.Struct("<QiiBBi8s8s8sdd"), Up: struct.Struct("<QiiBi8s8s8siidff")}
 
 
@@ -90,21 +91,29 @@ def unpacked(data: bytes, like: Any) -> Any:
     return jax.tree.unflatten(structure, pieces)
 
 
+def name_of(body: bytes, round: int, base: Upload) -> Upload:
+    """The name of an upload; with its body and with the upload that it stands on, it stands for the whole memory."""
+    return round, digest(body, struct.pack("<ii8s", round, *base))
+
+
 def record(head: Any, **parts: bytes) -> RecordDict:
     """The content of a message; parts of no bytes are left out."""
     there = {name: part for name, part in parts.items() if part}
-    return RecordDict({NAME: ConfigRecord({"head": HEADS[type(head)].pack(*head), **there})})
+    data = HEADS[type(head)].pack(*head)
+    return RecordDict({NAME: ConfigRecord({"head": data + digest(data)[:CHECK], **there})})
 
 
 def opened(kind: Any, message: Message) -> tuple[Any, dict[str, Any]]:
-    """(head, other parts) of a message; ValueError where it has another form."""
+    """(head, other parts) of a message; ValueError where it has another form, or its head is damaged."""
     found = message.content.get(NAME) if message.has_content() else None
     parts: dict[str, Any] = dict(found) if isinstance(found, ConfigRecord) else {}
-    head = parts.pop("head", b"")
-    extra = set(parts) - {"body", "history"}
-    if not all(isinstance(part, bytes) for part in (head, *parts.values())) or len(head) != HEADS[kind].size or extra:
-        raise ValueError(f"a message with {sorted(parts)}: expected a head of {HEADS[kind].size} bytes, body, history")
-    return kind(*HEADS[kind].unpack(head)), parts
+    head, size = parts.pop("head", b""), HEADS[kind].size
+    form = all(isinstance(part, bytes) for part in (head, *parts.values())) and not set(parts) - {"body", "history"}
+    if not form or len(head) != size + CHECK or digest(head[:size])[:CHECK] != head[size:]:
+        raise ValueError(
+            f"a message with {sorted(parts)}: expected a head of {size} bytes and its digest, body, history"
+        )
+    return kind(*HEADS[kind].unpack(head[:size])), parts
 
 
 def message_bytes(message: Message) -> int:

@@ -1,18 +1,24 @@
 """A federation in one process: the simulation's run, message by message, whatever is lost, late, repeated or hostile."""
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import KEY, Toy, softmax_loss
+from conftest import KEY, Toy, make_toy, softmax_loss
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 import laqjax
 from laqjax import algorithms, compressors
 
 pytest.importorskip("flwr")
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from laqjax import federation, flower, messages
 from laqjax.loopback import Loopback
@@ -134,3 +140,278 @@ def test_a_model_that_did_not_change_is_not_sent_again(toy: Toy) -> None:
     message = server.broadcast(100, b"")
     assert messages.opened(messages.Down, message)[0].model == messages.SAME
     assert "body" not in message.content[messages.NAME]
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------
+
+
+def damaged(message: Message, place: int) -> Message:
+    """One byte of what it carries is another."""
+    content = {}
+    whole = message.content.config_records.get(messages.NAME, {})
+    for name, value in whole.items():
+        data = bytearray(value) if isinstance(value, bytes) else None
+        if data and len(whole) > 0 and sorted(whole)[place % len(whole)] == name:
+            data[place % len(data)] ^= 1 + place % 255
+        content[name] = value if data is None else bytes(data)
+    message.content[messages.NAME] = ConfigRecord(content)
+    return message
+
+
+class Weather:
+    """What becomes of the messages of a round: `plan` has a fault for each node in each direction."""
+
+    def __init__(self) -> None:
+        self.plan: dict[tuple[str, int], tuple[str, int]] = {}
+        self.late: list[Message] = []
+
+    def down(self, message: Message) -> list[Message]:
+        return self.meet("down", message.metadata.dst_node_id, message)
+
+    def up(self, message: Message) -> list[Message]:
+        return self.meet("up", message.metadata.src_node_id, message)
+
+    def meet(self, way: str, node: int, message: Message) -> list[Message]:
+        fault, place = self.plan.get((way, node), ("none", 0))
+        if fault == "lost":
+            return []
+        if fault == "late" and way == "up":
+            self.late.append(message)
+            return []
+        if fault == "damaged" and message.has_content():
+            return [damaged(message, place)]
+        return [message] * (2 if fault == "twice" else 1)
+
+    def released(self) -> list[Message]:
+        out, self.late = self.late, []
+        return out
+
+
+FAULTS = ("none", "none", "none", "lost", "late", "twice", "damaged")
+
+
+class Faulty:
+    """A federation on the toy, its nodes, and what can happen to them."""
+
+    def __init__(self, alg: Any, toy: Toy, folder: Path) -> None:
+        self.alg, self.toy, self.folder = alg, toy, folder
+        self.weather = Weather()
+        self.grid = Loopback(flower.client_app(alg, loader(toy.shards)), range(4), self.weather.down, self.weather.up)
+        self.client = flower.Client(alg, loader(toy.shards))
+        self.file = folder / "checkpoint.npz"
+        self.file.unlink(missing_ok=True)
+        self.server = federation.Federation(alg, toy.theta0, KEY, checkpoint=self.file)
+        self.server.save(self.file)
+        self.backups = [self.file.read_bytes()]
+        self.held: list[Message] = []  # broadcasts that come again later
+
+    def round(self, plan: dict[tuple[str, int], tuple[str, int]], reorder: bool = False) -> Any:
+        self.weather.plan = plan
+        late = self.weather.released()
+        self.grid.waiting = late if not reorder else []
+        facts = self.server.round(self.grid)
+        if reorder:
+            self.grid.waiting += late
+        if facts is not None:
+            self.backups.append(self.file.read_bytes())
+        return facts
+
+    def restart(self, age: int) -> None:
+        self.file.write_bytes(self.backups[-1 - age % len(self.backups)])
+        self.server = federation.Federation(self.alg, self.toy.theta0, KEY, checkpoint=self.file)
+
+    def check(self) -> None:
+        """The aggregate is the sum of what the workers remember, as the server will tell each of them."""
+        server, total = self.server, np.zeros(63)
+        for worker in range(4):
+            memory = np.asarray(server.memories[worker])
+            total += memory
+            for context in self.grid.contexts.values():
+                kept = self.client.load(context)
+                if context.node_config["partition-id"] != worker or kept is None:
+                    continue
+                found = {kept.base: kept.before, kept.last: kept.after}.get(server.accepted[worker])
+                if found is not None:  # else it is out of step, and will say so
+                    mine = found.memory if not isinstance(found.memory, tuple) else found.memory[0]
+                    np.testing.assert_allclose(mine, memory, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(server.state.aggregate, total, rtol=1e-5, atol=1e-6)
+        assert np.all(np.isfinite(np.asarray(server.state.params)))
+
+
+LAZY = {
+    "laq": METHODS["laq"],
+    "two_laq": METHODS["two_laq"],
+    "ef21_sgdm": lambda o: algorithms.ef21_sgdm(o, compressor=compressors.top_k(6), eta=0.5, **RULE),
+    "diana": METHODS["diana"],
+}
+nodes = st.integers(0, 3)
+
+
+class Federated(RuleBasedStateMachine):
+    """Anything may happen between two rounds and to every message of a round; the invariant holds after each event."""
+
+    @initialize(name=st.sampled_from(sorted(LAZY)))
+    def begin(self, name: str) -> None:
+        toy = make_toy(np.float32)
+        self.faulty = Faulty(LAZY[name](toy.oracle), toy, Path(FOLDER[0]))
+        self.fresh = 200
+
+    @rule(
+        faults=st.lists(st.sampled_from(FAULTS), min_size=8, max_size=8),
+        place=st.integers(0, 10**6),
+        reorder=st.booleans(),
+    )
+    def faulty_round(self, faults: list[str], place: int, reorder: bool) -> None:
+        there = sorted(self.faulty.grid.contexts)[:4]
+        keys = [(way, node) for way in ("down", "up") for node in there]
+        self.faulty.round(
+            {key: (fault, place + i) for i, (key, fault) in enumerate(zip(keys, faults, strict=False))}, reorder
+        )
+
+    @rule()
+    def calm_round(self) -> None:
+        self.faulty.round({})
+
+    @rule(node=nodes, state=st.sampled_from(["lost", "old", "cut"]))
+    def crash(self, node: int, state: str) -> None:
+        """A client comes back without its state, with that of an earlier round, or with a damaged one."""
+        contexts = list(self.faulty.grid.contexts.values())
+        if node < len(contexts):
+            context = contexts[node]
+            if state == "lost":
+                context.state = RecordDict()
+            elif state == "old":
+                old, self.old = getattr(self, "old", {}), {**getattr(self, "old", {}), context.node_id: context.state}
+                context.state = old.get(context.node_id, RecordDict())
+            elif messages.NAME in context.state:
+                parts = dict(context.state.config_records[messages.NAME])
+                parts["before"] = parts["before"][:-1]  # pyright: ignore[reportIndexIssue]
+                context.state = RecordDict({messages.NAME: ConfigRecord(parts)})
+
+    @rule(node=nodes, with_state=st.booleans())
+    def move(self, node: int, with_state: bool) -> None:
+        """A client goes, and comes as another node."""
+        grid = self.faulty.grid
+        if node < len(grid.contexts):
+            context = grid.leave(list(grid.contexts)[node])
+            self.fresh += 1
+            new = grid.join(int(context.node_config["partition-id"]), self.fresh)
+            if with_state:
+                grid.contexts[new].state = context.state
+
+    @rule(age=st.integers(0, 3))
+    def restart(self, age: int) -> None:
+        self.faulty.restart(age)
+
+    @invariant()
+    def sum_of_memories(self) -> None:
+        if hasattr(self, "faulty"):
+            self.faulty.check()
+
+    def teardown(self) -> None:
+        """Three calm rounds, and everybody is in step again."""
+        if hasattr(self, "faulty"):
+            for _ in range(4):
+                self.faulty.round({})
+            self.faulty.check()
+            for context in self.faulty.grid.contexts.values():
+                kept = self.faulty.client.load(context)
+                accepted = self.faulty.server.accepted[int(context.node_config["partition-id"])]
+                assert kept is not None
+                assert accepted in (kept.base, kept.last)
+
+
+FOLDER: list[str] = []
+
+
+def test_the_aggregate_is_the_sum_of_the_memories_whatever_happens(tmp_path: Path, caplog: Any) -> None:
+    FOLDER[:] = [str(tmp_path)]
+    caplog.set_level(logging.CRITICAL, "laqjax.federation")
+    some = settings(max_examples=40, stateful_step_count=14, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(Federated, settings=some)
+
+
+@pytest.mark.parametrize("name", ["laq", "two_laq"])
+def test_it_converges_through_faults(name: str, tmp_path: Path, toy: Toy, caplog: Any) -> None:
+    """Every message meets a fault with probability 0.3, and every tenth round a client or the server loses its state."""
+    caplog.set_level(logging.CRITICAL, "laqjax.federation")
+    alg, rng = LAZY[name](toy.oracle), np.random.default_rng(0)
+    faulty, losses = Faulty(alg, toy, tmp_path), []
+    while int(faulty.server.state.round) < 150:
+        keys = [(way, 100 + m) for way in ("down", "up") for m in range(4)]
+        plan = {key: (str(rng.choice(FAULTS[3:])), int(rng.integers(10**6))) for key in keys if rng.random() < 0.3}
+        facts = faulty.round(plan, bool(rng.random() < 0.5))
+        faulty.check()
+        losses += [facts.loss] if facts else []
+        if rng.random() < 0.1:
+            list(faulty.grid.contexts.values())[rng.integers(4)].state = RecordDict()
+        if rng.random() < 0.05:
+            faulty.restart(int(rng.integers(3)))
+    calm = laqjax.run(alg, toy.theta0, toy.shards, 150, KEY).info.loss
+    assert np.mean(losses[-5:]) < calm[-1] + 0.05 * (calm[0] - calm[-1])
+
+
+def test_a_restarted_server_goes_on_as_if_it_had_not_stopped(tmp_path: Path, toy: Toy) -> None:
+    alg = METHODS["laq"](toy.oracle)
+    straight, server, _ = federated(alg, toy.theta0, toy.shards, 14)
+    grid = Loopback(flower.client_app(alg, loader(toy.shards)), range(4))
+    facts = []
+    for end in (5, 9, 14):  # a new process each time
+        again = federation.Federation(alg, toy.theta0, KEY, checkpoint=tmp_path / "state.npz")
+        facts += list(again.run(grid, end))
+    np.testing.assert_array_equal(column(facts, "sent"), column(straight, "sent"))
+    np.testing.assert_array_equal(column(facts, "loss"), column(straight, "loss"))
+    np.testing.assert_array_equal(again.state.params, server.state.params)  # pyright: ignore[reportPossiblyUnboundVariable]
+    with pytest.raises(ValueError, match="of another algorithm, model or key"):
+        federation.Federation(METHODS["qgd"](toy.oracle), toy.theta0, KEY, checkpoint=tmp_path / "state.npz")
+    (tmp_path / "state.npz").write_bytes(b"no")
+    with pytest.raises(ValueError, match="is damaged"):
+        federation.Federation(alg, toy.theta0, KEY, checkpoint=tmp_path / "state.npz")
+
+
+def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:
+    """Its gradient of the round takes the place of what the server had of it."""
+    alg = METHODS["laq"](toy.oracle)
+    facts, server, grid = federated(alg, toy.theta0, toy.shards, 6)
+    grid.contexts[102].state = RecordDict()
+    first, second, third = (server.round(grid) for _ in range(3))
+    assert not first.answered[2]  # it has no model to begin with
+    assert first.answered.sum() == 3
+    params = facts and toy.oracle
+    assert params is not None
+    assert second.bits_up[2] == 32 * 63
+    assert third.bits_up[2] in (0, 32 + 3 * 63 + 3)
+    before = server.state.params
+    assert np.all(np.isfinite(before))
+
+
+def test_a_worker_that_joins_late(toy: Toy) -> None:
+    alg = METHODS["laq"](toy.oracle)
+    grid = Loopback(flower.client_app(alg, loader(toy.shards)), range(3))
+    server = federation.Federation(alg, toy.theta0, KEY)
+    facts = list(server.run(grid, 5, workers=3))
+    grid.join(3)
+    facts += list(server.run(grid, 10, workers=3))
+    assert not column(facts, "answered")[:6, 3].any()  # greeted in round 5
+    assert column(facts, "sent")[6, 3]
+    assert column(facts, "answered")[6:, 3].all()
+    np.testing.assert_allclose(server.state.aggregate, server.sum_of_memories(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_round_without_an_answer_comes_again(toy: Toy) -> None:
+    weather = Weather()
+    alg = METHODS["laq"](toy.oracle)
+    grid = Loopback(flower.client_app(alg, loader(toy.shards)), range(4), weather.down, weather.up)
+    server = federation.Federation(alg, toy.theta0, KEY)
+    list(server.run(grid, 3))
+    weather.plan = {("up", 100 + m): ("lost", 0) for m in range(4)}
+    before = server.state
+    assert server.round(grid) is None
+    assert server.state is before
+    with pytest.raises(RuntimeError, match="nobody answered in round 3, 2 times"):
+        list(server.run(grid, 9, patience=2))
+    weather.plan = {}
+    assert [facts.round for facts in server.run(grid, 5)] == [3, 4]
+    empty = Loopback(flower.client_app(alg, loader(toy.shards)), [])
+    with pytest.raises(RuntimeError, match="0 workers came: expected 4"):
+        list(federation.Federation(alg, toy.theta0, KEY, deadline=0.01).run(empty, 1, patience=1))
