@@ -1,0 +1,274 @@
+"""A federation with Flower: what is billed beside what is on the wire.
+
+    python -m experiments.federated                              LAQ, GD, QGD and EF21 in one process, half a minute
+    python -m experiments.federated --algorithm laq two_laq -b 4 8 --rounds 200 --dataset my.py:load --problem my.py:make
+    python -m experiments.federated --grid deployment --workers 3 --rounds 5
+        a SuperLink and three SuperNodes on this machine, with TLS and node authentication, started and stopped here
+    python -m experiments.federated --grid deployment --superlink HOST:PORT --root-certificates ca.crt
+        on a federation that runs already
+
+Leaves in --out what a sweep leaves (points, summary, curves, masks), with the bytes and the times of each point, figures as
+PNG and SVG, and of a deployment the facts of each run and the traffic that the SuperLink counted.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import polars as pl
+from rich.console import Console
+
+import laqjax
+from experiments import deployment, files, ledger, plots, points, problems, sweep
+from experiments.ledger import Link, Record
+from experiments.study import Point
+from laqjax.checks import number
+
+try:
+    from flwr.app import Context, Message
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+except ImportError as error:
+    raise ImportError("Flower is not here: pip install 'laqjax[experiments,flower]'") from error
+
+from laqjax import flower
+from laqjax.federation import Facts, Federation
+from laqjax.loopback import Loopback
+
+SIZES = ("payload_up", "payload_down", "bytes_up", "bytes_down")
+EACH = ("answered", "sent", "bits_up", "gradients", *SIZES, "compute", "pack")  # of each worker
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A federation."""
+
+    grid: Literal["loopback", "simulation", "deployment"] = "loopback"
+    """In this process; in Flower's simulation engine (needs Ray); or a SuperLink and SuperNodes."""
+    axes: points.Axes = points.Axes(algorithm=("laq", "gd", "qgd", "ef21"), bits=(4,), lr=(0.02,))
+    data: points.Data = points.Data()
+    rounds: int = 60
+    """Of each point."""
+    deadline: float = 60.0
+    """Seconds that a round waits for replies; who is later counts as silent."""
+    goal: sweep.Goal = sweep.Goal()
+    link: Link = Link()
+    network: deployment.Network = deployment.Network()
+    authors: bool = False
+    """The lazy rule of the authors' program: first upload by the rule, xi ramped up over the first D rounds."""
+    config: Path | None = None
+    """A TOML or YAML file of these settings; the command line goes before it."""
+    out: Path = Path("results/federated")
+    """Folder for the results."""
+    smoke: bool = False
+    """Few examples and rounds: does everything work here?"""
+
+
+# ---- a point as a federation -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A point in words, from which each process makes it anew."""
+
+    choice: dict[str, Any]
+    max_window: int
+    authors: bool
+    rows: int | None
+    rounds: int
+    deadline: float
+    facts: str = ""  # a file for the facts of the rounds
+    programs: str = ""  # a folder for compiled programs
+
+    @classmethod
+    def read(cls, text: str) -> "Plan":
+        """The inverse of `text`."""
+        return cls(**json.loads(bytes.fromhex(text)))
+
+    @property
+    def text(self) -> str:
+        """In letters that every command line takes."""
+        return json.dumps(asdict(self)).encode().hex()
+
+    def point(self) -> Point:
+        """The point."""
+        data = {name: self.choice[name] for name in points.Data.__dataclass_fields__}
+        case = problems.case(*data.values(), rows=self.rows)
+        return points.build(self.choice, case, self.max_window, self.authors)
+
+
+def shard_of(point: Point, worker: int) -> laqjax.Shards:
+    """The data of one worker."""
+    return jax.tree.map(lambda array: array[worker : worker + 1], point.case.shards)
+
+
+def client_of(plan: Plan) -> ClientApp:
+    """A worker of a point."""
+    point = plan.point()
+    return flower.client_app(point.algorithm, lambda worker: shard_of(point, worker), programs=plan.programs or None)
+
+
+def server_of(plan: Plan) -> ServerApp:
+    """The server of a point; the facts of its rounds are in a file when it ends, and after each round."""
+    point, rounds = plan.point(), []
+
+    def observe(facts: Facts, server: Federation) -> None:
+        rounds.append(facts)
+        if plan.facts:
+            files.write_json(Path(plan.facts), as_json(rounds))
+
+    key = jax.random.key(point.seed)
+    return flower.server_app(
+        point.algorithm, point.begin(), key, plan.rounds, observe=observe, deadline=plan.deadline, programs=plan.programs or None
+    )  # fmt: skip
+
+
+def as_json(rounds: Sequence[Facts]) -> dict[str, Any]:
+    """Facts as lists."""
+    return {name: [np.asarray(getattr(one, name)).tolist() for one in rounds] for name in Facts.__dataclass_fields__}
+
+
+def apps() -> tuple[ServerApp, ClientApp]:
+    """The apps that Flower starts: which point they are is in the run's config."""
+    made_client, made_server = cache(lambda text: client_of(Plan.read(text))), lambda text: server_of(Plan.read(text))
+    client, server = ClientApp(), ServerApp()
+
+    def answer(message: Message, context: Context) -> Message:
+        return made_client(str(context.run_config["plan"]))(message, context)
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        made_server(str(context.run_config["plan"]))(grid, context)
+
+    client.train()(answer)
+    client.query()(answer)
+    return server, client
+
+
+def loopback(plan: Plan) -> dict[str, Any]:
+    """The facts of a point, in this process."""
+    point, rounds = plan.point(), []
+    grid = Loopback(client_of(plan), range(point.algorithm.num_workers))
+    server = Federation(point.algorithm, point.begin(), jax.random.key(point.seed))
+    began = time.perf_counter()
+    for facts in server.run(grid, plan.rounds):
+        rounds.append(facts)
+    return as_json(rounds) | {"wall": time.perf_counter() - began}
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def run(settings: Settings) -> Path:
+    """Run all points; tables and figures in the output folder, which is returned."""
+    console = Console()
+    if settings.smoke:
+        out = settings.out if settings.out != Settings().out else Path(f"{settings.out}-smoke")
+        settings = replace(settings, rounds=min(settings.rounds, 6), out=out)
+    number("rounds", settings.rounds, np.int32, least=1)
+    settings.link.check()
+    rows = 200 if settings.smoke else None
+    choices = list(points.select(settings.axes, settings.data))
+    width = points.widest(choices, settings.axes)
+    chosen = points.built(choices, width, settings.authors, rows)  # what cannot run is refused before anything starts
+    plans = [Plan(choice, width, settings.authors, rows, settings.rounds, settings.deadline) for choice in choices]
+    with files.claimed(settings.out, points.identity(settings, experiment="federated")):
+        found: list[dict[str, Any]] = []
+        if settings.grid == "loopback":
+            for plan in plans:
+                with console.status(f"{plan.choice['algorithm']}, {plan.rounds} rounds"):
+                    found.append(loopback(plan))
+        else:
+            workers = max(len(point.case.shards.weight) for point in chosen)
+            with deployment.running(
+                settings.network, workers, settings.out, console, settings.grid == "simulation"
+            ) as flwr:
+                for i, plan in enumerate(plans):
+                    made = replace(
+                        plan, facts=str(flwr.folder / f"facts-{i}.json"), programs=str(flwr.folder / "programs")
+                    )
+                    found.append(flwr.run(made.text, Path(made.facts), console))
+        write(settings, chosen, found)
+        files.write_json(settings.out / "run.json", files.provenance())
+        report(settings.out, console)
+    return settings.out
+
+
+def write(settings: Settings, chosen: Sequence[Point], found: Sequence[dict[str, Any]]) -> None:
+    """The tables of a sweep, with what was observed."""
+    parts: dict[str, list[Any]] = {name: [] for name in ledger.TABLES}
+    for point, facts in zip(chosen, found, strict=True):
+        arrays = {name: np.asarray(facts[name]) for name in (*EACH, "loss", "bits_down", "transfer", "decode")}
+        record = recorded(point, arrays)
+        per_gradient = 1e3 * arrays["compute"].sum() / max(arrays["gradients"].sum(), 1)
+        spent = record.spent(settings.link, settings.link.compute_ms or float(per_gradient))
+        cumulated = {name: np.cumsum(arrays[name].sum(axis=1, dtype=np.int64))[:, None] for name in SIZES}
+        spent |= {name: np.concatenate([0 * rows[:1], rows]) for name, rows in cumulated.items()}
+        label = {"point": point.number, **point.label, "seed": point.seed}
+        tables = ledger.tables([label], record, settings.goal.targets, spent, 200)
+        tables["points"] = tables["points"].with_columns(**observed(arrays, facts))
+        for name, table in tables.items():
+            parts[name].append(table)
+    for name, tables in parts.items():
+        files.save(pl.concat(tables, how="diagonal_relaxed"), settings.out / name, csv=name == "points")
+    files.save(ledger.summarised(pl.read_parquet(settings.out / "points.parquet")), settings.out / "summary", csv=True)
+
+
+def recorded(point: Point, arrays: dict[str, np.ndarray]) -> Record:
+    """The facts of a run as the ledger has them; a round in which nobody answered has no loss."""
+    rounds, workers = arrays["sent"].shape
+    f_star = point.case.f_star
+    record = Record.empty(rounds, 1, workers, f_star)
+    record.loss[:rounds, 0] = arrays["loss"].astype(float)
+    record.sent[:, 0], record.up[:, 0], record.down[:, 0] = arrays["sent"], arrays["bits_up"], arrays["bits_down"]
+    record.computed[:, 0] = arrays["gradients"].max(axis=1)
+    record.ran[:] = rounds
+    return record
+
+
+def observed(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> dict[str, Any]:
+    """What a run took, beside the ledger's columns: bytes, and milliseconds a round of its slowest worker."""
+    sizes = {name: int(arrays[name].sum()) for name in SIZES}
+    heads = {f"heads_{way}": sizes[f"bytes_{way}"] - sizes[f"payload_{way}"] for way in ("up", "down")}
+    times = {f"{name}_ms": 1e3 * float(arrays[name].max(axis=1).mean()) for name in ("compute", "pack")}
+    times |= {f"{name}_ms": 1e3 * float(arrays[name].mean()) for name in ("transfer", "decode")}
+    counted = {f"superlink_{name}": facts.get("superlink", {}).get(name) for name in ("bytes_recv", "bytes_sent")}
+    return {name: pl.lit(value) for name, value in (sizes | heads | times | counted).items()} | {
+        "answered": pl.lit(float(arrays["answered"].mean()))
+    }
+
+
+def report(folder: Path, console: Console) -> None:
+    """Figures, and a row a point."""
+    plots.federated(folder)
+    table = pl.read_parquet(folder / "points.parquet")
+    names = [name for name in ledger.settings_of(table) if table[name].n_unique() > 1] or ["algorithm"]
+    mega = {"Mbit billed": pl.col("bits_up_end") / 1e6, "MB sent": pl.col("payload_up") / 1e6}
+    mega |= {"+ heads": pl.col("bytes_up") / 1e6, "MB down": pl.col("bytes_down") / 1e6}
+    shown = table.select(
+        *(pl.col(name).alias(ledger.HEADS.get(name, name)) for name in names),
+        pl.col("uploads_end").alias("uploads"),
+        **mega,
+        loss=pl.col("final_loss"),
+    )
+    console.print(ledger.printed(shown, f"{int(table['rounds_end'].max())} rounds"))  # pyright: ignore[reportArgumentType]
+    times = table.select(
+        *(pl.col(name).alias(ledger.HEADS.get(name, name)) for name in names),
+        **{name: pl.col(f"{name}_ms") for name in ("compute", "pack", "transfer", "decode")},
+    )
+    console.print(ledger.printed(times, "milliseconds a round: the slowest worker's, the way, the server's"))
+    if not (table["bits_up_end"] == 8 * table["payload_up"]).all():
+        console.print("[red]what was billed is not what was sent[/red]")
+    console.print(f"figures and tables: {folder}")
+
+
+if __name__ == "__main__":
+    with files.refusing():
+        run(points.parsed(Settings, sys.argv[1:], __doc__))
