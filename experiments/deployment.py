@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -46,7 +46,9 @@ MODULE = '''"""A point of `experiments.federated` as Flower's apps."""
 
 from experiments.federated import apps
 
-server, client = apps()
+both = apps()
+server = both[0]
+client = both[1]
 '''
 START = 60.0  # seconds for a process to come up
 STOP = 10.0  # seconds to end by itself
@@ -88,7 +90,9 @@ class Flower:
         said = self.command(
             "run", str(self.home / "app"), "laqjax", "--run-config", f'plan="{plan}"', "--format", "json"
         )
-        number = str(json.loads(said)["run-id"])
+        number = str(json.loads(said).get("run-id"))
+        if number == "None":
+            raise ValueError(f"flwr run: {said.strip()[-2000:]}")
         end, began = time.monotonic() + self.patience, time.perf_counter()
         while True:
             state = next(run for run in self.runs() if str(run["run-id"]) == number)
@@ -101,8 +105,7 @@ class Flower:
         if state["status"] != "finished:completed" or not facts.exists():
             raise ValueError(f"run {number} is {state['status']}: see the logs in {self.folder}")
         console.print(f"run {number}: {state['status']}")
-        counted = {name: state.get(name.replace("_", "-"), state.get(name)) for name in ("bytes_recv", "bytes_sent")}
-        return files.read_json(facts) | {"wall": time.perf_counter() - began, "superlink": counted, "run": state}
+        return files.read_json(facts) | {"wall": time.perf_counter() - began, "run": state}
 
     def runs(self) -> list[dict[str, Any]]:
         """All runs of the SuperLink."""
@@ -223,15 +226,11 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     family = [process.pid, *descendants(process.pid)]
     if process.poll() is None:
         process.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(STOP)
-    except subprocess.TimeoutExpired:
-        pass
     for pid in {*family, *descendants(process.pid)}:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     process.wait()
 
 

@@ -160,6 +160,8 @@ def loopback(plan: Plan) -> dict[str, Any]:
     began = time.perf_counter()
     for facts in server.run(grid, plan.rounds):
         rounds.append(facts)
+    for facts in rounds:  # the workers have run in turn
+        facts.transfer += float((facts.compute + facts.pack).max() - (facts.compute + facts.pack).sum())
     return as_json(rounds) | {"wall": time.perf_counter() - began}
 
 
@@ -239,7 +241,8 @@ def observed(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> dict[str, 
     heads = {f"heads_{way}": sizes[f"bytes_{way}"] - sizes[f"payload_{way}"] for way in ("up", "down")}
     times = {f"{name}_ms": 1e3 * float(arrays[name].max(axis=1).mean()) for name in ("compute", "pack")}
     times |= {f"{name}_ms": 1e3 * float(arrays[name].mean()) for name in ("transfer", "decode")}
-    counted = {f"superlink_{name}": facts.get("superlink", {}).get(name) for name in ("bytes_recv", "bytes_sent")}
+    traffic = facts.get("run", {}).get("network-traffic", {})  # as the SuperLink counted it
+    counted = {f"superlink_{way}": traffic.get(f"{way}-bytes") for way in ("inbound", "outbound")}
     return {name: pl.lit(value) for name, value in (sizes | heads | times | counted).items()} | {
         "answered": pl.lit(float(arrays["answered"].mean()))
     }
@@ -250,8 +253,8 @@ def report(folder: Path, console: Console) -> None:
     plots.federated(folder)
     table = pl.read_parquet(folder / "points.parquet")
     names = [name for name in ledger.settings_of(table) if table[name].n_unique() > 1] or ["algorithm"]
-    mega = {"Mbit billed": pl.col("bits_up_end") / 1e6, "MB sent": pl.col("payload_up") / 1e6}
-    mega |= {"+ heads": pl.col("bytes_up") / 1e6, "MB down": pl.col("bytes_down") / 1e6}
+    mega = {"Mbit billed": pl.col("bits_up_end") / 1e6, "MB of it": pl.col("payload_up") / 1e6}
+    mega |= {"MB up": pl.col("bytes_up") / 1e6, "MB down": pl.col("bytes_down") / 1e6}
     shown = table.select(
         *(pl.col(name).alias(ledger.HEADS.get(name, name)) for name in names),
         pl.col("uploads_end").alias("uploads"),

@@ -44,7 +44,7 @@ def column(facts: Any, name: str) -> np.ndarray:
 
 # ---- the same run as the simulation ------------------------------------------------------------------------------
 
-RULE = dict(lr=0.05, num_workers=4)
+RULE: dict[str, Any] = dict(lr=0.05, num_workers=4)
 SMOOTH = np.array([3.0, 1.0, 2.0, 2.0])
 METHODS: dict[str, Callable[[Any], Any]] = {
     "gd": lambda o: algorithms.gd(o, **RULE),
