@@ -44,7 +44,7 @@ plan = ""
 """
 MODULE = '''"""A point of `experiments.federated` as Flower's apps."""
 
-from experiments.federated import apps
+from experiments.apps import apps
 
 both = apps()
 server = both[0]
@@ -223,25 +223,44 @@ def started(words: list[str], flwr: Flower, name: str) -> Iterator[subprocess.Po
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Asked first, then killed; those whom it started too, whatever group they are in."""
-    family = [process.pid, *descendants(process.pid)]
+    family = {pid: born(pid) for pid in descendants(process.pid)}
     if process.poll() is None:
         process.terminate()
-    with suppress(subprocess.TimeoutExpired):
+    try:
         process.wait(STOP)
-    for pid in {*family, *descendants(process.pid)}:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    end = time.monotonic() + STOP
+    while (left := [pid for pid in family if alive(pid) and born(pid) == family[pid]]) and time.monotonic() < end:
+        for pid in left:  # the same process still, not another of its number
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def status(pid: int) -> list[str]:
+    """What Linux says of a process, from its state on; nothing where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs; one that has ended and that nobody has asked for does not."""
+    return status(pid)[:1] not in ([], ["Z"])
+
+
+def born(pid: int) -> str | None:
+    """When it was started, in the machine's ticks."""
+    return (status(pid) or [None] * 20)[19]
 
 
 def descendants(pid: int) -> list[int]:
     """The processes that came from one (on Linux; elsewhere none is known)."""
-    parents: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError, IndexError):  # it has just ended
-            continue
+    numbers = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    parents = {number: int(words[1]) for number in numbers if (words := status(number))}
     found, new = [], [pid]
     while new:
         new = [child for child, parent in parents.items() if parent in new]

@@ -11,12 +11,10 @@ Leaves in --out what a sweep leaves (points, summary, curves, masks), with the b
 PNG and SVG, and of a deployment the facts of each run and the traffic that the SuperLink counted.
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,22 +23,17 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
-import laqjax
-from experiments import deployment, files, ledger, plots, points, problems, sweep
+from experiments import deployment, files, ledger, plots, points, sweep
 from experiments.ledger import Link, Record
 from experiments.study import Point
 from laqjax.checks import number
 
 try:
-    from flwr.app import Context, Message
-    from flwr.clientapp import ClientApp
-    from flwr.serverapp import Grid, ServerApp
+    from experiments.apps import Plan, as_json, client_of
+    from laqjax.federation import Federation
+    from laqjax.loopback import Loopback
 except ImportError as error:
-    raise ImportError("Flower is not here: pip install 'laqjax[experiments,flower]'") from error
-
-from laqjax import flower
-from laqjax.federation import Facts, Federation
-from laqjax.loopback import Loopback
+    raise ImportError(f"{error}: this command needs Flower, pip install 'laqjax[experiments,flower]'") from error
 
 SIZES = ("payload_up", "payload_down", "bytes_up", "bytes_down")
 EACH = ("answered", "sent", "bits_up", "gradients", *SIZES, "compute", "pack")  # of each worker
@@ -71,85 +64,7 @@ class Settings:
     """Few examples and rounds: does everything work here?"""
 
 
-# ---- a point as a federation -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A point in words, from which each process makes it anew."""
-
-    choice: dict[str, Any]
-    max_window: int
-    authors: bool
-    rows: int | None
-    rounds: int
-    deadline: float
-    facts: str = ""  # a file for the facts of the rounds
-    programs: str = ""  # a folder for compiled programs
-
-    @classmethod
-    def read(cls, text: str) -> "Plan":
-        """The inverse of `text`."""
-        return cls(**json.loads(bytes.fromhex(text)))
-
-    @property
-    def text(self) -> str:
-        """In letters that every command line takes."""
-        return json.dumps(asdict(self)).encode().hex()
-
-    def point(self) -> Point:
-        """The point."""
-        data = {name: self.choice[name] for name in points.Data.__dataclass_fields__}
-        case = problems.case(*data.values(), rows=self.rows)
-        return points.build(self.choice, case, self.max_window, self.authors)
-
-
-def shard_of(point: Point, worker: int) -> laqjax.Shards:
-    """The data of one worker."""
-    return jax.tree.map(lambda array: array[worker : worker + 1], point.case.shards)
-
-
-def client_of(plan: Plan) -> ClientApp:
-    """A worker of a point."""
-    point = plan.point()
-    return flower.client_app(point.algorithm, lambda worker: shard_of(point, worker), programs=plan.programs or None)
-
-
-def server_of(plan: Plan) -> ServerApp:
-    """The server of a point; the facts of its rounds are in a file when it ends, and after each round."""
-    point, rounds = plan.point(), []
-
-    def observe(facts: Facts, server: Federation) -> None:
-        rounds.append(facts)
-        if plan.facts:
-            files.write_json(Path(plan.facts), as_json(rounds))
-
-    key = jax.random.key(point.seed)
-    return flower.server_app(
-        point.algorithm, point.begin(), key, plan.rounds, observe=observe, deadline=plan.deadline, programs=plan.programs or None
-    )  # fmt: skip
-
-
-def as_json(rounds: Sequence[Facts]) -> dict[str, Any]:
-    """Facts as lists."""
-    return {name: [np.asarray(getattr(one, name)).tolist() for one in rounds] for name in Facts.__dataclass_fields__}
-
-
-def apps() -> tuple[ServerApp, ClientApp]:
-    """The apps that Flower starts: which point they are is in the run's config."""
-    made_client, made_server = cache(lambda text: client_of(Plan.read(text))), lambda text: server_of(Plan.read(text))
-    client, server = ClientApp(), ServerApp()
-
-    def answer(message: Message, context: Context) -> Message:
-        return made_client(str(context.run_config["plan"]))(message, context)
-
-    @server.main()
-    def main(grid: Grid, context: Context) -> None:
-        made_server(str(context.run_config["plan"]))(grid, context)
-
-    client.train()(answer)
-    client.query()(answer)
-    return server, client
+# ---- the command -------------------------------------------------------------------------------------------------
 
 
 def loopback(plan: Plan) -> dict[str, Any]:
@@ -163,9 +78,6 @@ def loopback(plan: Plan) -> dict[str, Any]:
     for facts in rounds:  # the workers have run in turn
         facts.transfer += float((facts.compute + facts.pack).max() - (facts.compute + facts.pack).sum())
     return as_json(rounds) | {"wall": time.perf_counter() - began}
-
-
-# ---- the command -------------------------------------------------------------------------------------------------
 
 
 def run(settings: Settings) -> Path:
