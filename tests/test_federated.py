@@ -159,7 +159,7 @@ def test_three_nodes_with_tls_are_the_loopback(tmp_path: Path) -> None:
     here = federated.run(settings(*words, "--out", str(tmp_path / "loopback")))
     table, loopback = read(tmp_path / "real", "points"), read(here, "points")
     masks = [read(folder, "masks").row(0, named=True) for folder in (tmp_path / "real", here)]
-    np.testing.assert_array_equal(*map(ledger.unpacked, masks))
+    np.testing.assert_array_equal(ledger.unpacked(masks[0]), ledger.unpacked(masks[1]))
     assert table["answered"][0] == 1
     assert table["bits_up_end"][0] == 8 * table["payload_up"][0] == loopback["bits_up_end"][0]
     assert table["payload_down"][0] == loopback["payload_down"][0]
