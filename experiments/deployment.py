@@ -1,5 +1,10 @@
-"""A SuperLink and SuperNodes on this machine, with certificates of their own; all processes are gone when the block ends."""
+"""A SuperLink and SuperNodes on this machine, with certificates of their own; all processes are gone when the block ends.
 
+python -m experiments.deployment keys DIR --hosts NAME ADDRESS --workers 2      certificates and node keys for machines
+python -m experiments.deployment register DIR --superlink HOST:PORT             tells a SuperLink which nodes may come
+"""
+
+import importlib.util
 import ipaddress
 import json
 import os
@@ -10,13 +15,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import tyro
 from rich.console import Console
 
 from experiments import files
@@ -76,6 +82,7 @@ class Flower:
     home: Path
     patience: float
     environment: dict[str, str] = field(default_factory=dict)
+    options: tuple[str, ...] = ()  # of `flwr run`
 
     def command(self, *words: str, seconds: float = START) -> str:
         """What `flwr WORDS` says; ValueError when it fails."""
@@ -138,32 +145,50 @@ def running(network: Network, workers: int, out: Path, console: Console, simulat
     Raises:
         ValueError: a process did not start; its log is named.
     """
+    if simulation and importlib.util.find_spec("ray") is None:
+        raise ValueError("grid = 'simulation' needs Ray: pip install 'laqjax[simulation]'")
     folder = (out / "flower").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack, ended_by_signals():
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="laqjax-")))  # keys: nobody else reads it
-        flwr = Flower(folder, home, network.patience, environment(home, network.poll))
-        write_app(home / "app")
+        flwr = stack.enter_context(commands(folder, network))
         if network.superlink:
-            connection = {"address": network.superlink}
-            if network.root_certificates:
-                connection["root-certificates"] = str(network.root_certificates.resolve())
+            connect(flwr, network.superlink, network.root_certificates)
         else:
             port = free_port()
-            certificates(home)
-            connection = {"address": f"127.0.0.1:{port}", "root-certificates": str(home / "ca.crt")}
-        lines = ["[superlink]", 'default = "laqjax"', "", "[superlink.laqjax]"]
-        (home / "config.toml").write_text(
-            "\n".join(lines + [f"{k} = {json.dumps(v)}" for k, v in connection.items()]) + "\n"
-        )
-        if not network.superlink:
-            start_superlink(stack, flwr, port, simulation)  # pyright: ignore[reportPossiblyUnboundVariable]
+            certificates(flwr.home, ["127.0.0.1", "localhost"])
+            connect(flwr, f"127.0.0.1:{port}", flwr.home / "ca.crt")
+            start_superlink(stack, flwr, port, simulation)
             for worker in range(0 if simulation else workers):
-                start_supernode(stack, flwr, port, worker, workers)  # pyright: ignore[reportPossiblyUnboundVariable]
-            console.print(
-                f"SuperLink at {connection['address']}, {workers} SuperNodes; TLS and node authentication are on"
+                start_supernode(stack, flwr, port, worker, workers)
+            what = (
+                f"{workers} simulated nodes"
+                if simulation
+                else f"{workers} SuperNodes; TLS and node authentication are on"
             )
+            console.print(f"SuperLink at 127.0.0.1:{port}, {what}")
+        if simulation:
+            flwr.options = "--federation-config", f"num-supernodes={workers}"
         yield flwr
+
+
+@contextmanager
+def commands(folder: Path, network: Network) -> Iterator[Flower]:
+    """Flower's commands with a home of their own: nobody else reads the keys in it, and it is gone at the end."""
+    with tempfile.TemporaryDirectory(prefix="laqjax-") as home:
+        flwr = Flower(folder, Path(home), network.patience, environment(Path(home), network.poll))
+        write_app(flwr.home / "app")
+        yield flwr
+
+
+def connect(flwr: Flower, address: str, root_certificates: Path | None) -> None:
+    """The SuperLink that the commands speak to."""
+    found = {"address": address}
+    if root_certificates is not None:
+        found["root-certificates"] = str(root_certificates.resolve())
+    lines = ["[superlink]", 'default = "laqjax"', "", "[superlink.laqjax]"]
+    (flwr.home / "config.toml").write_text(
+        "\n".join(lines + [f"{k} = {json.dumps(v)}" for k, v in found.items()]) + "\n"
+    )
 
 
 def environment(home: Path, poll: float) -> dict[str, str]:
@@ -300,8 +325,8 @@ def ended_by_signals() -> Iterator[None]:
 # ---- certificates ------------------------------------------------------------------------------------------------
 
 
-def certificates(folder: Path) -> None:
-    """ca.crt, server.crt and server.key for 127.0.0.1, good for a week; the authority's key is kept nowhere."""
+def certificates(folder: Path, hosts: Sequence[str], days: int = 7) -> None:
+    """ca.crt, server.crt and server.key for these names and addresses; the authority's key is kept nowhere."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -313,7 +338,7 @@ def certificates(folder: Path) -> None:
     def builder(subject: str, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
         made = x509.CertificateBuilder().subject_name(named(subject)).issuer_name(named("laqjax CA"))
         now = datetime.now(UTC)
-        made = made.not_valid_before(now - timedelta(minutes=5)).not_valid_after(now + timedelta(days=7))
+        made = made.not_valid_before(now - timedelta(minutes=5)).not_valid_after(now + timedelta(days=days))
         made = made.public_key(key.public_key()).serial_number(x509.random_serial_number())
         return made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
 
@@ -323,8 +348,8 @@ def certificates(folder: Path) -> None:
     signing = x509.KeyUsage(**usage | {"key_cert_sign": True, "crl_sign": True})
     root = builder("laqjax CA", authority).add_extension(x509.BasicConstraints(True, None), True)
     root = root.add_extension(signing, True).sign(authority, hashes.SHA384())
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    own = builder("127.0.0.1", server).add_extension(x509.SubjectAlternativeName(names), False)
+    names = [x509.IPAddress(ipaddress.ip_address(h)) if is_address(h) else x509.DNSName(h) for h in hosts]
+    own = builder(hosts[0], server).add_extension(x509.SubjectAlternativeName(names), False)
     own = own.add_extension(x509.BasicConstraints(False, None), True).add_extension(issuer, False)
     own = own.add_extension(x509.KeyUsage(**usage | {"digital_signature": True}), True)
     own = own.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False)
@@ -351,3 +376,38 @@ def secret(path: Path, data: bytes) -> None:
     """A file that its owner alone reads."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
+
+
+def is_address(host: str) -> bool:
+    """Whether it is an address and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------
+
+
+def keys(folder: tyro.conf.Positional[Path], /, hosts: tuple[str, ...], workers: int, days: int = 365) -> None:
+    """Certificates of a SuperLink at `hosts`, and the keys of its nodes: node-0 and ca.crt go to worker 0, and so on."""
+    folder.mkdir(parents=True)
+    certificates(folder, hosts, days)
+    for worker in range(workers):
+        node_key(folder, worker)
+    print(*sorted(path.name for path in folder.iterdir()))
+
+
+def register(folder: tyro.conf.Positional[Path], /, superlink: str) -> None:
+    """Tell the SuperLink at HOST:PORT that the nodes of these keys may come."""
+    with commands(folder, Network()) as flwr:
+        connect(flwr, superlink, folder / "ca.crt")
+        for path in sorted(folder.glob("node-*.pub")):
+            flwr.command("supernode", "register", str(path), "laqjax")
+            print(f"{path.name} may come")
+
+
+if __name__ == "__main__":
+    with files.refusing():
+        tyro.extras.subcommand_cli_from_dict({"keys": keys, "register": register}, description=__doc__)

@@ -19,7 +19,7 @@ Notation
 
 Reading order: types (what the parts promise) -> step (one round) -> memories, rules, compressors and wire (the parts)
 -> algorithms (the named members) -> oracle (a loss becomes gradients) -> loop, points (runs and sweeps) -> problems, theory;
-checks stands apart.
+checks stands apart. flower, federation, messages, loopback: many machines, with the extra `[flower]`.
 """
 
 from laqjax import algorithms, compressors, memories, oracle, problems, rules, theory, types, wire

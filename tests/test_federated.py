@@ -70,8 +70,9 @@ def test_a_plan_is_the_same_in_every_process() -> None:
 def test_certificates_are_good_for_this_machine_only(tmp_path: Path) -> None:
     import ssl
 
-    deployment.certificates(tmp_path)
-    key = deployment.node_key(tmp_path, 3)
+    deployment.keys(tmp_path / "keys", hosts=("127.0.0.1", "localhost"), workers=2)
+    tmp_path = tmp_path / "keys"
+    key = tmp_path / "node-1"
     for secret in (key, tmp_path / "server.key"):
         assert secret.stat().st_mode & 0o777 == 0o600
     context = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
@@ -126,35 +127,33 @@ def command(out: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "experiments.federated", *SMALL, "--grid", "deployment", "--out", str(out), *words]
 
 
-def ended(process: subprocess.Popen[str], signalled: int | None = None) -> tuple[int, str]:
-    """(exit status, what it said), after it has come up; nobody of its family is left."""
+def ended(words: list[str], signalled: int | None = None) -> tuple[int, str]:
+    """(exit status, what it said) of a command, after it has come up; nobody of its family is left."""
     family, said = set(), ""
-    assert process.stdout is not None
-    while "SuperLink at" not in said and (line := process.stdout.readline()):
-        said += line
-    family |= set(deployment.descendants(process.pid))
-    if signalled is not None:
-        time.sleep(8)  # the run is on its way, with processes for the apps
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root) as process:
+        assert process.stdout is not None
+        while "SuperLink at" not in said and (line := process.stdout.readline()):
+            said += line
         family |= set(deployment.descendants(process.pid))
-        process.send_signal(signalled)
-    while process.poll() is None:
-        family |= set(deployment.descendants(process.pid))
-        time.sleep(0.2)
-    said += process.stdout.read()
+        if signalled is not None:
+            time.sleep(8)  # the run is on its way, with processes for the apps
+            family |= set(deployment.descendants(process.pid))
+            process.send_signal(signalled)
+        while process.poll() is None:
+            family |= set(deployment.descendants(process.pid))
+            time.sleep(0.2)
+        said += process.stdout.read()
     assert len(family) >= 4  # a SuperLink, three SuperNodes, and whom they started
     left = [pid for pid in family if deployment.alive(pid)]
     assert not left
     return process.returncode, said
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parent.parent)  # fmt: skip
-
-
 @pytest.mark.distributed
 def test_three_nodes_with_tls_are_the_loopback(tmp_path: Path) -> None:
     words = ["--algorithm", "laq", "--rounds", "5", "--limit", "3"]
-    status, said = ended(start(command(tmp_path / "real", *words)))
+    status, said = ended(command(tmp_path / "real", *words))
     assert status == 0, said
     here = federated.run(settings(*words, "--out", str(tmp_path / "loopback")))
     table, loopback = read(tmp_path / "real", "points"), read(here, "points")
@@ -172,7 +171,7 @@ def test_three_nodes_with_tls_are_the_loopback(tmp_path: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_nobody_is_left_after_a_signal(number: int, tmp_path: Path) -> None:
-    status, said = ended(start(command(tmp_path, "--algorithm", "laq", "--rounds", "500")), number)
+    status, said = ended(command(tmp_path, "--algorithm", "laq", "--rounds", "500"), number)
     assert status != 0
     assert "stopped" in said
 
@@ -180,6 +179,6 @@ def test_nobody_is_left_after_a_signal(number: int, tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_nobody_is_left_after_a_failure(tmp_path: Path) -> None:
     """A deadline that nobody meets."""
-    status, said = ended(start(command(tmp_path, "--algorithm", "laq", "--rounds", "2", "--deadline", "0.01")))
+    status, said = ended(command(tmp_path, "--algorithm", "laq", "--rounds", "2", "--deadline", "0.01"))
     assert status != 0
     assert "see the logs in" in said
