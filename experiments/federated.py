@@ -49,7 +49,7 @@ class Settings:
     data: points.Data = points.Data()
     rounds: int = 60
     """Of each point."""
-    deadline: float = 60.0
+    deadline: float = 300.0
     """Seconds that a round waits for replies; who is later counts as silent."""
     goal: sweep.Goal = sweep.Goal()
     link: Link = Link()

@@ -184,12 +184,17 @@ class Federation:
             self.strangers.clear()
         self.nodes = {node: worker for node, worker in self.nodes.items() if node in there}
         new = sorted(there - self.nodes.keys() - self.strangers)
-        return [Message(RecordDict(), node, MessageType.QUERY) for node in new]
+        return [Message(RecordDict(), node, MessageType.QUERY, ttl=self.deadline) for node in new]
 
     def meet(self, reply: Message) -> None:
         """A node says which worker it is."""
-        node, found = reply.metadata.src_node_id, reply.content.get(NAME) if reply.has_content() else None
+        node = reply.metadata.src_node_id
+        if reply.has_error():  # asked again in the next round
+            return self.refuse(node, f"its app failed: {reply.error.reason:.200}")
+        found = reply.content.get(NAME)
         worker = found.get("worker") if isinstance(found, ConfigRecord) else None
+        if worker is not None and self.nodes.get(node) == worker:  # it has said so before
+            return
         if worker not in self.workers or isinstance(worker, bool) or worker in self.nodes.values():
             self.strangers.add(node)
             self.refuse(
@@ -203,12 +208,16 @@ class Federation:
         """Wait until so many workers are there. RuntimeError after `patience` deadlines."""
         end = time.monotonic() + patience * self.deadline
         while len(self.nodes) < workers:
-            for reply in grid.send_and_receive(self.greetings(grid), timeout=self.deadline):
+            for reply in self.ask(grid, self.greetings(grid)):
                 self.meet(reply)
             if len(self.nodes) < workers:
                 if time.monotonic() > end:
                     raise RuntimeError(f"{len(self.nodes)} workers came: expected {workers}; are their nodes running?")
                 time.sleep(min(1.0, self.deadline))
+
+    def ask(self, grid: Grid, messages: list[Message]) -> list[Message]:
+        """What is answered before the deadline."""
+        return list(grid.send_and_receive(messages, timeout=self.deadline)) if messages else []
 
     def refuse(self, node: int, reason: str) -> None:
         """One line in the log."""
@@ -230,7 +239,9 @@ class Federation:
         head = Down(
             self.session, round, worker, model, history, *self.accepted[worker], reads, self.key_bytes, *self.squares
         )
-        return Message(record(head, body=body, history=shared), node, MessageType.TRAIN, group_id=str(round))
+        # past its deadline Flower need not deliver it: a slow node does not fall behind further and further
+        content, group = record(head, body=body, history=shared), str(round)
+        return Message(content, node, MessageType.TRAIN, group_id=group, ttl=self.deadline)
 
     def round(self, grid: Grid) -> Facts | None:
         """One round; None where all were asked and nobody answered: then nothing has changed, and the round comes again."""
@@ -241,7 +252,7 @@ class Federation:
             worker, content = self.nodes[node], message.content.config_records[NAME]
             facts.bytes_down[worker], facts.payload_down[worker] = message_bytes(message), len(content.get("body", b""))  # pyright: ignore[reportArgumentType]
         began = time.perf_counter()
-        replies = list(grid.send_and_receive([*messages.values(), *greetings], timeout=self.deadline))
+        replies = self.ask(grid, [*messages.values(), *greetings])
         facts.transfer, began = time.perf_counter() - began, time.perf_counter()
         taken = self.listen(replies, messages, facts)
         self.drop_absurd(taken)

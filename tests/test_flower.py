@@ -592,6 +592,23 @@ def test_a_node_that_says_it_is_somebody_else(toy: Toy, caplog: Any) -> None:
     assert server.nodes[500] == 1
 
 
+def test_a_node_that_fails_to_say_who_it_is_is_asked_again(toy: Toy, caplog: Any) -> None:
+    failures = [True, True]
+
+    def up(message: Message) -> list[Message]:
+        first = message.metadata.src_node_id == 101 and failures and failures.pop()
+        return [failed(message)] if first else [message, message]
+
+    alg = algorithms.gd(toy.oracle, **RULE)
+    grid = Loopback(flower.client_app(alg, loader(toy.shards)), range(4), up=up)
+    server = federation.Federation(alg, toy.theta0, KEY, deadline=0.01)
+    server.gather(grid, 4, 1000)
+    assert sorted(server.nodes) == [100, 101, 102, 103]
+    assert [line.getMessage() for line in caplog.records] == [
+        "worker ? (node 101) refused: its app failed: out of memory"
+    ] * 2
+
+
 def test_ten_thousand_replies_at_random(toy: Toy) -> None:
     """No crash but the word that it is refused, and nothing that is taken is other than finite."""
     alg = algorithms.qgd(toy.oracle, bits=3, **RULE)
