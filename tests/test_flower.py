@@ -68,7 +68,19 @@ METHODS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+LONG = (
+    "qgd",
+    "laq, Adam",
+    "lag_wk",
+    "iag_random",
+    "ef21",
+    "diana",
+    "sign_sgd",
+    "ssgd",
+)  # parts that the others have too
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in METHODS])
 def test_it_is_the_simulation(name: str, toy: Toy, quick_compilation: None) -> None:
     alg = METHODS[name](toy.oracle)
     out = laqjax.run(alg, toy.theta0, toy.shards, 12, KEY, record=["gradients"])
@@ -328,7 +340,7 @@ FOLDER: list[str] = []
 def test_the_aggregate_is_the_sum_of_the_memories_whatever_happens(tmp_path: Path, caplog: Any) -> None:
     FOLDER[:] = [str(tmp_path)]
     caplog.set_level(logging.CRITICAL, "laqjax.federation")
-    some = settings(max_examples=40, stateful_step_count=14, suppress_health_check=[HealthCheck.too_slow])
+    some = settings(max_examples=25, stateful_step_count=14, suppress_health_check=[HealthCheck.too_slow])
     run_state_machine_as_test(Federated, settings=some)
 
 
