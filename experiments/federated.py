@@ -33,7 +33,8 @@ try:
     from laqjax.federation import Federation
     from laqjax.loopback import Loopback
 except ImportError as error:
-    raise ImportError(f"{error}: this command needs Flower, pip install 'laqjax[experiments,flower]'") from error
+    words = f"{error}: this command needs Flower, pip install 'laqjax[experiments,flower]'"
+    raise (SystemExit(f"error: {words}") if __name__ == "__main__" else ImportError(words)) from None
 
 SIZES = ("payload_up", "payload_down", "bytes_up", "bytes_down")
 EACH = ("answered", "sent", "bits_up", "gradients", *SIZES, "compute", "pack")  # of each worker
