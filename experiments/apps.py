@@ -91,7 +91,11 @@ def apps() -> tuple[ServerApp, ClientApp]:
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        made_server(str(context.run_config["plan"]))(grid, context)
+        text = str(context.run_config["plan"])
+        try:
+            made_server(text)(grid, context)
+        finally:  # for who waits: asking the SuperLink starts a process each time
+            files.write_text(Path(Plan.read(text).facts).with_suffix(".ended"), "")
 
     client.train()(answer)
     client.query()(answer)

@@ -58,6 +58,7 @@ client = both[1]
 '''
 START = 60.0  # seconds for a process to come up
 STOP = 10.0  # seconds to end by itself
+LOOK = 20.0  # seconds between two looks at the state of a run
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,19 @@ class Flower:
 
     def run(self, plan: str, facts: Path, console: Console) -> dict[str, Any]:
         """The facts of a run, with the traffic that the SuperLink counted; ValueError when it failed."""
-        facts.unlink(missing_ok=True)
-        said = self.command(
-            "run", str(self.home / "app"), "laqjax", "--run-config", f'plan="{plan}"', "--format", "json"
-        )
+        ended = facts.with_suffix(".ended")  # the server app leaves it
+        for path in (facts, ended):
+            path.unlink(missing_ok=True)
+        words = "run", str(self.home / "app"), "laqjax", "--run-config", f'plan="{plan}"', "--format", "json"
+        said = self.command(*words, *self.options)
         number = str(json.loads(said).get("run-id"))
         if number == "None":
             raise ValueError(f"flwr run: {said.strip()[-2000:]}")
         end, began = time.monotonic() + self.patience, time.perf_counter()
         while True:
+            asked = time.monotonic()
+            while not ended.exists() and time.monotonic() < min(end, asked + LOOK):
+                time.sleep(0.2)
             state = next(run for run in self.runs() if str(run["run-id"]) == number)
             if state["status"].startswith("finished"):
                 break
@@ -167,7 +172,10 @@ def running(network: Network, workers: int, out: Path, console: Console, simulat
             )
             console.print(f"SuperLink at 127.0.0.1:{port}, {what}")
         if simulation:
-            flwr.options = "--federation-config", f"num-supernodes={workers}"
+            flwr.options = (
+                "--federation-config",
+                f"num-supernodes={workers} client-resources-num-cpus=1 client-resources-num-gpus=0.0",
+            )
         yield flwr
 
 

@@ -14,6 +14,7 @@ PNG and SVG, and of a deployment the facts of each run and the traffic that the 
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -95,25 +96,33 @@ def run(settings: Settings) -> Path:
     chosen = points.built(choices, width, settings.authors, rows)  # what cannot run is refused before anything starts
     plans = [Plan(choice, width, settings.authors, rows, settings.rounds, settings.deadline) for choice in choices]
     with files.claimed(settings.out, points.identity(settings, experiment="federated")):
-        found: list[dict[str, Any]] = []
-        if settings.grid == "loopback":
-            for plan in plans:
+        paths = [
+            settings.out / "facts" / f"{i}.json" for i in range(len(plans))
+        ]  # of what is done: a stopped run goes on
+        missing = {path: plan for path, plan in zip(paths, plans, strict=True) if not path.exists()}
+        workers = max(len(point.case.shards.weight) for point in chosen)
+        with grid_of(settings, workers, console) if missing else nullcontext() as flwr:
+            for path, plan in missing.items():
                 with console.status(f"{plan.choice['algorithm']}, {plan.rounds} rounds"):
-                    found.append(loopback(plan))
-        else:
-            workers = max(len(point.case.shards.weight) for point in chosen)
-            with deployment.running(
-                settings.network, workers, settings.out, console, settings.grid == "simulation"
-            ) as flwr:
-                for i, plan in enumerate(plans):
-                    made = replace(
-                        plan, facts=str(flwr.folder / f"facts-{i}.json"), programs=str(flwr.folder / "programs")
-                    )
-                    found.append(flwr.run(made.text, Path(made.facts), console))
+                    files.write_json(path, deployed(plan, flwr, console) if flwr else loopback(plan))
+        found = [files.read_json(path) for path in paths]
         write(settings, chosen, found)
         files.write_json(settings.out / "run.json", files.provenance())
         report(settings.out, console)
     return settings.out
+
+
+def grid_of(settings: Settings, workers: int, console: Console) -> Any:
+    """Where the points run: a context of Flower's commands, of None in this process."""
+    if settings.grid == "loopback":
+        return nullcontext()
+    return deployment.running(settings.network, workers, settings.out, console, settings.grid == "simulation")
+
+
+def deployed(plan: Plan, flwr: deployment.Flower, console: Console) -> dict[str, Any]:
+    """The facts of a point, as a run of Flower."""
+    made = replace(plan, facts=str(flwr.folder / "facts.json"), programs=str(flwr.folder / "programs"))
+    return flwr.run(made.text, Path(made.facts), console)
 
 
 def write(settings: Settings, chosen: Sequence[Point], found: Sequence[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import polars.selectors as cs
 import pytest
 
 pytest.importorskip("flwr")
@@ -31,7 +32,8 @@ def read(folder: Path, name: str) -> pl.DataFrame:
 
 
 def test_the_command_in_one_process(tmp_path: Path, capsys: Any) -> None:
-    out = federated.run(settings("--rounds", "12", "--seeds", "0", "1", "--out", str(tmp_path / "run")))
+    words = ["--rounds", "12", "--seeds", "0", "1", "--compute-ms", "1", "--out", str(tmp_path / "run")]
+    out = federated.run(settings(*words))
     table, curves, masks = (read(out, name) for name in ("points", "curves", "masks"))
     assert table["algorithm"].unique(maintain_order=True).to_list() == ["laq", "gd", "qgd", "ef21"]
     assert (table["bits_up_end"] == 8 * table["payload_up"]).all()
@@ -49,6 +51,11 @@ def test_the_command_in_one_process(tmp_path: Path, capsys: Any) -> None:
     said = capsys.readouterr().out
     assert "12 rounds" in said
     assert "milliseconds a round" in said
+    kept = (out / "facts" / "0.json").read_bytes()
+    (out / "facts" / "1.json").unlink()  # as if it had been stopped there
+    federated.run(settings(*words))
+    assert read(out, "points").drop(cs.ends_with("_ms")).equals(table.drop(cs.ends_with("_ms")))
+    assert (out / "facts" / "0.json").read_bytes() == kept
     (out / "loss.svg").unlink()
     plots.main(out)
     assert (out / "loss.svg").exists()
@@ -164,7 +171,7 @@ def test_three_nodes_with_tls_are_the_loopback(tmp_path: Path) -> None:
     assert table["payload_down"][0] == loopback["payload_down"][0]
     # what the SuperLink counted is ours and its own: requests, hashes of objects, the app itself
     assert table["superlink_inbound"][0] > table["bytes_up"][0]
-    facts = json.loads((tmp_path / "real" / "flower" / "facts-0.json").read_text())
+    facts = json.loads((tmp_path / "real" / "facts" / "0.json").read_text())
     assert facts["refused"] == [0] * 5
 
 
