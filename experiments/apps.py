@@ -81,21 +81,28 @@ def as_json(rounds: Sequence[Facts]) -> dict[str, Any]:
     return {name: [np.asarray(getattr(one, name)).tolist() for one in rounds] for name in Facts.__dataclass_fields__}
 
 
+@cache
+def client_named(text: str) -> ClientApp:
+    """The worker of a plan in words, made once a process."""
+    return client_of(Plan.read(text))
+
+
+def answer(message: Message, context: Context) -> Message:
+    """Of whatever point the run is; Ray takes this function from process to process by its name."""
+    return client_named(str(context.run_config["plan"]))(message, context)
+
+
 def apps() -> tuple[ServerApp, ClientApp]:
     """The apps that Flower starts: which point they are is in the run's config."""
-    made_client, made_server = cache(lambda text: client_of(Plan.read(text))), lambda text: server_of(Plan.read(text))
     client, server = ClientApp(), ServerApp()
-
-    def answer(message: Message, context: Context) -> Message:
-        return made_client(str(context.run_config["plan"]))(message, context)
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        text = str(context.run_config["plan"])
+        plan = Plan.read(str(context.run_config["plan"]))
         try:
-            made_server(text)(grid, context)
+            server_of(plan)(grid, context)
         finally:  # for who waits: asking the SuperLink starts a process each time
-            files.write_text(Path(Plan.read(text).facts).with_suffix(".ended"), "")
+            files.write_text(Path(plan.facts).with_suffix(".ended"), "")
 
     client.train()(answer)
     client.query()(answer)

@@ -18,7 +18,6 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +122,7 @@ class Client:
         self.alg = replace(alg, rule=Told(alg.rule, False))
         self.full = replace(alg, rule=Told(alg.rule, True), compressor=Identity()) if alg.memory.persists else self.alg
         self.rule, self.scheme, self.down = alg.rule, scheme(alg), down_compressor(alg)
-        self.shard = cache(lambda worker: jax.tree.map(jnp.asarray, checked(alg, shard(worker))))
+        self.load_shard, self.shards = shard, {}  # a worker's data, once loaded; no `cache`: Ray copies apps
         self.model = jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)
         self.like = jax.eval_shape(alg.rule.init, self.model)[0], jax.eval_shape(begun, alg, self.model)
 
@@ -161,6 +160,12 @@ class Client:
         head = blank._replace(kind=kind, base=base[0], base_digest=base[1], digest=last[1] if sent else bytes(8))
         head = head._replace(bits=bits if sent else 0, gradients=gradients, loss=loss, compute=times[0], pack=times[1])
         return Message(record(head, body=body), reply_to=message)
+
+    def shard(self, worker: int) -> Shards:
+        """The data of a worker, on the device."""
+        if worker not in self.shards:
+            self.shards[worker] = jax.tree.map(jnp.asarray, checked(self.alg, self.load_shard(worker)))
+        return self.shards[worker]
 
     def read(self, down: Down, parts: dict[str, Any], kept: Kept | None) -> tuple[Any, Any] | None:
         """(model, history) that a broadcast means; None where this worker lacks what it builds on, or it is an old one."""

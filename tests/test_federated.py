@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,20 @@ def test_nobody_is_left_after_a_failure(tmp_path: Path) -> None:
     status, said = ended(command(tmp_path, "--algorithm", "laq", "--rounds", "2", "--deadline", "0.01"))
     assert status != 0
     assert "see the logs in" in said
+
+
+@pytest.mark.distributed
+def test_flowers_simulation_engine(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    words = ["--algorithm", "laq", "--rounds", "3", "--grid", "simulation"]
+    said = subprocess.run(command(tmp_path / "real", *words), capture_output=True, text=True, check=True).stdout
+    assert "3 simulated nodes" in said
+    here = federated.run(settings(*words[:-2], "--out", str(tmp_path / "loopback")))
+    masks = [read(folder, "masks").row(0, named=True) for folder in (tmp_path / "real", here)]
+    np.testing.assert_array_equal(ledger.unpacked(masks[0]), ledger.unpacked(masks[1]))
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is here")
+def test_the_simulation_engine_needs_ray(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs Ray: pip install"):
+        federated.run(settings("--grid", "simulation", "--algorithm", "laq", "--out", str(tmp_path / "run")))
