@@ -131,7 +131,9 @@ def write(settings: Settings, chosen: Sequence[Point], found: Sequence[dict[str,
     for point, facts in zip(chosen, found, strict=True):
         arrays = {name: np.asarray(facts[name]) for name in (*EACH, "loss", "bits_down", "transfer", "decode")}
         record = recorded(point, arrays)
-        per_gradient = 1e3 * arrays["compute"].sum() / max(arrays["gradients"].sum(), 1)
+        asked = arrays["gradients"] > 0
+        each = arrays["compute"][asked] / arrays["gradients"][asked]
+        per_gradient = 1e3 * np.median(each) if len(each) else 0.0  # the first round compiles
         spent = record.spent(settings.link, settings.link.compute_ms or float(per_gradient))
         cumulated = {name: np.cumsum(arrays[name].sum(axis=1, dtype=np.int64))[:, None] for name in SIZES}
         spent |= {name: np.concatenate([0 * rows[:1], rows]) for name, rows in cumulated.items()}
@@ -158,11 +160,11 @@ def recorded(point: Point, arrays: dict[str, np.ndarray]) -> Record:
 
 
 def observed(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> dict[str, Any]:
-    """What a run took, beside the ledger's columns: bytes, and milliseconds a round of its slowest worker."""
+    """What a run took, beside the ledger's columns: bytes, and the median milliseconds of a round."""
     sizes = {name: int(arrays[name].sum()) for name in SIZES}
     heads = {f"heads_{way}": sizes[f"bytes_{way}"] - sizes[f"payload_{way}"] for way in ("up", "down")}
-    times = {f"{name}_ms": 1e3 * float(arrays[name].max(axis=1).mean()) for name in ("compute", "pack")}
-    times |= {f"{name}_ms": 1e3 * float(arrays[name].mean()) for name in ("transfer", "decode")}
+    times = {f"{name}_ms": 1e3 * float(np.median(arrays[name].max(axis=1))) for name in ("compute", "pack")}
+    times |= {f"{name}_ms": 1e3 * float(np.median(arrays[name])) for name in ("transfer", "decode")}
     traffic = facts.get("run", {}).get("network-traffic", {})  # as the SuperLink counted it
     counted = {f"superlink_{way}": traffic.get(f"{way}-bytes") for way in ("inbound", "outbound")}
     return {name: pl.lit(value) for name, value in (sizes | heads | times | counted).items()} | {
@@ -177,6 +179,7 @@ def report(folder: Path, console: Console) -> None:
     names = [name for name in ledger.settings_of(table) if table[name].n_unique() > 1] or ["algorithm"]
     mega = {"Mbit billed": pl.col("bits_up_end") / 1e6, "MB of it": pl.col("payload_up") / 1e6}
     mega |= {"MB up": pl.col("bytes_up") / 1e6, "MB down": pl.col("bytes_down") / 1e6}
+    mega |= {"counted": pl.col("superlink_inbound") / 1e6}  # by the SuperLink, its own requests included
     shown = table.select(
         *(pl.col(name).alias(ledger.HEADS.get(name, name)) for name in names),
         pl.col("uploads_end").alias("uploads"),
@@ -188,7 +191,7 @@ def report(folder: Path, console: Console) -> None:
         *(pl.col(name).alias(ledger.HEADS.get(name, name)) for name in names),
         **{name: pl.col(f"{name}_ms") for name in ("compute", "pack", "transfer", "decode")},
     )
-    console.print(ledger.printed(times, "milliseconds a round: the slowest worker's, the way, the server's"))
+    console.print(ledger.printed(times, "median milliseconds: the slowest worker's, the way, the server's"))
     if not (table["bits_up_end"] == 8 * table["payload_up"]).all():
         console.print("[red]what was billed is not what was sent[/red]")
     console.print(f"figures and tables: {folder}")

@@ -51,7 +51,7 @@ def test_the_command_in_one_process(tmp_path: Path, capsys: Any) -> None:
         assert (out / name).exists(), name
     said = capsys.readouterr().out
     assert "12 rounds" in said
-    assert "milliseconds a round" in said
+    assert "median milliseconds" in said
     kept = (out / "facts" / "0.json").read_bytes()
     (out / "facts" / "1.json").unlink()  # as if it had been stopped there
     federated.run(settings(*words))
