@@ -3,10 +3,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce sweep compare bench test test-distributed test-long check lock clean
+.PHONY: help setup reproduce sweep compare federated bench test test-long test-distributed fuzz check lock clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup: .venv/ready ## a virtual environment with what requirements.lock pins
 
@@ -25,17 +25,24 @@ sweep: setup ## the default grid of b, C and D on the embedded MNIST, in results
 compare: setup ## every method at its best on a convex problem, in results/compare (ten minutes)
 	$(BIN)/python -m experiments.compare
 
+federated: setup ## LAQ, GD, QGD and EF21 as a federation in one process, in results/federated (a minute)
+	$(BIN)/python -m experiments.federated
+
 bench: setup ## speed and memory beside this machine's GEMM rate
 	$(BIN)/python -m experiments.bench
 
 test: setup ## the tests (under ten minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-distributed: setup ## the tests with several processes (a quarter of an hour)
-	$(BIN)/python -m pytest -m distributed
-
 test-long: setup ## the tests that take minutes each
 	$(BIN)/python -m pytest -m long
+
+test-distributed: setup ## the tests that start many processes
+	$(BIN)/python -m pytest -m distributed
+
+fuzz: setup ## a minute of atheris over the decoder of messages
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "atheris>=3.0"
+	$(BIN)/python tests/fuzz.py -max_total_time=60 -max_len=200
 
 check: setup ## format, lint, types: what CI runs beside the tests
 	$(BIN)/ruff format --check .
@@ -44,7 +51,7 @@ check: setup ## format, lint, types: what CI runs beside the tests
 
 lock: setup ## pin again what pyproject.toml asks for (needs uv on the PATH)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-		--extra experiments --extra dev --output-file requirements.lock pyproject.toml requirements-build.in
+		--extra experiments --extra flower --extra dev --output-file requirements.lock pyproject.toml requirements-build.in
 
 clean: ## remove the environment and the results
 	rm -rf .venv results

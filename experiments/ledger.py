@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import scipy.stats
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -237,9 +236,11 @@ def interval(values: np.ndarray | None) -> dict[str, float | None]:
     """Mean, half of the 95 % interval where there are two values or more, least, most."""
     if values is None:
         return dict.fromkeys(("", "_ci95", "_least", "_most"))
+    from scipy import stats  # takes longer than all else here, and is needed at the end only
+
     n = len(values)
     with np.errstate(over="ignore"):  # of a loss that diverged
-        half = float(scipy.stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else None
+        half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else None
         return {"": float(values.mean()), "_ci95": half, "_least": float(values.min()), "_most": float(values.max())}
 
 

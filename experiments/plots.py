@@ -48,21 +48,23 @@ def look(number: int) -> dict[str, Any]:
     return {"color": COLORS[number % 10], "linestyle": LINES[number // 10 % 3]}
 
 
-def curves_figure(curves: pl.DataFrame, path: Path, column: str = "residual", ylabel: str = "f - f*") -> None:
+def curves_figure(
+    curves: pl.DataFrame, path: Path, column: str = "residual", ylabel: str = "f - f*", against: dict[str, str] = AXES
+) -> None:
     """A measure against rounds, uploads, bits up and bits up + down, a color a `method`, a line a point."""
     methods = curves["method"].unique(maintain_order=True).to_list()
     log = column == "residual"
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(AXES), figsize=(4 * len(AXES), 3.6), sharey=True)
-        for axis, (against, label) in zip(axes, AXES.items(), strict=True):
-            known = curves.drop_nans(column).filter(pl.col(against) > 0)
+        figure, axes = plt.subplots(1, len(against), figsize=(4 * len(against), 3.6), sharey=True)
+        for axis, (name, label) in zip(axes, against.items(), strict=True):
+            known = curves.drop_nans(column).filter(pl.col(name) > 0)
             named = set()
             for (method, _), rows in known.group_by(["method", "point"], maintain_order=True):
                 y = rows[column].clip(1e-12) if log else rows[column]
                 first = None if method in named else method
                 named.add(method)
                 marker, width = "." if len(rows) < 3 else "", 1.4 if first else 0.7
-                axis.plot(rows[against], y, label=first, marker=marker, linewidth=width, **look(methods.index(method)))
+                axis.plot(rows[name], y, label=first, marker=marker, linewidth=width, **look(methods.index(method)))
             axis.set(xscale="log", yscale="log" if log else "linear", xlabel=label)
             axis.xaxis.set_minor_formatter(NullFormatter())
         axes[0].set_ylabel(ylabel)
@@ -220,6 +222,25 @@ def methods(folder: Path) -> None:
         panels(curves.drop("method").join(where, on="point", maintain_order="left"), folder / "panels")
 
 
+def federated(folder: Path) -> None:
+    """The figures of `experiments.federated`: loss against what was sent, as billed and as observed."""
+    summary, curves, masks = (pl.read_parquet(folder / f"{name}.parquet") for name in ("summary", "curves", "masks"))
+    table = pl.read_parquet(folder / "points.parquet")
+    words, settings = labels(summary), settings_of(summary)
+    first = {row[:-1]: row[-1] for row in summary.select(*settings, "point").iter_rows()}
+    named = {row[-1]: words[first[row[:-1]]] for row in table.select(*settings, "point").iter_rows()}
+    method = pl.col("point").replace_strict(named, return_dtype=pl.String)
+    unknown = table["f_star"].null_count() == len(table)
+    axes = {"uploads": "uploads", "bits_up": "bits up, billed", "bytes_up": "bytes up, observed", "seconds": "seconds"}
+    curves_figure(
+        curves.with_columns(method=method), folder / "loss", ylabel="f" if unknown else "f - f*", against=axes
+    )
+    lazy = {named[row["point"]]: unpacked(row) for row in masks.iter_rows(named=True)}
+    lazy = {name: sent for name, sent in lazy.items() if sent.any() and not sent.all()}
+    if lazy:
+        raster(dict(list(lazy.items())[:12]), folder / "uploads")
+
+
 def panels(curves: pl.DataFrame, path: Path) -> None:
     """Residual against uploads, a color a `method`, a panel a `panel`."""
     names, methods = (curves[name].unique(maintain_order=True).to_list() for name in ("panel", "method"))
@@ -323,6 +344,7 @@ def heterogeneity(folder: Path) -> None:
 def main(folder: tyro.conf.Positional[Path], /) -> None:
     """Draw the figures of a result folder again."""
     draw = {"sweep": sweep, "tune": tune, "methods": methods, "heterogeneity": heterogeneity, "compare": compare}
+    draw["federated"] = federated
     path = folder / "identity.json"
     kind = read_json(path).get("experiment") if path.exists() else None
     if kind not in draw:

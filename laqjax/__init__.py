@@ -19,7 +19,8 @@ Notation
 
 Reading order: types (what the parts promise) -> step (one round) -> memories, rules, compressors and wire (the parts)
 -> algorithms (the named members) -> oracle (a loss becomes gradients) -> loop, points (runs and sweeps) -> mesh, exchange
-(many devices) -> lazy (other people's loops) -> problems, theory; checks stands apart.
+(many devices) -> lazy (other people's loops) -> problems, theory; checks stands apart. flower,
+federation, messages, loopback: a real federation, with the extra `[flower]`.
 """
 
 from laqjax import algorithms, compressors, exchange, lazy, memories, mesh, oracle, problems, rules, theory, types, wire

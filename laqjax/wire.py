@@ -27,28 +27,103 @@ def message_bits(fields: Iterable[Field]) -> Int[Array, ""]:
 
 def to_bytes(compressor: Compressor, payload: Any, like: Any) -> bytes:
     """The message as it would travel; 8 x its length is what `message_bits` counted."""
-    planes = []
+    stream, filled = np.zeros(1, np.uint8), 0  # filled: bits of the last byte that are taken
     for field in compressor.wire(payload, like):
         values = np.asarray(field.payload[field.name], field.like.dtype).reshape(-1)
-        whole = values[_transmitted(field)].view(_pattern(field)).astype(np.uint64)
-        # bit planes, the least significant first: whole planes move as vectors, interleaved codes would move bit by bit
-        places = np.arange(int(field.bits), dtype=np.uint64)[:, None]
-        planes.append((whole[None] >> places & np.uint64(1)).astype(np.uint8).reshape(-1))
-    return np.packbits(np.concatenate(planes)).tobytes()
+        values, width = values[_transmitted(field)].view(_pattern(field)), int(field.bits)
+        if not values.size * width:
+            continue
+        piece = _packed(values, width)
+        if filled:
+            piece = np.append(piece, np.uint8(0))
+            carried = piece >> (8 - filled)
+            piece <<= filled
+            piece[1:] |= carried[:-1]
+            piece[0] |= stream[-1]
+        filled += values.size * width
+        stream, filled = np.concatenate([stream[:-1], piece[: -(-filled // 8)]]), filled % 8
+        if not filled:
+            stream = np.append(stream, np.uint8(0))
+    return (stream if filled else stream[:-1]).tobytes()
 
 
 def from_bytes(compressor: Compressor, data: bytes, like: Any) -> Float[Array, " p"]:
-    """What the receiver decodes: bit for bit `compressor.decode(payload, like)`."""
-    bits, payload = np.unpackbits(np.frombuffer(data, np.uint8)), {}
+    """What the receiver decodes: bit for bit `compressor.decode(payload, like)`.
+
+    Raises:
+        ValueError: these bytes are no message of the compressor: too many, too few, or bits set behind the last field.
+    """
+    stream, at, payload = np.append(np.frombuffer(data, np.uint8), np.uint8(0)), 0, {}
     for field in compressor.wire(payload, like):
         values = np.zeros(field.like.size, field.like.dtype)
         there, width = _transmitted(field), int(field.bits)
-        count = values[there].size
-        planes, bits = bits[: width * count].reshape(width, count), bits[width * count :]
-        whole = np.bitwise_or.reduce(planes.astype(np.uint64) << np.arange(width, dtype=np.uint64)[:, None], axis=0)
-        values[there] = whole.astype(_pattern(field)).view(field.like.dtype)
+        count, pattern = values[there].size, _pattern(field)
+        if width > 64 or at + width * count > 8 * len(data):
+            raise ValueError(
+                f"a message of {len(data)} bytes: expected {width} bits for each of {count} numbers of its field "
+                f"{field.name!r}, from bit {at} on"
+            )
+        if count * width:
+            last = -(-(at + width * count) // 8)
+            piece = stream[at // 8 : last + 1]
+            piece = piece[:-1] >> at % 8 | piece[1:] << 8 - at % 8 if at % 8 else piece[:-1]
+            values[there] = _unpacked(piece, count, width, pattern).view(field.like.dtype if _full(field) else pattern)
+        at += count * width
         field.payload[field.name] = jnp.asarray(values.reshape(field.like.shape))
+    if -(-at // 8) != len(data) or (at % 8 and data[-1] >> at % 8):
+        raise ValueError(
+            f"a message of {len(data)} bytes: expected {-(-at // 8)}, and no bits set behind its last field (of {at} bits)"
+        )
     return compressor.decode(payload, like)
+
+
+# The stream of a field of n numbers of 8 k + r bits: their k low bytes, number after number, then their upper r bits, eight
+# numbers in r bytes; the least significant bit first. Eight numbers move at once, in the bytes of a 64-bit word.
+
+
+def _packed(values: np.ndarray, width: int) -> np.ndarray:
+    """The bytes of numbers of `width` bits each; the bits behind the last one are zero."""
+    whole, rest = divmod(width, 8)
+    if not whole and values.dtype != np.bool_:
+        values = values.astype(np.uint8)
+    elif values.dtype.kind == "f":
+        values = values.astype(np.uint32 if width <= 32 else np.uint64)
+    each = values.view(np.uint8).reshape(values.size, -1)
+    low = each[:, :whole].reshape(-1)
+    if not rest:
+        return low.copy()
+    words = np.zeros(-(-values.size // 8), "<u8")
+    words.view(np.uint8)[: values.size] = each[:, whole]
+    for size in (8, 16, 32):  # pairs of bytes, of pairs, of fours
+        lower, bits = _lower(rest, size), size // 8 * rest
+        words = words & lower | words >> np.uint64(size - bits) & lower << np.uint64(bits)
+    upper = words.view(np.uint8).reshape(-1, 8)[:, :rest].reshape(-1)
+    return np.concatenate([low, upper[: -(-values.size * rest // 8)]])
+
+
+def _unpacked(data: np.ndarray, count: int, width: int, pattern: np.dtype) -> np.ndarray:
+    """The inverse of `_packed`, of the type `pattern`; bits behind the last number are not looked at."""
+    whole, rest = divmod(width, 8)
+    kind = np.dtype(f"u{next(size for size in (1, 2, 4, 8) if 8 * size >= width)}")
+    values = np.zeros(count, kind)
+    each = values.view(np.uint8).reshape(count, kind.itemsize)
+    each[:, :whole] = data[: count * whole].reshape(count, whole)
+    if rest:
+        upper = data[count * whole :]
+        words = np.zeros(-(-count // 8), "<u8")
+        padded = np.zeros(len(words) * rest, np.uint8)
+        padded[: -(-count * rest // 8)] = upper[: -(-count * rest // 8)]
+        words.view(np.uint8).reshape(-1, 8)[:, :rest] = padded.reshape(-1, rest)
+        for size in (32, 16, 8):
+            lower, bits = _lower(rest, size), size // 8 * rest
+            words = words & lower | words << np.uint64(size - bits) & lower << np.uint64(size)
+        each[:, whole] = words.view(np.uint8)[:count]
+    return values.astype(pattern, copy=False)
+
+
+def _lower(rest: int, size: int) -> np.uint64:
+    """Of each pair of `size` bits in a 64-bit word, what the lower one carries where a byte carries `rest` bits."""
+    return np.uint64(sum((2 ** (size // 8 * rest) - 1) << place for place in range(0, 64, 2 * size)))
 
 
 def _transmitted(field: Field) -> Any:
@@ -56,11 +131,16 @@ def _transmitted(field: Field) -> Any:
     return slice(None) if field.kept is None else np.asarray(field.kept)
 
 
-def _pattern(field: Field) -> np.dtype:
-    """Floats of their full width travel as bit patterns, everything else as whole numbers."""
+def _full(field: Field) -> bool:
+    """Whether it is of floats of their full width, which travel as bit patterns; everything else as whole numbers."""
     dtype = np.dtype(field.like.dtype)
-    full = jnp.issubdtype(dtype, jnp.floating) and int(field.bits) == 8 * dtype.itemsize
-    return np.dtype(f"u{dtype.itemsize}") if full else dtype
+    return jnp.issubdtype(dtype, jnp.floating) and int(field.bits) == 8 * dtype.itemsize
+
+
+def _pattern(field: Field) -> np.dtype:
+    """The type in which its numbers travel."""
+    dtype = np.dtype(field.like.dtype)
+    return np.dtype(f"u{dtype.itemsize}") if _full(field) else dtype
 
 
 # ---- pieces of messages ----------------------------------------------------------------------------------------

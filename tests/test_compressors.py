@@ -1,5 +1,7 @@
 """Every compressor: what it may lose, and that its bytes are all that travels."""
 
+import contextlib
+import time
 from typing import Any
 
 import jax
@@ -276,6 +278,65 @@ def test_the_bytes_are_the_message(name: str, size: int, dtype: type) -> None:
             assert np.all(np.isfinite(decoded))
             if not like.any() and name != "sign-alone":  # one bit has no zero
                 assert not decoded.any()
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(sorted(SCHEMES)), st.sampled_from([1, 21]), st.binary(max_size=60))
+def test_other_bytes_are_refused_in_words(name: str, size: int, data: bytes) -> None:
+    """What is no message raises ValueError and nothing else."""
+    scheme, like = SCHEMES[name][0], jnp.zeros(size)
+    with contextlib.suppress(ValueError):
+        assert wire.from_bytes(scheme, data, like).shape == like.shape
+    target = jnp.asarray(vector(0, size, 0))
+    message = wire.to_bytes(scheme, scheme.encode(target, KEYS), target)
+    for wrong in (message + b"\0", message[:-1]):
+        with pytest.raises(ValueError, match="a message of"):
+            wire.from_bytes(scheme, wrong, like)
+
+
+class Fields:
+    """Whole numbers of given widths; what is read is left in `read`."""
+
+    def __init__(self, widths: tuple[int, ...], counts: tuple[int, ...]) -> None:
+        self.widths, self.counts, self.read = widths, counts, {}
+
+    def encode(self, target: Any, keys: Any) -> Any:
+        return {str(i): jnp.zeros(n, jnp.int32) for i, n in enumerate(self.counts)}
+
+    def wire(self, payload: Any, like: Any) -> Any:
+        for i, (width, count) in enumerate(zip(self.widths, self.counts, strict=True)):
+            yield types.Field(payload, str(i), jax.ShapeDtypeStruct((count,), np.int32), width)
+
+    def decode(self, payload: Any, like: Any) -> Any:
+        self.read = payload
+        return jnp.zeros(1)
+
+
+@pytest.mark.parametrize("first", range(1, 9))
+def test_fields_stand_bit_by_bit(first: int) -> None:
+    """A field of any width after one that ends within a byte: all numbers come back, and no bit is lost between them."""
+    rng, counts = np.random.default_rng(first), (first, 13, 1, 21)
+    for width in range(1, 32):
+        scheme = Fields((1, width, 3, 7), counts)
+        numbers = {str(i): rng.integers(0, 2**w, n) for i, (w, n) in enumerate(zip(scheme.widths, counts, strict=True))}
+        data = wire.to_bytes(scheme, numbers, None)
+        assert len(data) == -(-sum(w * n for w, n in zip(scheme.widths, counts, strict=True)) // 8)
+        wire.from_bytes(scheme, data, None)
+        for name, expected in numbers.items():
+            np.testing.assert_array_equal(scheme.read[name], expected)
+
+
+def test_packing_is_fast() -> None:
+    """A million coordinates of 4 bits are packed in milliseconds: a tenth of a second even on a machine that is busy."""
+    target = jnp.asarray(vector(0, 10**6, 0))
+    scheme = compressors.grid(4)
+    payload = jax.block_until_ready(encode(scheme, target))
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        wire.to_bytes(scheme, payload, target)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.1
 
 
 def test_a_sampled_message_bills_what_it_holds() -> None:

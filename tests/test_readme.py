@@ -57,6 +57,22 @@ def test_many_devices(used: dict[str, Any]) -> None:
     assert names["state"][0].sent.all()
 
 
+def test_a_federation(used: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("flwr")
+    from laqjax import loopback
+
+    monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    kept = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs  # pyright: ignore[reportAttributeAccessIssue]
+    names = dict(used)
+    exec(block("flower.client_app").replace("rounds=100", "rounds=3"), names)
+    grid = loopback.Loopback(names["client"], range(10))
+    names["server"](grid, grid.contexts[100])
+    assert Path("results/server.npz").exists()
+    jax.config.update("jax_compilation_cache_dir", kept[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", kept[1])
+
+
 def test_your_own_method() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (10, 12, 20)).astype(np.uint8), rng.integers(0, 3, (10, 12)).astype(np.int32)
