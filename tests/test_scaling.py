@@ -89,6 +89,7 @@ def member(tmp_path, monkeypatch):
     return "echoing:echo"
 
 
+@pytest.mark.distributed
 def test_team_answers_and_ends(member):
     with teams.Team(member, processes=2, devices=3) as team:
         answers = team.ask(number=4)
@@ -98,6 +99,7 @@ def test_team_answers_and_ends(member):
     assert not any(map(there, pids))
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ChildProcessError])
 def test_nothing_is_left_behind(member, error):
     pids = []
@@ -115,6 +117,7 @@ def test_nothing_is_left_behind(member, error):
     assert not any(map(there, pids))
 
 
+@pytest.mark.distributed
 def test_members_end_when_the_one_who_asks_is_killed(member):
     program = f"from experiments import teams; t = teams.Team({member!r}, 1, 3); print(t.ask()[0][3], flush=True); t.ask(); import time; time.sleep(60)"
     root = Path(__file__).parent.parent
@@ -135,6 +138,7 @@ def test_slope_above_the_fixed_cost(fixed, power):
     np.testing.assert_allclose(found, (fixed, power), atol=0.02)
 
 
+@pytest.mark.distributed
 def test_quick_run(tmp_path):
     scaling.main(tmp_path, quick=True)
     for name in ("cost", "bytes", "memory", "model", "goals"):
@@ -162,6 +166,7 @@ def test_devices_come_before_all_else():
         points.cpu_devices(0)
 
 
+@pytest.mark.distributed
 def test_example_of_hosts():
     command = [sys.executable, "-m", "experiments.examples.hosts", "--coordinator", f"127.0.0.1:{teams.free_port()}"]
     command += ["--num-processes", "2", "--rows", "60", "--rounds", "20", "--process-id"]
