@@ -203,7 +203,7 @@ def test_three_kills_lose_nothing(whole: Path, tmp_path: Path) -> None:
     for wanted in (0, 7, 12):
         process = subprocess.Popen(command(*given, out=tmp_path), env=ENV, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
-        while not (tmp_path / "plan.json").exists() or len(list(tmp_path.glob("batches/0*"))) < wanted:
+        while not (tmp_path / "plan.json").exists() or len(list(tmp_path.glob("batches/0*.parquet"))) < wanted:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.002)
@@ -211,7 +211,7 @@ def test_three_kills_lose_nothing(whole: Path, tmp_path: Path) -> None:
         process.kill()
         assert process.wait() == -signal.SIGKILL
         assert not (tmp_path / "points.parquet").exists()
-    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("batches/0*")}
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("batches/0*.parquet")}
     complete = [path for path in done if path.with_name(f"{path.name[:10]}-points.parquet") in done]
     assert 12 <= len(done) < 15
     # what a kill in the middle of a write leaves behind
