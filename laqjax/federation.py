@@ -131,7 +131,9 @@ def asked_of(alg: Algorithm, state: State, own: Any, key: PRNGKeyArray, sent: An
 
 
 class Federation:
-    """The server, round by round: `round(grid)`. What it keeps is all in one checkpoint."""
+    """The server, round by round: `round(grid)`. What it keeps is all in one checkpoint: the state, and M p numbers, what the
+    aggregate holds of each worker, so that one that lost its memory can begin anew.
+    """
 
     def __init__(
         self,

@@ -2,9 +2,9 @@
 
 import sys
 
-import atheris
+import atheris  # pyright: ignore[reportMissingModuleSource]
 
-with atheris.instrument_imports(include=["laqjax"]):
+with atheris.instrument_imports(include=["laqjax"]):  # pyright: ignore[reportAttributeAccessIssue]
     import jax.numpy as jnp
 
     from laqjax import compressors, wire

@@ -176,7 +176,8 @@ class Weather:
 
     def __init__(self) -> None:
         self.plan: dict[tuple[str, int], tuple[str, int]] = {}
-        self.late: list[Message] = []
+        self.late: list[Message] = []  # replies
+        self.held: list[Message] = []  # broadcasts
 
     def down(self, message: Message) -> list[Message]:
         return self.meet("down", message.metadata.dst_node_id, message)
@@ -188,15 +189,16 @@ class Weather:
         fault, place = self.plan.get((way, node), ("none", 0))
         if fault == "lost":
             return []
-        if fault == "late" and way == "up":
-            self.late.append(message)
+        if fault == "late":
+            (self.late if way == "up" else self.held).append(message)
             return []
         if fault == "damaged" and message.has_content():
             return [damaged(message, place)]
         return [message] * (2 if fault == "twice" else 1)
 
-    def released(self) -> list[Message]:
-        out, self.late = self.late, []
+    def released(self) -> tuple[list[Message], list[Message]]:
+        out = self.late, self.held
+        self.late, self.held = [], []
         return out
 
 
@@ -216,15 +218,17 @@ class Faulty:
         self.server = federation.Federation(alg, toy.theta0, KEY, checkpoint=self.file)
         self.server.save(self.file)
         self.backups = [self.file.read_bytes()]
-        self.held: list[Message] = []  # broadcasts that come again later
 
     def round(self, plan: dict[tuple[str, int], tuple[str, int]], reorder: bool = False) -> Any:
         self.weather.plan = plan
-        late = self.weather.released()
-        self.grid.waiting = late if not reorder else []
+        late, held = self.weather.released()
+        self.grid.waiting = [] if reorder else late
+        for message in held if reorder else []:  # an old broadcast, before the new one or after it
+            self.grid.deliver(message)
         facts = self.server.round(self.grid)
-        if reorder:
-            self.grid.waiting += late
+        for message in [] if reorder else held:
+            self.grid.deliver(message)
+        self.grid.waiting += late if reorder else []
         if facts is not None:
             self.backups.append(self.file.read_bytes())
         return facts
