@@ -120,7 +120,7 @@ def lazy_aggregate(
         >>> tx = optax.chain(laqjax.lazy_aggregate("data", 4, bits=4), optax.adam(1e-3))
         >>> state = tx.init({"w": jnp.zeros((3, 2))})
         >>> laqjax.lazy.specs(state, "data")[0].laq.workers.memory
-        PartitionSpec('data',)
+        P('data',)
     """
     number("num_workers", num_workers, np.int32, least=1)
 

@@ -125,6 +125,7 @@ def run(
         True
     """
     infos: list[Info] = []
+    rounds, chunk, _ = arguments(rounds, chunk, record, workers_at_once)
     state, done, saved = None, 0, None
     begin = start if isinstance(start, State) else alg.oracle.ravel(start)
     if checkpoint is not None:
@@ -208,6 +209,8 @@ def stream(
     first = int(state.round)
     for done in range(0, rounds, chunk):
         count = min(chunk, rounds - done)
+        if mesh is not None:  # moves nothing: another placement would compile the chunk again
+            state = meshes.place_state(state, mesh)
         with meshes.together():
             state, info = compiled_chunk(alg, state, shards, key, np.int32(count), mesh=mesh, **options)
             info = head(info, count)
@@ -257,9 +260,8 @@ def spread(alg: Algorithm, start: Any, params: Any, shards: Shards, mesh: Mesh) 
         check_state(
             jax.eval_shape(partial(meshes.rows_of, rows=alg.num_workers), start), jax.eval_shape(alg.init, params)
         )
-        parts = zip(meshes.rows_of(start, rows), specs, strict=True)
         # a copy: the chunks consume their state
-        state = jax.jit(partial(jax.tree.map, jnp.copy))(State(*(meshes.place(part, mesh, at) for part, at in parts)))
+        state = jax.jit(partial(jax.tree.map, jnp.copy))(meshes.place_state(meshes.rows_of(start, rows), mesh))
     else:
         at = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda node: isinstance(node, P))
         state = jax.jit(lambda alg, params: meshes.rows_of(alg.init(params), rows), out_shardings=at)(alg, params)

@@ -71,7 +71,8 @@ def place(tree: Any, mesh: Mesh, split: P) -> Any:
     sharding = NamedSharding(mesh, split)
 
     def one(a: Any) -> Any:
-        if isinstance(a, jax.Array) and a.sharding.is_equivalent_to(sharding, a.ndim):
+        # equal, not equivalent: programs are compiled for shardings by their names
+        if isinstance(a, jax.Array) and a.sharding == sharding:
             return a
         if not hasattr(a, "dtype"):
             a = np.asarray(a)
@@ -90,6 +91,11 @@ def state_specs(mesh: Mesh, *points: str) -> Any:
     whole: Any = spec(mesh, *points)
     workers: Any = spec(mesh, *points, WORKERS)
     return State(whole, whole, whole, whole, whole, whole, workers)
+
+
+def place_state(state: State, mesh: Mesh, *points: str) -> State:
+    """A state where `state_specs` says."""
+    return State(*(place(part, mesh, at) for part, at in zip(state, state_specs(mesh, *points), strict=True)))
 
 
 def padded(tree: Any, rows: int, axis: int = 0) -> Any:

@@ -167,7 +167,7 @@ def sweep_stream(
     state = meshes.rows_of(state, rows, axis=1)
     for done in range(0, rounds, chunk):
         count = min(chunk, rounds - done)
-        state = State(*(meshes.place(part, mesh, at) for part, at in zip(state, specs, strict=True)))
+        state = meshes.place_state(state, mesh, meshes.POINTS)
         with meshes.together():
             state, info = compiled_chunk(algs, state, shards, keys, np.int32(count), mesh=mesh, **options)
             info = head(meshes.host(info), count)
