@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from laqjax import mesh as meshes
@@ -53,11 +54,18 @@ class Checkpoints:
                 f"checkpoint = {folder} is of another run: {', '.join(differs)} differs; expected the same arguments, another "
                 "folder, or this one removed"
             )
+        self._wait("looked at")  # before one writes: a folder that is being made is no stranger's
         if jax.process_index() == 0 and not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             part = self.folder / ".run.json"
             part.write_text(json.dumps(mine))
             part.replace(path)
+        self._wait("made")
+
+    def _wait(self, name: str) -> None:
+        """Until all processes are here."""
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"{self.folder} {name}")
 
     def rounds(self) -> list[int]:
         """Of the whole checkpoints, the latest first."""
