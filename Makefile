@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce sweep compare federated bench test test-long test-distributed fuzz check lock clean
+.PHONY: help setup reproduce sweep compare federated bench test test-long test-distributed fuzz check docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -49,9 +49,12 @@ check: setup ## format, lint, types: what CI runs beside the tests
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+docs: setup ## the pages of docs/, in results/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 lock: setup ## pin again what pyproject.toml asks for (needs uv on the PATH)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-		--extra experiments --extra flower --extra dev --output-file requirements.lock pyproject.toml requirements-build.in
+		--extra experiments --extra flower --extra docs --extra dev --output-file requirements.lock pyproject.toml requirements-build.in
 
 clean: ## remove the environment and the results
 	rm -rf .venv results

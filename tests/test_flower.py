@@ -240,6 +240,9 @@ class Faulty:
     def check(self) -> None:
         """The aggregate is the sum of what the workers remember, as the server will tell each of them."""
         server, total = self.server, np.zeros(63)
+        assert np.all(np.isfinite(np.asarray(server.state.params)))
+        if not self.alg.memory.persists:  # nothing is summed up: a message that is lost is missing from its round
+            return
         for worker in range(4):
             memory = np.asarray(server.memories[worker])
             total += memory
@@ -252,7 +255,6 @@ class Faulty:
                     mine = found.memory if not isinstance(found.memory, tuple) else found.memory[0]
                     np.testing.assert_allclose(mine, memory, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(server.state.aggregate, total, rtol=1e-5, atol=1e-6)
-        assert np.all(np.isfinite(np.asarray(server.state.params)))
 
 
 LAZY = {
@@ -348,11 +350,14 @@ def test_the_aggregate_is_the_sum_of_the_memories_whatever_happens(tmp_path: Pat
     run_state_machine_as_test(Federated, settings=some)
 
 
-@pytest.mark.parametrize("name", ["laq", "two_laq"])
+@pytest.mark.parametrize("name", ["laq", "two_laq", "gd", "dgc"])
 def test_it_converges_through_faults(name: str, tmp_path: Path, toy: Toy, caplog: Any) -> None:
-    """Every message meets a fault with probability 0.3, and every tenth round a client or the server loses its state."""
+    """Every message meets a fault with probability 0.3, and every tenth round a client or the server loses its state.
+
+    Without a memory too, but a message that is lost is then lost, and the model trembles.
+    """
     caplog.set_level(logging.CRITICAL, "laqjax.federation")
-    alg, rng = LAZY[name](toy.oracle), np.random.default_rng(0)
+    alg, rng = METHODS[name](toy.oracle), np.random.default_rng(0)
     faulty, losses = Faulty(alg, toy, tmp_path), []
     while int(faulty.server.state.round) < 150:
         keys = [(way, 100 + m) for way in ("down", "up") for m in range(4)]
@@ -365,7 +370,7 @@ def test_it_converges_through_faults(name: str, tmp_path: Path, toy: Toy, caplog
         if rng.random() < 0.05:
             faulty.restart(int(rng.integers(3)))
     calm = laqjax.run(alg, toy.theta0, toy.shards, 150, KEY).info.loss
-    assert np.mean(losses[-5:]) < calm[-1] + 0.05 * (calm[0] - calm[-1])
+    assert np.mean(losses[-5:]) < calm[-1] + (0.05 if alg.memory.persists else 0.3) * (calm[0] - calm[-1])
 
 
 def test_a_restarted_server_goes_on_as_if_it_had_not_stopped(tmp_path: Path, toy: Toy) -> None:

@@ -115,15 +115,15 @@ def slaq(out: Path | None = None, network: bool = False, rounds: int = 1000, smo
         out: Folder for the results.
         network: The 784-200-10 network instead of softmax regression.
         rounds: Of each method.
-        smoke: Few rounds.
+        smoke: Few examples and rounds.
     """
     console = Console()
     out = out or Path("results") / ("slaq" + "-nn" * network + "-smoke" * smoke)
-    case = problems.case("network" if network else "softmax", "mnist")
+    case = problems.case("network" if network else "softmax", "mnist", rows=600 if smoke else None)
     start = case.start(0) if network else problems.authors_start(case.oracle)
     chosen = [Point(alg, case, 0, {"method": name}, start) for name, alg in stochastic(case.oracle, network).items()]
-    budget = Budget(40 if smoke else rounds, every=20, keep=1000)
-    summary = methods({"name": "slaq", "network": network}, chosen, Targets(), out, budget, console)
+    budget = Budget(min(40, rounds) if smoke else rounds, every=20, keep=1000)
+    summary = methods({"name": "slaq", "network": network, "smoke": smoke}, chosen, Targets(), out, budget, console)
     table = summary.select(
         "method",
         *(pl.col(f"{c}_end").cast(pl.Int64).alias(t) for c, t in (("uploads", "uploads"), ("bits_up", "bits up"))),

@@ -1,0 +1,212 @@
+"""README and docs are true: Python blocks run, lines are those of the files, commands exist and take what they are given."""
+
+import functools
+import inspect
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tyro
+
+import laqjax
+from laqjax import types, wire
+
+ROOT = Path(__file__).parents[1]
+TEXTS = {path.name: path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
+QUOTE = re.compile(r'```python title="(.*?)"\n(.*?)```', re.DOTALL)
+PLACES = ("DIR", "FILE", "HOST", "example.org", "{1..8}", "part-", "--shard")  # of the reader's
+
+
+def block(page: str, word: str) -> str:
+    return next(code for code in re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL) if word in code)
+
+
+def fenced(kinds: str) -> Iterator[str]:
+    for text in TEXTS.values():
+        yield from re.findall(rf"```(?:{kinds})\n(.*?)```", text, re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every `python -m experiments...` of the texts, as one would type it."""
+    found = [line for code in fenced("console|bash") for line in code.splitlines()]
+    found += [code for text in TEXTS.values() for code in re.findall(r"`(python -m [^`]*)`", text)]
+    found = [line.replace("$i/8", "1/8").replace("$i", "1") for line in found]
+    matches = (re.search(r"python -m experiments.*", re.sub(r"\s+#.*", "", line)) for line in found)
+    return sorted({match[0].strip() for match in matches if match})
+
+
+@pytest.fixture(scope="module")
+def used() -> dict[str, Any]:
+    """The names of the first example, after it ran."""
+    names: dict[str, Any] = {}
+    exec(block("own.md", "datasets.load").replace("rounds=200", "rounds=5"), names)  # the same, however long it runs
+    return names
+
+
+# ---- Python -----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_lines_need_the_package_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(block("README.md", "import"), names)
+    assert f"{names['out'].info.sent.sum()} uploads" in capsys.readouterr().out
+    assert 10 <= names["out"].info.sent.sum() < 1000
+    assert not re.search("experiments|datasets", block("README.md", "import"))
+
+
+def test_use_it(used: dict[str, Any], mnist: laqjax.Shards) -> None:
+    assert int(used["out"].state.round) == 10
+    assert used["params"]["weight"].shape == (10, 784)
+    np.testing.assert_array_equal(used["shards"].x, mnist.x)
+
+
+def test_a_loop_of_your_own(used: dict[str, Any]) -> None:
+    names = dict(used)
+    exec(block("own.md", "step = jax.jit(alg.step)"), names)  # it asserts that the loop is the run
+    assert int(names["state"].round) == 10
+
+
+def test_your_own_model(used: dict[str, Any]) -> None:
+    names = dict(used)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # a user's, not the tests'
+        exec(block("own.md", "import flax"), names)
+    assert jax.tree.structure(names["trained"]) == jax.tree.structure(names["params"])
+    loss = names["out"].info.loss
+    assert loss[-1] < 0.8 * loss[0]
+
+
+def test_your_own_method(used: dict[str, Any]) -> None:
+    names = dict(used)
+    exec(block("own.md", "class Half"), names)
+    one, many, alg = names["one"], names["many"], names["algs"][0]
+    np.testing.assert_array_equal(many.info.sent[:, 0], one.info.sent)
+    assert 0 < one.info.sent[1:].mean() < 1
+    like = names["oracle"].ravel(names["start"])
+    assert set(one.info.bits_up[one.info.sent]) == {16 * like.size}
+    key = jax.random.key(0)
+    keys = types.Keys(key, key, key, jax.numpy.int32(1), jax.numpy.int32(0))
+    payload = alg.compressor.encode(like, keys)
+    data = wire.to_bytes(alg.compressor, payload, like)
+    assert 8 * len(data) == wire.message_bits(alg.compressor.wire(payload, like)) == 16 * like.size
+    np.testing.assert_array_equal(wire.from_bytes(alg.compressor, data, like), alg.compressor.decode(payload, like))
+
+
+def test_many_devices(used: dict[str, Any]) -> None:
+    names = dict(used)
+    exec(block("mesh.md", "laqjax.mesh.make"), names)
+    alone = laqjax.run(used["alg"], used["problem"].start(0), used["shards"], rounds=10, key=jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, names["state"], jax.device_get(alone.state))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(block("mesh.md", "lazy_aggregate"), names)
+    assert names["state"][0].sent.all()
+
+
+def test_a_federation(used: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("flwr")
+    from laqjax import loopback
+
+    monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    names = dict(used)
+    text = block("federation.md", "flower.client_app").replace("rounds=100", "rounds=3")
+    exec(text.replace(', programs=Path("results/programs")', ""), names)  # JAX's cache is one for the whole process
+    grid = loopback.Loopback(names["client"], range(10))
+    names["server"](grid, grid.contexts[100])
+    assert Path("results/server.npz").exists()
+
+
+def test_no_other_python_stands_in_the_texts() -> None:
+    written = {name: len(re.findall(r"```python\n", text)) for name, text in TEXTS.items()}
+    ran = {"README.md": 1, "own.md": 4, "mesh.md": 2, "federation.md": 1}  # by the tests above
+    assert {name: number for name, number in written.items() if number} == ran
+
+
+@pytest.mark.parametrize(("page", "file", "lines"), [(page, *found) for page, text in TEXTS.items() for found in QUOTE.findall(text)])  # fmt: skip
+def test_lines_are_those_of_the_file(page: str, file: str, lines: str) -> None:
+    assert lines in (ROOT / file).read_text(), f"{page} quotes what {file} no longer holds"
+
+
+def test_the_pages_build_and_fetch_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    site, quiet = tmp_path / "site", os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(site)]
+    built = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = {page.name: page.read_text() for page in site.glob("*.html")}
+    assert {page.with_suffix(".html").name for page in (ROOT / "docs").glob("*.md")} <= set(pages)
+    for text in pages.values():
+        assert not re.search(r'<(script|img|iframe)[^>]*src="(https?:)?//', text)
+        assert not re.search(r'<link[^>]*rel="(stylesheet|preconnect|preload)"[^>]*href="(https?:)?//', text)
+    assert pages["algorithm.html"].count("<math") > 20
+    assert "bits per coordinate of a message" in pages["api.html"]  # of the docstrings that are completed when imported
+
+
+# ---- commands ---------------------------------------------------------------------------------------------------
+
+
+class Parsed(BaseException):
+    """The command line took what it was given."""
+
+
+def parsing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tyro reads the command line, calls nothing, and raises `Parsed`."""
+
+    def idle(f: Any) -> Any:
+        return functools.wraps(f)(lambda *args, **given: None) if inspect.isfunction(f) else f
+
+    def stop(parse: Any, f: Any, *args: Any, **given: Any) -> None:
+        parse({k: idle(v) for k, v in f.items()} if isinstance(f, dict) else idle(f), *args, **given)
+        raise Parsed
+
+    monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", functools.partial(stop, tyro.extras.subcommand_cli_from_dict))  # fmt: skip
+    monkeypatch.setattr(tyro, "cli", functools.partial(stop, tyro.cli))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_take_what_they_are_given(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, module, *arguments = shlex.split(command)
+    if module == "experiments":
+        return
+    if module in ("experiments.federated", "experiments.deployment"):
+        pytest.importorskip("flwr")
+    parsing(monkeypatch)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    sys.modules.pop(module, None)
+    with pytest.raises(Parsed):
+        runpy.run_module(module, run_name="__main__")
+
+
+def test_make_has_these_targets() -> None:
+    named = {name for text in TEXTS.values() for name in re.findall(r"(?:\$ |`)make ([a-z-]+)", text)}
+    assert named <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("program", ["flower-superlink", "flower-supernode"])
+def test_flower_has_these_options(program: str) -> None:
+    pytest.importorskip("flwr")
+    (said,) = {line[3:] for code in fenced("console") for line in code.splitlines() if line[3:].startswith(program + " ") and "node-1" not in line}  # fmt: skip
+    script = Path(sys.executable).with_name(program)
+    told = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
+    assert not [option for option in re.findall(r"--[a-z-]+", said) if option not in told]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", [c for c in commands() if not any(place in c for place in PLACES)])
+def test_commands_run(command: str, tmp_path: Path) -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in tracked.splitlines():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    ran = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
