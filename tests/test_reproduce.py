@@ -160,13 +160,15 @@ def test_the_family_at_the_steps_of_theory(members: int, home: Path, monkeypatch
 
 
 def test_heterogeneity(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family, "DECADES", (0, 1.5))
+    monkeypatch.setattr(family, "ALPHAS", (0.1, 10))
     family.heterogeneity(target=1e-2)
     table = pl.read_csv(home / "results" / "heterogeneity" / "heterogeneity.csv")
-    assert table["value"].to_list() == [0, 0.5, 1, 1.5, 2, 0.1, 0.3, 1, 3, 10]
+    assert table["value"].to_list() == [0, 1.5, 0.1, 10]
     assert (table["gd"] % 10 == 0).all()
     assert (table["laq"] < table["gd"]).all()
     assert table["laq saves"].to_list() == pytest.approx((1 - table["laq"] / table["gd"]).to_list())
-    assert table["spread"][:5].is_sorted()
+    assert table["spread"][:2].is_sorted()
 
 
 def test_half_the_errors_is_between_the_rule_and_none() -> None:

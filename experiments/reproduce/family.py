@@ -15,6 +15,8 @@ from experiments.problems import SYNTHETIC, convex
 from experiments.reproduce import finish, methods
 from experiments.study import Budget
 
+DECADES, ALPHAS = (0, 0.5, 1, 1.5, 2), (0.1, 0.3, 1, 3, 10)  # of L_m; of Dirichlet
+
 
 def family(out: Path = Path("results/family"), rounds: int = 3000, target: float = 1e-6) -> None:
     """Every member on one strongly convex problem, each at the step of theory (see `compare.MEMBERS`): bits against residual.
@@ -47,8 +49,8 @@ def heterogeneity(out: Path = Path("results/heterogeneity"), target: float = 1e-
         target: Residual f - f* at which the uploads are read off.
     """
     console, chosen = Console(), []
-    cases = [("decades of L_m", h, f"{SYNTHETIC}{h:g}", "contiguous") for h in (0, 0.5, 1, 1.5, 2)]
-    cases += [("Dirichlet alpha", a, f"{SYNTHETIC}0", f"dirichlet:{a}") for a in (0.1, 0.3, 1, 3, 10)]
+    cases = [("decades of L_m", h, f"{SYNTHETIC}{h:g}", "contiguous") for h in DECADES]
+    cases += [("Dirichlet alpha", a, f"{SYNTHETIC}0", f"dirichlet:{a}") for a in ALPHAS]
     with jax.enable_x64(True):
         for axis, value, name, scheme in cases:
             case = convex(name, scheme)
