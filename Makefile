@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce sweep compare federated bench test test-long test-distributed fuzz check docs lock clean
+.PHONY: help setup reproduce sweep compare federated bench test test-long test-distributed test-lowest test-newest fuzz check docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -40,6 +40,20 @@ test-long: setup ## the tests that take minutes each
 test-distributed: setup ## the tests that start many processes
 	$(BIN)/python -m pytest -m distributed
 
+# the library itself, in environments of its own; another Python: make test-newest PYTHON=python3.13
+TOOLS := beartype equinox flax hypothesis polars pytest pytest-xdist
+CORE := $(patsubst %,tests/test_%.py,compressors golden laws oracle readme theory)
+DECLARED := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"])
+
+test-lowest: ## the core tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+test-newest: ## the core tests with the newest versions of everything, in .venv-newest
+test-lowest: DEPENDENCIES = $$($(PYTHON) -c '$(DECLARED)' | sed 's/>=/==/g')
+test-lowest test-newest: test-%:
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable . $(TOOLS) $(DEPENDENCIES)
+	.venv-$*/bin/python -m pip list --disable-pip-version-check | grep -E '^(jax|jaxlib|jaxtyping|numpy|optax) '
+	.venv-$*/bin/python -m pytest -n 2 --dist loadfile $(CORE)
+
 fuzz: setup ## a minute of atheris over the decoder of messages
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "atheris>=3.0"
 	$(BIN)/python tests/fuzz.py -max_total_time=60 -max_len=200
@@ -56,5 +70,5 @@ lock: setup ## pin again what pyproject.toml asks for (needs uv on the PATH)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 		--extra experiments --extra flower --extra docs --extra dev --output-file requirements.lock pyproject.toml requirements-build.in
 
-clean: ## remove the environment and the results
-	rm -rf .venv results
+clean: ## remove the environments and the results
+	rm -rf .venv .venv-* results

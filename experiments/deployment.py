@@ -200,10 +200,11 @@ def connect(flwr: Flower, address: str, root_certificates: Path | None) -> None:
 
 
 def environment(home: Path, poll: float) -> dict[str, str]:
-    """Of all processes: this Python's commands first, no telemetry, no look for updates."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    """Of all processes: this Python's commands and this checkout first, no telemetry, no look for updates."""
+    first = {"PATH": Path(sys.executable).parent, "PYTHONPATH": Path(__file__).parent.parent}  # apps import experiments
+    paths = {name: os.pathsep.join(filter(None, (str(path), os.environ.get(name)))) for name, path in first.items()}
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-    return {**os.environ, "PATH": path, "FLWR_HOME": str(home), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(poll), **quiet}
+    return {**os.environ, **paths, "FLWR_HOME": str(home), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(poll), **quiet}
 
 
 def write_app(folder: Path) -> None:

@@ -59,7 +59,9 @@ def _evaluate(closed: core.ClosedJaxpr, args: Any) -> list[Any]:
             outputs = [_convolution(*inputs, **eqn.params)]
         else:
             params = {name: _rewritten(value) for name, value in eqn.params.items()}
-            outputs: Any = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(params))
+            params: Any = eqn.primitive.get_bind_params(params)
+            functions, params = params if isinstance(params, tuple) else ((), params)  # a pair before JAX 0.9.2
+            outputs: Any = eqn.primitive.bind(*functions, *inputs, **params)
         if eqn.primitive is lax.dot_general_p and eqn.outvars[0] in transposed:
             outputs = lax.optimization_barrier(outputs)
         several = eqn.primitive.multiple_results

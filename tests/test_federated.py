@@ -20,6 +20,7 @@ pytest.importorskip("flwr")
 from experiments import deployment, federated, ledger, plots, points
 from experiments.apps import Plan
 
+ROOT = Path(__file__).parent.parent
 DATA = "synthetic-logistic?workers=3&samples=40&features=12&condition=10&heterogeneity=1"
 SMALL = ["--problem", "logistic", "--dataset", DATA, "--workers", "3", "--lr", "0.002"]
 
@@ -128,6 +129,13 @@ def test_a_process_and_all_that_came_from_it_are_stopped(tmp_path: Path) -> None
         deployment.wait_for(deployment.free_port(), process, tmp_path / "parent.log")
 
 
+def test_processes_find_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's commands are started anywhere, and the experiments are not installed."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    look = "from importlib.util import find_spec; raise SystemExit(find_spec('experiments.apps') is None)"
+    subprocess.run([sys.executable, "-c", look], cwd=tmp_path, env=deployment.environment(tmp_path, 0.2), check=True)
+
+
 # ---- a SuperLink and SuperNodes ----------------------------------------------------------------------------------
 
 
@@ -138,8 +146,7 @@ def command(out: Path, *words: str) -> list[str]:
 def ended(words: list[str], signalled: int | None = None) -> tuple[int, str]:
     """(exit status, what it said) of a command, after it has come up; nobody of its family is left."""
     family, said = set(), ""
-    root = Path(__file__).parent.parent
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root) as process:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         while "SuperLink at" not in said and (line := process.stdout.readline()):
             said += line
@@ -196,7 +203,8 @@ def test_nobody_is_left_after_a_failure(tmp_path: Path) -> None:
 def test_flowers_simulation_engine(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     words = ["--algorithm", "laq", "--rounds", "3", "--grid", "simulation"]
-    said = subprocess.run(command(tmp_path / "real", *words), capture_output=True, text=True, check=True).stdout
+    real = command(tmp_path / "real", *words)
+    said = subprocess.run(real, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "3 simulated nodes" in said
     here = federated.run(settings(*words[:-2], "--out", str(tmp_path / "loopback")))
     masks = [read(folder, "masks").row(0, named=True) for folder in (tmp_path / "real", here)]

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,13 @@ def test_installing_keeps_the_jax_that_is_there(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
+    monkeypatch.setattr(sys, "path", [*sys.path])
     exec(install, {"REPOSITORY": "https://example.org/laqjax.git"})
-    assert ran[0][-3:] == ["-c", "constraints.txt", "laqjax[experiments] @ git+https://example.org/laqjax.git"]
+    checkout = str(tmp_path / "laqjax-checkout")  # the wheel has no experiments
+    assert ran[0][:2] == ["git", "clone"]
+    assert ran[0][-2:] == ["https://example.org/laqjax.git", checkout]
+    assert ran[1][-3:] == ["-c", "constraints.txt", f"{checkout}[experiments]"]
+    assert sys.path[0] == checkout
     assert {f"{name}=={version(name)}" for name in ("jax", "jaxlib")} <= set(
         (tmp_path / "constraints.txt").read_text().split()
     )

@@ -85,7 +85,8 @@ def member(tmp_path, monkeypatch):
     source = Path(__file__).read_text()
     function = source[source.index("def echo") : source.index("def there")]
     (tmp_path / "echoing.py").write_text(f"import os\nfrom experiments import teams\n{function}")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # a team finds the experiments by itself, wherever it is started
+    monkeypatch.chdir(tmp_path)
     return "echoing:echo"
 
 
