@@ -42,7 +42,7 @@ test-distributed: setup ## the tests that start many processes
 
 # the library itself, in environments of its own; another Python: make test-newest PYTHON=python3.13
 TOOLS := beartype equinox flax hypothesis polars pytest pytest-xdist
-CORE := $(patsubst %,tests/test_%.py,compressors golden laws oracle readme theory)
+CORE := $(patsubst %,tests/test_%.py,compressors golden laws oracle theory)
 DECLARED := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"])
 
 test-lowest: ## the core tests with the lowest versions that pyproject.toml allows, in .venv-lowest
