@@ -1,6 +1,7 @@
 """The wheel is `laqjax` alone and needs five packages; the source distribution is the checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,20 +22,7 @@ NAME = f"laqjax-{laqjax.__version__}"
 NEEDED = {"jax", "jaxlib", "jaxtyping", "numpy", "optax"}
 METADATA = ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt")
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, f'build_{sys.argv[1]}')(sys.argv[2])"
-README_BLOCK = """
-import jax
-import laqjax
-import numpy as np
-
-rng = np.random.default_rng(0)
-x, y = rng.integers(0, 256, (600, 20), np.uint8), rng.integers(0, 3, 600)
-shards = laqjax.problems.partition(x, y, 10, "contiguous")
-problem = laqjax.problems.Softmax(20, 3)
-alg = laqjax.algorithms.laq(problem.oracle(), lr=0.02, num_workers=10, bits=4)
-out = laqjax.run(alg, problem.start(0), shards, rounds=20, key=jax.random.key(0))
-print(out.info.loss[-1], out.info.sent.sum(), out.info.bits_up.sum(dtype="int64"))
-assert out.info.loss[-1] < out.info.loss[0]
-"""
+(README_BLOCK, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
 def tracked() -> list[str]:
