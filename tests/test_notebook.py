@@ -2,13 +2,11 @@
 
 import importlib.util
 import inspect
-import os
 import re
 import subprocess
 import sys
 import textwrap
 import tomllib
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +51,7 @@ class Ran(NamedTuple):
     scope="module",
     params=[pytest.param("1", id="smoke"), pytest.param("0", id="full", marks=pytest.mark.long)],
 )
-def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder, home = tmp_path_factory.mktemp("notebook"), tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MPLBACKEND", raising=False)
@@ -68,7 +66,7 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
         settings: dict[str, Any] = {}
         exec(with_("LAQJAX_SMOKE"), settings)
-    yield Ran([cell for cell in book.cells if cell.cell_type == "code"], settings, folder)
+    return Ran([cell for cell in book.cells if cell.cell_type == "code"], settings, folder)
 
 
 # ---- the file ---------------------------------------------------------------------------------------------------
@@ -78,7 +76,7 @@ def test_it_is_what_its_source_makes() -> None:
     made, source = jupytext.read(NOTEBOOK), jupytext.read(SOURCE)
     read = [[(cell.cell_type, cell.source, cell.metadata) for cell in book.cells] for book in (made, source)]
     assert read[0] == read[1], "make notebook"
-    assert made.metadata == source.metadata
+    assert {**made.metadata, "jupytext": None} == {**source.metadata, "jupytext": None}
     assert all(cell.outputs == [] and cell.execution_count is None for cell in made.cells if cell.cell_type == "code")
 
 
