@@ -17,11 +17,8 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/laqjax/laqjax/blob/main/experiments/laqjax_colab.ipynb)
 #
 # Workers hold data, a server holds the model. Gradient descent sends every worker's gradient up in every round; LAQ ([Sun, Chen, Giannakis, Yang, NeurIPS 2019](https://papers.nips.cc/paper/2019/hash/4e87337f366f72daa424dae11df0538c-Abstract.html)) sends the *change* of a gradient, in b bits a coordinate, and only when that change matters. It gets to the same loss in about as many rounds, with a hundredth of the bits. This notebook explains it beside the lines of laqjax that are it, runs it on MNIST, sweeps its parameters, and trains a model of your own.
-
-# %% [markdown]
-# ## Install
 #
-# Runtime > Change runtime type chooses TPU, GPU or CPU; then Runtime > Run all. The JAX that is here stays: Colab's fits its driver and its TPU. Where laqjax can be imported, nothing is installed.
+# Runtime > Change runtime type chooses TPU, GPU or CPU; then Runtime > Run all. The first cell installs laqjax where it cannot be imported, into the JAX that is here: Colab's fits its driver and its TPU. On a CPU the settings are those of three minutes on two cores, on a TPU or GPU larger ones.
 
 # %%
 REPOSITORY = "https://github.com/laqjax/laqjax"
@@ -44,11 +41,6 @@ if any(importlib.util.find_spec(name) is None for name in ("laqjax", "experiment
     wanted = f"{checkout}[experiments]"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-c", "constraints.txt", wanted], check=True)
     sys.path.insert(0, str(checkout))
-
-# %% [markdown]
-# ## Device
-#
-# On a CPU the settings are those of three minutes on two cores, on a TPU or GPU larger ones.
 
 # %%
 import os
@@ -81,6 +73,8 @@ import numpy as np
 from IPython.display import Markdown, display
 
 import laqjax
+from laqjax import compressors, memories, rules
+from laqjax.step import worker_step
 
 plt.rcParams |= {"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3}
 plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
@@ -100,15 +94,10 @@ def show(*pieces):
 #
 # $$q_i = \left\lfloor \frac{\text{target}_i}{\text{step}} + 2^{b-1} \right\rfloor, \qquad \delta Q_{m,i}^k = \text{step} \cdot \left( q_i - \frac{2^b - 1}{2} \right)$$
 #
-# A message is the radius and p codes of b bits: $32 + b p$ bits, where a gradient has $32 p$.
+# A message is the radius and p codes of b bits: $32 + b p$ bits, where a gradient has $32 p$. The grid has no zero; a coordinate is off by half a step at most, and the largest one sets the step for all.
 
 # %%
-from laqjax import compressors, memories
-
 show(memories.Innovation.target, compressors.Grid.encode, compressors.codes_on_grid, compressors.values_on_grid)
-
-# %% [markdown]
-# The grid has no zero: a coordinate is off by half a step at most, and the largest one sets the step for all.
 
 # %%
 target = jnp.linspace(-1, 1, 1001)
@@ -130,8 +119,6 @@ plt.show()
 # The sum is the model's recent motion, weighted by $\xi_d$: while the model moves a lot, small changes of a gradient do not matter. $\bar t = C$ bounds the rounds of silence $t_m$.
 
 # %%
-from laqjax import rules
-
 show(rules.Lazy.decide, rules.History.threshold, rules.MaxSilence.decide)
 
 # %% [markdown]
@@ -140,17 +127,11 @@ show(rules.Lazy.decide, rules.History.threshold, rules.MaxSilence.decide)
 # The memories of those who sent move by what was decoded, and the server's sum of all memories with them:
 #
 # $$Q_m(\hat\theta^k) = Q_m(\hat\theta^{k-1}) + \delta Q_m^k, \qquad \nabla^k = \nabla^{k-1} + \sum_{m \text{ sent}} \delta Q_m^k, \qquad \theta^{k+1} = \theta^k - \alpha \nabla^k$$
+#
+# A worker's whole round is one function, the same for all methods of the library: LAQ is the grid, the lazy rule and the memory, put together.
 
 # %%
-show(memories.Innovation.update, memories.Innovation.aggregate)
-
-# %% [markdown]
-# A worker's whole round is one function. It is the same for all methods of the library: LAQ is the grid, the lazy rule and the memory above, put together.
-
-# %%
-from laqjax.step import worker_step
-
-show(worker_step, laqjax.algorithms.laq)
+show(memories.Innovation.update, memories.Innovation.aggregate, worker_step, laqjax.algorithms.laq)
 
 # %% [markdown]
 # ## LAQ against gradient descent
@@ -174,7 +155,6 @@ methods = {
 runs = {name: laqjax.run(method, start, shards, ROUNDS, key) for name, method in methods.items()}
 
 
-# %%
 def mbit_up(info):
     """Mbit sent up before each round, as the loss of a round is that of the model before its step."""
     bits = info.bits_up.sum(axis=-1, dtype="int64")
@@ -235,7 +215,6 @@ stacked = laqjax.stack(
 )
 points = laqjax.sweep(stacked, start, shards, ROUNDS, jax.random.split(key, len(grid)))
 
-# %%
 goal = runs["GD"].info.loss[ROUNDS // 2]
 reached = points.info.loss <= goal  # [rounds, points]
 first = reached.argmax(axis=0)
@@ -305,8 +284,6 @@ for name, (info, state) in runs.items():
     logits = apply(methods[name].params(state), data.x_test.reshape(-1, 28, 28, 1).astype(np.float32) / 255)
     right = np.mean(np.argmax(logits, axis=1) == data.y_test)
     print(f"{name}: loss {info.loss[-1]:.3f}, test accuracy {right:.1%}, {info.sent.sum()} uploads")
-
-# %%
 curves(runs)
 
 # %% [markdown]
