@@ -209,11 +209,11 @@ plt.show()
 import itertools
 
 grid = list(itertools.product(BITS, LIMITS, WINDOWS))
-settings = server | {"max_window": max(WINDOWS)}
-stacked = laqjax.stack(
-    [laqjax.algorithms.laq(oracle, bits=b, limit=c, window=d, xi=0.8, **settings) for b, c, d in grid]
-)
-points = laqjax.sweep(stacked, start, shards, ROUNDS, jax.random.split(key, len(grid)))
+longest = max(WINDOWS)  # of one shape for all
+algorithms = [
+    laqjax.algorithms.laq(oracle, bits=b, limit=c, window=d, max_window=longest, xi=0.8, **server) for b, c, d in grid
+]
+points = laqjax.sweep(laqjax.stack(algorithms), start, shards, ROUNDS, jax.random.split(key, len(grid)))
 
 goal = runs["GD"].info.loss[ROUNDS // 2]
 reached = points.info.loss <= goal  # [rounds, points]
@@ -228,14 +228,14 @@ print(f"GD {mbit_up(runs['GD'].info)[ROUNDS // 2]:.4g} Mbit")
 maps = cost.reshape(len(BITS), len(LIMITS), len(WINDOWS))
 figure, axes = plt.subplots(1, len(WINDOWS), figsize=(1.5 + 3 * len(WINDOWS), 3.2), sharey=True, layout="constrained")
 for k, axis in enumerate(axes):
-    image = axis.imshow(maps[..., k], cmap="viridis_r", vmin=np.nanmin(cost), vmax=np.nanmax(cost), aspect="auto")
+    axis.imshow(maps[..., k], cmap="viridis_r", vmin=np.nanmin(cost), vmax=np.nanmax(cost), aspect="auto")
     axis.set(title=f"D = {WINDOWS[k]}", xlabel="C, rounds", xticks=range(len(LIMITS)), xticklabels=LIMITS)
     axis.grid(False)
     for (i, j), value in np.ndenumerate(maps[..., k]):
         text = "-" if np.isnan(value) else f"{value:.3g}"
         axis.text(j, i, text, ha="center", va="center", bbox={"color": "w", "alpha": 0.6, "pad": 1.5})
 axes[0].set(ylabel="b, bits a coordinate", yticks=range(len(BITS)), yticklabels=BITS)
-figure.colorbar(image, ax=axes, label=f"Mbit up to loss {goal:.3f}")
+figure.colorbar(axes[0].images[0], ax=axes, label=f"Mbit up to loss {goal:.3f}")
 plt.show()
 
 # %% [markdown]
@@ -248,17 +248,17 @@ plt.show()
 # %%
 import optax
 
+
+def network(params, x):
+    return jax.nn.relu(x.reshape(-1, 784) @ params["in"]) @ params["out"]
+
+
+params, apply = {"in": jax.random.normal(jax.random.key(0), (784, 64)) / 28, "out": jnp.zeros((64, 10))}, network
 if importlib.util.find_spec("flax"):
     import flax.linen as nn
 
     model = nn.Sequential([nn.Conv(8, (5, 5), strides=2), nn.relu, lambda x: x.reshape(len(x), -1), nn.Dense(10)])
     params, apply = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1))), model.apply
-else:
-    params = {"in": jax.random.normal(jax.random.key(0), (784, 64)) / 28, "out": jnp.zeros((64, 10))}
-
-    def apply(params, x):
-        """Logits of a network with one hidden layer."""
-        return jax.nn.relu(x.reshape(-1, 784) @ params["in"]) @ params["out"]
 
 
 def loss(params, x, y):
@@ -282,7 +282,7 @@ runs = {name: laqjax.run(method, params, some, ROUNDS // 3, key) for name, metho
 
 for name, (info, state) in runs.items():
     logits = apply(methods[name].params(state), data.x_test.reshape(-1, 28, 28, 1).astype(np.float32) / 255)
-    right = np.mean(np.argmax(logits, axis=1) == data.y_test)
+    right = np.mean(jnp.asarray(logits).argmax(axis=1) == data.y_test)
     print(f"{name}: loss {info.loss[-1]:.3f}, test accuracy {right:.1%}, {info.sent.sum()} uploads")
 curves(runs)
 
