@@ -263,7 +263,7 @@ if importlib.util.find_spec("flax"):
 
 def loss(params, x, y):
     """Of each example: x [n, 784] bytes, y [n] -> losses [n]."""
-    logits = apply(params, x.reshape(-1, 28, 28, 1).astype(jnp.float32) / 255)
+    logits = jnp.asarray(apply(params, x.reshape(-1, 28, 28, 1).astype(jnp.float32) / 255))
     return optax.softmax_cross_entropy_with_integer_labels(logits, y)
 
 
