@@ -1,4 +1,8 @@
-"""Figures from result files alone: `python -m experiments.plots DIR` draws again what an experiment left in DIR."""
+"""Draw the figures of a result folder again, from its tables alone.
+
+    python -m experiments.plots results/sweep
+    python -m experiments.plots results/sweep --csv      its curves as a table too, for other programs
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -123,7 +123,7 @@ def test_a_process_and_all_that_came_from_it_are_stopped(tmp_path: Path) -> None
     words = [sys.executable, "-c", "raise SystemExit('no such thing')"]
     with (
         deployment.started(words, flwr, "parent") as process,
-        pytest.raises(ValueError, match=r"(?s)parent did not start.*no such thing"),
+        pytest.raises(ChildProcessError, match=r"(?s)parent did not start.*no such thing"),
     ):
         deployment.wait_for(deployment.free_port(), process, tmp_path / "parent.log")
 
