@@ -3,10 +3,11 @@
 import ast
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
-COMMANDS = "sweep tune compare federated reproduce scaling bench plots report deployment".split()
-EXAMPLES = "examples.parallel examples.hosts".split()
+COMMANDS = ["sweep", "tune", "compare", "federated", "reproduce", "scaling", "bench", "plots", "report", "deployment"]
+EXAMPLES = ["examples.parallel", "examples.hosts"]
 HEAD = """LAQ and its family: experiments on one machine or many. The first two need nothing else:
 
     python -m experiments reproduce laq-logistic    the paper's table and figures, 10 minutes on 2 cores
@@ -17,9 +18,9 @@ python -m experiments NAME --help says more of each:
 """
 
 
-def said(node: ast.AST) -> str:
+def said(node: Any) -> str:
     """The first line of a docstring."""
-    return (ast.get_docstring(node) or "-").splitlines()[0]  # pyright: ignore[reportArgumentType]
+    return (ast.get_docstring(node) or "-").splitlines()[0]
 
 
 def read(name: str) -> ast.Module:
@@ -30,12 +31,11 @@ def read(name: str) -> ast.Module:
 
 def tables() -> dict[str, str]:
     """The subcommands of `reproduce`, from its dict of functions."""
-    found = next(node for node in ast.walk(read("reproduce")) if isinstance(node, ast.Dict))
+    found: Any = next(node for node in ast.walk(read("reproduce")) if isinstance(node, ast.Dict))
     lines = {}
-    for key, value in zip(found.keys, found.values, strict=True):
-        assert isinstance(key, ast.Constant) and isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name)
+    for key, value in zip(found.keys, found.values, strict=True):  # "lag": lag.table
         body = read(f"reproduce.{value.value.id}").body
-        lines[str(key.value)] = next(said(f) for f in body if isinstance(f, ast.FunctionDef) and f.name == value.attr)
+        lines[key.value] = next(said(f) for f in body if isinstance(f, ast.FunctionDef) and f.name == value.attr)
     return lines
 
 

@@ -217,7 +217,8 @@ def goals_of(table: pl.DataFrame) -> list[str]:
 def summarised(points: pl.DataFrame) -> pl.DataFrame:
     """Mean, half of the 95 % interval (Student's t), least and most over seeds, a row a setting; a cost only where all seeds reached it."""
     by = settings_of(points)
-    measures = [name for name in points.columns if name.rsplit("_", 1)[0] in COST] + ["final_loss", "accuracy"]
+    measures = [name for name in points.columns if name.rsplit("_", 1)[0] in COST and name not in by]
+    measures += ["final_loss", "accuracy"]
     rows = []
     for key, group in points.group_by(by, maintain_order=True):
         row: dict[str, Any] = dict(zip(by, key, strict=True)) | {"seeds": len(group), "point": group["point"][0]}
@@ -248,13 +249,20 @@ def interval(values: np.ndarray | None) -> dict[str, float | None]:
 
 def joined(folder: Path, parts: Sequence[str]) -> pl.DataFrame:
     """The tables PART + NAME.parquet of batches, or of merged folders, as one of each kind; and the summary, returned."""
+    whole = gathered(parts)
     for name in TABLES:
-        frames = [pl.read_parquet(f"{part}{name}.parquet") for part in parts]
-        whole = pl.concat(frames, how="diagonal_relaxed").sort("point", maintain_order=True)
-        files.save(whole, folder / name, csv=name == "points")
-    summary = summarised(pl.read_parquet(folder / "points.parquet"))
-    files.save(summary, folder / "summary", csv=True)
-    return summary
+        files.save(whole[name], folder / name, csv=name == "points")
+    files.save(whole["summary"], folder / "summary", csv=True)
+    return whole["summary"]
+
+
+def gathered(parts: Sequence[str]) -> dict[str, pl.DataFrame]:
+    """What `joined` writes."""
+    read = {name: [pl.read_parquet(f"{part}{name}.parquet") for part in parts] for name in TABLES}
+    whole = {
+        n: pl.concat(frames, how="diagonal_relaxed").sort("point", maintain_order=True) for n, frames in read.items()
+    }
+    return whole | {"summary": summarised(whole["points"])}
 
 
 HEADS = {"bits": "b", "limit": "C", "window": "D"}

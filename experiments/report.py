@@ -1,1 +1,229 @@
-"""One HTML page from result folders."""
+"""One HTML page of result folders: figures with hover and zoom, sortable tables, settings.
+
+    python -m experiments.report results/sweep                          writes results/sweep/report.html
+    python -m experiments.report results/laq-logistic results/mine --out both.html
+
+The page holds all that it shows, and opens from disk without a network. Several folders stand in sections of their own, below
+one figure with the curves of all. It is made from the tables of the folders alone, which are not changed; of a command that
+has not ended it shows the batches that are done.
+"""
+
+import html
+import json
+import re
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import tyro
+from plotly.offline import get_plotlyjs
+from rich.console import Console
+
+from experiments import files, ledger, report_figures, terminal
+from experiments.report_figures import Figure
+
+# the tables of each kind of folder, the first what its figures are drawn from
+TABLES = {
+    "sweep": ("summary", "points", "curves"),
+    "methods": ("summary", "points", "curves", "table"),
+    "federated": ("summary", "points", "curves"),
+    "heterogeneity": ("heterogeneity",),
+    "compare": ("best", "tried", "report/summary", "report/points", "report/curves"),
+    "tune": ("trials",),
+    "scaling": ("cost", "goals", "bytes", "memory", "model"),
+}
+SHOWN = {  # of these, those that stand on the page, with their captions
+    "sweep": {"summary": "Settings"},
+    "methods": {"table": "The table of the command", "summary": "Methods"},
+    "federated": {"summary": "Settings", "points": "Points: what was billed, and what was observed"},
+    "heterogeneity": {"heterogeneity": "Uploads to the target, and the share of GD's that is saved"},
+    "compare": {"best": "The cheapest setting of each method, at each target", "tried": "Settings that were tried"},
+    "tune": {"trials": "Trials"},
+    "scaling": {"goals": "Goals", "cost": "Seconds", "bytes": "Bytes of a whole run", "memory": "Memory"},
+}
+ROWS = 4000  # of a table on the page
+POINTS = 30_000  # of all curves on the page
+
+
+@dataclass
+class Section:
+    """What a folder holds: the kind of its experiment, what it was asked, what it says of its run, and its tables."""
+
+    folder: Path
+    kind: str
+    asked: dict[str, Any]
+    ran: dict[str, Any]
+    tables: dict[str, pl.DataFrame]
+    notices: list[str] = field(default_factory=list)
+
+
+def read(folder: Path) -> Section:
+    """A result folder; ValueError when it is none, FileNotFoundError when it is missing."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing: expected the --out folder of an experiment")
+    identity, run = folder / "identity.json", folder / "run.json"
+    asked = files.read_json(identity) if identity.exists() else {}
+    kind = asked.pop("experiment", "scaling" if (folder / "goals.parquet").exists() else None)
+    if kind not in TABLES:
+        raise ValueError(f"{folder} holds no results: expected what an experiment leaves, as results/sweep")
+    run = folder / "best.json" if kind == "tune" else run
+    ran = files.read_json(run) if run.exists() else {}
+    section = Section(folder, kind, asked, ran, {})
+    for name in TABLES[kind]:
+        if (path := folder / f"{name}.parquet").exists():
+            try:
+                section.tables[name.removeprefix("report/")] = pl.read_parquet(path)
+            except (OSError, pl.exceptions.PolarsError) as error:
+                raise ValueError(f"{path} is damaged ({error}); run its command again") from None
+    if not ran:
+        done = "nothing is done yet"
+        if parts := sorted(str(path)[: -len("points.parquet")] for path in folder.glob("batches/*-points.parquet")):
+            section.tables |= ledger.gathered(parts)
+            done = f"the {len(section.tables['points'])} points of finished batches are shown"
+        section.notices.append(f"Not finished: {done}. The same command goes on from there.")
+    if TABLES[kind][0] not in section.tables:
+        section.tables = {}
+    return section
+
+
+def page(sections: list[Section]) -> str:
+    """The page; ValueError when it would have nothing to show."""
+    figures: list[Figure] = []
+    each = POINTS // len(sections) // (2 if len(sections) > 1 else 1)
+    body = [beside(sections, each, figures)] if len(sections) > 1 else []
+    body += [section_html(section, f"folder-{i}", each, figures) for i, section in enumerate(sections)]
+    links = "".join(f'<li><a href="#folder-{i}">{text(s.folder)}</a></li>' for i, s in enumerate(sections))
+    parts = {
+        "title": f"laqjax: {text(', '.join(s.folder.name for s in sections))}",
+        "about": f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. Figures: drag to zoom, double-click to see all again, click "
+        "on a name to hide it, double-click to see it alone. Tables: click on a head to sort.",
+        "contents": f"<nav><ol>{links}</ol></nav>" if len(sections) > 1 else "",
+        "body": "\n".join(body),
+        "plotly": get_plotlyjs(),
+        "figures": json.dumps(figures, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    template = Path(__file__).with_suffix(".html").read_text()
+    return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], template)
+
+
+def text(value: Any) -> str:
+    """For HTML."""
+    return html.escape(str(value))
+
+
+def section_html(section: Section, name: str, points: int, figures: list[Figure]) -> str:
+    """A folder: notices, how it was made, figures, tables."""
+    lines = [f'<section id="{name}"><h2>{text(section.kind)}: {text(section.folder)}</h2>']
+    lines += [f'<p class="notice">{text(notice)}</p>' for notice in section.notices]
+    lines.append(made(section))
+    if section.tables:
+        for heading, note, panels in report_figures.of(section.kind, section.tables, points):
+            lines.append(figure_html(heading, note, panels, figures))
+        for table, caption in SHOWN[section.kind].items():
+            if table in section.tables:
+                lines.append(table_html(tidy(section.tables[table]), caption))
+    return "\n".join([*lines, "</section>"])
+
+
+def made(section: Section) -> str:
+    """The command, how to run it again, the versions, and the settings."""
+    ran, folder = section.ran, text(section.folder)
+    facts = {"time": ran.get("time"), "device": ran.get("device"), "cores": ran.get("cores")}
+    facts["seconds"] = ran.get("seconds") and f"{ran['seconds']:,.0f} of the last call"
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in ran.get("versions", {}).items())
+    lines = [f"<dt>{name}</dt><dd>{text(value)}</dd>" for name, value in facts.items() if value]
+    again = "<p>The same command goes on from what is there, with another --out it begins anew.</p>"
+    command = f"<pre>{text(ran['command'])}</pre>{again}" if ran.get("command") else ""
+    asked = {name: said(value) for name, value in section.asked.items() if value not in (None, [], "")}
+    settings = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in asked.items())
+    details = f"<details><summary>All {len(asked)} settings</summary><dl>{settings}</dl></details>" if asked else ""
+    own = f"<pre>python -m experiments.plots {folder}\npython -m experiments.report {folder}</pre>"
+    return (
+        f"{command}<dl>{''.join(lines)}</dl>{details}<details><summary>Figures and page again</summary>{own}</details>"
+    )
+
+
+def said(value: Any) -> str:
+    """A setting."""
+    short = (
+        json.dumps(value) if isinstance(value, list | dict) and any(isinstance(v, list | dict) for v in value) else None
+    )
+    return short[:400] if short else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def figure_html(heading: str, note: str, panels: list[Figure], figures: list[Figure]) -> str:
+    """Places for the panels of a figure, which are appended to `figures`."""
+    boxes = []
+    for panel in panels:
+        views = [view["name"] for view in panel.get("views", [])]
+        buttons = "".join(f'<button type="button">{text(view)}</button>' for view in views) if len(views) > 1 else ""
+        choice = f'<div class="views" role="group">{buttons}</div>' if buttons else ""
+        boxes.append(f'<div data-figure="{len(figures)}">{choice}<div class="plot"></div></div>')
+        figures.append(panel)
+    inner = f'<div class="panels">{"".join(boxes)}</div>' if len(boxes) > 1 else "".join(boxes)
+    return f'<h3>{text(heading)}</h3><p class="dim">{text(note)}</p>{inner}'
+
+
+def tidy(table: pl.DataFrame) -> pl.DataFrame:
+    """Without what is the same in all rows, is known nowhere, or is the least and most of a single seed."""
+    single = "seeds" in table.columns and table["seeds"].n_unique() == 1 and table["seeds"][0] == 1
+    ends = ("_ci95", "_least", "_most") if single else ()
+    kept = [n for n in table.columns if table[n].null_count() < len(table) and not n.endswith(ends)]
+    same = [n for n in kept if len(table) > 1 and table[n].n_unique() == 1 and not n.startswith(ledger.COST)]
+    return table.select(name for name in kept if name not in same)
+
+
+def table_html(table: pl.DataFrame, caption: str) -> str:
+    """A table that sorts; a number in it shows four digits, and holds all of them."""
+    kinds = [' class="n"' if kind.is_numeric() else "" for kind in table.dtypes]
+    heads = "".join(f'<th scope="col"{k}><button type="button">{text(ledger.HEADS.get(n, n))}</button></th>' for n, k in zip(table.columns, kinds, strict=True))  # fmt: skip
+    rows = "".join(f"<tr>{''.join(map(cell, row, kinds))}</tr>\n" for row in table[:ROWS].iter_rows())
+    left = f", the first {ROWS:,} of {len(table):,} rows; all are in the folder" if len(table) > ROWS else ""
+    body = f'<table class="sortable"><thead><tr>{heads}</tr></thead><tbody>\n{rows}</tbody></table>'
+    return f'<h3>{text(caption)}</h3><p class="dim">{len(table):,} rows{left}</p><div class="scroll">{body}</div>'
+
+
+def cell(value: Any, kind: str) -> str:
+    """A number is whole in its attribute."""
+    if value is None or not kind:
+        return f"<td{kind}>{'' if value is None else text(value)}</td>"
+    shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f'<td class="n" data-v="{value!r}">{shown}</td>'
+
+
+def beside(sections: list[Section], points: int, figures: list[Figure]) -> str:
+    """The curves of all folders in one figure, and the settings that differ."""
+    found = {str(s.folder): (s.kind, s.tables) for s in sections if "curves" in s.tables}
+    lines = ["<section><h2>Side by side</h2>"]
+    for heading, note, panels in report_figures.together(found, points):
+        lines.append(figure_html(heading, note, panels, figures))
+    asked = [{"experiment": s.kind} | {name: said(value) for name, value in s.asked.items()} for s in sections]
+    names = dict.fromkeys(name for one in asked for name in one)
+    differ = [name for name in names if len({one.get(name) for one in asked}) > 1]
+    rows = [{"folder": str(s.folder)} | {n: a.get(n) for n in differ} for s, a in zip(sections, asked, strict=True)]
+    return "\n".join([*lines, table_html(pl.DataFrame(rows), "Settings that differ"), "</section>"])
+
+
+def main(folders: tyro.conf.Positional[tuple[Path, ...]], /, out: Path | None = None) -> None:
+    """Write the page.
+
+    Args:
+        folders: That experiments wrote, as results/sweep.
+        out: The page; report.html in the folder by default, of several folders in results.
+    """
+    if not folders:
+        raise ValueError("no folder given: expected one or more that an experiment wrote, as results/sweep")
+    sections = [read(folder) for folder in dict.fromkeys(folders)]
+    out = out or (folders[0] if len(sections) == 1 else Path("results")) / "report.html"
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out} is a folder: expected the name of a page, as {out / 'report.html'}")
+    files.write_text(out, page(sections))
+    notices = [f"{s.folder}: {notice}" for s in sections for notice in s.notices]
+    ledger.result(Console(), out, {}, notices, folders=[str(s.folder) for s in sections], bytes=out.stat().st_size)
+
+
+if __name__ == "__main__":
+    with terminal.command() as given:
+        terminal.cli(main, given, __doc__)
