@@ -10,6 +10,7 @@ has not ended it shows the batches that are done.
 
 import html
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -43,6 +44,8 @@ SHOWN = {  # of these, those that stand on the page, with their captions
     "tune": {"trials": "Trials"},
     "scaling": {"goals": "Goals", "cost": "Seconds", "bytes": "Bytes of a whole run", "memory": "Memory"},
 }
+COSTS = ("bits_up", "rounds", "uploads", "bits", "seconds")
+COST_OF = re.compile(r"(rounds|uploads|bits_up|bits_down|bits|seconds)_(end|[0-9][0-9.e+-]*)(_ci95|_least|_most)?")
 ROWS = 4000  # of a table on the page
 POINTS = 30_000  # of all curves on the page
 
@@ -63,12 +66,12 @@ def read(folder: Path) -> Section:
     """A result folder; ValueError when it is none, FileNotFoundError when it is missing."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing: expected the --out folder of an experiment")
-    identity, run = folder / "identity.json", folder / "run.json"
+    identity = folder / "identity.json"
     asked = files.read_json(identity) if identity.exists() else {}
     kind = asked.pop("experiment", "scaling" if (folder / "goals.parquet").exists() else None)
     if kind not in TABLES:
         raise ValueError(f"{folder} holds no results: expected what an experiment leaves, as results/sweep")
-    run = folder / "best.json" if kind == "tune" else run
+    run = folder / "best.json" if kind == "tune" else folder / "run.json"
     ran = files.read_json(run) if run.exists() else {}
     section = Section(folder, kind, asked, ran, {})
     for name in TABLES[kind]:
@@ -78,13 +81,16 @@ def read(folder: Path) -> Section:
             except (OSError, pl.exceptions.PolarsError) as error:
                 raise ValueError(f"{path} is damaged ({error}); run its command again") from None
     if not ran:
-        done = "nothing is done yet"
-        if parts := sorted(str(path)[: -len("points.parquet")] for path in folder.glob("batches/*-points.parquet")):
-            section.tables |= ledger.gathered(parts)
-            done = f"the {len(section.tables['points'])} points of finished batches are shown"
-        section.notices.append(f"Not finished: {done}. The same command goes on from there.")
+        parts = sorted(str(path)[: -len("points.parquet")] for path in folder.glob("batches/*-points.parquet"))
+        if parts and TABLES[kind][0] == "summary":
+            section.tables = ledger.gathered(parts)
+        done = (
+            f"the {len(section.tables['points'])} points of finished batches are" if parts else "what is done so far is"
+        )
+        section.notices.append(f"Not finished: {done} shown. The same command goes on from there.")
     if TABLES[kind][0] not in section.tables:
         section.tables = {}
+        section.notices.append("There is no table yet.")
     return section
 
 
@@ -96,7 +102,7 @@ def page(sections: list[Section]) -> str:
     body += [section_html(section, f"folder-{i}", each, figures) for i, section in enumerate(sections)]
     links = "".join(f'<li><a href="#folder-{i}">{text(s.folder)}</a></li>' for i, s in enumerate(sections))
     parts = {
-        "title": f"laqjax: {text(', '.join(s.folder.name for s in sections))}",
+        "title": f"laqjax: {text(', '.join(called(sections)))}",
         "about": f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. Figures: drag to zoom, double-click to see all again, click "
         "on a name to hide it, double-click to see it alone. Tables: click on a head to sort.",
         "contents": f"<nav><ol>{links}</ol></nav>" if len(sections) > 1 else "",
@@ -106,6 +112,12 @@ def page(sections: list[Section]) -> str:
     }
     template = Path(__file__).with_suffix(".html").read_text()
     return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], template)
+
+
+def called(sections: list[Section]) -> list[str]:
+    """A short name of each folder."""
+    names = [section.folder.resolve().name for section in sections]
+    return [name if names.count(name) == 1 else str(s.folder) for name, s in zip(names, sections, strict=True)]
 
 
 def text(value: Any) -> str:
@@ -167,18 +179,31 @@ def figure_html(heading: str, note: str, panels: list[Figure], figures: list[Fig
 
 
 def tidy(table: pl.DataFrame) -> pl.DataFrame:
-    """Without what is the same in all rows, is known nowhere, or is the least and most of a single seed."""
-    single = "seeds" in table.columns and table["seeds"].n_unique() == 1 and table["seeds"][0] == 1
-    ends = ("_ci95", "_least", "_most") if single else ()
-    kept = [n for n in table.columns if table[n].null_count() < len(table) and not n.endswith(ends)]
-    same = [n for n in kept if len(table) > 1 and table[n].n_unique() == 1 and not n.startswith(ledger.COST)]
-    return table.select(name for name in kept if name not in same)
+    """The columns that are worth reading: what differs, and the costs, at the last target first."""
+    names = table.columns
+    if "seeds" in names:  # a summary
+        costs = [f"{c}_{t}{end}" for t in ledger.goals_of(table)[::-1] for c in COSTS for end in ("", "_ci95")]
+        names = [*ledger.settings_of(table), "seeds", "reached", "diverged", *costs, "final_loss", "accuracy"]
+        table = table.sort(costs[0], nulls_last=True, maintain_order=True)
+    elif "heads_up" in names:  # the points of a federation, whose costs stand in its summary
+        names = [name for name in names if not COST_OF.fullmatch(name)]
+    kept = [name for name in names if table[name].null_count() < len(table)]
+    return table.select(n for n in kept if len(table) < 2 or table[n].n_unique() > 1 or COST_OF.fullmatch(n))
+
+
+def head(name: str) -> str:
+    """Of a column, in words."""
+    if found := COST_OF.fullmatch(name):
+        what = {"bits": "bits up + down", "seconds": "simulated seconds"}.get(found[1], found[1])
+        name = what + (" at the end" if found[2] == "end" else f" to {found[2]}") + (found[3] or "")
+    return ledger.HEADS.get(name, name.replace("_ci95", " ±").replace("_", " "))
 
 
 def table_html(table: pl.DataFrame, caption: str) -> str:
     """A table that sorts; a number in it shows four digits, and holds all of them."""
     kinds = [' class="n"' if kind.is_numeric() else "" for kind in table.dtypes]
-    heads = "".join(f'<th scope="col"{k}><button type="button">{text(ledger.HEADS.get(n, n))}</button></th>' for n, k in zip(table.columns, kinds, strict=True))  # fmt: skip
+    names = [f'<button type="button">{text(head(name))}</button>' for name in table.columns]
+    heads = "".join(f'<th scope="col"{kind}>{name}</th>' for name, kind in zip(names, kinds, strict=True))
     rows = "".join(f"<tr>{''.join(map(cell, row, kinds))}</tr>\n" for row in table[:ROWS].iter_rows())
     left = f", the first {ROWS:,} of {len(table):,} rows; all are in the folder" if len(table) > ROWS else ""
     body = f'<table class="sortable"><thead><tr>{heads}</tr></thead><tbody>\n{rows}</tbody></table>'
@@ -187,22 +212,23 @@ def table_html(table: pl.DataFrame, caption: str) -> str:
 
 def cell(value: Any, kind: str) -> str:
     """A number is whole in its attribute."""
-    if value is None or not kind:
-        return f"<td{kind}>{'' if value is None else text(value)}</td>"
+    if value is None or not kind or not math.isfinite(value):
+        return f"<td{kind}>{'' if value is None or kind else text(value)}</td>"
     shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return f'<td class="n" data-v="{value!r}">{shown}</td>'
 
 
 def beside(sections: list[Section], points: int, figures: list[Figure]) -> str:
     """The curves of all folders in one figure, and the settings that differ."""
-    found = {str(s.folder): (s.kind, s.tables) for s in sections if "curves" in s.tables}
+    names = called(sections)
+    found = {name: (s.kind, s.tables) for name, s in zip(names, sections, strict=True) if "curves" in s.tables}
     lines = ["<section><h2>Side by side</h2>"]
     for heading, note, panels in report_figures.together(found, points):
         lines.append(figure_html(heading, note, panels, figures))
     asked = [{"experiment": s.kind} | {name: said(value) for name, value in s.asked.items()} for s in sections]
-    names = dict.fromkeys(name for one in asked for name in one)
-    differ = [name for name in names if len({one.get(name) for one in asked}) > 1]
-    rows = [{"folder": str(s.folder)} | {n: a.get(n) for n in differ} for s, a in zip(sections, asked, strict=True)]
+    every = dict.fromkeys(setting for one in asked for setting in one)
+    differ = [setting for setting in every if len({one.get(setting) for one in asked}) > 1]
+    rows = [{"folder": name} | {n: one.get(n) for n in differ} for name, one in zip(names, asked, strict=True)]
     return "\n".join([*lines, table_html(pl.DataFrame(rows), "Settings that differ"), "</section>"])
 
 

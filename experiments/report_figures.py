@@ -12,7 +12,7 @@ import polars as pl
 from matplotlib.colors import to_hex
 
 from experiments import plots
-from experiments.ledger import goals_of, said, thinned
+from experiments.ledger import COST, goals_of, said, thinned
 
 Figure = dict[str, Any]
 Shown = tuple[str, str, list[Figure]]  # heading, note, panels
@@ -318,10 +318,8 @@ def tune(tables: Tables) -> Iterator[Shown]:
     bits = trials["bits_up"].fill_null(np.nan).to_numpy()
     if np.isnan(bits).all():
         return
-    words = [
-        ", ".join(f"{n} = {said(v)}" for n, v in row.items() if n not in ("trial", "goal"))
-        for row in trials.iter_rows(named=True)
-    ]
+    knobs = [n for n in trials.columns if n not in ("trial", "goal", "target", "reached", "diverged", *COST)]
+    words = [", ".join(f"{n} = {said(row[n])}" for n in knobs) for row in trials.iter_rows(named=True)]
     data = {"trial": trials["trial"].to_list(), "bits_up": finite(trials["bits_up"]), "text": words}
     fewest = {"trial": data["trial"], "bits_up": finite(pl.Series(np.fmin.accumulate(bits)))}
     lines = [series("reached on every seed", data, 0, "markers"), series("fewest so far", fewest, 3, shape="hv")]

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from experiments import deployment, federated, ledger, plots, points
+from experiments import deployment, federated, ledger, plots, points, terminal
 from experiments.apps import Plan
 
 DATA = "synthetic-logistic?workers=3&samples=40&features=12&condition=10&heterogeneity=1"
@@ -54,7 +54,10 @@ def test_the_command_in_one_process(tmp_path: Path, capsys: Any) -> None:
     assert "median milliseconds" in said
     kept = (out / "facts" / "0.json").read_bytes()
     (out / "facts" / "1.json").unlink()  # as if it had been stopped there
-    federated.run(settings(*words))
+    with terminal.command(["--json"]):
+        federated.run(settings(*words))
+    result = json.loads(capsys.readouterr().out)
+    assert [row["uploads"] for row in result["tables"]["12 rounds"]] == table["uploads_end"].to_list()
     assert read(out, "points").drop(cs.ends_with("_ms")).equals(table.drop(cs.ends_with("_ms")))
     assert (out / "facts" / "0.json").read_bytes() == kept
     (out / "loss.svg").unlink()
