@@ -123,17 +123,17 @@ class Settings:
     axes: points.Axes = points.Axes(algorithm=tuple(MEMBERS), seeds=(0, 1))
     """What is given here is the grid of those that have it, instead of their own."""
     factor: float = 2.0
-    """Between two steps of a grid."""
+    """Ratio of two neighbouring step sizes of a grid."""
     steps: int = 7
-    """Of each grid of steps, around that of theory."""
+    """Step sizes in each grid, around that of theory."""
     report_seeds: points.Ints = (2, 3, 4, 5)
-    """Of the runs that the tables report."""
+    """Seeds of the runs that the tables report."""
     data: points.Data = points.Data(problem=("logistic",), dataset=(problems.SYNTHETIC + "1",))
     goal: sweep.Goal = sweep.Goal((1e-2, 1e-4, 1e-6))
     budget: Budget = Budget(1000, every=25, batch=16, keep=100, short=10**9, filled=True)
     link: Link = Link()
     config: Path | None = None
-    """A TOML or YAML file of these settings; the command line goes before it."""
+    """A TOML or YAML file of these settings; what the command line says counts more."""
     out: Path = Path("results/compare")
     """Folder for the results."""
     devices: int | None = None

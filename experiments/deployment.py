@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -68,7 +68,7 @@ class Network:
     superlink: str = ""
     """HOST:PORT of a SuperLink that runs already, its nodes too; when not given, all are started here, on 127.0.0.1."""
     root_certificates: Path | None = None
-    """Of that SuperLink."""
+    """The certificate file of that SuperLink."""
     poll: float = 0.2
     """Seconds between two looks of the started processes for work."""
     patience: float = 1800.0
@@ -399,9 +399,19 @@ def is_address(host: str) -> bool:
 
 # ---- commands ----------------------------------------------------------------------------------------------------
 
+Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+Hosts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST ...")]
 
-def keys(folder: tyro.conf.Positional[Path], /, hosts: tuple[str, ...], workers: int, days: int = 365) -> None:
-    """Certificates of a SuperLink at `hosts`, and the keys of its nodes: node-0 and ca.crt go to worker 0, and so on."""
+
+def keys(folder: Folder, /, hosts: Hosts, workers: int, days: int = 365) -> None:
+    """Certificates of a SuperLink, and the keys of its nodes.
+
+    Args:
+        folder: A new one; node-0 and ca.crt go from there to worker 0, and so on.
+        hosts: Names and addresses of the SuperLink.
+        workers: M, how many nodes.
+        days: That the certificates hold.
+    """
     folder.mkdir(parents=True)
     certificates(folder, hosts, days)
     for worker in range(workers):
@@ -409,8 +419,13 @@ def keys(folder: tyro.conf.Positional[Path], /, hosts: tuple[str, ...], workers:
     print(*sorted(path.name for path in folder.iterdir()))
 
 
-def register(folder: tyro.conf.Positional[Path], /, superlink: str) -> None:
-    """Tell the SuperLink at HOST:PORT that the nodes of these keys may come."""
+def register(folder: Folder, /, superlink: str) -> None:
+    """Tell a SuperLink that the nodes of these keys may come.
+
+    Args:
+        folder: That `keys` made.
+        superlink: Its HOST:PORT.
+    """
     with commands(folder, Network()) as flwr:
         connect(flwr, superlink, folder / "ca.crt")
         for path in sorted(folder.glob("node-*.pub")):

@@ -49,7 +49,7 @@ class Settings:
     axes: points.Axes = points.Axes(algorithm=("laq", "gd", "qgd", "ef21"), bits=(4,), lr=(0.02,))
     data: points.Data = points.Data()
     rounds: int = 60
-    """Of each point."""
+    """Rounds of each point."""
     deadline: float = 300.0
     """Seconds that a round waits for replies; who is later counts as silent."""
     goal: sweep.Goal = sweep.Goal()
@@ -58,7 +58,7 @@ class Settings:
     authors: bool = False
     """The lazy rule of the authors' program: first upload by the rule, xi ramped up over the first D rounds."""
     config: Path | None = None
-    """A TOML or YAML file of these settings; the command line goes before it."""
+    """A TOML or YAML file of these settings; what the command line says counts more."""
     out: Path = Path("results/federated")
     """Folder for the results."""
     smoke: bool = False

@@ -8,7 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib as mpl
 
@@ -366,7 +366,10 @@ def heterogeneity(folder: Path) -> None:
         save(figure, folder / "heterogeneity")
 
 
-def main(folder: tyro.conf.Positional[Path], /, csv: bool = False) -> None:
+Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+
+
+def main(folder: Folder, /, csv: bool = False) -> None:
     """Draw the figures of a result folder again.
 
     Args:

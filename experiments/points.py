@@ -25,15 +25,9 @@ from laqjax.checks import number
 PLAIN = {"lr": 0.02, "damping": 0.5, "scaling": 0.5, "probability": 0.1, "a": 0.5, "steps": 2, "local_lr": 0.01}
 
 
-def many(kind: str, *aliases: str) -> Any:
-    """How an option of any number of values looks in the help: without a default where it has none."""
-    hint = lambda values: f"(default: {values})" if values else ""  # noqa: E731
-    return tyro.conf.arg(metavar=f"{kind} ...", help_behavior_hint=hint, aliases=aliases or None)
-
-
-Ints = Annotated[tuple[int, ...], many("INT")]
-Floats = Annotated[tuple[float, ...], many("FLOAT")]
-Names = Annotated[tuple[str, ...], many("NAME")]
+Ints = Annotated[tuple[int, ...], terminal.many("INT")]
+Floats = Annotated[tuple[float, ...], terminal.many("FLOAT")]
+Names = Annotated[tuple[str, ...], terminal.many("NAME")]
 
 
 @dataclass(frozen=True)
@@ -42,11 +36,11 @@ class Axes:
     what the algorithm takes by itself.
     """
 
-    bits: Annotated[tuple[int, ...], many("INT", "-b")] = ()
+    bits: Annotated[tuple[int, ...], terminal.many("INT", "-b")] = ()
     """b, bits for each coordinate of a message."""
-    limit: Annotated[tuple[int, ...], many("INT", "-C")] = ()
+    limit: Annotated[tuple[int, ...], terminal.many("INT", "-C")] = ()
     """C, rounds that a worker may be silent at most."""
-    window: Annotated[tuple[int, ...], many("INT", "-D")] = ()
+    window: Annotated[tuple[int, ...], terminal.many("INT", "-D")] = ()
     """D, rounds that the lazy rule looks back on."""
     xi: Floats = ()
     """Sum of the weights of these rounds: the larger, the lazier."""

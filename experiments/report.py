@@ -1,6 +1,6 @@
 """One HTML page of result folders: figures with hover and zoom, sortable tables, settings.
 
-    python -m experiments.report results/sweep                          writes results/sweep/report.html
+    python -m experiments.report results/sweep               the page is results/sweep/report.html
     python -m experiments.report results/laq-logistic results/mine --out both.html
 
 The page holds all that it shows, and opens from disk without a network. Several folders stand in sections of their own, below
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-import tyro
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
@@ -232,7 +231,7 @@ def beside(sections: list[Section], points: int, figures: list[Figure]) -> str:
     return "\n".join([*lines, table_html(pl.DataFrame(rows), "Settings that differ"), "</section>"])
 
 
-def main(folders: tyro.conf.Positional[tuple[Path, ...]], /, out: Path | None = None) -> None:
+def main(folders: terminal.Folders, /, out: Path | None = None) -> None:
     """Write the page.
 
     Args:

@@ -235,8 +235,8 @@ def main(out: Path = Path("results/scaling"), quick: bool = False) -> None:
     """Measure, draw, print.
 
     Args:
-        out: folder for tables and figures.
-        quick: small sizes and few turns.
+        out: Folder for tables and figures.
+        quick: Small sizes and few turns.
     """
     console = Console()
     others, spent, wall = cpu_seconds_of_others(), cpu_seconds_of_members(), time.perf_counter()

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import tyro
 from rich.console import Console
 
 from experiments import files, ledger, plots, points, study, terminal
@@ -58,7 +57,7 @@ class Settings:
     authors: bool = False
     """The lazy rule of the authors' program: first upload by the rule, xi ramped up over the first D rounds."""
     config: Path | None = None
-    """A TOML or YAML file of these settings; the command line goes before it."""
+    """A TOML or YAML file of these settings; what the command line says counts more."""
     out: Path = Path("results/sweep")
     """Folder for the results."""
     devices: int | None = None
@@ -150,8 +149,13 @@ def nearest(folder: Path, summary: pl.DataFrame, target: float) -> str:
     return f"{said}; point {best} is at {last[-1]:.2g} and would need about {need:,.0f} rounds at its rate: --rounds"
 
 
-def merge(folders: tyro.conf.Positional[tuple[Path, ...]], /, out: Path) -> None:
-    """Join the folders of `--shard i/n` runs of one sweep."""
+def merge(folders: terminal.Folders, /, out: Path) -> None:
+    """Join the folders of `--shard i/n` runs of one sweep.
+
+    Args:
+        folders: All of them, in any order.
+        out: Folder for the whole.
+    """
     console = Console()
     seen: dict[str, Any] = {}
     shards = []

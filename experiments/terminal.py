@@ -7,7 +7,8 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from contextvars import ContextVar
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Annotated, Any, TextIO
 
 import tyro
 
@@ -46,10 +47,19 @@ def cli(what: Any, given: Sequence[str], about: str | None = None, name: str = "
         answers: whether --json has a result.
     """
     if about and given and given[0].startswith("-") and {"-h", "--help"} & set(given):
-        print(reflowed(f"{about.strip()}\n\n{JSON if answers else ''} {CODES}"))
+        print(reflowed("\n\n".join([about.strip(), *[JSON] * answers, CODES])))
     options: Any = {"args": given, "prog": f"python {files.program()}{name}", "description": "" if about else None}
     options["config"] = (tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
     return (tyro.extras.subcommand_cli_from_dict if isinstance(what, dict) else tyro.cli)(what, **options)
+
+
+def many(kind: str, *aliases: str) -> Any:
+    """How an option of any number of values looks in the help: without a default where it has none."""
+    hint = lambda values: f"(default: {values})" if values else ""  # noqa: E731
+    return tyro.conf.arg(metavar=f"{kind} ...", help_behavior_hint=hint, aliases=aliases or None)
+
+
+Folders = Annotated[tuple[Path, ...], tyro.conf.Positional, many("DIR")]
 
 
 def reflowed(text: str) -> str:

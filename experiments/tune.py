@@ -53,7 +53,7 @@ class Settings:
     authors: bool = False
     """The lazy rule of the authors' program: first upload by the rule, xi ramped up over the first D rounds."""
     config: Path | None = None
-    """A TOML or YAML file of these settings; the command line goes before it."""
+    """A TOML or YAML file of these settings; what the command line says counts more."""
     out: Path = Path("results/tune")
     """Folder for the results."""
     smoke: bool = False

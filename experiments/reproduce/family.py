@@ -24,7 +24,7 @@ def family(out: Path = Path("results/family"), rounds: int = 3000, target: float
 
     Args:
         out: Folder for the results.
-        rounds: Of each member at most.
+        rounds: Rounds of each member at most.
         target: Residual f - f* at which the cost is read off.
     """
     console = Console()

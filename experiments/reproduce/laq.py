@@ -118,8 +118,8 @@ def slaq(out: Path | None = None, network: bool = False, rounds: int = 1000, smo
     Args:
         out: Folder for the results.
         network: The 784-200-10 network instead of softmax regression.
-        rounds: Of each method.
-        smoke: Few rounds.
+        rounds: Rounds of each method.
+        smoke: Few rounds: does everything work here?
     """
     console = Console()
     out = out or Path("results") / ("slaq" + "-nn" * network + "-smoke" * smoke)
