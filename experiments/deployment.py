@@ -1,7 +1,9 @@
 """Certificates and keys of a federation of machines; its processes on this one.
 
-python -m experiments.deployment keys DIR --hosts NAME ADDRESS --workers 2    for a SuperLink there
-python -m experiments.deployment register DIR --superlink HOST:PORT           tells it which nodes may come
+    python -m experiments.deployment keys DIR --hosts NAME ADDRESS --workers 2    for a SuperLink there
+    python -m experiments.deployment register DIR --superlink HOST:PORT           tells it which nodes may come
+
+A SuperLink lets those nodes in whose keys it knows; `experiments.federated` runs on it.
 """
 
 import importlib.util

@@ -1,7 +1,9 @@
 """Draw the figures of a result folder again, from its tables alone.
 
-python -m experiments.plots results/sweep
-python -m experiments.plots results/sweep --csv      its curves as a table too, for other programs
+    python -m experiments.plots results/sweep
+    python -m experiments.plots results/sweep --csv      its curves as a table too, for other programs
+
+Figures are PNG and SVG beside the tables; nothing is computed again.
 """
 
 import itertools

@@ -83,10 +83,8 @@ def read(folder: Path) -> Section:
         parts = sorted(str(path)[: -len("points.parquet")] for path in folder.glob("batches/*-points.parquet"))
         if parts and TABLES[kind][0] == "summary":
             section.tables = ledger.gathered(parts)
-        done = (
-            f"the {len(section.tables['points'])} points of finished batches are" if parts else "what is done so far is"
-        )
-        section.notices.append(f"Not finished: {done} shown. The same command goes on from there.")
+        done = f"{len(section.tables['points'])} points" if "points" in section.tables else "what there is"
+        section.notices.append(f"Not finished: the tables show {done}. The same command goes on from there.")
     if TABLES[kind][0] not in section.tables:
         section.tables = {}
         section.notices.append("There is no table yet.")
@@ -94,7 +92,7 @@ def read(folder: Path) -> Section:
 
 
 def page(sections: list[Section]) -> str:
-    """The page; ValueError when it would have nothing to show."""
+    """The page."""
     figures: list[Figure] = []
     each = POINTS // len(sections) // (2 if len(sections) > 1 else 1)
     body = [beside(sections, each, figures)] if len(sections) > 1 else []
@@ -126,7 +124,8 @@ def text(value: Any) -> str:
 
 def section_html(section: Section, name: str, points: int, figures: list[Figure]) -> str:
     """A folder: notices, how it was made, figures, tables."""
-    lines = [f'<section id="{name}"><h2>{text(section.kind)}: {text(section.folder)}</h2>']
+    kind = f"reproduce {section.asked.get('name')}" if section.kind == "methods" else section.kind
+    lines = [f'<section id="{name}"><h2>{text(kind)}: {text(section.folder)}</h2>']
     lines += [f'<p class="notice">{text(notice)}</p>' for notice in section.notices]
     lines.append(made(section))
     if section.tables:

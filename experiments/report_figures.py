@@ -179,9 +179,9 @@ def grids(summary: pl.DataFrame) -> Iterator[Shown]:
     least, most = float(np.nanmin(values)), float(np.nanmax(values))
     ends = {"least": float(np.log10(least)), "most": float(np.log10(max(most, 1.01 * least))), "best": least}
     panels = [
-        {"title": f"D = {window}", "x": c, "y": b, "scale": i == len(d) - 1, **ends}
+        {"title": f"D = {window}", "x": c, "y": b, **ends}
         | {"z": [[None if np.isnan(v) else float(v) for v in row] for row in grid]}
-        for i, (window, grid) in enumerate(zip(d, values, strict=True))
+        for window, grid in zip(d, values, strict=True)
     ]
     yield title, "Bold: the cheapest. –: not reached on every seed.", panels
 
@@ -243,12 +243,11 @@ def compared(tables: Tables, points: int) -> Iterator[Shown]:
     if "curves" in tables:
         mine, order = named_by_method(tables), methods_of(tables)
         styles = {
-            name: grouped(name, kind[name], kinds) for name in sorted(order, key=lambda name: kinds.index(kind[name]))
+            name: {"number": kinds.index(kind[name])}
+            for name in sorted(order, key=lambda name: kinds.index(kind[name]))
         }
         each, note = share(mine, styles, points)
         lines = drawn(mine, styles, "residual", plots.AXES, each)
-        for line in lines:
-            line |= {"group": kind[line["name"]], "heading": True}
         title = measure(tables)
         views = [
             view(label, x, "residual", {**plots.AXES, "residual": title}, floor=FLOOR)

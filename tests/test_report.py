@@ -121,7 +121,7 @@ def test_an_unfinished_folder_shows_what_is_done(swept: Path, tmp_path: Path) ->
     for name in ("run.json", "summary.parquet", "points.parquet", "curves.parquet"):
         (tmp_path / "half" / name).unlink()
     page = report.page([report.read(tmp_path / "half")])
-    assert "Not finished: the 8 points of finished batches are shown." in page
+    assert "Not finished: the tables show 8 points." in page
     assert len(tables(page)["Settings"]) == 4
     shutil.rmtree(tmp_path / "half" / "batches")
     page = report.page([report.read(tmp_path / "half")])
