@@ -1,4 +1,4 @@
-"""One HTML page of result folders: figures with hover and zoom, sortable tables, settings.
+"""One HTML page of result folders: figures with hover and zoom, tables that sort.
 
     python -m experiments.report results/sweep               the page is results/sweep/report.html
     python -m experiments.report results/laq-logistic results/mine --out both.html
@@ -46,7 +46,7 @@ SHOWN = {  # of these, those that stand on the page, with their captions
 COSTS = ("bits_up", "rounds", "uploads", "bits", "seconds")
 COST_OF = re.compile(r"(rounds|uploads|bits_up|bits_down|bits|seconds)_(end|[0-9][0-9.e+-]*)(_ci95|_least|_most)?")
 ROWS = 4000  # of a table on the page
-POINTS = 30_000  # of all curves on the page
+POINTS = 60_000  # of all curves on the page
 
 
 @dataclass
@@ -157,10 +157,7 @@ def made(section: Section) -> str:
 
 def said(value: Any) -> str:
     """A setting."""
-    short = (
-        json.dumps(value) if isinstance(value, list | dict) and any(isinstance(v, list | dict) for v in value) else None
-    )
-    return short[:400] if short else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (", ".join(map(str, value)) if isinstance(value, list) else str(value))[:400]
 
 
 def figure_html(heading: str, note: str, panels: list[Figure], figures: list[Figure]) -> str:
@@ -193,7 +190,9 @@ def head(name: str) -> str:
     """Of a column, in words."""
     if found := COST_OF.fullmatch(name):
         what = {"bits": "bits up + down", "seconds": "simulated seconds"}.get(found[1], found[1])
-        name = what + (" at the end" if found[2] == "end" else f" to {found[2]}") + (found[3] or "")
+        name = (
+            what + (" at the end" if found[2] == "end" else f" to {found[2].replace('e-0', 'e-')}") + (found[3] or "")
+        )
     return ledger.HEADS.get(name, name.replace("_ci95", " ±").replace("_", " "))
 
 
@@ -223,7 +222,7 @@ def beside(sections: list[Section], points: int, figures: list[Figure]) -> str:
     lines = ["<section><h2>Side by side</h2>"]
     for heading, note, panels in report_figures.together(found, points):
         lines.append(figure_html(heading, note, panels, figures))
-    asked = [{"experiment": s.kind} | {name: said(value) for name, value in s.asked.items()} for s in sections]
+    asked = [{"experiment": s.kind} | {name: said(value) or None for name, value in s.asked.items()} for s in sections]
     every = dict.fromkeys(setting for one in asked for setting in one)
     differ = [setting for setting in every if len({one.get(setting) for one in asked}) > 1]
     rows = [{"folder": name} | {n: one.get(n) for n in differ} for name, one in zip(names, asked, strict=True)]

@@ -130,9 +130,9 @@ def curves(kind: str, tables: Tables, points: int) -> Iterator[Shown]:
     """Loss, and accuracy where there is one."""
     styles = styled(ordered(tables)[:MANY])
     against = plots.OBSERVED if kind == "federated" else plots.AXES
-    each, note = share(tables, styles, points // 2)
+    each, note = share(tables, styles, points * 3 // 4)
     for y, title in (("residual", measure(tables)), ("accuracy", "test accuracy")):
-        lines = drawn(tables, styles, y, against, each)
+        lines = drawn(tables, styles, y, against, each if y == "residual" else max(each // 3, 10))
         if not any(len(line["data"][y]) > 1 for line in lines):
             continue
         log, floor = ("xy", {"floor": FLOOR}) if y == "residual" else ("x", {})

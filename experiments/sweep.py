@@ -1,4 +1,4 @@
-"""Sweep b, C, D, xi, lr and seeds as one compiled program, and read off what is cheapest.
+"""Sweep b, C, D, xi, lr and seeds as one compiled program; see what is cheapest.
 
     python -m experiments.sweep                  the default grid on the embedded MNIST, 3 minutes
     python -m experiments.sweep -b 2 4 8 -C 10 100 -D 1 10 --seeds 0 1 2 --lr 0.02 --rounds 2000
