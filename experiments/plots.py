@@ -181,10 +181,10 @@ def cells(summary: pl.DataFrame, target: str) -> tuple[np.ndarray, str, list[lis
     values = [sorted(lazy[name].unique()) for name in axes] if len(lazy) else []
     if not values or lazy.select(axes).n_unique() < np.prod([len(axis) for axis in values]):  # drawn at random
         return None
-    cheapest = {key: group[f"bits_up_{target}"].min() for key, group in lazy.group_by(axes)}
-    grids = np.reshape([cheapest.get(key) for key in itertools.product(*values)], [len(axis) for axis in values])
+    cheapest: Any = {key: group[f"bits_up_{target}"].min() for key, group in lazy.group_by(axes)}
+    found = np.array([cheapest[key] for key in itertools.product(*values)], float)
+    grids = found.reshape([len(axis) for axis in values]) / 1e6
     others = ", the cheapest of all other axes" * (len(lazy) > grids.size)
-    grids = grids.astype(float) / 1e6
     title = f"Mbit up to {summary['goal'][0]} {target}{others}"
     return (grids, title, values) if np.nanmax(grids, initial=0) > 0 else None
 

@@ -102,12 +102,10 @@ def drawn(tables: Tables, styles: Mapping[str, dict[str, Any]], y: str, against:
         rows, name = lines[point], words[point]
         kept = rows[thinned(len(rows), each)]
         data = {column: finite(kept[column]) for column in (*against, y)}
-        more = {
-            "legend": name not in first,
-            "group": prefix + name,
-            "mode": "lines" if len(kept) > 2 else "lines+markers",
-        }
-        found.append(series(prefix + name, data, **styles[name] | more | {"width": 1.8 if name not in first else 0.9}))
+        new = name not in first
+        look: dict[str, Any] = {"legend": new, "width": 1.8 if new else 0.9, "group": prefix + name}
+        look["mode"] = "lines" if len(kept) > 2 else "lines+markers"
+        found.append(series(prefix + name, data, **styles[name] | look))
         first.add(name)
     return found
 
@@ -258,11 +256,6 @@ def compared(tables: Tables, points: int) -> Iterator[Shown]:
         yield f"{title} against what it costs", note, [figure]
 
 
-def grouped(name: str, kind: str, kinds: Sequence[str], **more: Any) -> dict[str, Any]:
-    """The look of a method: the color of its kind."""
-    return {"number": kinds.index(kind), "group": kind, "heading": True} | more
-
-
 def costs(best: pl.DataFrame, kinds: Sequence[str]) -> Iterator[Shown]:
     """Bits up at each target, method by method, and hollow what the step of theory costs."""
     if not len(best):
@@ -300,8 +293,8 @@ def fronts(tried: pl.DataFrame, best: pl.DataFrame, kinds: Sequence[str], kind: 
         for name in sorted((n for n in edges if n in kind), key=lambda name: kinds.index(kind[name])):
             edge = edges[name]
             data = {x: edge[x].to_list(), y: edge[y].to_list(), "text": [words[p] for p in edge["point"]]}
-            more = grouped(name, kind[name], kinds, view=len(views), width=1, size=5)
-            lines.append(series(name, data, **more | {"mode": "lines+markers"}))
+            more = {"group": kind[name], "heading": True, "view": len(views), "width": 1, "size": 5}
+            lines.append(series(name, data, kinds.index(kind[name]), "lines+markers", **more))
         views.append(view(f"{goal} {target}", x, y, {x: f"bits up to {goal} {target}", y: "rounds"}))
     if views:
         note = "The settings of each method that no other of its settings beats in both, on the seeds of the search."

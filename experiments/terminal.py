@@ -50,7 +50,8 @@ def cli(what: Any, given: Sequence[str], about: str | None = None, name: str = "
         print(reflowed("\n\n".join([about.strip(), *[JSON] * answers, CODES])))
     options: Any = {"args": given, "prog": f"python {files.program()}{name}", "description": "" if about else None}
     options["config"] = (tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
-    return (tyro.extras.subcommand_cli_from_dict if isinstance(what, dict) else tyro.cli)(what, **options)
+    call: Any = tyro.extras.subcommand_cli_from_dict if isinstance(what, dict) else tyro.cli
+    return call(what, **options)
 
 
 def many(kind: str, *aliases: str) -> Any:
