@@ -8,9 +8,9 @@ from typing import Any
 HERE = Path(__file__).parent
 COMMANDS = ["sweep", "tune", "compare", "federated", "reproduce", "scaling", "bench", "plots", "report", "deployment"]
 EXAMPLES = ["examples.parallel", "examples.hosts"]
-HEAD = """LAQ and its family: experiments on one machine or many. The first two need nothing else:
+HEAD = """LAQ and its family: experiments on one machine or many. Three to begin with:
 
-    python -m experiments reproduce laq-logistic    the paper's table and figures, 10 minutes on 2 cores
+    python -m experiments reproduce laq-logistic    the paper's table, 10 minutes on 2 cores
     python -m experiments sweep --smoke             does everything work here? half a minute
     python -m experiments report results/sweep      one HTML page of what is there
 

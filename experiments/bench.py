@@ -1,4 +1,4 @@
-"""How fast laqjax is on this machine, and how much memory it takes, beside its goals.
+"""How fast laqjax is on this machine, and what memory it takes, beside goals.
 
     python -m experiments.bench                          eight minutes and 4 GB on two cores
     python -m experiments.bench --quick                  under one minute, with rougher times

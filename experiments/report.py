@@ -57,7 +57,7 @@ class Section:
     kind: str
     asked: dict[str, Any]
     ran: dict[str, Any]
-    tables: dict[str, pl.DataFrame]
+    tables: dict[str, pl.DataFrame] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
 
@@ -70,16 +70,15 @@ def read(folder: Path) -> Section:
     kind = asked.pop("experiment", "scaling" if (folder / "goals.parquet").exists() else None)
     if kind not in TABLES:
         raise ValueError(f"{folder} holds no results: expected what an experiment leaves, as results/sweep")
-    run = folder / "best.json" if kind == "tune" else folder / "run.json"
-    ran = files.read_json(run) if run.exists() else {}
-    section = Section(folder, kind, asked, ran, {})
+    run = folder / ("best.json" if kind == "tune" else "run.json")
+    section = Section(folder, kind, asked, files.read_json(run) if run.exists() else {})
     for name in TABLES[kind]:
         if (path := folder / f"{name}.parquet").exists():
             try:
                 section.tables[name.removeprefix("report/")] = pl.read_parquet(path)
             except (OSError, pl.exceptions.PolarsError) as error:
                 raise ValueError(f"{path} is damaged ({error}); run its command again") from None
-    if not ran:
+    if not section.ran:
         parts = sorted(str(path)[: -len("points.parquet")] for path in folder.glob("batches/*-points.parquet"))
         if parts and TABLES[kind][0] == "summary":
             section.tables = ledger.gathered(parts)
@@ -140,19 +139,17 @@ def section_html(section: Section, name: str, points: int, figures: list[Figure]
 def made(section: Section) -> str:
     """The command, how to run it again, the versions, and the settings."""
     ran, folder = section.ran, text(section.folder)
-    facts = {"time": ran.get("time"), "device": ran.get("device"), "cores": ran.get("cores")}
+    facts = {name: ran.get(name) for name in ("time", "device", "cores")}
     facts["seconds"] = ran.get("seconds") and f"{ran['seconds']:,.0f} of the last call"
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in ran.get("versions", {}).items())
     lines = [f"<dt>{name}</dt><dd>{text(value)}</dd>" for name, value in facts.items() if value]
-    again = "<p>The same command goes on from what is there, with another --out it begins anew.</p>"
-    command = f"<pre>{text(ran['command'])}</pre>{again}" if ran.get("command") else ""
+    again = "<p>The same command goes on from what is there, with another --out it begins anew. This page again: "
+    again += f"<code>python -m experiments.report {folder}</code></p>"
+    command = f"<pre>{text(ran['command'])}</pre>" if "command" in ran else ""
     asked = {name: said(value) for name, value in section.asked.items() if value not in (None, [], "")}
     settings = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in asked.items())
     details = f"<details><summary>All {len(asked)} settings</summary><dl>{settings}</dl></details>" if asked else ""
-    own = f"<pre>python -m experiments.plots {folder}\npython -m experiments.report {folder}</pre>"
-    return (
-        f"{command}<dl>{''.join(lines)}</dl>{details}<details><summary>Figures and page again</summary>{own}</details>"
-    )
+    return f"{command}{again}<dl>{''.join(lines)}</dl>{details}"
 
 
 def said(value: Any) -> str:
@@ -164,10 +161,10 @@ def figure_html(heading: str, note: str, panels: list[Figure], figures: list[Fig
     """Places for the panels of a figure, which are appended to `figures`."""
     boxes = []
     for panel in panels:
-        views = [view["name"] for view in panel.get("views", [])]
-        buttons = "".join(f'<button type="button">{text(view)}</button>' for view in views) if len(views) > 1 else ""
-        choice = f'<div class="views" role="group">{buttons}</div>' if buttons else ""
-        boxes.append(f'<div data-figure="{len(figures)}">{choice}<div class="plot"></div></div>')
+        names = [text(view["name"]) for view in panel.get("views", [])]
+        buttons = "".join(f'<button type="button">{name}</button>' for name in names) if len(names) > 1 else ""
+        views = f'<div class="views" role="group">{buttons}</div>'
+        boxes.append(f'<div data-figure="{len(figures)}">{views}<div class="plot"></div></div>')
         figures.append(panel)
     inner = f'<div class="panels">{"".join(boxes)}</div>' if len(boxes) > 1 else "".join(boxes)
     return f'<h3>{text(heading)}</h3><p class="dim">{text(note)}</p>{inner}'
@@ -182,6 +179,9 @@ def tidy(table: pl.DataFrame) -> pl.DataFrame:
         table = table.sort(costs[0], nulls_last=True, maintain_order=True)
     elif "heads_up" in names:  # the points of a federation, whose costs stand in its summary
         names = [name for name in names if not COST_OF.fullmatch(name)]
+    elif "cheapest in" in names:  # of a comparison: its bits are a cost, not the b of a setting
+        table = table.rename({n: n.replace("bits", "bits up + down", 1) for n in names if re.match("bits( |_ci|$)", n)})
+        names = table.columns
     kept = [name for name in names if table[name].null_count() < len(table)]
     return table.select(n for n in kept if len(table) < 2 or table[n].n_unique() > 1 or COST_OF.fullmatch(n))
 
@@ -190,9 +190,8 @@ def head(name: str) -> str:
     """Of a column, in words."""
     if found := COST_OF.fullmatch(name):
         what = {"bits": "bits up + down", "seconds": "simulated seconds"}.get(found[1], found[1])
-        name = (
-            what + (" at the end" if found[2] == "end" else f" to {found[2].replace('e-0', 'e-')}") + (found[3] or "")
-        )
+        where = "at the end" if found[2] == "end" else f"to {found[2].replace('e-0', 'e-')}"
+        name = f"{what} {where}{found[3] or ''}"
     return ledger.HEADS.get(name, name.replace("_ci95", " ±").replace("_", " "))
 
 

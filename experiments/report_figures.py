@@ -120,7 +120,11 @@ def share(tables: Tables, styles: Mapping[str, Any], points: int) -> tuple[int, 
     thin = f"Curves are thinned from {longest:,} to about {each:,} points each." if longest > each else ""
     left = len(set(words.values())) - len(styles)
     few = f"{len(styles)} of {left + len(styles)} settings, the cheapest first." if left else ""
-    hidden = "Names in grey are hidden until they are clicked on." if len(styles) > SOME else ""
+    hidden = (
+        "Names in grey are hidden until they are clicked on."
+        if any(look.get("hidden") for look in styles.values())
+        else ""
+    )
     return each, " ".join(filter(None, (few, hidden, thin)))
 
 

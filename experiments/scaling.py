@@ -1,4 +1,4 @@
-"""How the cost of a round grows with workers, parameters, rounds, devices, processes.
+"""How the cost of a round grows with workers, parameters, devices and processes.
 
     python -m experiments.scaling                a quarter of an hour on two busy cores
     python -m experiments.scaling --quick        a minute and a half: rougher times, small sizes

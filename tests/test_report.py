@@ -182,8 +182,7 @@ addEventListener("load", () => {
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH")
 def test_in_a_browser(page: str, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(page.replace("</body>", PROBE))
-    log = tmp_path / "net.json"
-    words = [str(BROWSER), *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}"]
+    words = [str(BROWSER), *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run([*words, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr
     shown = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
