@@ -341,8 +341,6 @@ def from_file(path: Path, kind: Any) -> list[str]:
     words = []
     for name, value in given.items():
         option = f"--{name.replace('_', '-')}"
-        if value is None:
-            continue  # as if it were not there
         if isinstance(value, bool):
             words.append(option if value else f"--no-{name.replace('_', '-')}")
         elif name == "set":
