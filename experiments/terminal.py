@@ -49,7 +49,9 @@ def cli(what: Any, given: Sequence[str], about: str | None = None, name: str = "
     if about and given and given[0].startswith("-") and {"-h", "--help"} & set(given):
         print(reflowed("\n\n".join([about.strip(), *[JSON] * answers, CODES])))
     options: Any = {"args": given, "prog": f"python {files.program()}{name}", "description": "" if about else None}
-    options["config"] = (tyro.conf.OmitArgPrefixes,)  # None can be given: the default, where a config file says otherwise
+    options["config"] = (
+        tyro.conf.OmitArgPrefixes,
+    )  # None can be given: the default, where a config file says otherwise
     call: Any = tyro.extras.subcommand_cli_from_dict if isinstance(what, dict) else tyro.cli
     return call(what, **options)
 
