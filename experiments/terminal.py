@@ -49,9 +49,8 @@ def cli(what: Any, given: Sequence[str], about: str | None = None, name: str = "
     if about and given and given[0].startswith("-") and {"-h", "--help"} & set(given):
         print(reflowed("\n\n".join([about.strip(), *[JSON] * answers, CODES])))
     options: Any = {"args": given, "prog": f"python {files.program()}{name}", "description": "" if about else None}
-    options["config"] = (
-        tyro.conf.OmitArgPrefixes,
-    )  # None can be given: the default, where a config file says otherwise
+    # without DisallowNone: None on the command line undoes what a config file says
+    options["config"] = (tyro.conf.OmitArgPrefixes,)
     call: Any = tyro.extras.subcommand_cli_from_dict if isinstance(what, dict) else tyro.cli
     return call(what, **options)
 
