@@ -1,8 +1,8 @@
-"""How fast laqjax is on this machine, and how much memory it takes, beside the goals it is held to.
+"""How fast laqjax is on this machine, and what memory it takes, beside goals.
 
-    python -m experiments.bench [--json FILE] [--quick] [--only NAME ...]
-
-Cost: eight minutes and 4 GB on two cores; --quick under one minute, with rougher times. NAME is one of GROUPS or FRESH.
+    python -m experiments.bench                          eight minutes and 4 GB on two cores
+    python -m experiments.bench --quick                  under one minute, with rougher times
+    python -m experiments.bench --only laq gd --json     single calls too, for a program
 
 Expect ratios, not milliseconds: times move by a factor of two and more with whatever else the machine does. So the
 contestants of a group run in turns in one process, by calls of about equal length, the best call counts, and a share of
@@ -11,7 +11,7 @@ laqjax, where other processes take more than a few per cent of the CPU: the titl
 time (of a first round) and the peak memory are those of fresh processes that load the data and call `laqjax.run`.
 """
 
-import json as json_format
+import json
 import os
 import resource
 import statistics
@@ -24,7 +24,7 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 import laqjax
-from experiments import datasets, files
+from experiments import datasets, files, terminal
 
 GEMM = 2048  # rows and columns
 STREAM = 2**26  # floats
@@ -365,7 +365,7 @@ def in_fresh_process(kind: str) -> dict[str, float]:
     command = [sys.executable, "-c", f"from experiments import bench; bench.fresh({kind!r})"]
     env, root = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}, Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, env=env, stdout=subprocess.PIPE, check=True)
-    return json_format.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def fresh(kind: str) -> None:
@@ -380,7 +380,7 @@ def fresh(kind: str) -> None:
         begin = time.perf_counter()
         one_round.call()
         seconds.append(time.perf_counter() - begin)
-    print(json_format.dumps({"compile s": seconds[0] - seconds[1], "peak MB": peak() / 1e6}))
+    print(json.dumps({"compile s": seconds[0] - seconds[1], "peak MB": peak() / 1e6}))
 
 
 def mnist() -> laqjax.Shards:
@@ -458,24 +458,26 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def main(json: Path | None = None, quick: bool = False, only: tuple[str, ...] = ()) -> None:
-    """Measure, print, and write what was measured.
+NAMES = (*FRESH, *(name for builders in GROUPS.values() for name in builders))
+Chosen = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help=f"Only these, of {', '.join(NAMES)}.")]
+
+
+def main(quick: bool = False, only: Chosen = ()) -> None:
+    """Measure and print.
 
     Args:
-        json: file for everything, single calls too.
-        quick: fewer turns.
-        only: what to measure, out of GROUPS and FRESH (default: all).
+        quick: Fewer turns.
+        only: What to measure, of NAMES; all by default.
     """
-    names = [*FRESH, *(name for builders in GROUPS.values() for name in builders)]
-    if unknown := sorted(set(only) - set(names)):
-        sys.exit(f"--only {' '.join(unknown)}: expected some of {' '.join(names)}")
+    if unknown := sorted(set(only) - set(NAMES)):
+        raise ValueError(f"--only {' '.join(unknown)}: expected some of {' '.join(NAMES)}")
     console = Console()
     with console.status("") as status:
-        report = measure(set(only or names), quick, status.update)
+        report = measure(set(only or NAMES), quick, status.update)
     show(report, console)
-    if json:
-        files.write_json(json, report | {"numbers": numbers(report), "goals": GOALS})
+    terminal.answer(report | {"numbers": numbers(report), "goals": GOALS})
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    with terminal.command() as given:
+        terminal.cli(main, given, __doc__)

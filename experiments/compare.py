@@ -1,9 +1,9 @@
-"""Every method at its best: steps and numbers searched, the cheapest chosen on some seeds and reported on others.
+r"""Every method at its best: searched and chosen on some seeds, reported on others.
 
-    python -m experiments.compare                                       all members on a convex problem, 10 minutes
-    python -m experiments.compare --problem softmax --dataset mnist --algorithm gd laq qgd --minibatch 500
-    python -m experiments.compare --problem my.py:make --dataset my.py:load --algorithm laq my.py:factory
-                                    --set beta 0.1 0.5 --target-accuracy 0.8 0.9
+    python -m experiments.compare                all members on a convex problem, 10 minutes
+    python -m experiments.compare --problem softmax --dataset mnist --algorithm gd laq qgd
+    python -m experiments.compare --problem my.py:make --dataset my.py:load \
+        --algorithm laq my.py:factory --set beta 0.1 0.5 --target-accuracy 0.8 0.9
 
 Every member runs its grid of steps (powers of `--factor` around the step of theory, or around 1 / L) and of its own numbers
 on `--seeds`, as one compiled program. Where the best value of a number lies on the edge of its grid, the grid is widened
@@ -14,7 +14,6 @@ on to more rounds or smaller targets like one. Where the choice of settings is a
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -26,7 +25,7 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
-from experiments import files, ledger, plots, points, problems, study, sweep
+from experiments import files, ledger, plots, points, problems, study, sweep, terminal
 from experiments.ledger import Link
 from experiments.study import Budget
 from laqjax import theory
@@ -124,17 +123,17 @@ class Settings:
     axes: points.Axes = points.Axes(algorithm=tuple(MEMBERS), seeds=(0, 1))
     """What is given here is the grid of those that have it, instead of their own."""
     factor: float = 2.0
-    """Between two steps of a grid."""
+    """Ratio of two neighbouring step sizes of a grid."""
     steps: int = 7
-    """Of each grid of steps, around that of theory."""
-    report_seeds: tuple[int, ...] = (2, 3, 4, 5)
-    """Of the runs that the tables report."""
+    """Step sizes in each grid, around that of theory."""
+    report_seeds: points.Ints = (2, 3, 4, 5)
+    """Seeds of the runs that the tables report."""
     data: points.Data = points.Data(problem=("logistic",), dataset=(problems.SYNTHETIC + "1",))
     goal: sweep.Goal = sweep.Goal((1e-2, 1e-4, 1e-6))
     budget: Budget = Budget(1000, every=25, batch=16, keep=100, short=10**9, filled=True)
     link: Link = Link()
     config: Path | None = None
-    """A TOML or YAML file of these settings; the command line goes before it."""
+    """A TOML or YAML file of these settings; what the command line says counts more."""
     out: Path = Path("results/compare")
     """Folder for the results."""
     devices: int | None = None
@@ -322,23 +321,23 @@ def report(out: Path, console: Console) -> None:
     """Figures, and a row a member: its bits at each target, and its setting at the smallest that it reached."""
     plots.compare(out)
     if not pl.read_parquet(out / "best.parquet")["bits_up"].count():
-        console.print(f"no target was reached: give more --rounds, or larger targets; tables: {out}")
+        ledger.result(console, out, {}, ["no target was reached: give more --rounds, or larger targets"])
         return
     best = pl.read_parquet(out / "best.parquet").filter(pl.col("cheapest in") == "bits up")
     targets = best["target"].unique(maintain_order=True).to_list()
     wide = best.pivot("target", index="method", values="bits_up")
     last = best.drop_nulls("bits_up").group_by("method", maintain_order=True).last()
     shown = wide.join(last, on="method", how="left").sort(*reversed(targets), nulls_last=True)
-    columns = [pl.col(t).map_elements(ledger.short, pl.String, skip_nulls=False) for t in targets]
-    gain = pl.col("gain over theory").map_elements(lambda gain: f"{gain:.1f}x", pl.String).alias("gain")
+    words = dict.fromkeys(targets, ledger.short) | {"gain": lambda gain: "-" if gain is None else f"{gain:.1f}x"}
+    gain = pl.col("gain over theory").alias("gain")
     wider = pl.when(pl.col("widened") != "").then(pl.format(" (wider: {})", "widened")).otherwise(pl.lit(""))
     title = f"fewest bits up to {best['goal'][0]} ..., mean over the report seeds; gain over the step of theory"
-    console.print(ledger.printed(shown.select("method", *columns, gain, pl.col("setting") + wider), title))
-    if open_ := last.filter(pl.col("at the edge") != "").select("method", "at the edge").rows():
-        console.print("still best at the edge of what was tried: " + ", ".join(f"{m} ({axes})" for m, axes in open_))
-    console.print(f"figures and tables: {out}")
+    open_ = last.filter(pl.col("at the edge") != "").select("method", "at the edge").rows()
+    still = "still best at the edge of what was tried: " + ", ".join(f"{m} ({axes})" for m, axes in open_)
+    table = shown.select("method", *targets, gain, pl.col("setting") + wider)
+    ledger.result(console, out, {title: table}, [still] if open_ else [], words)
 
 
 if __name__ == "__main__":
-    with files.refusing():
-        run(points.parsed(Settings, sys.argv[1:], __doc__))
+    with terminal.command() as given:
+        run(points.parsed(Settings, given, __doc__))

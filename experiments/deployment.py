@@ -1,7 +1,9 @@
-"""A SuperLink and SuperNodes on this machine, with certificates of their own; all processes are gone when the block ends.
+"""Certificates and keys of a federation of machines; its processes on this one.
 
-python -m experiments.deployment keys DIR --hosts NAME ADDRESS --workers 2      certificates and node keys for machines
-python -m experiments.deployment register DIR --superlink HOST:PORT             tells a SuperLink which nodes may come
+    python -m experiments.deployment keys DIR --hosts NAME ADDRESS --workers 2    for a SuperLink there
+    python -m experiments.deployment register DIR --superlink HOST:PORT           tells it which nodes may come
+
+A SuperLink lets those nodes in whose keys it knows; `experiments.federated` runs on it.
 """
 
 import importlib.util
@@ -20,12 +22,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from experiments import files
+from experiments import files, terminal
 
 APP = """[build-system]
 requires = ["hatchling"]
@@ -68,7 +70,7 @@ class Network:
     superlink: str = ""
     """HOST:PORT of a SuperLink that runs already, its nodes too; when not given, all are started here, on 127.0.0.1."""
     root_certificates: Path | None = None
-    """Of that SuperLink."""
+    """The certificate file of that SuperLink."""
     poll: float = 0.2
     """Seconds between two looks of the started processes for work."""
     patience: float = 1800.0
@@ -86,14 +88,14 @@ class Flower:
     options: tuple[str, ...] = ()  # of `flwr run`
 
     def command(self, *words: str, seconds: float = START) -> str:
-        """What `flwr WORDS` says; ValueError when it fails."""
+        """What `flwr WORDS` says; ChildProcessError when it fails."""
         done = subprocess.run([program("flwr"), *words], env=self.environment, capture_output=True, text=True, timeout=seconds)  # fmt: skip
         if done.returncode:
-            raise ValueError(f"flwr {' '.join(words[:3])}: {(done.stdout + done.stderr).strip()[-2000:]}")
+            raise ChildProcessError(f"flwr {' '.join(words[:3])}: {(done.stdout + done.stderr).strip()[-2000:]}")
         return done.stdout
 
     def run(self, plan: str, facts: Path, console: Console) -> dict[str, Any]:
-        """The facts of a run, with the traffic that the SuperLink counted; ValueError when it failed."""
+        """The facts of a run, with the traffic that the SuperLink counted; ChildProcessError when it failed."""
         ended = facts.with_suffix(".ended")  # the server app leaves it
         for path in (facts, ended):
             path.unlink(missing_ok=True)
@@ -101,7 +103,7 @@ class Flower:
         said = self.command(*words, *self.options)
         number = str(json.loads(said).get("run-id"))
         if number == "None":
-            raise ValueError(f"flwr run: {said.strip()[-2000:]}")
+            raise ChildProcessError(f"flwr run: {said.strip()[-2000:]}")
         end, began = time.monotonic() + self.patience, time.perf_counter()
         while True:
             asked = time.monotonic()
@@ -112,10 +114,12 @@ class Flower:
                 break
             if time.monotonic() > end:
                 self.command("stop", number, "laqjax")
-                raise ValueError(f"run {number} is not done after {self.patience:g} s: see the logs in {self.folder}")
+                raise ChildProcessError(
+                    f"run {number} is not done after {self.patience:g} s: see the logs in {self.folder}"
+                )
             time.sleep(0.5)
         if state["status"] != "finished:completed" or not facts.exists():
-            raise ValueError(f"run {number} is {state['status']}: see the logs in {self.folder}")
+            raise ChildProcessError(f"run {number} is {state['status']}: see the logs in {self.folder}")
         console.print(f"run {number}: {state['status']}")
         return files.read_json(facts) | {"wall": time.perf_counter() - began, "run": state}
 
@@ -148,7 +152,7 @@ def running(network: Network, workers: int, out: Path, console: Console, simulat
         simulation: with Flower's simulation engine instead of SuperNodes.
 
     Raises:
-        ValueError: a process did not start; its log is named.
+        ChildProcessError: one did not start; its log is named.
     """
     if simulation and importlib.util.find_spec("ray") is None:
         raise ValueError("grid = 'simulation' needs Ray: pip install 'laqjax[simulation]'")
@@ -303,7 +307,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until somebody listens there. ValueError, with the end of the log, when the process ends or does not come up."""
+    """Until somebody listens there. ChildProcessError, with the end of the log, when the process ends or does not come up."""
     end = time.monotonic() + START
     while process.poll() is None and time.monotonic() < end:
         with socket.socket() as made:
@@ -311,7 +315,7 @@ def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
             if made.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.1)
-    raise ValueError(f"{log.stem} did not start; the end of {log}:\n{log.read_text(errors='replace')[-1500:]}")
+    raise ChildProcessError(f"{log.stem} did not start; the end of {log}:\n{log.read_text(errors='replace')[-1500:]}")
 
 
 @contextmanager
@@ -398,9 +402,19 @@ def is_address(host: str) -> bool:
 
 # ---- commands ----------------------------------------------------------------------------------------------------
 
+Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+Hosts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST ...")]
 
-def keys(folder: tyro.conf.Positional[Path], /, hosts: tuple[str, ...], workers: int, days: int = 365) -> None:
-    """Certificates of a SuperLink at `hosts`, and the keys of its nodes: node-0 and ca.crt go to worker 0, and so on."""
+
+def keys(folder: Folder, /, hosts: Hosts, workers: int, days: int = 365) -> None:
+    """Certificates of a SuperLink, and the keys of its nodes.
+
+    Args:
+        folder: A new one; node-0 and ca.crt go from there to worker 0, and so on.
+        hosts: Names and addresses of the SuperLink.
+        workers: M, how many nodes.
+        days: That the certificates hold.
+    """
     folder.mkdir(parents=True)
     certificates(folder, hosts, days)
     for worker in range(workers):
@@ -408,8 +422,13 @@ def keys(folder: tyro.conf.Positional[Path], /, hosts: tuple[str, ...], workers:
     print(*sorted(path.name for path in folder.iterdir()))
 
 
-def register(folder: tyro.conf.Positional[Path], /, superlink: str) -> None:
-    """Tell the SuperLink at HOST:PORT that the nodes of these keys may come."""
+def register(folder: Folder, /, superlink: str) -> None:
+    """Tell a SuperLink that the nodes of these keys may come.
+
+    Args:
+        folder: That `keys` made.
+        superlink: Its HOST:PORT.
+    """
     with commands(folder, Network()) as flwr:
         connect(flwr, superlink, folder / "ca.crt")
         for path in sorted(folder.glob("node-*.pub")):
@@ -418,5 +437,5 @@ def register(folder: tyro.conf.Positional[Path], /, superlink: str) -> None:
 
 
 if __name__ == "__main__":
-    with files.refusing():
-        tyro.extras.subcommand_cli_from_dict({"keys": keys, "register": register}, description=__doc__)
+    with terminal.command() as given:
+        terminal.cli({"keys": keys, "register": register}, given, __doc__, answers=False)

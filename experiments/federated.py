@@ -1,17 +1,16 @@
-"""A federation with Flower: what is billed beside what is on the wire.
+r"""A federation with Flower: what is billed beside what is on the wire.
 
-    python -m experiments.federated                              LAQ, GD, QGD and EF21 in one process, half a minute
-    python -m experiments.federated --algorithm laq two_laq -b 4 8 --rounds 200 --dataset my.py:load --problem my.py:make
+    python -m experiments.federated              LAQ, GD, QGD and EF21 in one process, half a minute
+    python -m experiments.federated --algorithm laq two_laq -b 4 8 --rounds 200
     python -m experiments.federated --grid deployment --workers 3 --rounds 5
-        a SuperLink and three SuperNodes on this machine, with TLS and node authentication, started and stopped here
-    python -m experiments.federated --grid deployment --superlink HOST:PORT --root-certificates ca.crt
-        on a federation that runs already
+        a SuperLink and three SuperNodes with TLS on this machine, started and stopped here
+    python -m experiments.federated --grid deployment --superlink HOST:PORT \
+        --root-certificates ca.crt               on a federation that runs already
 
 Leaves in --out what a sweep leaves (points, summary, curves, masks), with the bytes and the times of each point, figures as
 PNG and SVG, and of a deployment the facts of each run and the traffic that the SuperLink counted.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
-from experiments import deployment, files, ledger, plots, points, sweep
+from experiments import deployment, files, ledger, plots, points, sweep, terminal
 from experiments.ledger import Link, Record
 from experiments.study import Point
 from laqjax.checks import number
@@ -35,7 +34,7 @@ try:
     from laqjax.loopback import Loopback
 except ImportError as error:
     words = f"{error}: this command needs Flower, pip install 'laqjax[experiments,flower]'"
-    raise (SystemExit(f"error: {words}") if __name__ == "__main__" else ImportError(words)) from None
+    raise (files.ended(2, f"error: {words}") if __name__ == "__main__" else ImportError(words)) from None
 
 SIZES = ("payload_up", "payload_down", "bytes_up", "bytes_down")
 EACH = ("answered", "sent", "bits_up", "gradients", *SIZES, "compute", "pack")  # of each worker
@@ -50,7 +49,7 @@ class Settings:
     axes: points.Axes = points.Axes(algorithm=("laq", "gd", "qgd", "ef21"), bits=(4,), lr=(0.02,))
     data: points.Data = points.Data()
     rounds: int = 60
-    """Of each point."""
+    """Rounds of each point."""
     deadline: float = 300.0
     """Seconds that a round waits for replies; who is later counts as silent."""
     goal: sweep.Goal = sweep.Goal()
@@ -59,7 +58,7 @@ class Settings:
     authors: bool = False
     """The lazy rule of the authors' program: first upload by the rule, xi ramped up over the first D rounds."""
     config: Path | None = None
-    """A TOML or YAML file of these settings; the command line goes before it."""
+    """A TOML or YAML file of these settings; what the command line says counts more."""
     out: Path = Path("results/federated")
     """Folder for the results."""
     smoke: bool = False
@@ -186,17 +185,16 @@ def report(folder: Path, console: Console) -> None:
         **mega,
         loss=pl.col("final_loss"),
     )
-    console.print(ledger.printed(shown, f"{int(table['rounds_end'].max())} rounds"))  # pyright: ignore[reportArgumentType]
     times = table.select(
         *(pl.col(name).alias(ledger.HEADS.get(name, name)) for name in names),
         **{name: pl.col(f"{name}_ms") for name in ("compute", "pack", "transfer", "decode")},
     )
-    console.print(ledger.printed(times, "median milliseconds: the slowest worker's, the way, the server's"))
-    if not (table["bits_up_end"] == 8 * table["payload_up"]).all():
-        console.print("[red]what was billed is not what was sent[/red]")
-    console.print(f"figures and tables: {folder}")
+    rounds = int(table["rounds_end"].max())  # pyright: ignore[reportArgumentType]
+    tables = {f"{rounds} rounds": shown, "median milliseconds: the slowest worker's, the way, the server's": times}
+    same = (table["bits_up_end"] == 8 * table["payload_up"]).all()
+    ledger.result(console, folder, tables, [] if same else ["[red]what was billed is not what was sent[/red]"])
 
 
 if __name__ == "__main__":
-    with files.refusing():
-        run(points.parsed(Settings, sys.argv[1:], __doc__))
+    with terminal.command() as given:
+        run(points.parsed(Settings, given, __doc__))

@@ -28,19 +28,36 @@ import laqjax
 
 # what a command line reports in one line: wrong values, files that are not there or not readable, missing packages
 REFUSED = (ValueError, OSError, ImportError, pl.exceptions.PolarsError)
+# of these, what fails in the work and not in what was asked for: a full disk, no rights, a process that ended
+GIVEN = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 TARGETS = "further targets behind these"
 MORE = {"rounds": "more rounds"} | dict.fromkeys(("target", "targets", "target_accuracy"), TARGETS)
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """A command line: what it refuses is one line, and Ctrl-C says what becomes of the work."""
+    """A command line: what it refuses is one line on stderr (exit code 2; 1 where the work failed), as is Ctrl-C (130)."""
     try:
         yield
     except REFUSED as error:
-        raise SystemExit(f"error: {error}") from None
+        failed = isinstance(error, OSError) and not isinstance(error, GIVEN)
+        raise ended(1 if failed else 2, f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on from the last saved state") from None
+        raise ended(130, "stopped; the same command goes on from the last saved state") from None
+
+
+def ended(code: int, said: str) -> SystemExit:
+    """The end of a command with one line on stderr, which the exception holds too."""
+    print(said, file=sys.stderr)
+    stop = SystemExit(said)
+    stop.code = code  # a text alone would be exit code 1
+    return stop
+
+
+def program() -> str:
+    """What was started: `-m MODULE`, or a file."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"-m {module.name.removesuffix('.__main__')}" if module else sys.argv[0]
 
 
 @contextmanager
@@ -216,10 +233,8 @@ def save(frame: pl.DataFrame, path: Path, csv: bool = False) -> None:
 def provenance(command: Sequence[str] = ()) -> dict[str, Any]:
     """The exact command (this process's if none is given), the time, the versions and the machine, beside results."""
     names = ("jax", "jaxlib", "numpy", "optax")
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["-m", module.name] if module else [sys.argv[0]]
     return {
-        "command": shlex.join(["python", *(command or (*program, *sys.argv[1:]))]),
+        "command": shlex.join(["python", *(command or (*shlex.split(program()), *sys.argv[1:]))]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in names}
         | {"laqjax": laqjax.__version__, "python": platform.python_version()},

@@ -5,7 +5,8 @@ the model it began with. What nobody measures in a round (a minibatch method's l
 at the ends of chunks, and known there only.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
-from experiments import files
+from experiments import files, terminal
 
 COST = ("rounds", "uploads", "bits_up", "bits_down", "bits", "seconds")
 TABLES = ("curves", "masks", "points")  # points last: a batch is done when its points are there
@@ -215,7 +217,8 @@ def goals_of(table: pl.DataFrame) -> list[str]:
 def summarised(points: pl.DataFrame) -> pl.DataFrame:
     """Mean, half of the 95 % interval (Student's t), least and most over seeds, a row a setting; a cost only where all seeds reached it."""
     by = settings_of(points)
-    measures = [name for name in points.columns if name.rsplit("_", 1)[0] in COST] + ["final_loss", "accuracy"]
+    measures = [name for name in points.columns if name.rsplit("_", 1)[0] in COST and name not in by]
+    measures += ["final_loss", "accuracy"]
     rows = []
     for key, group in points.group_by(by, maintain_order=True):
         row: dict[str, Any] = dict(zip(by, key, strict=True)) | {"seeds": len(group), "point": group["point"][0]}
@@ -246,13 +249,20 @@ def interval(values: np.ndarray | None) -> dict[str, float | None]:
 
 def joined(folder: Path, parts: Sequence[str]) -> pl.DataFrame:
     """The tables PART + NAME.parquet of batches, or of merged folders, as one of each kind; and the summary, returned."""
+    whole = gathered(parts)
     for name in TABLES:
-        frames = [pl.read_parquet(f"{part}{name}.parquet") for part in parts]
-        whole = pl.concat(frames, how="diagonal_relaxed").sort("point", maintain_order=True)
-        files.save(whole, folder / name, csv=name == "points")
-    summary = summarised(pl.read_parquet(folder / "points.parquet"))
-    files.save(summary, folder / "summary", csv=True)
-    return summary
+        files.save(whole[name], folder / name, csv=name == "points")
+    files.save(whole["summary"], folder / "summary", csv=True)
+    return whole["summary"]
+
+
+def gathered(parts: Sequence[str]) -> dict[str, pl.DataFrame]:
+    """What `joined` writes."""
+    read = {name: [pl.read_parquet(f"{part}{name}.parquet") for part in parts] for name in TABLES}
+    whole = {
+        n: pl.concat(frames, how="diagonal_relaxed").sort("point", maintain_order=True) for n, frames in read.items()
+    }
+    return whole | {"summary": summarised(whole["points"])}
 
 
 HEADS = {"bits": "b", "limit": "C", "window": "D"}
@@ -273,14 +283,36 @@ def short(number: float | None) -> str:
     return f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:.2g}"
 
 
-def printed(frame: pl.DataFrame, title: str) -> Table:
+def result(
+    console: Console,
+    out: Path,
+    tables: Mapping[str, pl.DataFrame],
+    notices: Sequence[str] = (),
+    words: Mapping[str, Callable[[Any], str]] | None = None,
+    **facts: Any,
+) -> None:
+    """The end of a command: its short tables under their titles, what is to be said of them, and where all of it is.
+
+    words: how the values of a column are printed. facts: what --json says beside tables, notices and place.
+    """
+    for title, frame in tables.items():
+        console.print(printed(frame, title, words or {}))
+    for notice in notices:
+        console.print(notice)
+    console.print(f"figures and tables: {out}")
+    rows = {title: json.loads(frame.write_json()) for title, frame in tables.items()}  # nan and inf are null there
+    terminal.answer({"out": str(out), "tables": rows, "notices": list(notices), **facts})
+
+
+def printed(frame: pl.DataFrame, title: str, words: Mapping[str, Callable[[Any], str]] = {}) -> Table:
     """A table for a terminal of 80 columns: what is constant is left to the title, no word is broken."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     frame = frame.select(name for name in frame.columns if frame[name].null_count() < len(frame))
     for name, kind in frame.schema.items():  # only the last may take more lines
         table.add_column(name, justify="right" if kind.is_numeric() else "left", no_wrap=name != frame.columns[-1])
     for row in frame.iter_rows(named=True):
-        table.add_row(*(v if isinstance(v, str) else short(v) if _counted(n) else said(v) for n, v in row.items()))
+        how = {n: words.get(n, short if _counted(n) else said) for n in row}
+        table.add_row(*(v if isinstance(v, str) else how[n](v) for n, v in row.items()))
     return table
 
 

@@ -1,8 +1,16 @@
-"""Figures from result files alone: `python -m experiments.plots DIR` draws again what an experiment left in DIR."""
+"""Draw the figures of a result folder again, from its tables alone.
 
+    python -m experiments.plots results/sweep
+    python -m experiments.plots results/sweep --csv      its curves as a table too, for other programs
+
+Figures are PNG and SVG beside the tables; nothing is computed again.
+"""
+
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib as mpl
 
@@ -16,7 +24,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
-from experiments.files import read_json, refusing, replacing
+from experiments import terminal
+from experiments.files import read_json, replacing
 from experiments.ledger import HEADS, goals_of, said, settings_of, unpacked
 
 STYLE: dict[Any, Any] = {
@@ -31,6 +40,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.4,
 }
 AXES = {"round": "rounds", "uploads": "uploads", "bits_up": "bits up", "bits": "bits up + down"}
+OBSERVED = {"uploads": "uploads", "bits_up": "bits up, billed", "bytes_up": "bytes up, observed", "seconds": "seconds"}
 COLORS: Sequence[Any] = plt.get_cmap("tab10").colors  # pyright: ignore[reportAttributeAccessIssue]
 LINES = ("-", "--", ":")
 
@@ -104,8 +114,19 @@ def labels(summary: pl.DataFrame) -> dict[int, str]:
     for row in summary.iter_rows(named=True):
         values = [f"{HEADS.get(name, name)}={said(row[name])}" for name in shown if row[name] is not None]
         words[row["point"]] = ", ".join([row["algorithm"], *values])
-    twins = [word for word in words.values() if list(words.values()).count(word) > 1]
-    return {point: f"{word} (point {point})" if word in twins else word for point, word in words.items()}
+    often = Counter(words.values())
+    return {point: f"{word} (point {point})" if often[word] > 1 else word for point, word in words.items()}
+
+
+def named(points: pl.DataFrame, summary: pl.DataFrame) -> dict[int, str]:
+    """The setting of every point in a few words: seeds have one name."""
+    settings = settings_of(points)
+    if "algorithm" in settings:
+        words = labels(summary)
+        first = {row[:-1]: words[row[-1]] for row in summary.select(*settings, "point").iter_rows()}
+        return {row[-1]: first[row[:-1]] for row in points.select(*settings, "point").iter_rows()}
+    differ = [name for name in settings if points[name].n_unique() > 1] or settings[:1]
+    return dict(points.select("point", pl.concat_str(differ, separator=", ")).iter_rows())
 
 
 def sweep(folder: Path) -> None:
@@ -150,19 +171,30 @@ def pareto(best: pl.DataFrame, words: dict[int, str], target: str, path: Path) -
         save(figure, path)
 
 
-def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
-    """Bits up to the target over b and C, a panel a D; the cheapest of the other axes in each cell, blank if never reached."""
-    axes = ["bits", "limit", "window"]
+def cells(summary: pl.DataFrame, target: str) -> tuple[np.ndarray, str, list[list[int]]] | None:
+    """Mbit up to the target [D, b, C], nan where never reached; what is to be said of it; and the values of D, b, C.
+
+    The cheapest of the other axes in each cell. None where the settings are no grid, or none got there.
+    """
+    axes = ["window", "bits", "limit"]
     lazy = summary.drop_nulls(axes) if set(axes) <= set(summary.columns) else summary.head(0)
-    if not len(lazy):
+    values = [sorted(lazy[name].unique()) for name in axes] if len(lazy) else []
+    if not values or lazy.select(axes).n_unique() < np.prod([len(axis) for axis in values]):  # drawn at random
+        return None
+    cheapest: Any = {key: group[f"bits_up_{target}"].min() for key, group in lazy.group_by(axes)}
+    found = np.array([cheapest[key] for key in itertools.product(*values)], float)
+    grids = found.reshape([len(axis) for axis in values]) / 1e6
+    others = ", the cheapest of all other axes" * (len(lazy) > grids.size)
+    title = f"Mbit up to {summary['goal'][0]} {target}{others}"
+    return (grids, title, values) if np.nanmax(grids, initial=0) > 0 else None
+
+
+def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
+    """Bits up to the target over b and C, a panel a D."""
+    found = cells(summary, target)
+    if found is None:
         return
-    b, c, d = (sorted(lazy[name].unique()) for name in axes)
-    if lazy.select(axes).n_unique() < len(b) * len(c) * len(d):  # drawn at random, not a grid
-        return
-    cheapest = {key: group[f"bits_up_{target}"].min() for key, group in lazy.group_by(axes)}
-    grids = np.array([[[cheapest.get((i, j, k)) for j in c] for i in b] for k in d], float) / 1e6  # nan: never reached
-    if not np.nanmax(grids, initial=0) > 0:
-        return
+    grids, title, (d, b, c) = found
     with plt.rc_context({**STYLE, "axes.grid": False}):
         size = 1.6 + (1 + 0.9 * len(c)) * len(d), 1.4 + 0.5 * len(b)
         figure, panels = plt.subplots(1, len(d), figsize=size, squeeze=False)
@@ -177,8 +209,7 @@ def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
                 color = "w" if not np.isnan(value) and norm(value) > 0.6 else "k"
                 text = "-" if np.isnan(value) else f"{value:.3g}"
                 axis.text(column, row, text, ha="center", va="center", color=color, **best)
-        others = ", the cheapest of all other axes" * (len(lazy) > grids.size)
-        figure.suptitle(f"Mbit up to {summary['goal'][0]} {target}{others}", fontsize=10, y=1.05)
+        figure.suptitle(title, fontsize=10, y=1.05)
         figure.colorbar(panels[0, 0].images[0], ax=panels[0].tolist(), label="Mbit up")
         save(figure, path)
 
@@ -203,18 +234,17 @@ def tune(folder: Path) -> None:
 def methods(folder: Path) -> None:
     """The figures of `experiments.reproduce`: loss, accuracy, and who of the lazy methods' workers sent when."""
     table, curves, masks = (pl.read_parquet(folder / f"{name}.parquet") for name in ("points", "curves", "masks"))
-    names = settings_of(table)
-    named = table.select("point", method=pl.concat_str([n for n in names if table[n].n_unique() > 1], separator=", "))
-    curves = curves.join(named, on="point", maintain_order="left")
+    names, words = settings_of(table), named(table, table)
+    curves = curves.with_columns(method=pl.col("point").replace_strict(words, return_dtype=pl.String))
     unknown = table["f_star"].null_count() == len(table)
     curves_figure(curves, folder / "loss", ylabel="f" if unknown else "f - f*")
     if curves["accuracy"].is_finite().any():
         curves_figure(curves, folder / "accuracy", "accuracy", "test accuracy")
     lazy: dict[str, np.ndarray] = {}
-    for row in masks.join(named, on="point", maintain_order="left").iter_rows(named=True):
+    for row in masks.iter_rows(named=True):
         sent = unpacked(row)
         if not sent.all() and sent.any():
-            lazy.setdefault(row["method"], sent)
+            lazy.setdefault(words[row["point"]], sent)
     if lazy:
         raster(dict(list(lazy.items())[:12]), folder / "uploads")
     if len(others := [name for name in names if name != "method" and table[name].n_unique() > 1]):
@@ -226,16 +256,13 @@ def federated(folder: Path) -> None:
     """The figures of `experiments.federated`: loss against what was sent, as billed and as observed."""
     summary, curves, masks = (pl.read_parquet(folder / f"{name}.parquet") for name in ("summary", "curves", "masks"))
     table = pl.read_parquet(folder / "points.parquet")
-    words, settings = labels(summary), settings_of(summary)
-    first = {row[:-1]: row[-1] for row in summary.select(*settings, "point").iter_rows()}
-    named = {row[-1]: words[first[row[:-1]]] for row in table.select(*settings, "point").iter_rows()}
-    method = pl.col("point").replace_strict(named, return_dtype=pl.String)
+    words = named(table, summary)
+    method = pl.col("point").replace_strict(words, return_dtype=pl.String)
     unknown = table["f_star"].null_count() == len(table)
-    axes = {"uploads": "uploads", "bits_up": "bits up, billed", "bytes_up": "bytes up, observed", "seconds": "seconds"}
     curves_figure(
-        curves.with_columns(method=method), folder / "loss", ylabel="f" if unknown else "f - f*", against=axes
+        curves.with_columns(method=method), folder / "loss", ylabel="f" if unknown else "f - f*", against=OBSERVED
     )
-    lazy = {named[row["point"]]: unpacked(row) for row in masks.iter_rows(named=True)}
+    lazy = {words[row["point"]]: unpacked(row) for row in masks.iter_rows(named=True)}
     lazy = {name: sent for name, sent in lazy.items() if sent.any() and not sent.all()}
     if lazy:
         raster(dict(list(lazy.items())[:12]), folder / "uploads")
@@ -341,18 +368,42 @@ def heterogeneity(folder: Path) -> None:
         save(figure, folder / "heterogeneity")
 
 
-def main(folder: tyro.conf.Positional[Path], /) -> None:
-    """Draw the figures of a result folder again."""
+Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+
+
+def main(folder: Folder, /, csv: bool = False) -> None:
+    """Draw the figures of a result folder again.
+
+    Args:
+        folder: That an experiment wrote.
+        csv: Also write curves.csv: a row a point and measured round, with the settings of the point.
+    """
     draw = {"sweep": sweep, "tune": tune, "methods": methods, "heterogeneity": heterogeneity, "compare": compare}
     draw["federated"] = federated
     path = folder / "identity.json"
     kind = read_json(path).get("experiment") if path.exists() else None
     if kind not in draw:
-        raise SystemExit(f"{folder}: expected a folder that an experiment wrote, with its identity.json")
+        raise ValueError(f"{folder}: expected a folder that an experiment wrote, with its identity.json")
     draw[kind](folder)
-    print(*sorted(str(p) for p in folder.glob("*.png")), sep="\n")
+    written = sorted(str(p) for p in folder.glob("*.png"))
+    if csv:
+        written.append(str(curves_csv(folder)))
+    print(*written, sep="\n")
+    terminal.answer({"out": str(folder), "files": written})
+
+
+def curves_csv(folder: Path) -> Path:
+    """The curves of a folder (of a comparison: those that it reports), with the settings that differ."""
+    source = next((f for f in (folder, folder / "report") if (f / "curves.parquet").exists()), None)
+    if source is None:
+        raise ValueError(f"{folder} has no curves: expected curves.parquet there")
+    table, curves = (pl.read_parquet(source / f"{name}.parquet") for name in ("points", "curves"))
+    differ = [name for name in (*settings_of(table), "seed") if table[name].n_unique() > 1]
+    with replacing(folder / "curves.csv") as part:
+        table.select("point", *differ).join(curves, on="point", maintain_order="left_right").write_csv(part)
+    return folder / "curves.csv"
 
 
 if __name__ == "__main__":
-    with refusing():
-        tyro.cli(main)
+    with terminal.command() as given:
+        terminal.cli(main, given, __doc__)

@@ -16,7 +16,7 @@ import tyro
 import yaml
 
 import laqjax
-from experiments import files, problems
+from experiments import files, problems, terminal
 from experiments.study import Point
 from laqjax import algorithms, types
 from laqjax.checks import number
@@ -25,9 +25,9 @@ from laqjax.checks import number
 PLAIN = {"lr": 0.02, "damping": 0.5, "scaling": 0.5, "probability": 0.1, "a": 0.5, "steps": 2, "local_lr": 0.01}
 
 
-def short(letter: str) -> Any:
-    """A one-letter name for an option."""
-    return tyro.conf.arg(aliases=[f"-{letter}"])
+Ints = Annotated[tuple[int, ...], terminal.many("INT")]
+Floats = Annotated[tuple[float, ...], terminal.many("FLOAT")]
+Names = Annotated[tuple[str, ...], terminal.many("NAME")]
 
 
 @dataclass(frozen=True)
@@ -36,47 +36,47 @@ class Axes:
     what the algorithm takes by itself.
     """
 
-    bits: Annotated[tuple[int, ...], short("b")] = ()
+    bits: Annotated[tuple[int, ...], terminal.many("INT", "-b")] = ()
     """b, bits for each coordinate of a message."""
-    limit: Annotated[tuple[int, ...], short("C")] = ()
+    limit: Annotated[tuple[int, ...], terminal.many("INT", "-C")] = ()
     """C, rounds that a worker may be silent at most."""
-    window: Annotated[tuple[int, ...], short("D")] = ()
+    window: Annotated[tuple[int, ...], terminal.many("INT", "-D")] = ()
     """D, rounds that the lazy rule looks back on."""
-    xi: tuple[float, ...] = ()
+    xi: Floats = ()
     """Sum of the weights of these rounds: the larger, the lazier."""
-    lr: tuple[float, ...] = ()
+    lr: Floats = ()
     """Step size; 0.02 where an algorithm must have one."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: Ints = (0,)
     """Seeds of the start and of the algorithm's draws; over them the tables give means and intervals."""
-    algorithm: tuple[str, ...] = ("laq",)
+    algorithm: Names = ("laq",)
     """Names in laqjax.algorithms, or FILE.py:factory, called as factory(oracle, num_workers=M, NAME=value, ...)."""
-    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """NAME VALUE ...: an axis over any other keyword argument of the algorithms, as --set momentum 0.5 0.9."""
-    compressor: tuple[str, ...] = ()
+    set: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME VALUE ...")] = ()
+    """An axis over any other keyword argument of the algorithms, as --set momentum 0.5 0.9."""
+    compressor: Names = ()
     """Of ef21, clag, diana, marina, ...: top_k:K, rand_k:K, natural, sign, ternary, qsgd:LEVELS, grid:BITS."""
-    k: tuple[int, ...] = ()
+    k: Ints = ()
     """Coordinates that topk_ef and dgc send; a tenth of the parameters when not given."""
-    minibatch: tuple[int, ...] = ()
+    minibatch: Ints = ()
     """Rows per worker and round, one of the shard's fixed blocks; the whole shard when not given."""
-    levels: tuple[int, ...] = ()
+    levels: Ints = ()
     """Of qsgd and fedpaq: steps between 0 and the vector's norm."""
-    density: tuple[float, ...] = ()
+    density: Floats = ()
     """Of ssgd: the share of coordinates sent."""
-    zeta: tuple[float, ...] = ()
+    zeta: Floats = ()
     """Of clag: the larger, the lazier."""
-    damping: tuple[float, ...] = ()
+    damping: Floats = ()
     """Of diana and ef_bv: how fast the memories follow."""
-    probability: tuple[float, ...] = ()
+    probability: Floats = ()
     """Of marina: the share of rounds with full gradients."""
-    c: tuple[float, ...] = ()
+    c: Floats = ()
     """Of the LASG and CADA rules: the absolute weight of the history, instead of xi."""
-    period: tuple[int, ...] = ()
+    period: Ints = ()
     """Of lasg_wk1 and cada1: rounds between two snapshots."""
-    min_bits: tuple[int, ...] = ()
+    min_bits: Ints = ()
     """Of laq_adaptive: the fewest bits."""
-    max_bits: tuple[int, ...] = ()
+    max_bits: Ints = ()
     """Of laq_adaptive: the most bits."""
-    bits_down: tuple[int, ...] = ()
+    bits_down: Ints = ()
     """Of two_laq: bits of the way down; as up when not given."""
 
 
@@ -84,16 +84,16 @@ class Axes:
 class Data:
     """What the points run on; these are axes too."""
 
-    problem: tuple[str, ...] = ("softmax",)
+    problem: Names = ("softmax",)
     """softmax, network, ridge, logistic, or FILE.py:make, called with the data set: see experiments.problems.Model."""
-    dataset: tuple[str, ...] = ("mnist",)
+    dataset: Names = ("mnist",)
     """mnist, tfds:NAME, idx:DIR, libsvm:FILE, npz:FILE, csv:FILE, FILE.py:load, synthetic-linear?..., synthetic-logistic?...:
     see experiments.datasets."""
-    partition: tuple[str, ...] = ("contiguous",)
+    partition: Names = ("contiguous",)
     """How rows are dealt out: contiguous, shuffled, sorted, dirichlet:ALPHA, unequal:RATIO."""
-    partition_seed: tuple[int, ...] = (0,)
+    partition_seed: Ints = (0,)
     """Seed of the shuffles and of Dirichlet's draws."""
-    workers: tuple[int, ...] = (10,)
+    workers: Ints = (10,)
     """M, how many workers share the data."""
 
 
@@ -295,10 +295,9 @@ def widest(choices: Sequence[dict[str, Any]], axes: Axes) -> int:
 
 def parsed(kind: Any, given: Sequence[str], about: str | None) -> Any:
     """The settings of a command line; those of its config file stand before it, so that the command line wins."""
-    settings = tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=given, description=about)
+    settings = terminal.cli(kind, given, about)
     if settings.config:
-        before = from_file(settings.config, kind)
-        settings = tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=[*before, *given], description=about)
+        settings = terminal.cli(kind, [*from_file(settings.config, kind), *given], about)
     cpu_devices(getattr(settings, "devices", None))
     return settings
 

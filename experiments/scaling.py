@@ -1,8 +1,7 @@
-"""How the cost of a round grows with workers, parameters, rounds, devices and processes, and what the devices exchange.
+"""How the cost of a round grows with workers, parameters, devices and processes.
 
-    python -m experiments.scaling [--out DIR] [--quick]
-
-Cost: a quarter of an hour on two busy cores; --quick a minute and a half, with rougher times and small sizes.
+    python -m experiments.scaling                a quarter of an hour on two busy cores
+    python -m experiments.scaling --quick        a minute and a half: rougher times, small sizes
 
 Starts its own processes on this machine, on CPU devices that XLA makes of its cores: more devices than cores cannot be
 faster, and a device alone uses all cores in its products, so that weak and strong scaling show here what devices and
@@ -25,10 +24,9 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import tyro
 from rich.console import Console
 
-from experiments import files, ledger, traffic
+from experiments import files, ledger, terminal, traffic
 from experiments.bench import cores, cpu_seconds_of_others
 from experiments.scaling_plots import draw, slope
 from experiments.teams import Team
@@ -237,8 +235,8 @@ def main(out: Path = Path("results/scaling"), quick: bool = False) -> None:
     """Measure, draw, print.
 
     Args:
-        out: folder for tables and figures.
-        quick: small sizes and few turns.
+        out: Folder for tables and figures.
+        quick: Small sizes and few turns.
     """
     console = Console()
     others, spent, wall = cpu_seconds_of_others(), cpu_seconds_of_members(), time.perf_counter()
@@ -247,13 +245,12 @@ def main(out: Path = Path("results/scaling"), quick: bool = False) -> None:
             with console.status("") as status:
                 tables = measure(out, quick, status.update)
         except KeyboardInterrupt:
-            raise SystemExit(f"stopped; tables that were done are in {out}") from None
+            raise files.ended(130, f"stopped; tables that were done are in {out}") from None
         others = cpu_seconds_of_others() - others - (cpu_seconds_of_members() - spent)
         others /= (time.perf_counter() - wall) * cores()
         files.write_json(out / "run.json", files.provenance() | {"quick": quick, "others": others})
         draw(out)
-        report(tables, others, console)
-        console.print(f"figures and tables: {out}")
+        report(out, tables, others, console)
 
 
 def measure(out: Path, quick: bool, note: Callable[[str], Any]) -> dict[str, pl.DataFrame]:
@@ -282,7 +279,7 @@ def cpu_seconds_of_members() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def report(tables: dict[str, pl.DataFrame], others: float, console: Console) -> None:
+def report(out: Path, tables: dict[str, pl.DataFrame], others: float, console: Console) -> None:
     """Short tables."""
     team = pl.format("{} x {}", "processes", "devices of each").alias("on")
     columns = ("exchange", "an exchange / float32", "the run / float32", "moved MB", "loopback MB", "server MB")
@@ -291,11 +288,11 @@ def report(tables: dict[str, pl.DataFrame], others: float, console: Console) -> 
         "memory": tables["memory"].select(team, pl.all().exclude("processes", "devices of each")),
         f"goals; other processes took {others:.0%} of the CPU": tables["goals"],
     }
-    for title, table in shown.items():
-        numbers = [name for name in table.columns if table[name].dtype.is_numeric()]
-        words = [pl.col(n).map_elements(lambda v: f"{v:.3g}", return_dtype=pl.String) for n in numbers]
-        console.print(ledger.printed(table.with_columns(*words), title))
+    numbers = {n for table in shown.values() for n, kind in table.schema.items() if kind.is_numeric()}
+    words = dict.fromkeys(numbers, lambda value: "-" if value is None else f"{value:.3g}")
+    ledger.result(console, out, shown, words=words)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    with terminal.command() as given:
+        terminal.cli(main, given, __doc__)

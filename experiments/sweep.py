@@ -1,10 +1,11 @@
-"""Sweep b, C, D, xi, lr and seeds as one compiled program, and read off what is cheapest.
+"""Sweep b, C, D, xi, lr and seeds as one compiled program; see what is cheapest.
 
-    python -m experiments.sweep                                      the default grid on the embedded MNIST, 3 minutes
-    python -m experiments.sweep -b 2 4 8 -C 10 100 -D 1 10 --seeds 0 1 2 --lr 0.02 --target 1e-2 --rounds 2000
-    python -m experiments.sweep --problem my.py:make --dataset my.py:load --partition dirichlet:0.3 --target-accuracy 0.9
-    python -m experiments.sweep --random 200 -b 2 8 -C 1 200 --lr 0.005 0.05        two values are a range here
-    python -m experiments.sweep --shard 2/3 ...  and  python -m experiments.sweep merge DIR DIR DIR --out DIR
+    python -m experiments.sweep                  the default grid on the embedded MNIST, 3 minutes
+    python -m experiments.sweep -b 2 4 8 -C 10 100 -D 1 10 --seeds 0 1 2 --lr 0.02 --rounds 2000
+    python -m experiments.sweep --problem my.py:make --dataset my.py:load --target-accuracy 0.9
+    python -m experiments.sweep --random 200 -b 2 8 -C 1 200        two values are a range here
+    python -m experiments.sweep --shard 2/3 ...                     a part of the points, and then
+    python -m experiments.sweep merge DIR DIR DIR --out DIR         all parts in one folder
 
 Leaves in --out: points (a row a point), summary (mean and 95 % interval over seeds), curves (thinned), masks (who sent
 when), each as Parquet, the first two as CSV too; figures as PNG and SVG; the plan, the exact command and the versions.
@@ -12,7 +13,6 @@ A batch's rows are safe when it ends: after a kill the same command goes on, and
 With more --rounds, or with smaller targets behind those that are there, it goes on from the last states.
 """
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import tyro
 from rich.console import Console
 
-from experiments import files, ledger, plots, points, study
+from experiments import files, ledger, plots, points, study, terminal
 from experiments.ledger import Link, Targets
 from experiments.study import Budget
 
@@ -32,9 +31,9 @@ from experiments.study import Budget
 class Goal:
     """When a point is done, and its cost read off."""
 
-    target: tuple[float, ...] = (0.3, 0.1)
+    target: points.Floats = (0.3, 0.1)
     """Residuals f - f* (f itself where no f* is known, as for networks), the largest first."""
-    target_accuracy: tuple[float, ...] = ()
+    target_accuracy: points.Floats = ()
     """Shares of right test rows instead, the lowest first."""
 
     @property
@@ -58,7 +57,7 @@ class Settings:
     authors: bool = False
     """The lazy rule of the authors' program: first upload by the rule, xi ramped up over the first D rounds."""
     config: Path | None = None
-    """A TOML or YAML file of these settings; the command line goes before it."""
+    """A TOML or YAML file of these settings; what the command line says counts more."""
     out: Path = Path("results/sweep")
     """Folder for the results."""
     devices: int | None = None
@@ -109,7 +108,8 @@ def report(folder: Path, console: Console) -> None:
     ranked = plots.ranked(summary, target)
     differ = [name for name in ledger.settings_of(summary) if summary[name].n_unique() > 1]
     same = [name for name in ledger.settings_of(summary) if name not in differ and summary[name][0] is not None]
-    console.print(", ".join(f"{ledger.HEADS.get(name, name)} = {ledger.said(summary[name][0])}" for name in same))
+    constant = ", ".join(f"{ledger.HEADS.get(name, name)} = {ledger.said(summary[name][0])}" for name in same)
+    console.print(constant)
     best = ranked.unique("algorithm", keep="first", maintain_order=True)
     shown = pl.concat([best, ranked.join(best, on="point", how="anti")])[: max(10, len(best))]
     costs = {
@@ -123,16 +123,15 @@ def report(folder: Path, console: Console) -> None:
     taken = {*costs, *differ}
     heads = {name: ledger.HEADS.get(name, name) for name in differ or ["algorithm"]}
     columns = [pl.col(n).alias(head if head not in taken else f"{n} ") for n, head in heads.items()]
-    if len(ranked):
-        title = f"cheapest to {goal} {target} (simulated seconds)"
-        console.print(ledger.printed(shown.select(*columns, **costs), title))
-    missed = len(summary) - len(ranked)
-    if missed:
+    title = f"cheapest to {goal} {target} (simulated seconds)"
+    tables = {title: shown.select(*columns, **costs)} if len(ranked) else {}
+    notices = []
+    if missed := len(summary) - len(ranked):
         lost = int((summary["diverged"] > 0).sum())
-        console.print(f"{missed} of {len(summary)} settings did not reach {target} ({lost} diverged)")
+        notices.append(f"{missed} of {len(summary)} settings did not reach {target} ({lost} diverged)")
     if not len(ranked):
-        console.print(nearest(folder, summary, float(target)))
-    console.print(f"figures and tables: {folder}")
+        notices.append(nearest(folder, summary, float(target)))
+    ledger.result(console, folder, tables, notices, constant=constant)
 
 
 def nearest(folder: Path, summary: pl.DataFrame, target: float) -> str:
@@ -150,8 +149,13 @@ def nearest(folder: Path, summary: pl.DataFrame, target: float) -> str:
     return f"{said}; point {best} is at {last[-1]:.2g} and would need about {need:,.0f} rounds at its rate: --rounds"
 
 
-def merge(folders: tyro.conf.Positional[tuple[Path, ...]], /, out: Path) -> None:
-    """Join the folders of `--shard i/n` runs of one sweep."""
+def merge(folders: terminal.Folders, /, out: Path) -> None:
+    """Join the folders of `--shard i/n` runs of one sweep.
+
+    Args:
+        folders: All of them, in any order.
+        out: Folder for the whole.
+    """
     console = Console()
     seen: dict[str, Any] = {}
     shards = []
@@ -187,10 +191,9 @@ def merge(folders: tyro.conf.Positional[tuple[Path, ...]], /, out: Path) -> None
 
 def main(arguments: Iterable[str] | None = None) -> None:
     """The command line."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    with files.refusing():
+    with terminal.command(arguments) as given:
         if given[:1] == ["merge"]:
-            tyro.cli(merge, args=given[1:], prog="experiments.sweep merge")
+            terminal.cli(merge, given[1:], name=" merge")
         else:
             run(points.parsed(Settings, given, __doc__))
 

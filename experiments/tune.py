@@ -1,16 +1,15 @@
-"""Find the cheapest b, C, D, xi, lr with Optuna: batches of trials, each one compiled program over trials and seeds.
+"""Search for the cheapest b, C, D, xi and lr with Optuna, in batches of trials.
 
-    python -m experiments.tune --trials 64                                     the embedded MNIST, about 10 minutes
-    python -m experiments.tune -b 2 8 -C 1 200 --lr 0.01 0.03 --seeds 0 1 --trials 200 --out results/mine
-    python -m experiments.tune --problem my.py:make --algorithm my.py:factory --set beta 0.1 0.9 --target-accuracy 0.9
+    python -m experiments.tune                   64 trials on the embedded MNIST, 10 minutes
+    python -m experiments.tune -b 2 8 -C 1 200 --lr 0.01 0.03 --trials 200 --out results/mine
+    python -m experiments.tune --problem my.py:make --algorithm my.py:factory --set beta 0.1 0.9
 
-An axis of two numbers is a range, of one is fixed, of more a choice. The cost is bits up to the last target, the mean over
+Each batch is one compiled program over its trials and seeds. An axis of two numbers is a range, of one is fixed, of more a choice. The cost is bits up to the last target, the mean over
 seeds; a trial that misses it on any seed is pruned. The paper's b = 4, C = 100, D = 10 comes first. Leaves in --out: best
 (JSON), trials (Parquet, CSV), figure (PNG, SVG), and Optuna's journal, from which the same command goes on after a kill.
 """
 
 import itertools
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -27,7 +26,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 import laqjax
-from experiments import files, ledger, plots, points, study, sweep
+from experiments import files, ledger, plots, points, study, sweep, terminal
 from experiments.ledger import Link
 from experiments.study import Budget
 from laqjax.checks import number
@@ -54,7 +53,7 @@ class Settings:
     authors: bool = False
     """The lazy rule of the authors' program: first upload by the rule, xi ramped up over the first D rounds."""
     config: Path | None = None
-    """A TOML or YAML file of these settings; the command line goes before it."""
+    """A TOML or YAML file of these settings; what the command line says counts more."""
     out: Path = Path("results/tune")
     """Folder for the results."""
     smoke: bool = False
@@ -231,15 +230,17 @@ def report(rows: list[dict[str, Any]], search: Search, console: Console) -> None
     found = {"best": best, "first": first, "bits_saved": saved, "trials": len(rows), "target": target}
     files.write_json(out / "best.json", files.provenance() | found)
     if best is None:
-        console.print(f"none of {len(rows)} trials reached {target:g}: give more --rounds, or another --lr")
+        words = f"none of {len(rows)} trials reached {target:g}: give more --rounds, or another --lr"
+        ledger.result(console, out, {}, [words], **found)
         return
     named = ", ".join(f"{ledger.HEADS.get(name, name)} = {ledger.said(best[name])}" for name in search.space)
     against = f"the first setting does not reach {target:g} in {search.settings.budget.rounds} rounds here"
     if saved is not None:
         against = f"{saved:.1%} fewer than the first setting ({first['bits_up']:.4g})"
-    console.print(f"best of {len(rows)} trials: {named}\n{best['bits_up']:.4g} bits up to {target:g}, {against}\n{out}")
+    said = [f"best of {len(rows)} trials: {named}", f"{best['bits_up']:.4g} bits up to {target:g}, {against}"]
+    ledger.result(console, out, {}, said, **found)
 
 
 if __name__ == "__main__":
-    with files.refusing():
-        run(points.parsed(Settings, sys.argv[1:], __doc__))
+    with terminal.command() as given:
+        run(points.parsed(Settings, given, __doc__))

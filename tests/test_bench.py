@@ -1,12 +1,14 @@
 """The bench measures what it says: its rivals compute what laqjax computes, and a small race gives all numbers."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
 import laqjax
-from experiments import bench
+from experiments import bench, terminal
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +75,18 @@ def test_race_and_report(shards):
         assert name in text
 
 
+def test_one_object_for_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"machine": bench.machine(), "fresh": {}, "seconds": {"softmax": {"gemm": [1.0], "laq": [0.5]}}}
+    facts |= {"flops": {"gemm": 4.0, "laq": 1.0}, "missing": {}, "others": 0.0}
+    monkeypatch.setattr(bench, "measure", lambda chosen, quick, note: facts | {"chosen": sorted(chosen)})
+    with terminal.command(["--only", "laq", "--json"]) as given:
+        terminal.cli(bench.main, given)
+    found = json.loads(capsys.readouterr().out)
+    assert found["chosen"] == ["laq"]
+    assert found["numbers"]["laq, share of GEMM"] == 0.5
+    assert found["seconds"]["softmax"]["laq"] == [0.5]
+
+
 def test_every_goal_names_something_measured():
     every = {name for builders in bench.GROUPS.values() for name in builders} | bench.FRESH.keys()
     for goal, sign, _ in bench.GOALS:
@@ -81,5 +95,5 @@ def test_every_goal_names_something_measured():
 
 
 def test_unknown_name_is_refused():
-    with pytest.raises(SystemExit, match=r"no-such.*network-laq"):
+    with pytest.raises(ValueError, match=r"no-such.*network-laq"):
         bench.main(only=("no-such",))

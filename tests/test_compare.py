@@ -1,5 +1,6 @@
 """Every method at its best: chosen on some seeds, reported on others; grids grow where the best lies on their edge."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,8 +14,9 @@ import numpy as np
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
+from rich.console import Console
 
-from experiments import compare, files, points, study
+from experiments import compare, files, plots, points, report, report_figures, study, terminal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parents[1]
@@ -65,6 +67,26 @@ def test_the_best_is_chosen_on_some_seeds_and_reported_on_others(whole: Path) ->
         assert row["bits_up_ci95"] == pytest.approx(4.302653 * reported.to_numpy().std(ddof=1) / np.sqrt(3))
         first = again.filter(mine, pl.col("lr") == tried.filter(mine)["lr"][0])[cost].mean()
         assert row["gain over theory"] == pytest.approx(first / row["bits_up"])
+
+
+def test_the_table_is_one_object_and_the_page_has_the_fronts(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best, tried = (pl.read_parquet(whole / f"{name}.parquet") for name in ("best", "tried"))
+    with terminal.command(["--json"]):
+        compare.report(whole, Console())
+    (rows,) = json.loads(capsys.readouterr().out)["tables"].values()
+    known = {(row["method"], row["target"]): row["bits_up"] for row in best.filter(pl.col("cheapest in") == "bits up").iter_rows(named=True)}  # fmt: skip
+    assert {(row["method"], target): row[target] for row in rows for target in ("10", "4")} == known
+    cost, fronts, curves = (panel for _, _, (panel,) in report_figures.of("compare", report.read(whole).tables, 1000))
+    drawn = {(line["name"], line["view"]): line["data"] for line in fronts["series"]}
+    assert len(drawn) == 4
+    for (name, number), data in drawn.items():
+        target = ("10", "4")[number]
+        edge = plots.front(tried.filter(pl.col("algorithm") == name), target)
+        assert (data[f"bits_up_{target}"], data[f"rounds_{target}"]) == tuple(edge.select(f"bits_up_{target}", f"rounds_{target}").to_dict(as_series=False).values())  # fmt: skip
+    colors = {"gd": report_figures.color(0), "laq": report_figures.color(1)}  # of the full and of the lazy ones
+    assert {line["name"]: line["color"] for line in curves["series"]} == colors
+    assert [view["order"] for view in cost["views"]] == [cost["views"][0]["order"]] * 2
+    assert sorted(cost["views"][0]["order"]) == ["gd", "laq"]
 
 
 def test_a_grid_grows_where_its_best_lies_on_the_edge(whole: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from experiments import deployment, federated, ledger, plots, points
+from experiments import deployment, federated, ledger, plots, points, terminal
 from experiments.apps import Plan
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +55,10 @@ def test_the_command_in_one_process(tmp_path: Path, capsys: Any) -> None:
     assert "median milliseconds" in said
     kept = (out / "facts" / "0.json").read_bytes()
     (out / "facts" / "1.json").unlink()  # as if it had been stopped there
-    federated.run(settings(*words))
+    with terminal.command(["--json"]):
+        federated.run(settings(*words))
+    result = json.loads(capsys.readouterr().out)
+    assert [row["uploads"] for row in result["tables"]["12 rounds"]] == table["uploads_end"].to_list()
     assert read(out, "points").drop(cs.ends_with("_ms")).equals(table.drop(cs.ends_with("_ms")))
     assert (out / "facts" / "0.json").read_bytes() == kept
     (out / "loss.svg").unlink()
@@ -124,7 +127,7 @@ def test_a_process_and_all_that_came_from_it_are_stopped(tmp_path: Path) -> None
     words = [sys.executable, "-c", "raise SystemExit('no such thing')"]
     with (
         deployment.started(words, flwr, "parent") as process,
-        pytest.raises(ValueError, match=r"(?s)parent did not start.*no such thing"),
+        pytest.raises(ChildProcessError, match=r"(?s)parent did not start.*no such thing"),
     ):
         deployment.wait_for(deployment.free_port(), process, tmp_path / "parent.log")
 

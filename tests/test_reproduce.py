@@ -1,5 +1,6 @@
 """The commands behind the README's tables: each runs, small; and, where LAG's data are at hand, its counts."""
 
+import json
 import os
 from dataclasses import replace
 from functools import cache, partial
@@ -13,7 +14,7 @@ import polars as pl
 import pytest
 
 import laqjax
-from experiments import compare, plots, reproduce
+from experiments import compare, plots, reproduce, terminal
 from experiments.reproduce import family, lag, laq
 from laqjax import algorithms, rules, types
 
@@ -116,6 +117,11 @@ def test_laq_and_its_rivals(command: Any, bits: int, home: Path, capsys: pytest.
     assert cost["LAQ", "as b p"] == bits * p * cost["LAQ", "uploads"]
     said = capsys.readouterr().out
     assert "cost at the end, over 2 start(s)" in said
+    with terminal.command(["--json"]):
+        command(laq.Settings(home, rounds=12, starts=2, smoke=True))
+    ((title, shown),) = json.loads(capsys.readouterr().out)["tables"].items()
+    assert title in said
+    assert [row["mean"] for row in shown] == table["mean"].to_list()
     assert {path.stem for path in home.glob("*.png")} >= {"loss", "accuracy"}
     before = {path: path.read_bytes() for path in home.glob("*.svg")}
     plots.main(home)

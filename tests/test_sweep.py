@@ -595,7 +595,7 @@ def test_figures_from_files_alone(whole: Path, tmp_path: Path, capsys: pytest.Ca
     assert {path.name for path in tmp_path.glob("*.*g")} == {name + end for name in names for end in (".png", ".svg")}
     assert all(path.stat().st_size > 1000 for path in tmp_path.glob("*.*g"))
     assert len(capsys.readouterr().out.split()) == 4
-    with pytest.raises(SystemExit, match="expected a folder that an experiment wrote"):
+    with pytest.raises(ValueError, match="expected a folder that an experiment wrote"):
         plots.main(whole / "batches")
 
 

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from experiments import plots, points, study, sweep, tune
+from experiments import plots, points, study, sweep, terminal, tune
 
 TASK = ["--dataset", "synthetic-logistic?workers=4&samples=30&features=10", "--problem", "logistic", "--workers", "4"]
 TASK += ["--compute-ms", "1", "--target", "5", "--rounds", "60", "--every", "60", "--lr", "0.05", "0.1", "--batch", "4"]
@@ -42,6 +42,9 @@ def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert best["bits_saved"] == pytest.approx(1 - calm["bits_up"].min() / calm["bits_up"][0])
     assert best["bits_saved"] > 0
     said = " ".join(capsys.readouterr().out.split())
+    with terminal.command(["--json"]):
+        run(tmp_path / "calm", "--trials", "11")
+    assert json.loads(capsys.readouterr().out)["best"] == best["best"]
     assert "best of 11 trials: b = " in said
     assert "fewer than the first setting" in said
     for name in ("trials.png", "trials.svg", "trials.csv"):

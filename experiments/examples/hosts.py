@@ -1,4 +1,4 @@
-"""LAQ on MNIST over the devices of many processes or hosts: the same command on each, with its own --process-id.
+"""LAQ on MNIST over many processes or hosts: the same command on each.
 
 python -m experiments.examples.hosts --coordinator HOST:PORT --num-processes 2 --process-id 0
 srun python -m experiments.examples.hosts        where JAX finds the processes itself: Slurm, TPU pods

@@ -1,5 +1,6 @@
-"""Data-parallel training of a flax network by a loop of one's own, on 4 devices (forced ones on a CPU), three ways:
-gradients by pmean, lazily aggregated quantized ones (LAQ), and the largest 1 % with error feedback.
+"""Data-parallel training of a flax network by a loop of one's own, three ways.
+
+On 4 devices (forced ones on a CPU): gradients by pmean, lazily aggregated quantized ones (LAQ), and the largest 1 % with error feedback.
 
     python -m experiments.examples.parallel --steps 300 --out results/parallel
 """

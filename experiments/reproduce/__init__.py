@@ -55,10 +55,6 @@ def beside(
 def finish(out: Path, table: pl.DataFrame, title: str, console: Console) -> None:
     """Write the table, print it, say where it is."""
     files.save(table, out / "table", csv=True)
-    shown = table.with_columns(
-        pl.col(name).map_elements(ledger.short, return_dtype=pl.String, skip_nulls=False)
-        for name in ("mean", "least", "most", "published")
-        if name in table.columns
+    ledger.result(
+        console, out, {title: table}, words=dict.fromkeys(("mean", "least", "most", "published"), ledger.short)
     )
-    console.print(ledger.printed(shown, title))
-    console.print(f"figures and tables: {out}")

@@ -1,23 +1,22 @@
 """The tables of the papers, beside the published values.
 
-    python -m experiments.reproduce laq-logistic     LAQ, TWO-LAQ, GD, QGD, LAG to residual 1e-6; 10 minutes on 2 cores
-    python -m experiments.reproduce laq-nn           the 784-200-10 network, 8000 rounds; hours on a CPU
-    ... --smoke                                      a tenth of the data, 200 rounds; under a minute
+    python -m experiments.reproduce laq-logistic          the paper's table, 10 minutes on 2 cores
+    python -m experiments.reproduce laq-logistic --smoke  a tenth of the data, under a minute
+    python -m experiments.reproduce laq-nn                8000 rounds of a network, hours on a CPU
+    python -m experiments.reproduce lag --help            the options of one of them
 
 Leaves in --out: table and summary (CSV, Parquet), points, curves and masks (Parquet), figures (PNG, SVG), command, versions.
 Ctrl-C ends early and keeps what is done; the same command goes on where it, or a kill, stopped, and with more --rounds from
 where it ended.
 """
 
-import tyro
-
-from experiments import files
+from experiments import terminal
 from experiments.reproduce import family, lag, laq
 
 
 def main() -> None:
     """The command line."""
-    commands = {
+    tables = {
         "laq-logistic": laq.logistic,
         "laq-nn": laq.network,
         "slaq": laq.slaq,
@@ -25,8 +24,8 @@ def main() -> None:
         "heterogeneity": family.heterogeneity,
         "family": family.family,
     }
-    with files.refusing():
-        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    with terminal.command() as given:
+        terminal.cli(tables, given, __doc__)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,11 +20,13 @@ DECADES, ALPHAS = (0, 0.5, 1, 1.5, 2), (0.1, 0.3, 1, 3, 10)  # of L_m; of Dirich
 
 
 def family(out: Path = Path("results/family"), rounds: int = 3000, target: float = 1e-6) -> None:
-    """Every member on one strongly convex problem, each at the step of theory (see `compare.MEMBERS`): bits against residual.
+    """Every member at the step of theory, on one strongly convex problem.
+
+    Bits against residual; the steps stand in `compare.MEMBERS`.
 
     Args:
         out: Folder for the results.
-        rounds: Of each member at most.
+        rounds: Rounds of each member at most.
         target: Residual f - f* at which the cost is read off.
     """
     console = Console()
@@ -42,7 +45,9 @@ def family(out: Path = Path("results/family"), rounds: int = 3000, target: float
 
 
 def heterogeneity(out: Path = Path("results/heterogeneity"), target: float = 1e-6) -> None:
-    """Uploads that LAQ and LAG save against GD, over the spread of L_m and over Dirichlet alpha.
+    """Uploads that LAQ and LAG save against GD, as workers differ more and more.
+
+    Over the spread of L_m and over Dirichlet alpha.
 
     Args:
         out: Folder for the results.
@@ -71,9 +76,9 @@ def heterogeneity(out: Path = Path("results/heterogeneity"), target: float = 1e-
     shown = table.select(
         pl.concat_str("axis", "value", separator=" ").alias("workers"),
         "spread",
-        *(pl.col(m).map_elements(ledger.short, pl.String) for m in ("gd", "laq", "lag_wk")),
-        *(pl.col(f"{m} saves").map_elements(lambda s: f"{s:.1%}", pl.String) for m in ("laq", "lag_wk")),
+        *("gd", "laq", "lag_wk", "laq saves", "lag_wk saves"),
     )
     title = f"uploads to f - f* <= {target:g}; spread: log10 of max L_m / min L_m"
-    console.print(ledger.printed(shown, title))
-    console.print(f"figures and tables: {out}")
+    words: Any = dict.fromkeys(("gd", "laq", "lag_wk"), ledger.short)
+    words |= dict.fromkeys(("laq saves", "lag_wk saves"), lambda share: "-" if share is None else f"{share:.1%}")
+    ledger.result(console, out, {title: shown}, words=words)

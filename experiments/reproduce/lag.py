@@ -146,7 +146,9 @@ def counted(out: Path) -> pl.DataFrame:
 
 
 def table(data: Path, out: Path = Path("results/lag")) -> None:
-    """LAG's real-data table: uploads to 1e-8, linear and logistic, M = 9 and 18 (NeurIPS 2018, table 5).
+    """LAG's real-data table: uploads to 1e-8 (NeurIPS 2018, table 5).
+
+    Linear and logistic regression, M = 9 and 18.
 
     Args:
         data: Folder laid out as the authors publish it: dataN/data.txt and dataN/y.txt.

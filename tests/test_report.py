@@ -1,0 +1,198 @@
+"""The HTML page: it holds the numbers of the tables, asks nothing of any network, and draws and sorts in a browser."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from experiments import plots, report, sweep
+
+DATA = "synthetic-logistic?workers=4&samples=30&features=10"
+TASK = ["--dataset", DATA, "--problem", "logistic", "--workers", "4", "--compute-ms", "1", "--target", "10", "5"]
+GRID = ["-b", "2", "4", "-C", "5", "50", "-D", "1", "--lr", "0.05", "--seeds", "0", "1", "--rounds", "60"]
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+FLAGS += "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=20000 --dump-dom"
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of eight points."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setattr(plots, "save", lambda figure, path: plots.plt.close(figure))
+        sweep.main([*TASK, *GRID, "--out", "swept"])
+    return home / "swept"
+
+
+@pytest.fixture(scope="module")
+def page(swept: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of that sweep beside another folder of it, whose name would be HTML."""
+    other = tmp_path_factory.mktemp("other") / "a <script>&"
+    shutil.copytree(swept, other)
+    return report.page([report.read(swept), report.read(other)])
+
+
+def figures(page: str) -> list[dict[str, Any]]:
+    found = re.search(r'<script id="figures" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def tables(page: str) -> dict[str, list[dict[str, str]]]:
+    """The rows under each caption, as text; of a number all digits."""
+    found = {}
+    for caption, table in re.findall(
+        r"<h3>([^<]*)</h3><p[^>]*>[^<]*</p><div class=\"scroll\">(.*?)</table>", page, re.DOTALL
+    ):
+        heads = [html.unescape(head) for head in re.findall(r'<button type="button">([^<]*)</button></th>', table)]
+        lines = re.findall(r"<tr>(.*?)</tr>", table.partition("<tbody>")[2], re.DOTALL)
+        cells = [re.findall(r'<td(?: class="n")?(?: data-v="([^"]*)")?>([^<]*)</td>', line) for line in lines]
+        found[caption] = [dict(zip(heads, (v or html.unescape(t) for v, t in row), strict=True)) for row in cells]
+    return found
+
+
+def test_nothing_is_loaded(page: str) -> None:
+    ours = re.sub(
+        r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL
+    )  # plotly's; the browser's test has it all
+    assert len(page) - len(ours) > 1e6
+    assert not re.search(r"https?://|url\(|@import|<script[^>]*src|<link(?! rel=\"icon\" href=\"data:,\")", ours)
+    assert "default-src 'none'" in ours
+    assert "a <script>&" not in ours
+    assert "a &lt;script&gt;&amp;" in ours
+
+
+def test_the_curves_are_those_of_the_tables(swept: Path, page: str) -> None:
+    curves, words = pl.read_parquet(swept / "curves.parquet"), plots.named(*(pl.read_parquet(swept / f"{n}.parquet") for n in ("points", "summary")))  # fmt: skip
+    figure = next(f for f in figures(page) if f.get("series") and not f["series"][0]["name"].startswith("swept"))
+    assert [view["xtitle"] for view in figure["views"]] == list(plots.AXES.values())
+    assert {view["ytitle"] for view in figure["views"]} == {"f - f*"}
+    assert {line["name"] for line in figure["series"]} == set(words.values())
+    assert len(figure["series"]) == 8
+    drawn = {(line["name"], *line["data"]["residual"]): line["data"] for line in figure["series"]}
+    for point, name in words.items():
+        rows = curves.filter(pl.col("point") == point)
+        data = drawn[name, *rows["residual"]]
+        assert all(data[column] == rows[column].to_list() for column in plots.AXES)
+
+
+def test_the_heat_map_and_the_tables_hold_all(swept: Path, page: str) -> None:
+    summary = pl.read_parquet(swept / "summary.parquet")
+    heat = next(figure for figure in figures(page) if "z" in figure)
+    cheapest = {row["bits"]: [] for row in summary.sort("bits").iter_rows(named=True)}
+    for row in summary.sort("bits", "limit").iter_rows(named=True):
+        cheapest[row["bits"]].append(row["bits_up_5"] / 1e6)
+    assert (heat["x"], heat["y"], heat["z"]) == ([5, 50], [2, 4], list(cheapest.values()))
+    rows = tables(page)["Settings"]
+    assert len(rows) == len(summary) == 4
+    for row, known in zip(rows, summary.sort("bits_up_5").iter_rows(named=True), strict=True):
+        assert (int(row["b"]), int(row["C"])) == (known["bits"], known["limit"])
+        names = {"bits up to 5": "bits_up_5", "bits up to 5 ±": "bits_up_5_ci95", "final loss": "final_loss"}
+        for head, name in (names | {"rounds to 10": "rounds_10"}).items():
+            assert float(row[head]) == known[name]
+    assert [row["folder"] for row in tables(page)["Settings that differ"]] == ["swept", "a <script>&"]
+
+
+def test_many_points_are_thinned_and_it_says_so(swept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "POINTS", 220)
+    monkeypatch.setattr(report, "ROWS", 3)
+    thin = report.page([report.read(swept)])
+    figure = next(figure for figure in figures(thin) if "series" in figure)
+    longest = pl.read_parquet(swept / "curves.parquet").group_by("point").len()["len"].max()
+    assert max(len(line["data"]["round"]) for line in figure["series"]) <= 20 < longest  # pyright: ignore[reportOperatorIssue]
+    assert f"thinned from {longest} to about 20 points" in thin
+    assert "the first 3 of 4 rows" in thin
+    assert len(tables(thin)["Settings"]) == 3
+
+
+def test_an_unfinished_folder_shows_what_is_done(swept: Path, tmp_path: Path) -> None:
+    shutil.copytree(swept, tmp_path / "half")
+    for name in ("run.json", "summary.parquet", "points.parquet", "curves.parquet"):
+        (tmp_path / "half" / name).unlink()
+    page = report.page([report.read(tmp_path / "half")])
+    assert "Not finished: the tables show 8 points." in page
+    assert len(tables(page)["Settings"]) == 4
+    shutil.rmtree(tmp_path / "half" / "batches")
+    page = report.page([report.read(tmp_path / "half")])
+    assert "There is no table yet." in page
+    assert figures(page) == []
+
+
+def test_what_is_no_result_folder_is_said(swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(swept, tmp_path / "damaged")
+    (tmp_path / "damaged" / "curves.parquet").write_bytes(b"PAR1")
+    for name, said in (("none", "is missing"), ("empty", "holds no results"), ("damaged", "curves.parquet is damaged")):
+        with pytest.raises((FileNotFoundError, ValueError), match=said):
+            report.main((tmp_path / name,))
+    with pytest.raises(ValueError, match="no folder given"):
+        report.main(())
+    with pytest.raises(IsADirectoryError, match="expected the name of a page"):
+        report.main((swept,), out=tmp_path)
+    report.main((swept,), out=tmp_path / "page.html")
+    assert "page.html" in capsys.readouterr().out
+    assert 4e6 < (tmp_path / "page.html").stat().st_size < 10e6
+
+
+def test_the_other_experiments_have_their_figures() -> None:
+    """Tables as tune and heterogeneity leave them, drawn as they stand."""
+    tables: dict[str, pl.DataFrame] = {"trials": pl.DataFrame({"trial": [0, 1, 2], "bits": [4, 4, 2], "bits_up": [5.0, None, 3.0], "goal": "f <=", "target": 0.1})}  # fmt: skip
+    (heading, _, (figure,)), *_ = report.report_figures.of("tune", tables, 100)
+    assert heading == "Bits up over the trials"
+    assert [line["data"]["bits_up"] for line in figure["series"]] == [[5.0, None, 3.0], [5.0, 5.0, 3.0]]
+    rows = {"axis": ["decades of L_m", "Dirichlet alpha"], "value": [1.0, 0.1], "laq saves": [0.8, 0.7], "lag_wk saves": [0.5, math.nan]}  # fmt: skip
+    (_, _, (figure,)), *_ = report.report_figures.of("heterogeneity", {"heterogeneity": pl.DataFrame(rows)}, 100)
+    assert [line["data"]["saves"] for line in figure["series"]] == [[0.8], [0.5], [0.7], [None]]
+
+
+# in the test's copy: what the browser drew, what it loaded, and a column before and after two clicks on its head
+PROBE = """<script>
+addEventListener("load", () => {
+  const table = [...document.querySelectorAll("table.sortable")].find(t => t.textContent.includes("bits up to 5"));
+  const head = [...table.querySelectorAll("th")].find(th => th.textContent === "bits up to 5");
+  const column = () => [...table.tBodies[0].rows].map(row => Number(row.cells[head.cellIndex].dataset.v));
+  const found = {before: column(), plots: [...document.querySelectorAll(".plot")].map(p => p.querySelectorAll("svg.main-svg").length)};
+  head.firstChild.click();
+  found.up = column();
+  head.firstChild.click();
+  found.down = column();
+  document.querySelector(".views button").click();
+  found.title = document.querySelector(".plot .xtitle").textContent;
+  found.logo = document.querySelectorAll(".modebar a[href], .modebar-btn--logo").length;
+  found.loaded = performance.getEntriesByType("resource").map(entry => entry.name);
+  const out = document.createElement("pre");
+  out.id = "probe";
+  out.textContent = JSON.stringify(found);
+  document.body.append(out);
+});
+</script></body>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH")
+def test_in_a_browser(page: str, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(page.replace("</body>", PROBE))
+    words = [str(BROWSER), *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run([*words, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    shown = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert shown, done.stderr[-2000:]
+    found = json.loads(html.unescape(shown[1]))
+    assert found["plots"]
+    assert all(found["plots"])
+    numbers = sorted(found["before"])
+    assert numbers != sorted(numbers, key=str)
+    assert (found["up"], found["down"]) == (numbers, numbers[::-1])
+    assert found["title"] == "rounds"
+    assert found["loaded"] == []
+    assert found["logo"] == 0
