@@ -12,8 +12,6 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 def on_page_content(text: str, **_: Any) -> str:
     """The page with its formulas written out."""
     return FORMULA.sub(
-        lambda found: convert(
-            html.unescape(found[2]).strip(), display="block" if found[1] == "div" else "inline"
-        ),
+        lambda found: convert(html.unescape(found[2]).strip(), display="block" if found[1] == "div" else "inline"),
         text,
     )
