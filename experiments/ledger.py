@@ -299,7 +299,7 @@ def result(
         console.print(printed(frame, title, words or {}))
     for notice in notices:
         console.print(notice)
-    console.print(f"figures and tables: {out}")
+    console.print(f"figures and tables: {out}", soft_wrap=True)  # whole, to be copied
     rows = {title: json.loads(frame.write_json()) for title, frame in tables.items()}  # nan and inf are null there
     terminal.answer({"out": str(out), "tables": rows, "notices": list(notices), **facts})
 
