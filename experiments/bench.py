@@ -24,6 +24,7 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import jax
@@ -65,6 +66,20 @@ def laqjax_run(shards: laqjax.Shards, kind: str, algorithm: str, rounds: int, **
     theta0, key = problem.theta0(oracle), jax.random.key(0)
     run = repeat(lambda: laqjax.run(alg, theta0, shards, rounds, key), 1)
     return Contestant(run.call, rounds, FLOPS[kind])
+
+
+def saved(shards: laqjax.Shards, every: int | None) -> Contestant:
+    """200 rounds of LAQ on softmax regression, with a checkpoint every so many of them, or with none."""
+    problem = laqjax.problems.Softmax(shards.x.shape[-1], CLASSES)
+    alg = laqjax.algorithms.laq(problem.oracle(), lr=0.02, num_workers=len(shards.x), bits=BITS["softmax"])
+    key = jax.random.key(0)
+
+    def call() -> None:
+        with TemporaryDirectory() as folder:
+            place = folder if every else None
+            laqjax.run(alg, problem.start(0), shards, 200, key, chunk=100, checkpoint=place, every=every)
+
+    return Contestant(call, 200, FLOPS["softmax"])
 
 
 def laqjax_sweep(shards: laqjax.Shards, kind: str, points: int, rounds: int) -> Contestant:
@@ -286,6 +301,7 @@ GROUPS: dict[str, dict[str, Callable[[laqjax.Shards], Contestant]]] = {
     "cnn": {f"cnn-{form}": partial(cnn, form=form) for form in ("calls", "laq", "sweep")},
     "million": {f"million-{form}": lambda shards, form=form: large(1258, form) for form in ("plain", "gd", "laq")},
     "ten": {f"ten-million-{form}": lambda shards, form=form: large(12579, form) for form in ("plain", "gd", "laq")},
+    "checkpoint": {"unsaved": lambda shards: saved(shards, None), "saved": lambda shards: saved(shards, 100)},
     "message": {f"message-{form}": lambda shards, form=form: message(form) for form in ("pack", "read")},
     "network-sweep": {"network-sweep-8": lambda shards: laqjax_sweep(shards, "network", 8, 2)},
 }
@@ -298,6 +314,7 @@ SECONDS = {
     "cnn": 40,
     "million": 20,
     "ten": 60,
+    "checkpoint": 60,
     "message": 5,
 }  # of turns, a tenth of them with --quick
 FRESH = {"fresh-softmax": "softmax", "fresh-network": "network", "fresh-sweep": "sweep"}
@@ -321,6 +338,7 @@ GOALS = (  # names of `numbers`
     ("million-gd / million-plain", "<=", 1.0),
     ("ten-million-laq / ten-million-gd", "<=", 1.4),
     ("ten-million-gd / ten-million-plain", "<=", 1.0),
+    ("saved / unsaved", "<=", 1.03),
     ("message-pack, ms", "<=", 5),
     ("fresh-softmax, compile s", "<=", 5),
     ("fresh-network, compile s", "<=", 5),
