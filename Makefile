@@ -13,7 +13,7 @@ setup: .venv/ready ## a virtual environment with what requirements.lock pins
 .venv/ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --config-settings editable_mode=compat --editable .
 	@touch $@
 
 reproduce: setup ## LAQ, TWO-LAQ, GD, QGD, LAG on the embedded MNIST: the paper's table and figures, in results/laq-logistic
@@ -65,6 +65,7 @@ check: setup ## format, lint, types: what CI runs beside the tests
 
 docs: setup ## the pages of docs/, in results/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo results/site/index.html
 
 notebook: setup ## the Colab notebook again, from experiments/laqjax_colab.py
 	$(BIN)/jupytext --quiet --to ipynb --update experiments/laqjax_colab.py

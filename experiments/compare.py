@@ -7,7 +7,7 @@ r"""Every method at its best: searched and chosen on some seeds, reported on oth
 
 Every member runs its grid of steps (powers of `--factor` around the step of theory, or around 1 / L) and of its own numbers
 on `--seeds`, as one compiled program. Where the best value of a number lies on the edge of its grid, the grid is widened
-there. The settings that are cheapest at each target in bits up, in all bits, in rounds or in seconds run again on
+there; between the best step and its neighbours further ones are tried, down to a quarter of the grid's distance. The settings that are cheapest at each target in bits up, in all bits, in rounds or in seconds run again on
 `--report-seeds`: what the tables say is what these cost. Leaves in --out: best (a row a method, target and criterion;
 Parquet, CSV), tried (every setting), figures (PNG, SVG), and the studies that it is made of; resumes like a sweep, and goes
 on to more rounds or smaller targets like one. Where the choice of settings is another then, their study is run anew.
@@ -16,6 +16,7 @@ on to more rounds or smaller targets like one. Where the choice of settings is a
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from laqjax.checks import number
 Setting = dict[str, Any]
 Wanted = tuple[str, Setting]  # an algorithm's name and setting
 CRITERIA = {"bits up": "bits_up", "all bits": "bits", "rounds": "rounds", "seconds": "seconds"}
-WIDER = 3  # times that a grid is widened
+WIDER, FINER = 3, 2  # times that a grid is widened; that the distance of two steps is halved about the best
+TURNS = {"wider": "beyond the edges of their grids", "finer": "between the steps of their grids"}
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ class Settings:
     """What is given here is the grid of those that have it, instead of their own."""
     factor: float = 2.0
     """Ratio of two neighbouring step sizes of a grid."""
-    steps: int = 7
-    """Step sizes in each grid, around that of theory."""
+    steps: int = 5
+    """Step sizes in each grid, around that of theory; more are tried beyond its edges and between its best ones."""
     report_seeds: points.Ints = (2, 3, 4, 5)
     """Seeds of the runs that the tables report."""
     data: points.Data = points.Data(problem=("logistic",), dataset=(problems.SYNTHETIC + "1",))
@@ -231,9 +233,27 @@ class Comparison:
                 both = theirs[f"{cost} of theory"], row[cost]
                 row["gain over theory"] = both[0] / both[1] if None not in both and both[1] else None
                 row["setting"] = ", ".join(f"{ledger.HEADS.get(k, k)}={ledger.said(v)}" for k, v in values.items())
-                row["widened"] = ", ".join(k for k, v in values.items() if v not in axes[k])
+                outside = [k for k, v in values.items() if v not in axes[k] and not min(axes[k]) < v < max(axes[k])]
+                row["widened"] = ", ".join(outside)
                 row["at the edge"] = ", ".join(dict(self.edges(name, values, tried)))
             yield row
+
+    def turns(self) -> Iterator[tuple[str, Callable[[pl.DataFrame], list[Wanted]]]]:
+        """What is searched further: a folder each, and the settings that follow from those tried so far."""
+        for turn in range(WIDER):
+            yield f"wider-{turn}", self.wider
+        for turn in range(FINER):
+            yield f"finer-{turn}", partial(self.finer, ratio=self.settings.factor ** (0.5 ** (turn + 1)))
+
+    def wider(self, tried: pl.DataFrame) -> list[Wanted]:
+        """Beyond the edges, where a best setting lies there."""
+        best = best_of(tried, self.grids)
+        return [(n, v | {axis: value}) for n, v in best for axis, value in self.edges(n, v, tried)]
+
+    def finer(self, tried: pl.DataFrame, ratio: float) -> list[Wanted]:
+        """The steps beside the best ones at the smallest target that a member reached."""
+        best = [(name, values, next(iter(self.grids[name]))) for name, values in best_of(tried, self.grids, last=True)]
+        return [(name, v | {step: v[step] * by}) for name, v, step in best for by in (ratio, 1 / ratio)]
 
     def edges(self, name: str, best: Setting, tried: pl.DataFrame) -> Iterator[tuple[str, Any]]:
         """(Axis, value) beyond the tried ones, where the best has the least or the most beside its other values."""
@@ -272,12 +292,12 @@ def cheapest(tried: pl.DataFrame, name: str, axes: Any, cost: str, target: str) 
     return reached.select(list(axes)).row(0, named=True) if len(reached) else None
 
 
-def best_of(tried: pl.DataFrame, grids: Any) -> list[Wanted]:
-    """The settings that are cheapest at some target by some criterion."""
+def best_of(tried: pl.DataFrame, grids: Any, last: bool = False) -> list[Wanted]:
+    """The settings that are cheapest by some criterion at some target, or at the last one that a member reached."""
     found = {}
-    for name, t, cost in product(grids, ledger.goals_of(tried), CRITERIA.values()):
-        if values := cheapest(tried, name, grids[name], cost, t):
-            found[key((name, values))] = name, values
+    for name, cost in product(grids, CRITERIA.values()):
+        best = [v for t in ledger.goals_of(tried) if (v := cheapest(tried, name, grids[name], cost, t))]
+        found |= {key((name, values)): (name, values) for values in best[-last:]}
     return list(found.values())
 
 
@@ -293,17 +313,14 @@ def run(settings: Settings) -> Path:
         made = compared.points(wanted, settings.axes.seeds)  # what cannot run is refused before anything is written
         with files.claimed(settings.out, points.identity(settings, experiment="compare"), study.not_kept(made)):
             tried = compared.run("search", wanted, settings.axes.seeds, console)
-            for turn in range(WIDER):
+            for folder, proposed in compared.turns():
                 known = {key(one) for one in wanted}
-                best = best_of(tried, compared.grids)
-                new = [(n, v | {axis: value}) for n, v in best for axis, value in compared.edges(n, v, tried)]
-                more = list({key(one): one for one in new if key(one) not in known}.values())
-                if not more:
-                    break
-                wanted += more
-                console.print(f"{len(more)} settings beyond the edges of their grids")
-                summary = compared.run(f"wider-{turn}", more, settings.axes.seeds, console)
-                tried = pl.concat([tried, summary], how="diagonal_relaxed")
+                more = list({key(one): one for one in proposed(tried) if key(one) not in known}.values())
+                if more:
+                    wanted += more
+                    console.print(f"{len(more)} settings {TURNS[folder.partition('-')[0]]}")
+                    summary = compared.run(folder, more, settings.axes.seeds, console)
+                    tried = pl.concat([tried, summary], how="diagonal_relaxed")
             chosen = {key(one): one for one in [*best_of(tried, compared.grids), *compared.theory()]}
             reported = compared.run("report", list(chosen.values()), settings.report_seeds, console)
             files.save(tried, settings.out / "tried", csv=True)

@@ -192,7 +192,7 @@ def report(folder: Path, console: Console) -> None:
     rounds = int(table["rounds_end"].max())  # pyright: ignore[reportArgumentType]
     tables = {f"{rounds} rounds": shown, "median milliseconds: the slowest worker's, the way, the server's": times}
     same = (table["bits_up_end"] == 8 * table["payload_up"]).all()
-    ledger.result(console, folder, tables, [] if same else ["[red]what was billed is not what was sent[/red]"])
+    ledger.result(console, folder, tables, [] if same else ["what was billed is not what was sent"])
 
 
 if __name__ == "__main__":

@@ -39,11 +39,14 @@ def refusing() -> Iterator[None]:
     """A command line: what it refuses is one line on stderr (exit code 2; 1 where the work failed), as is Ctrl-C (130)."""
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except REFUSED as error:
         failed = isinstance(error, OSError) and not isinstance(error, GIVEN)
         raise ended(1 if failed else 2, f"error: {error}") from None
     except KeyboardInterrupt:
-        raise ended(130, "stopped; the same command goes on from the last saved state") from None
+        raise ended(130, "stopped; the same command goes on from what is saved") from None
 
 
 def ended(code: int, said: str) -> SystemExit:

@@ -283,6 +283,13 @@ def short(number: float | None) -> str:
     return f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:.2g}"
 
 
+def missed(summary: pl.DataFrame) -> list[str]:
+    """What is to be said of settings that did not reach the last target on all seeds."""
+    target = goals_of(summary)[-1]
+    number, lost = summary[f"rounds_{target}"].null_count(), int((summary["diverged"] > 0).sum())
+    return [f"{number} of {len(summary)} settings did not reach {target} ({lost} diverged)"] if number else []
+
+
 def result(
     console: Console,
     out: Path,
@@ -298,8 +305,8 @@ def result(
     for title, frame in tables.items():
         console.print(printed(frame, title, words or {}))
     for notice in notices:
-        console.print(notice)
-    console.print(f"figures and tables: {out}", soft_wrap=True)  # whole, to be copied
+        console.print(notice, markup=False)
+    console.print(f"figures and tables: {out}", soft_wrap=True, markup=False)  # whole, to be copied
     rows = {title: json.loads(frame.write_json()) for title, frame in tables.items()}  # nan and inf are null there
     terminal.answer({"out": str(out), "tables": rows, "notices": list(notices), **facts})
 

@@ -295,13 +295,18 @@ def compare(folder: Path) -> None:
             fronts(reached, target, {kind_: [m for m in kind if kind[m] == kind_] for kind_ in kinds}, folder)
 
 
+def by_cost(best: pl.DataFrame) -> list[str]:
+    """The methods of a comparison, the cheapest at the last target last; before them who did not reach it, likewise."""
+    wide = best.pivot("target", index="method", values="bits_up")
+    return wide.sort(*best["target"].unique(maintain_order=True).reverse(), nulls_last=True)["method"].to_list()[::-1]
+
+
 def costs(best: pl.DataFrame, kinds: list[str], path: Path) -> None:
     """A row a method, a panel a target: bits up with 95 % intervals, and hollow what the step of theory costs."""
     targets = best["target"].unique(maintain_order=True).to_list()
     if not targets:
         return
-    order = best.group_by("method", maintain_order=True).agg(pl.len(), pl.col("bits_up").last())
-    methods = order.sort("len", "bits_up", descending=[False, True])["method"].to_list()
+    methods = by_cost(best)
     with plt.rc_context(STYLE):
         size = 3.2 * len(targets) + 1.5, 1.2 + 0.22 * len(methods)
         figure, axes = plt.subplots(1, len(targets), figsize=size, sharey=True, squeeze=False, layout="constrained")

@@ -12,6 +12,7 @@ import html
 import json
 import math
 import re
+import shlex
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -84,6 +85,10 @@ def read(folder: Path) -> Section:
             section.tables = ledger.gathered(parts)
         done = f"{len(section.tables['points'])} points" if "points" in section.tables else "what there is"
         section.notices.append(f"Not finished: the tables show {done}. The same command goes on from there.")
+    elif lacking := [name for name in TABLES[kind] if name.removeprefix("report/") not in section.tables]:
+        raise ValueError(f"{folder / lacking[0]}.parquet is missing; run its command again")
+    if "summary" in section.tables and kind in ("sweep", "methods"):
+        section.notices += ledger.missed(section.tables["summary"])
     if TABLES[kind][0] not in section.tables:
         section.tables = {}
         section.notices.append("There is no table yet.")
@@ -99,7 +104,7 @@ def page(sections: list[Section]) -> str:
     links = "".join(f'<li><a href="#folder-{i}">{text(s.folder)}</a></li>' for i, s in enumerate(sections))
     parts = {
         "title": f"laqjax: {text(', '.join(called(sections)))}",
-        "about": f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. Figures: drag to zoom, double-click to see all again, click "
+        "about": f"<code>python -m experiments.report {text(shlex.join(str(s.folder) for s in sections))}</code>. Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. Figures: drag to zoom, double-click to see all again, click "
         "on a name to hide it, double-click to see it alone. Tables: click on a head to sort.",
         "contents": f"<nav><ol>{links}</ol></nav>" if len(sections) > 1 else "",
         "body": "\n".join(body),
@@ -138,23 +143,31 @@ def section_html(section: Section, name: str, points: int, figures: list[Figure]
 
 def made(section: Section) -> str:
     """The command, how to run it again, the versions, and the settings."""
-    ran, folder = section.ran, text(section.folder)
+    ran = section.ran
     facts = {name: ran.get(name) for name in ("time", "device", "cores")}
     facts["seconds"] = ran.get("seconds") and f"{ran['seconds']:,.0f} of the last call"
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in ran.get("versions", {}).items())
     lines = [f"<dt>{name}</dt><dd>{text(value)}</dd>" for name, value in facts.items() if value]
-    again = "<p>The same command goes on from what is there, with another --out it begins anew. This page again: "
-    again += f"<code>python -m experiments.report {folder}</code></p>"
+    again = (
+        ""
+        if section.kind == "scaling"
+        else "<p>The same command goes on from what is there; with another --out it begins anew.</p>"
+    )
     command = f"<pre>{text(ran['command'])}</pre>" if "command" in ran else ""
     asked = {name: said(value) for name, value in section.asked.items() if value not in (None, [], "")}
-    settings = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in asked.items())
+    settings = "".join(f"<dt>{text(name)}</dt><dd>{text(short(value))}</dd>" for name, value in asked.items())
     details = f"<details><summary>All {len(asked)} settings</summary><dl>{settings}</dl></details>" if asked else ""
     return f"{command}{again}<dl>{''.join(lines)}</dl>{details}"
 
 
 def said(value: Any) -> str:
     """A setting."""
-    return (", ".join(map(str, value)) if isinstance(value, list) else str(value))[:400]
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def short(words: str) -> str:
+    """Of a long one the beginning."""
+    return words if len(words) <= 400 else f"{words[:400]} ..."
 
 
 def figure_html(heading: str, note: str, panels: list[Figure], figures: list[Figure]) -> str:
@@ -183,7 +196,8 @@ def tidy(table: pl.DataFrame) -> pl.DataFrame:
         table = table.rename({n: n.replace("bits", "bits up + down", 1) for n in names if re.match("bits( |_ci|$)", n)})
         names = table.columns
     kept = [name for name in names if table[name].null_count() < len(table)]
-    return table.select(n for n in kept if len(table) < 2 or table[n].n_unique() > 1 or COST_OF.fullmatch(n))
+    same = ledger.settings_of(table) if len(table) > 1 and {"seed", "seeds"} & set(table.columns) else []
+    return table.select(n for n in kept if n not in same or table[n].n_unique() > 1)
 
 
 def head(name: str) -> str:
@@ -209,8 +223,10 @@ def table_html(table: pl.DataFrame, caption: str) -> str:
 def cell(value: Any, kind: str) -> str:
     """A number is whole in its attribute."""
     if value is None or not kind or not math.isfinite(value):
-        return f"<td{kind}>{'' if value is None or kind else text(value)}</td>"
-    shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+        return f"<td{kind}>{'' if value is None else text(value)}</td>"
+    large = abs(value) >= 9999.5
+    shown = f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if large else f"{value:.4g}"
+    shown = f"{value:.3e}" if abs(value) >= 1e12 else shown
     return f'<td class="n" data-v="{value!r}">{shown}</td>'
 
 
@@ -224,7 +240,9 @@ def beside(sections: list[Section], points: int, figures: list[Figure]) -> str:
     asked = [{"experiment": s.kind} | {name: said(value) or None for name, value in s.asked.items()} for s in sections]
     every = dict.fromkeys(setting for one in asked for setting in one)
     differ = [setting for setting in every if len({one.get(setting) for one in asked}) > 1]
-    rows = [{"folder": name} | {n: one.get(n) for n in differ} for name, one in zip(names, asked, strict=True)]
+    rows = [
+        {"folder": name} | {n: short(one.get(n) or "") for n in differ} for name, one in zip(names, asked, strict=True)
+    ]
     return "\n".join([*lines, table_html(pl.DataFrame(rows), "Settings that differ"), "</section>"])
 
 

@@ -264,8 +264,7 @@ def costs(best: pl.DataFrame, kinds: Sequence[str]) -> Iterator[Shown]:
     """Bits up at each target, method by method, and hollow what the step of theory costs."""
     if not len(best):
         return
-    order = best.group_by("method", maintain_order=True).agg(pl.len(), pl.col("bits_up").last())
-    methods = order.sort("len", "bits_up", descending=[False, True])["method"].to_list()
+    methods = plots.by_cost(best)
     lines, views = [], []
     for number, target in enumerate(best["target"].unique(maintain_order=True)):
         says = {"bits_up": f"bits up to {best['goal'][0]} {target}", "method": "method", "setting": "setting"}

@@ -59,7 +59,8 @@ def made(workers: int, rows: int, hidden: int | None = None, exchange: str = "me
     """What `laqjax.stream` takes: on one device without a mesh, on more with each process's own shards."""
     problem = problem_of(hidden)
     oracle = problem.oracle()
-    alg = laqjax.algorithms.laq(oracle, lr=LR / workers, num_workers=workers, bits=BITS)
+    lr = LR / workers / (10 if hidden else 1)  # a network in 4 bits diverges in time with the steps of the other
+    alg = laqjax.algorithms.laq(oracle, lr=lr, num_workers=workers, bits=BITS)
     mesh = meshes.make() if jax.device_count() > 1 else None
     part = partial(shards_of, rows=rows)
     shards = part(0, workers) if mesh is None else meshes.load(mesh, workers, part)

@@ -125,10 +125,7 @@ def report(folder: Path, console: Console) -> None:
     columns = [pl.col(n).alias(head if head not in taken else f"{n} ") for n, head in heads.items()]
     title = f"cheapest to {goal} {target} (simulated seconds)"
     tables = {title: shown.select(*columns, **costs)} if len(ranked) else {}
-    notices = []
-    if missed := len(summary) - len(ranked):
-        lost = int((summary["diverged"] > 0).sum())
-        notices.append(f"{missed} of {len(summary)} settings did not reach {target} ({lost} diverged)")
+    notices = ledger.missed(summary)
     if not len(ranked):
         notices.append(nearest(folder, summary, float(target)))
     ledger.result(console, folder, tables, notices, constant=constant)

@@ -90,14 +90,18 @@ def test_the_table_is_one_object_and_the_page_has_the_fronts(whole: Path, capsys
 
 
 def test_a_grid_grows_where_its_best_lies_on_the_edge(whole: Path) -> None:
-    """Two steps of a grid have nothing but edges."""
+    """Two steps of a grid have nothing but edges; then the distance about the best one is halved, twice."""
     tried = pl.read_parquet(whole / "tried.parquet").filter(pl.col("algorithm") == "gd")
     assert len(tried) > 2
     steps = np.sort(tried["lr"].to_numpy())
-    np.testing.assert_allclose(steps[1:] / steps[:-1], 2)
+    ratios = np.log2(steps[1:] / steps[:-1])
     rounds = tried.sort("lr")["rounds_4"].to_list()
     best = int(np.argmin([np.inf if k is None else k for k in rounds]))
     assert 0 < best < len(rounds) - 1
+    near = tried.filter(pl.col("rounds_4").is_not_null())["lr"].to_numpy()
+    assert set(np.round(ratios, 6)) <= {1, 0.5, 0.25, 0.75}
+    assert ratios.min() == pytest.approx(0.25)
+    assert len(near) > 3
     (row,) = (
         pl.read_parquet(whole / "best.parquet")
         .filter(pl.col("method") == "gd", pl.col("target") == "4", pl.col("cheapest in") == "rounds")

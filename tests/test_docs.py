@@ -41,7 +41,7 @@ def commands() -> list[str]:
     found = [line for code in fenced("console|bash") for line in code.splitlines()]
     found += [code for text in TEXTS.values() for code in re.findall(r"`(python -m [^`]*)`", text)]
     found = [line.replace("$i/8", "1/8").replace("$i", "1") for line in found]
-    matches = (re.search(r"python -m experiments.*", re.sub(r"\s+#.*", "", line)) for line in found)
+    matches = (re.search(r"python -m experiments.*", re.sub(r"\s+[#>].*", "", line)) for line in found)
     return sorted({match[0].strip() for match in matches if match})
 
 
@@ -151,6 +151,16 @@ def test_the_pages_build_and_fetch_nothing(tmp_path: Path) -> None:
     assert "bits per coordinate of a message" in pages["api.html"]  # of the docstrings that are completed when imported
 
 
+def test_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for path, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+            there = page.parent / path if path else page
+            assert there.exists(), f"{page.name}: {path}"
+            heads = re.findall(r"^#+ (.*)", there.read_text(), re.MULTILINE) if anchor else []
+            slugs = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+            assert not anchor or anchor in slugs, f"{page.name}: {path}#{anchor}"
+
+
 # ---- commands ---------------------------------------------------------------------------------------------------
 
 
@@ -182,13 +192,13 @@ def test_commands_take_what_they_are_given(command: str, monkeypatch: pytest.Mon
     parsing(monkeypatch)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
-    sys.modules.pop(module, None)
+    monkeypatch.delitem(sys.modules, module, raising=False)  # put back afterwards
     with pytest.raises(Parsed):
         runpy.run_module(module, run_name="__main__")
 
 
 def test_make_has_these_targets() -> None:
-    named = {name for text in TEXTS.values() for name in re.findall(r"(?:\$ |`)make ([a-z-]+)", text)}
+    named = {name for text in TEXTS.values() for words in re.findall(r"(?:\$ |`)make ([a-z -]+)", text) for name in words.split()}  # fmt: skip
     assert named <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 

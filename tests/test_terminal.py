@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,8 @@ def command(*words: str) -> Any:
     return subprocess.run([sys.executable, "-m", "experiments", *words], env=env, capture_output=True, text=True)
 
 
-def test_the_list_is_whole_and_quick() -> None:
-    began = time.perf_counter()
+def test_the_list_is_whole() -> None:
     done = command()
-    assert time.perf_counter() - began < 1  # JAX alone takes longer
     assert done.returncode == 0
     with_command_line = {
         ".".join(path.relative_to(ROOT / "experiments").with_suffix("").parts).removesuffix(".__main__")
