@@ -53,7 +53,7 @@ def whole(home: Path) -> Path:
 def test_the_best_is_chosen_on_some_seeds_and_reported_on_others(whole: Path) -> None:
     best = pl.read_parquet(whole / "best.parquet")
     assert len(best) == 2 * 2 * 4  # methods, targets, criteria
-    tried = pl.concat([pl.read_parquet(p) for p in sorted(whole.glob("[sw]*/points.parquet"))], how="diagonal_relaxed")
+    tried = pl.concat([pl.read_parquet(p) for p in sorted(whole.glob("[swf]*/points.parquet"))], how="diagonal_relaxed")
     again = pl.read_parquet(whole / "report" / "points.parquet")
     assert set(tried["seed"]) == {0, 1}
     assert set(again["seed"]) == {2, 3, 4}
@@ -136,7 +136,8 @@ def test_it_goes_on_to_more_rounds_and_a_smaller_target(whole: Path, home: Path)
         run(home / out, *more)
     for name in ("best", "tried"):
         assert_frame_equal(*(pl.read_parquet(home / out / f"{name}.parquet") for out in ("straight", "more")))
-    assert {path.name for path in (home / "more").glob("*before*")} == {"report.before-1"}
+    aside = {path.name for path in (home / "more").glob("*before*")}
+    assert aside == {f"{name}.before-1" for name in ("finer-0", "finer-1", "report")}
     assert files.read_json(home / "more" / "search" / "run.json")["points_computed"] == 8
     with pytest.raises(ValueError, match="rounds: 160 there, 80 asked for, which goes on to more rounds only"):
         run(home / "more")
