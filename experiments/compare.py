@@ -288,7 +288,7 @@ def same(frame: pl.DataFrame, name: str, values: Setting) -> pl.DataFrame:
 
 def cheapest(tried: pl.DataFrame, name: str, axes: Any, cost: str, target: str) -> Setting | None:
     """The setting of a member that costs least at a target."""
-    reached = same(tried, name, {}).drop_nulls(f"{cost}_{target}").sort(f"{cost}_{target}")
+    reached = same(tried, name, {}).drop_nulls(f"{cost}_{target}").sort(f"{cost}_{target}", maintain_order=True)
     return reached.select(list(axes)).row(0, named=True) if len(reached) else None
 
 
