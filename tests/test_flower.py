@@ -350,7 +350,7 @@ def test_the_aggregate_is_the_sum_of_the_memories_whatever_happens(tmp_path: Pat
     run_state_machine_as_test(Federated, settings=some)
 
 
-@pytest.mark.parametrize("name", ["laq", "two_laq", "gd", "dgc"])
+@pytest.mark.parametrize("name", ["laq", "two_laq", pytest.param("gd", marks=pytest.mark.long), "dgc"])
 def test_it_converges_through_faults(name: str, tmp_path: Path, toy: Toy, caplog: Any) -> None:
     """Every message meets a fault with probability 0.3, and every tenth round a client or the server loses its state.
 

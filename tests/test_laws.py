@@ -89,6 +89,26 @@ ROWS = {
     "cada2": Row(algorithms.cada2, EPOCHS | CADA_KNOBS, LR | CADA),
 }
 LAZY_ROWS = ["lag_wk", "laq"]
+# all of whose parts are those of others: the laws that compile much leave them to `make test-long`
+COVERED = [
+    "qgd",
+    "lag_ps",
+    "iag_cyclic",
+    "ef21",
+    "ef_bv",
+    "marina_natural",
+    "sgd",
+    "terngrad",
+    "ssgd",
+    "topk_ef",
+    "fedavg",
+    "fedpaq",
+    "slaq",
+    "lasg_wk2",
+    "lasg_ps",
+    "cada1",
+]
+MANY = [pytest.param(name, marks=[pytest.mark.long] * (name in COVERED)) for name in ROWS]
 RECORD = ["error_sq", "grad", "gradients", "innovation_sq", "params", "step_sq", "target_sq"]
 CHUNK = 10
 
@@ -128,7 +148,7 @@ def test_the_state_is_a_fixed_point(name: str, dtype: str, request: pytest.Fixtu
     assert avals(after) == avals(state)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", MANY)
 def test_other_numbers_do_not_recompile(name: str, toy: Toy) -> None:
     others = ROWS[name].others
     out = run(make(name, toy), toy.theta0, toy.shards, 2)
@@ -147,7 +167,7 @@ def points_of(name: str, toy: Toy) -> list[Algorithm]:
     return [make(name, toy, **{k: v[i] for k, v in others.items()} | {"lr": 0.02 * (i + 1)}) for i in range(5)]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", MANY)
 def test_a_sweep_is_a_loop(name: str, quadratic: Toy) -> None:
     algs, keys, shards = points_of(name, quadratic), jax.random.split(KEY, 5), quadratic.shards
     sweep = laqjax.sweep(laqjax.stack(algs), quadratic.theta0, shards, CHUNK, keys, batch=3, record=RECORD, chunk=CHUNK)
@@ -202,7 +222,7 @@ def test_memories(name: str, dtype: str, rounding: float, request: pytest.Fixtur
     assert (silent > 0) == alg.rule.may_skip
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", MANY)
 @pytest.mark.parametrize("dtype", ["toy", "quadratic"])
 def test_billed_bits_are_bytes(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
     """Every message of a run, made again from the state: its bytes are what was billed, and decode to what it meant."""

@@ -109,7 +109,7 @@ def test_data_may_be_any_pytree() -> None:
         assert sampler or outs[0].info.loss[-1] < outs[0].info.loss[0]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float16, pytest.param(jnp.bfloat16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ["laq", "ef21", "sign_sgd", "qsgd", "ssgd", "marina_natural", "lag_ps"])
 def test_half_precision(name: str, dtype: Any, toy: Toy) -> None:
     """Runs, learns, stays in its dtype, and bills 16 bits where it billed 32."""
