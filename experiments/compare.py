@@ -35,7 +35,7 @@ from laqjax.checks import number
 Setting = dict[str, Any]
 Wanted = tuple[str, Setting]  # an algorithm's name and setting
 CRITERIA = {"bits up": "bits_up", "all bits": "bits", "rounds": "rounds", "seconds": "seconds"}
-WIDER, FINER = 3, 2  # times that a grid is widened; that the distance of two steps is halved about the best
+WIDER, FINER = 5, 2  # times that a grid is widened; that the distance of two steps is halved about the best
 TURNS = {"wider": "beyond the edges of their grids", "finer": "between the steps of their grids"}
 
 
@@ -247,8 +247,14 @@ class Comparison:
 
     def wider(self, tried: pl.DataFrame) -> list[Wanted]:
         """Beyond the edges, where a best setting lies there."""
-        best = best_of(tried, self.grids)
-        return [(n, v | {axis: value}) for n, v in best for axis, value in self.edges(n, v, tried)]
+        best, factor = best_of(tried, self.grids), self.settings.factor
+        found = [(n, v | {axis: value}) for n, v in best for axis, value in self.edges(n, v, tried)]
+        for name, values in self.theory():
+            if name not in dict(best):  # it reached nothing: further steps on both sides
+                step = next(iter(self.grids[name]))
+                steps = same(tried, name, {key: value for key, value in values.items() if key != step})[step]
+                found += [(name, values | {step: new}) for new in (steps.min() / factor, steps.max() * factor)]  # pyright: ignore[reportOptionalOperand, reportOperatorIssue]
+        return found
 
     def finer(self, tried: pl.DataFrame, ratio: float) -> list[Wanted]:
         """The steps beside the best ones at the smallest target that a member reached."""
@@ -260,6 +266,10 @@ class Comparison:
         for axis in self.grids[name]:
             beside = same(tried, name, {key: value for key, value in best.items() if key != axis})
             values = sorted(beside[axis].drop_nulls().unique())
+            if len(values) == 1 and axis == next(
+                iter(self.grids[name])
+            ):  # another number of its own is new: so are its steps
+                yield from ((axis, best[axis] * by) for by in (self.settings.factor, 1 / self.settings.factor))
             if len(values) < 2 or isinstance(values[0], str) or values[0] <= 0:
                 continue
             for end, inner in ((values[0], values[1]), (values[-1], values[-2])):
