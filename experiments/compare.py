@@ -263,17 +263,19 @@ class Comparison:
 
     def edges(self, name: str, best: Setting, tried: pl.DataFrame) -> Iterator[tuple[str, Any]]:
         """(Axis, value) beyond the tried ones, where the best has the least or the most beside its other values."""
+        step, factor = next(iter(self.grids[name])), self.settings.factor
         for axis in self.grids[name]:
             beside = same(tried, name, {key: value for key, value in best.items() if key != axis})
             values = sorted(beside[axis].drop_nulls().unique())
-            if len(values) == 1 and axis == next(
-                iter(self.grids[name])
-            ):  # another number of its own is new: so are its steps
-                yield from ((axis, best[axis] * by) for by in (self.settings.factor, 1 / self.settings.factor))
-            if len(values) < 2 or isinstance(values[0], str) or values[0] <= 0:
+            # a step goes on by its factor, a number of the method's own as the last two of its values do
+            if axis == step:
+                ends = ((values[0], 1 / factor), (values[-1], factor))
+            elif len(values) < 2 or isinstance(values[0], str) or values[0] <= 0:
                 continue
-            for end, inner in ((values[0], values[1]), (values[-1], values[-2])):
-                for new in (end * end / inner, end * (end / inner) ** 2):  # two: they fill a batch up
+            else:
+                ends = ((values[0], values[0] / values[1]), (values[-1], values[-1] / values[-2]))
+            for end, ratio in ends:
+                for new in (end * ratio, end * ratio**2):  # two: they fill a batch up
                     new = round(new) if isinstance(end, int) else new
                     if best[axis] == end != new and self.allowed(name, best | {axis: new}):
                         yield axis, new
