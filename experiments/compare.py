@@ -1,6 +1,6 @@
 r"""Every method at its best: searched and chosen on some seeds, reported on others.
 
-    python -m experiments.compare                all members on a convex problem, 10 minutes
+    python -m experiments.compare                all members on a convex problem, 11 minutes
     python -m experiments.compare --problem softmax --dataset mnist --algorithm gd laq qgd
     python -m experiments.compare --problem my.py:make --dataset my.py:load \
         --algorithm laq my.py:factory --set beta 0.1 0.5 --target-accuracy 0.8 0.9
