@@ -109,7 +109,7 @@ def compare(name: str, settings: Settings, bits: int, rounds: int, published: An
     unfinished = convex and target == "end"
     table = beside(summary, target, {} if settings.smoke or unfinished else published, message)
     goal = "at the end" if target == "end" else f"to {summary['goal'][0]} {target}"
-    finish(out, table, f"cost {goal}, over {starts} start(s) of those who may skip", console)
+    finish(out, table, f"cost {goal}, over {starts} start(s)", console)
 
 
 def slaq(out: Path | None = None, network: bool = False, rounds: int = 1000, smoke: bool = False) -> None:
