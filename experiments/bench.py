@@ -1,6 +1,6 @@
 """How fast laqjax is on this machine, and what memory it takes, beside goals.
 
-    python -m experiments.bench                          eight minutes and 4 GB on two cores
+    python -m experiments.bench                          nine minutes and 4 GB on two cores
     python -m experiments.bench --quick                  under one minute, with rougher times
     python -m experiments.bench --only laq gd --json     single calls too, for a program
 

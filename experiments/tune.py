@@ -1,6 +1,6 @@
 """Search for the cheapest b, C, D, xi and lr with Optuna, in batches of trials.
 
-    python -m experiments.tune                   64 trials on the embedded MNIST, 10 minutes
+    python -m experiments.tune                   64 trials on the embedded MNIST, 9 minutes
     python -m experiments.tune -b 2 8 -C 1 200 --lr 0.01 0.03 --trials 200 --out results/mine
     python -m experiments.tune --problem my.py:make --algorithm my.py:factory --set beta 0.1 0.9
 
