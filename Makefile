@@ -16,13 +16,13 @@ setup: .venv/ready ## a virtual environment with what requirements.lock pins
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --config-settings editable_mode=compat --editable .
 	@touch $@
 
-reproduce: setup ## LAQ, TWO-LAQ, GD, QGD, LAG on the embedded MNIST: the table and figures of LAQ, in results/laq-logistic (nine minutes)
+reproduce: setup ## LAQ, TWO-LAQ, GD, QGD, LAG on the embedded MNIST: the table and figures of LAQ, in results/laq-logistic (five minutes)
 	$(BIN)/python -m experiments.reproduce laq-logistic
 
 sweep: setup ## the default grid of b, C and D on the embedded MNIST, in results/sweep (three minutes)
 	$(BIN)/python -m experiments.sweep
 
-compare: setup ## every method at its best on a convex problem, in results/compare (eleven minutes)
+compare: setup ## every method at its best on a convex problem, in results/compare (eight minutes)
 	$(BIN)/python -m experiments.compare
 
 federated: setup ## LAQ, GD, QGD and EF21 as a federation in one process, in results/federated (half a minute)

@@ -10,7 +10,7 @@ COMMANDS = ["sweep", "tune", "compare", "federated", "reproduce", "scaling", "be
 EXAMPLES = ["examples.parallel", "examples.hosts"]
 HEAD = """LAQ and its family: experiments on one machine or many. Three to begin with:
 
-    python -m experiments reproduce laq-logistic    the paper's table, 9 minutes on 2 cores
+    python -m experiments reproduce laq-logistic    the paper's table, 5 minutes on 2 cores
     python -m experiments sweep --smoke             does everything work here? half a minute
     python -m experiments report results/sweep      one HTML page of what is there
 

@@ -1,6 +1,6 @@
 r"""Every method at its best: searched and chosen on some seeds, reported on others.
 
-    python -m experiments.compare                all members on a convex problem, 11 minutes
+    python -m experiments.compare                all members on a convex problem, 8 minutes
     python -m experiments.compare --problem softmax --dataset mnist --algorithm gd laq qgd
     python -m experiments.compare --problem my.py:make --dataset my.py:load \
         --algorithm laq my.py:factory --set beta 0.1 0.5 --target-accuracy 0.8 0.9
@@ -138,8 +138,7 @@ class Settings:
     """A TOML or YAML file of these settings; what the command line says counts more."""
     out: Path = Path("results/compare")
     """Folder for the results."""
-    devices: int | None = None
-    """Devices that the CPU is cut into; points are spread over them. GPUs and TPUs are all used as they are."""
+    hosts: points.Hosts = points.Hosts()
     smoke: bool = False
     """Few examples and rounds: does everything work here?"""
 
@@ -208,7 +207,7 @@ class Comparison:
         """A study of settings; its summary. One of other settings, chosen with fewer rounds or targets, is set aside."""
         s, made, path = self.settings, self.points(wanted, seeds), self.settings.out / folder / "identity.json"
         identity = json.loads(json.dumps({"seeds": seeds, "settings": wanted}, default=str))
-        if path.exists() and files.read_json(path) != identity:
+        if jax.process_index() == 0 and path.exists() and files.read_json(path) != identity:
             console.print(f"other settings than before for {folder}: kept as {files.set_aside(path.parent, 'before')}")
         return study.run(made, s.goal.targets, path.parent, s.budget, s.link, identity, console)
 
@@ -315,7 +314,7 @@ def best_of(tried: pl.DataFrame, grids: Any, last: bool = False) -> list[Wanted]
 
 def run(settings: Settings) -> Path:
     """Search, widen, report; tables and figures in the output folder, which is returned."""
-    console = Console()
+    console, leads = terminal.console(), jax.process_index() == 0
     settings = sweep.configured(settings)
     settings.budget.check()
     settings.link.check()
@@ -323,7 +322,7 @@ def run(settings: Settings) -> Path:
         compared = Comparison(settings, console)
         wanted = [(name, dict(zip(axes, v, strict=True))) for name, axes in compared.grids.items() for v in product(*axes.values())]  # fmt: skip
         made = compared.points(wanted, settings.axes.seeds)  # what cannot run is refused before anything is written
-        with files.claimed(settings.out, points.identity(settings, experiment="compare"), study.not_kept(made)):
+        with study.held(settings.out, points.identity(settings, experiment="compare"), study.not_kept(made)):
             tried = compared.run("search", wanted, settings.axes.seeds, console)
             for folder, proposed in compared.turns():
                 known = {key(one) for one in wanted}
@@ -335,6 +334,8 @@ def run(settings: Settings) -> Path:
                     tried = pl.concat([tried, summary], how="diagonal_relaxed")
             chosen = {key(one): one for one in [*best_of(tried, compared.grids), *compared.theory()]}
             reported = compared.run("report", list(chosen.values()), settings.report_seeds, console)
+            if not leads:
+                return settings.out
             files.save(tried, settings.out / "tried", csv=True)
             rows = [row for name in compared.grids for row in compared.rows(name, tried, reported)]
             kinds = {c: pl.Float64 for c in rows[0] if c.startswith((*CRITERIA.values(), "uploads", "gain"))}

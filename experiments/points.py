@@ -19,6 +19,7 @@ import laqjax
 from experiments import files, problems, terminal
 from experiments.study import Point
 from laqjax import algorithms, types
+from laqjax import mesh as meshes
 from laqjax.checks import number
 
 # what an algorithm must have, where nothing is given
@@ -107,6 +108,34 @@ class Draw:
     """Seed of these draws."""
     shard: str = "1/1"
     """i/n: only every n-th point, from the i-th; join the folders with `merge`."""
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Where the points run: on all devices of this process, or of several that share a folder which all of them see."""
+
+    devices: int | None = None
+    """Devices that the CPU is cut into; points are spread over them. GPUs and TPUs are all used as they are."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where several processes share the points, each started with the same command and its own
+    number; or "auto" under Slurm and on TPU pods, where JAX finds all three."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """The number of this one, from 0; process 0 shows the progress and the result."""
+
+    def join(self) -> None:
+        """Set devices and processes up, before JAX is used.
+
+        Raises:
+            ValueError, TimeoutError: see `cpu_devices` and `laqjax.mesh.initialize`.
+        """
+        cpu_devices(self.devices)
+        where, count, rank = self.coordinator, self.num_processes, self.process_id
+        if (where, count, rank) == ("auto", None, None):
+            meshes.initialize()
+        elif (where, count, rank) != (None, None, None):
+            meshes.initialize(where, count, rank)
 
 
 def values_of(axes: Axes, data: Data, strict: bool = True) -> dict[str, tuple[Any, ...]]:
@@ -298,7 +327,8 @@ def parsed(kind: Any, given: Sequence[str], about: str | None) -> Any:
     settings = terminal.cli(kind, given, about)
     if settings.config:
         settings = terminal.cli(kind, [*from_file(settings.config, kind), *given], about)
-    cpu_devices(getattr(settings, "devices", None))
+    if hosts := getattr(settings, "hosts", None):
+        hosts.join()
     return settings
 
 
@@ -355,10 +385,10 @@ def from_file(path: Path, kind: Any) -> list[str]:
 
 def identity(settings: Any, **more: Any) -> dict[str, Any]:
     """What makes an experiment this experiment: all settings but where they stand, and what stands in files of one's own."""
-    flat, free = more, ("out", "config", "devices", "short", "filled")
+    flat, free = more, ("out", "config", "hosts", "short", "filled")
     for f in fields(settings):
         value = getattr(settings, f.name)
-        flat |= identity(value) if is_dataclass(value) else {} if f.name in free else {f.name: value}
+        flat |= {} if f.name in free else identity(value) if is_dataclass(value) else {f.name: value}
         texts = [text for text in value if isinstance(text, str)] if isinstance(value, tuple) else []
         flat |= {text: digest for text in texts if (digest := files.digest(text))}
     return flat

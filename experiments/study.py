@@ -10,11 +10,15 @@ The last state of every point stays beside the tables: a call that asks for more
 that are there, goes on from them. With more rounds alone its rows are those of a run that asked for them at once, bit for
 bit, from the same plan. With further targets they are that where no batch was cut (`Budget.short`); after a cut, what a point
 did before stands as it is, and what it does then differs from that run in the last bits, as in a batch of another size.
+
+Several processes of JAX that run the same study in a folder that all of them see share its batches; each has devices of its
+own, and process 0 writes what is of all.
 """
 
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ import laqjax
 from experiments import files, ledger
 from experiments.ledger import Link, Record, Targets
 from experiments.problems import Case
+from laqjax import mesh as meshes
 from laqjax import types
 from laqjax.checks import number
 
@@ -115,35 +120,37 @@ def run(
     Raises:
         ValueError: the folder holds another study, or more of this one, or another process is writing it.
     """
-    console = console or Console(quiet=True)
+    console, leads = console or Console(quiet=True), jax.process_index() == 0
     budget.check()
     link.check()
     labels, groups = labelled(points), grouped(points)
-    for case in {id(point.case): point.case for point in points}.values():
-        with console.status("f* by a solver in float64 (half a minute on MNIST, then cached)"):
-            _ = None if targets.accuracy else case.f_star
     sizes = [batch_size([points[i] for i in group], budget) for group in groups]
     began, fresh, done, left = time.perf_counter(), 0, 0, not_kept(points)
     identity = identity or {"points": labels, "targets": targets.values, "rounds": budget.rounds}
-    with files.claimed(out, identity, left):
-        plan = planned([points[group[0]] for group in groups], sizes, out, link)
+    with held(out, identity, left):
+        plan = meshes.led(lambda: planned([points[group[0]] for group in groups], sizes, out, link))
+        for case in {id(point.case): point.case for point in points}.values():
+            with console.status("f* by a solver in float64 (half a minute on MNIST, then cached)"):
+                _ = None if targets.accuracy else case.f_star
         batches = list(cut(groups, plan["batch"]))
+        mine = batches[jax.process_index() :: jax.process_count()]
         console.print(f"{len(points)} points, {len(batches)} batch(es), each up to {budget.rounds} rounds")
         with bar(console) as progress:
-            task = progress.add_task("points x rounds", total=len(points) * budget.rounds, note="")
+            total = sum(len(which) for _, which, _ in mine)
+            task = progress.add_task("points x rounds", total=total * budget.rounds, note="")
 
             def show(work: float, note: str) -> None:
                 progress.update(task, completed=done * budget.rounds + work, note=note)
 
-            for g, which, part in batches:
-                state, mine = (out / part).with_suffix(".npz"), [labels[i] for i in which]
-                if not finished(out / part, mine, targets, budget, console):
+            for g, which, part in mine:
+                state, these = (out / part).with_suffix(".npz"), [labels[i] for i in which]
+                if not finished(out / part, these, targets, budget, console):
                     live = Batch([points[i] for i in which], targets, budget, plan["batch"][g], state, show)
                     record = live.run(console)
                     if not left:
                         live.save()
                     spent = record.spent(link, plan["compute_ms"][g])
-                    tables = ledger.tables(mine, record, targets, spent, budget.keep)
+                    tables = ledger.tables(these, record, targets, spent, budget.keep)
                     for name in ledger.TABLES:
                         files.save(tables[name], out / f"{part}-{name}")
                     fresh += len(which)
@@ -151,12 +158,26 @@ def run(
                     state.unlink(missing_ok=True)
                 done += len(which)
                 show(0, f"{done} points done")
-        summary = ledger.joined(out, [f"{out / part}-" for _, _, part in batches])
+            for _, which, part in batches:
+                while not finished(out / part, [labels[i] for i in which], targets, budget):
+                    show(0, "waits for the other processes")
+                    time.sleep(1)
+        tables = [f"{out / part}-" for _, _, part in batches]
+        summary = ledger.joined(out, tables) if leads else ledger.gathered(tables)["summary"]
         spent = {"seconds": time.perf_counter() - began, "points_computed": fresh}
-        files.write_json(out / "run.json", files.provenance() | spent)
+        if leads:
+            files.write_json(out / "run.json", files.provenance() | spent)
     if left:
         console.print(f"more rounds or targets would begin anew: {left}")
     return summary
+
+
+@contextmanager
+def held(folder: Path, identity: dict[str, Any], ended: str = "") -> Iterator[None]:
+    """`files.claimed`, by process 0 for all of them."""
+    with ExitStack() as stack:
+        meshes.led(lambda: stack.enter_context(files.claimed(folder, identity, ended)))
+        yield
 
 
 def not_kept(points: Sequence[Point]) -> str:
@@ -196,9 +217,10 @@ def cut(groups: Sequence[list[int]], sizes: Sequence[int]) -> Iterator[tuple[int
 
 def batch_size(points: Sequence[Point], budget: Budget) -> int:
     """Points in a batch: as many as fit, at most those that there are."""
-    devices = jax.device_count()
-    fits = laqjax.batch_size(points[0].algorithm, points[0].case.on_device, budget.bytes, budget.rounds)
-    there = -(-len(points) // devices) * devices
+    devices, processes = jax.local_device_count(), jax.process_count()
+    given = points[0].algorithm, points[0].case.on_device, budget.bytes, budget.rounds
+    fits = laqjax.batch_size(*given, devices=devices)
+    there = -(-len(points) // (devices * processes)) * devices
     wanted = budget.batch or MOST * devices
     wanted = wanted if budget.filled else min(wanted, there)
     return max(min(fits, wanted) // devices, 1) * devices
@@ -209,9 +231,9 @@ def planned(firsts: Sequence[Point], sizes: list[int], out: Path, link: Link) ->
     path = out / "plan.json"
     if path.exists():
         plan = files.read_json(path)
-        if plan["devices"] != jax.device_count():
+        if plan["devices"] != jax.local_device_count():
             raise ValueError(
-                f"{path} was made for {plan['devices']} devices, here are {jax.device_count()}: expected the same, or "
+                f"{path} was made for {plan['devices']} devices, here are {jax.local_device_count()}: expected the same, or "
                 "another --out"
             )
         return plan
@@ -220,7 +242,7 @@ def planned(firsts: Sequence[Point], sizes: list[int], out: Path, link: Link) ->
         alg = point.algorithm
         measured[timed(point)] = measured.get(timed(point)) or gradient_ms(point.case, alg.oracle, alg.sampler)
     compute = [measured.get(timed(point), link.compute_ms) for point in firsts]
-    plan = {"batch": sizes, "compute_ms": compute, "devices": jax.device_count()}
+    plan = {"batch": sizes, "compute_ms": compute, "devices": jax.local_device_count()}
     files.write_json(path, plan)
     return plan
 
@@ -247,8 +269,10 @@ def gradient_ms(case: Case, oracle: Any, sampler: Any) -> float:
     return 1e3 * min(times)
 
 
-def intact(part: Path, labels: Sequence[dict[str, Any]], console: Console) -> bool:
-    """Whether a batch's files are all there and hold these points; others are set aside, not overwritten."""
+def intact(part: Path, labels: Sequence[dict[str, Any]], console: Console | None) -> bool:
+    """Whether a batch's files are all there and hold these points; others are set aside, not overwritten, by who computes
+    it, and not by who only looks (console None).
+    """
     whole = True
     for name in ledger.TABLES:
         path = part.with_name(f"{part.name}-{name}.parquet")
@@ -264,20 +288,21 @@ def intact(part: Path, labels: Sequence[dict[str, Any]], console: Console) -> bo
             if there != mine and (name != "curves" or not all(row in mine for row in there)):  # a curve may be empty
                 raise ValueError("it holds other points")
         except Exception as error:
-            aside = files.set_aside(path)
-            console.print(f"[red]{path} is damaged ({error}); kept as {aside}, the batch is computed again[/red]")
             whole = False
+            if console:
+                aside = files.set_aside(path)
+                console.print(f"[red]{path} is damaged ({error}); kept as {aside}, the batch is computed again[/red]")
     return whole
 
 
-def finished(part: Path, labels: Any, targets: Targets, budget: Budget, console: Console) -> bool:
-    """Whether a batch's tables are there, and all that these targets and rounds ask for."""
+def finished(part: Path, labels: Any, targets: Targets, budget: Budget, console: Console | None = None) -> bool:
+    """Whether a batch's tables are there, and all that these targets and rounds ask for; console: see `intact`."""
     if not intact(part, labels, console):
         return False
     table, asked = pl.read_parquet(f"{part}-points.parquet"), [f"{t:g}" for t in targets.values] or ["end"]
     ended = pl.col("reached") & (pl.col("ended") % budget.every == 0) | (pl.col("ended") == budget.rounds)
     done = ledger.goals_of(table) == asked and table.select((ended | pl.col("diverged")).all()).item()
-    if not done and not part.with_suffix(".npz").exists():
+    if console and not done and not part.with_suffix(".npz").exists():
         console.print(f"[red]{part}.npz, the last states, is missing: the batch begins anew[/red]")
     return done
 
@@ -305,7 +330,9 @@ class Batch:
 
     def __post_init__(self) -> None:
         count, case = len(self.points), self.points[0].case
-        self.case, self.devices = case, jax.device_count()
+        self.case, self.devices = case, jax.local_device_count()
+        kind = (jax.sharding.AxisType.Auto,)
+        self.mesh = jax.make_mesh((self.devices,), (meshes.POINTS,), axis_types=kind, devices=jax.local_devices())
         self.running, self.slots = np.ones(count, bool), np.arange(0)  # the point in each place
         self.algs = laqjax.stack([point.algorithm for point in self.points])
         seeds = repr([point.seed for point in self.points]).encode()
@@ -329,7 +356,7 @@ class Batch:
             rounds = self.fill()
             algs, keys = laqjax.take(self.algs, self.slots), self.keys[self.slots]
             given = algs, self.state, self.case.on_device, rounds, keys
-            for out in laqjax.sweep_stream(*given, chunk=self.budget.every, record=["gradients"]):
+            for out in laqjax.sweep_stream(*given, chunk=self.budget.every, record=["gradients"], mesh=self.mesh):
                 self.take_in(out)
                 if time.monotonic() - saved > SAVE and self.running.any():
                     self.save()

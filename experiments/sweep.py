@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import polars as pl
 from rich.console import Console
@@ -60,21 +61,21 @@ class Settings:
     """A TOML or YAML file of these settings; what the command line says counts more."""
     out: Path = Path("results/sweep")
     """Folder for the results."""
-    devices: int | None = None
-    """Devices that the CPU is cut into; points are spread over them. GPUs and TPUs are all used as they are."""
+    hosts: points.Hosts = points.Hosts()
     smoke: bool = False
     """Few examples and rounds: does everything work here?"""
 
 
 def run(settings: Settings) -> Path:
     """Run what is not yet done of a sweep; tables and figures in the output folder, which is returned."""
-    console = Console()
+    console = terminal.console()
     settings = configured(settings)
     choices = list(points.select(settings.axes, settings.data, settings.draw))
     chosen = built(settings, choices)
     identity = points.identity(settings, experiment="sweep")
     study.run(chosen, settings.goal.targets, settings.out, settings.budget, settings.link, identity, console)
-    report(settings.out, console)
+    if jax.process_index() == 0:
+        report(settings.out, console)
     return settings.out
 
 

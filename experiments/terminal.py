@@ -10,7 +10,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
+import jax
 import tyro
+from rich.console import Console
 
 from experiments import files
 
@@ -34,6 +36,11 @@ def answer(facts: dict[str, Any]) -> None:
     """The result of a command, where --json asked for it."""
     if file := RESULT.get():
         print(json.dumps(facts, default=str), file=file)
+
+
+def console() -> Console:
+    """That of the one process that speaks."""
+    return Console(quiet=jax.process_index() > 0)
 
 
 def cli(what: Any, given: Sequence[str], about: str | None = None, name: str = "", answers: bool = True) -> Any:

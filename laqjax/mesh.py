@@ -5,6 +5,7 @@ padding: copies of the last worker that never send and are never counted.
 """
 
 import hashlib
+import json
 import re
 import socket
 import time
@@ -186,7 +187,7 @@ def initialize(
         heartbeat: seconds after which a process that is gone is noticed.
 
     Raises:
-        ValueError: some of the three are given and others not.
+        ValueError: some of the three are given and others not, or none and JAX does not find them.
         TimeoutError: nobody answers at the coordinator's address.
     """
     given = [value is not None for value in (coordinator, num_processes, process_id)]
@@ -197,9 +198,15 @@ def initialize(
         )
     if coordinator is not None and process_id:
         _wait_for(coordinator, timeout)
-    jax.distributed.initialize(
-        coordinator, num_processes, process_id, initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat
-    )
+    options: Any = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": heartbeat}
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id, **options)
+    except ValueError as error:
+        if any(given):
+            raise
+        raise ValueError(
+            f"JAX finds no processes of Slurm or a TPU pod here ({error}): expected coordinator, num_processes and process_id"
+        ) from None
 
 
 def _wait_for(address: str, timeout: float) -> None:
@@ -251,6 +258,29 @@ def agree(what: str, *values: Any) -> None:
         raise ValueError(
             f"{what}: process {others[0]} has another one than process 0; expected the same on all {len(every)} processes"
         )
+
+
+def led(act: Callable[[], Any]) -> Any:
+    """What `act` returns (JSON) in process 0, which alone calls it; in all processes.
+
+    Raises:
+        ValueError: what it refuses, in all of them.
+    """
+    if jax.process_count() == 1:
+        return act()
+    said = b""
+    if jax.process_index() == 0:
+        try:
+            said = json.dumps([act(), None]).encode()
+        except ValueError as error:
+            said = json.dumps([None, str(error)]).encode()
+    with together():
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
+        text = multihost_utils.broadcast_one_to_all(np.frombuffer(said.ljust(size), np.uint8))
+    value, refused = json.loads(bytes(np.asarray(text, np.uint8)))
+    if refused:
+        raise ValueError(refused)
+    return value
 
 
 def digest(tree: Any) -> str:

@@ -156,7 +156,8 @@ def sweep_stream(
     run_arguments(one, params[0], shards, rows)
     begin = partial(jax.vmap(Algorithm.init), algs)
     state = own_state(start if isinstance(start, State) else begin(params), begin, params)
-    meshes.agree("algorithms, start, data or keys", algs, state, shards, keys)
+    if mesh.is_multi_process:  # on a mesh of its own a process may run what it likes
+        meshes.agree("algorithms, start, data or keys", algs, state, shards, keys)
     # the state is placed anew for every chunk, which moves nothing: another placement would compile the chunk again
     specs = meshes.state_specs(mesh, meshes.POINTS)
     algs, keys = meshes.place((algs, keys), mesh, specs.params)
@@ -234,7 +235,7 @@ def batch_size(
 
 def free_memory() -> int:
     """Bytes free on one device."""
-    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"

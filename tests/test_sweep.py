@@ -19,7 +19,7 @@ from conftest import programs
 from polars.testing import assert_frame_equal
 
 import laqjax
-from experiments import files, ledger, plots, points, problems, study, sweep
+from experiments import files, ledger, plots, points, problems, study, sweep, teams
 from laqjax import loop
 from laqjax import points as many
 
@@ -220,6 +220,59 @@ def test_three_kills_lose_nothing(whole: Path, tmp_path: Path) -> None:
     same(tmp_path, whole)
     assert all(path.stat().st_mtime_ns == done[path] for path in complete)
     assert files.read_json(tmp_path / "run.json")["points_computed"] == 24 - 5 * len(complete) // 3
+
+
+def processes(*more: str, out: Path) -> list["subprocess.Popen[str]"]:
+    """The same command in two processes, which share the points."""
+    where = ["--coordinator", f"127.0.0.1:{teams.free_port()}", "--num-processes", "2", "--process-id"]
+    given: dict[str, Any] = {"env": ENV, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return [subprocess.Popen([*command(*more, *where, str(i), out=out)], **given) for i in (0, 1)]
+
+
+def test_processes_are_named_whole_or_found() -> None:
+    assert "num_processes = 2, process_id = None: expected all three" in refusal("--num-processes", "2")
+    alone = command("--coordinator", "auto", out=Path("refused"))  # in a process that has not used JAX yet
+    told = subprocess.run(alone, env=ENV, capture_output=True, text=True, check=False)
+    assert told.returncode == 2
+    assert "JAX finds no processes of Slurm" in told.stderr
+
+
+@pytest.mark.distributed
+def test_two_processes_share_the_points(whole: Path, tmp_path: Path) -> None:
+    """Row for row what one of them computes alone; what process 0 refuses is refused by both, and process 0 alone speaks."""
+    pair = processes("--batch", "5", *GRID, out=tmp_path)
+    said = [process.communicate(timeout=300) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    same(tmp_path, whole)
+    assert files.read_json(tmp_path / "plan.json")["batch"] == [5]
+    assert files.read_json(tmp_path / "run.json")["points_computed"] == 14  # in three of the five batches
+    assert "cheapest" in said[0][0]
+    assert all(
+        line.startswith("[Gloo]") for line in said[1][0].splitlines()
+    )  # its own line on stdout, of all processes
+    pair = processes("--batch", "5", *GRID, "--xi", "0.3", out=tmp_path)
+    said = [process.communicate(timeout=300) for process in pair]
+    assert [process.returncode for process in pair] == [2, 2], said
+    assert all("holds the results of other settings" in error for _, error in said)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_of_two_processes_is_killed(lost: int, whole: Path, tmp_path: Path) -> None:
+    """The other one ends within a minute, and the same points go on in one process from what is there."""
+    given = ["--batch", "5", *GRID]
+    pair = processes(*given, out=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("batches/0*-points.parquet")):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    pair[lost].kill()
+    _, error = pair[1 - lost].communicate(timeout=60)
+    pair[lost].communicate()
+    assert pair[1 - lost].returncode != 0
+    assert "task" in error
+    run(*given, out=tmp_path)
+    same(tmp_path, whole)
 
 
 def test_a_damaged_batch_heals(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import polars as pl
 from rich.console import Console
 
@@ -20,7 +21,8 @@ def methods(
     """Points whose label is their method, to their targets; figures; the summary."""
     identity = name | {"experiment": "methods", "rounds": budget.rounds, "targets": targets.values}
     summary = study.run(points, targets, out, budget, identity=identity, console=console)
-    plots.methods(out)
+    if jax.process_index() == 0:
+        plots.methods(out)
     return summary
 
 
@@ -53,7 +55,9 @@ def beside(
 
 
 def finish(out: Path, table: pl.DataFrame, title: str, console: Console) -> None:
-    """Write the table, print it, say where it is."""
+    """Write the table, print it, say where it is: process 0 alone."""
+    if jax.process_index() > 0:
+        return
     files.save(table, out / "table", csv=True)
     ledger.result(
         console, out, {title: table}, words=dict.fromkeys(("mean", "least", "most", "published"), ledger.short)

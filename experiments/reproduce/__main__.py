@@ -1,6 +1,6 @@
 """The tables of the papers, beside the published values.
 
-    python -m experiments.reproduce laq-logistic          the paper's table, 9 minutes on 2 cores
+    python -m experiments.reproduce laq-logistic          the paper's table, 5 minutes on 2 cores
     python -m experiments.reproduce laq-logistic --smoke  a tenth of the data, under a minute
     python -m experiments.reproduce laq-nn                8000 rounds of a network, hours on a CPU
     python -m experiments.reproduce lag --help            the options of one of them

@@ -10,7 +10,7 @@ import polars as pl
 import tyro
 from rich.console import Console
 
-from experiments import ledger, points, problems
+from experiments import ledger, points, problems, terminal
 from experiments.ledger import Targets
 from experiments.reproduce import beside, finish, methods
 from experiments.study import Budget, Point
@@ -47,8 +47,7 @@ class Settings:
     starts: int | None = None
     """Starts of each method that may skip uploads, side by side; 3 (the network: 1) by default. The first is that of the
     authors' program (softmax regression), the others are draws of seeds 1, 2, ..."""
-    devices: int | None = None
-    """Devices that the CPU is cut into; points are spread over them. GPUs and TPUs are all used as they are."""
+    hosts: points.Hosts = points.Hosts()
     smoke: bool = False
     """A tenth of the data and few rounds: does everything work here?"""
     float64: bool = False
@@ -73,8 +72,8 @@ def network(settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
 
 def compare(name: str, settings: Settings, bits: int, rounds: int, published: Any) -> None:
     """LAQ, TWO-LAQ, GD, QGD and LAG from the same starts; table, curves and figures in the output folder."""
-    points.cpu_devices(settings.devices)
-    console, convex = Console(), name == "laq-logistic"
+    settings.hosts.join()
+    console, convex = terminal.console(), name == "laq-logistic"
     out = settings.out or Path("results") / (name + "-smoke" * settings.smoke + "-float64" * settings.float64)
     rounds = (200 if settings.smoke else rounds) if settings.rounds is None else settings.rounds
     starts = (3 if convex else 1) if settings.starts is None else settings.starts
