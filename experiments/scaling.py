@@ -1,6 +1,6 @@
 """How the cost of a round grows with workers, parameters, devices and processes.
 
-    python -m experiments.scaling                a quarter of an hour on two busy cores
+    python -m experiments.scaling                six minutes on two quiet cores
     python -m experiments.scaling --quick        a minute and a half: rougher times, small sizes
 
 Starts its own processes on this machine, on CPU devices that XLA makes of its cores: more devices than cores cannot be
@@ -282,9 +282,10 @@ def cpu_seconds_of_members() -> float:
 def report(out: Path, tables: dict[str, pl.DataFrame], others: float, console: Console) -> None:
     """Short tables."""
     team = pl.format("{} x {}", "processes", "devices of each").alias("on")
-    columns = ("exchange", "an exchange / float32", "the run / float32", "moved MB", "loopback MB", "server MB")
+    heads = {"an exchange / float32": "an exchange", "the run / float32": "the run"}
+    columns = ("exchange", *heads, "moved MB", "loopback MB", "server MB")
     shown = {
-        "bytes, of a whole run": tables["bytes"].select(team, *columns),
+        "bytes, as shares of a float32 all-gather in every round": tables["bytes"].select(team, *columns).rename(heads),
         "memory": tables["memory"].select(team, pl.all().exclude("processes", "devices of each")),
         f"goals; other processes took {others:.0%} of the CPU": tables["goals"],
     }

@@ -146,30 +146,36 @@ def run(
                 state, these = (out / part).with_suffix(".npz"), [labels[i] for i in which]
                 if not finished(out / part, these, targets, budget, console):
                     live = Batch([points[i] for i in which], targets, budget, plan["batch"][g], state, show)
-                    record = live.run(console)
-                    if not left:
-                        live.save()
-                    spent = record.spent(link, plan["compute_ms"][g])
-                    tables = ledger.tables(these, record, targets, spent, budget.keep)
-                    for name in ledger.TABLES:
-                        files.save(tables[name], out / f"{part}-{name}")
+                    computed(live, these, out / part, link, plan["compute_ms"][g], not left, console)
                     fresh += len(which)
                 if left:
                     state.unlink(missing_ok=True)
                 done += len(which)
                 show(0, f"{done} points done")
-            for _, which, part in batches:
+            for _, which, part in (batch for batch in batches if batch not in mine):
                 while not finished(out / part, [labels[i] for i in which], targets, budget):
                     show(0, "waits for the other processes")
                     time.sleep(1)
         tables = [f"{out / part}-" for _, _, part in batches]
         summary = ledger.joined(out, tables) if leads else ledger.gathered(tables)["summary"]
-        spent = {"seconds": time.perf_counter() - began, "points_computed": fresh}
         if leads:
+            spent = {"seconds": time.perf_counter() - began, "points_computed": fresh}
             files.write_json(out / "run.json", files.provenance() | spent)
     if left:
         console.print(f"more rounds or targets would begin anew: {left}")
     return summary
+
+
+def computed(
+    live: "Batch", labels: Any, part: Path, link: Link, compute_ms: float, keep: bool, console: Console
+) -> None:
+    """Run a batch; leave its last states, where they are kept, and then its tables."""
+    record = live.run(console)
+    if keep:
+        live.save()
+    tables = ledger.tables(labels, record, live.targets, record.spent(link, compute_ms), live.budget.keep)
+    for name in ledger.TABLES:
+        files.save(tables[name], part.with_name(f"{part.name}-{name}"))
 
 
 @contextmanager

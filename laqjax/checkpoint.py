@@ -98,7 +98,7 @@ class Checkpoints:
 
     def save(self, done: int, state: State, info: Info) -> None:
         """The state, and the info of all rounds so far; returns before it is on the disk. A warning where it cannot be."""
-        own = jax.jit(lambda state: jax.tree.map(jnp.copy, state))(state)  # the next chunk consumes the state
+        own = _copied(state)  # the next chunk consumes the state
         content = {"state": _data(own), "info": info._asdict()}
         self._careful(lambda: self.writer.save(self.folder / str(done), content, force=True))
 
@@ -133,6 +133,11 @@ class Checkpoints:
                 f"a checkpoint in {self.folder} was not written ({_line(problem)}); the run goes on, and the one before stands",
                 stacklevel=5,
             )
+
+
+@jax.jit
+def _copied(state: State) -> State:
+    return jax.tree.map(jnp.copy, state)
 
 
 def _line(problem: Exception) -> str:

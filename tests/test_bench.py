@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import laqjax
-from experiments import bench, terminal
+from experiments import bench, contestants, terminal
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +33,8 @@ def run(shards, rounds):
 def test_twin_is_laq(shards, name):
     xp = pytest.importorskip(name)
     convert = xp.asarray if name == "numpy" else xp.from_numpy
-    arrays = [*bench.floats(shards, np.float64), bench.start(shards)]
-    history = bench.twin(xp, *(convert(a) for a in arrays), rounds=12)
+    arrays = [*contestants.floats(shards, np.float64), contestants.start(shards)]
+    history = contestants.twin(xp, *(convert(a) for a in arrays), rounds=12)
     info = run(shards, 12)
     np.testing.assert_allclose([float(loss) for loss, _ in history], info.loss, rtol=1e-5)
     np.testing.assert_array_equal([np.asarray(sent) for _, sent in history], info.sent)
@@ -42,20 +42,20 @@ def test_twin_is_laq(shards, name):
 
 
 def test_plain_is_the_gradient_without_l2(shards):
-    (losses, grads), *_ = bench.plain(shards).call()
+    (losses, grads), *_ = contestants.plain(shards).call()
     assert losses.shape == (10,)
     np.testing.assert_allclose(losses, np.log(10), rtol=1e-6)
-    images, onehot = bench.floats(shards, np.float64)
+    images, onehot = contestants.floats(shards, np.float64)
     expected = np.einsum("mnc,mnf->mfc", 0.1 - onehot, images) / 30
     np.testing.assert_allclose(grads["weight"], expected, atol=1e-6)
 
 
 def test_race_and_report(shards):
-    contestants = {name: bench.GROUPS["softmax"][name](shards) for name in ("laq", "gd")}
-    contestants["gemm"] = bench.repeat(lambda: jax.numpy.ones(3), 2, flops=1e6)
-    times = bench.race(contestants, seconds=0)
+    racers = {name: bench.GROUPS["softmax"][name](shards) for name in ("laq", "gd")}
+    racers["gemm"] = contestants.repeat(lambda: jax.numpy.ones(3), 2, flops=1e6)
+    times = bench.race(racers, seconds=0)
     assert {len(calls) for calls in times.values()} == {2}
-    flops = {name: contestant.flops for name, contestant in contestants.items()}
+    flops = {name: contestant.flops for name, contestant in racers.items()}
     report = {
         "machine": bench.machine(),
         "fresh": {},

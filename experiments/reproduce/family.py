@@ -22,7 +22,7 @@ DECADES, ALPHAS = (0, 0.5, 1, 1.5, 2), (0.1, 0.3, 1, 3, 10)  # of L_m; of Dirich
 def family(out: Path = Path("results/family"), rounds: int = 3000, target: float = 1e-6) -> None:
     """Every member at the step of theory, on one strongly convex problem.
 
-    Bits against residual; the steps stand in `compare.MEMBERS`.
+    Bits against residual; the steps stand in `members.MEMBERS`.
 
     Args:
         out: Folder for the results.
