@@ -31,7 +31,7 @@ from rich.table import Table
 
 import laqjax
 from experiments import files, terminal
-from experiments.contestants import BITS, GROUPS, STREAM, Contestant, gemm, laqjax_run, laqjax_sweep, mnist
+from experiments.contestants import BITS, GROUPS, STREAM, Contestant, cores, gemm, laqjax_run, laqjax_sweep, mnist
 
 SECONDS = {
     "softmax": 75,
@@ -151,11 +151,6 @@ def peak() -> int:
     if status.exists():  # on Linux `ru_maxrss` would include what the parent held when it started this process
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_seconds_of_others() -> float:

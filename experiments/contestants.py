@@ -1,5 +1,6 @@
 """What `experiments.bench` measures: contestants, whose calls do so many rounds each, in groups."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -287,3 +288,8 @@ def mnist() -> laqjax.Shards:
     """The reference data: 10 workers, 6000 images each."""
     data = datasets.load("mnist")
     return laqjax.problems.partition(data.x, data.y, 10, "contiguous")
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
