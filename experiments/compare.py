@@ -30,6 +30,7 @@ from experiments import files, ledger, plots, points, problems, study, sweep, te
 from experiments.ledger import Link
 from experiments.members import MEMBERS, OWN
 from experiments.study import Budget
+from laqjax import mesh as meshes
 from laqjax.checks import number
 
 Setting = dict[str, Any]
@@ -128,8 +129,13 @@ class Comparison:
         """A study of settings; its summary. One of other settings, chosen with fewer rounds or targets, is set aside."""
         s, made, path = self.settings, self.points(wanted, seeds), self.settings.out / folder / "identity.json"
         identity = json.loads(json.dumps({"seeds": seeds, "settings": wanted}, default=str))
-        if jax.process_index() == 0 and path.exists() and files.read_json(path) != identity:
-            console.print(f"other settings than before for {folder}: kept as {files.set_aside(path.parent, 'before')}")
+
+        def aside() -> str | None:
+            other = path.exists() and files.read_json(path) != identity
+            return files.set_aside(path.parent, "before") if other else None
+
+        if kept := meshes.led(aside):
+            console.print(f"other settings than before for {folder}: kept as {kept}")
         return study.run(made, s.goal.targets, path.parent, s.budget, s.link, identity, console)
 
     def rows(self, name: str, tried: pl.DataFrame, reported: pl.DataFrame) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 import traceback
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,12 @@ def refusing() -> Iterator[None]:
 def ended(code: int, said: str) -> SystemExit:
     """The end of a command with one line on stderr, which the exception holds too."""
     print(said, file=sys.stderr)
+    if jax.distributed.is_initialized():  # JAX would wait for the others at the exit, and they for this one
+        sys.stdout.flush()
+        time.sleep(
+            2 if jax.process_index() == 0 else 0
+        )  # what is refused by all is said by all: JAX ends them with process 0
+        os._exit(code)
     stop = SystemExit(said)
     stop.code = code  # a text alone would be exit code 1
     return stop

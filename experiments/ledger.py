@@ -60,6 +60,8 @@ class Targets:
         if not all(t > 0 for t in self.values) or list(self.values) != sorted(self.values, reverse=not self.accuracy):
             kind = "shares above 0" if self.accuracy else "residuals > 0"
             raise ValueError(f"{name} = {self.values}: expected {kind}, the {order} first")
+        if len({f"{t:g}" for t in self.values}) < len(self.values):  # the tables name them so
+            raise ValueError(f"{name} = {self.values}: expected numbers that differ in their first six digits")
 
     def met(self, record: "Record", target: float) -> np.ndarray:
         """The models within a target [K + 1, S]; what is not known is not within."""

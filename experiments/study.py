@@ -16,6 +16,7 @@ own, and process 0 writes what is of all.
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -180,9 +181,14 @@ def computed(
 
 @contextmanager
 def held(folder: Path, identity: dict[str, Any], ended: str = "") -> Iterator[None]:
-    """`files.claimed`, by process 0 for all of them."""
+    """`files.claimed`, by process 0 for all of them, who run the same and see the same folder: ValueError where they do not."""
+    text = json.dumps(identity, default=str)
+    meshes.agree("the settings", np.frombuffer(text.encode(), np.uint8))
     with ExitStack() as stack:
         meshes.led(lambda: stack.enter_context(files.claimed(folder, identity, ended)))
+        path = folder / "identity.json"
+        seen = path.exists() and files.read_json(path) == json.loads(text)
+        meshes.agree(f"{folder}, a folder that all processes must see", np.array(seen))
         yield
 
 

@@ -264,22 +264,25 @@ def led(act: Callable[[], Any]) -> Any:
     """What `act` returns (JSON) in process 0, which alone calls it; in all processes.
 
     Raises:
-        ValueError: what it refuses, in all of them.
+        ValueError, OSError: where it fails, in all of them; in process 0 whatever it was.
     """
     if jax.process_count() == 1:
         return act()
-    said = b""
+    said, failed = b"", None
     if jax.process_index() == 0:
         try:
-            said = json.dumps([act(), None]).encode()
-        except ValueError as error:
-            said = json.dumps([None, str(error)]).encode()
+            said = json.dumps([act(), None, False]).encode()
+        except Exception as error:
+            failed = error
+            said = json.dumps([None, str(error), isinstance(error, OSError)]).encode()
     with together():
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
         text = multihost_utils.broadcast_one_to_all(np.frombuffer(said.ljust(size), np.uint8))
-    value, refused = json.loads(bytes(np.asarray(text, np.uint8)))
-    if refused:
-        raise ValueError(refused)
+    if failed:
+        raise failed
+    value, refused, by_system = json.loads(bytes(np.asarray(text, np.uint8)))
+    if refused is not None:
+        raise OSError(refused) if by_system else ValueError(refused)
     return value
 
 

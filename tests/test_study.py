@@ -392,3 +392,9 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="the disk is full; make room and run the same command again"):
         write()
     assert not list(tmp_path.iterdir())
+
+
+def test_targets_of_one_name_are_refused() -> None:
+    """The tables name a target by six digits."""
+    with pytest.raises(ValueError, match="differ in their first six digits"):
+        Targets((0.1234562, 0.1234561))

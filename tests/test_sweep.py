@@ -257,6 +257,27 @@ def test_two_processes_share_the_points(whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("fault", ["settings", "folder", "file"])
+def test_processes_that_do_not_belong_together(fault: str, tmp_path: Path) -> None:
+    """Other settings, a folder that the other does not see, a file in the folder's place: refused by both at once."""
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" if fault == "file" else Path("here")
+    more = [[], ["--rounds", "90"]] if fault == "settings" else [[], []]
+    places = [tmp_path / name for name in (("a", "b") if fault == "folder" else ("a", "a"))]
+    where = ["--coordinator", f"127.0.0.1:{teams.free_port()}", "--num-processes", "2", "--process-id"]
+    given: dict[str, Any] = {"env": ENV, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    pair = []
+    for rank, (place, options) in enumerate(zip(places, more, strict=True)):
+        place.mkdir(exist_ok=True)
+        one = command(*EIGHT, *options, *where, str(rank), out=out)
+        pair.append(subprocess.Popen(one, cwd=place, **given))
+    said = [process.communicate(timeout=120)[1] for process in pair]
+    expected = {"settings": "the settings: process 1", "folder": "that all processes must see", "file": "File exists"}
+    assert all(expected[fault] in error for error in said), said
+    assert all(process.returncode in (1, 2) for process in pair)
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("lost", [0, 1])
 def test_one_of_two_processes_is_killed(lost: int, whole: Path, tmp_path: Path) -> None:
     """The other one ends within a minute, and the same points go on in one process from what is there."""
