@@ -9,10 +9,10 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 import traceback
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import polars as pl
 
 import laqjax
@@ -94,26 +93,6 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text)
 
 
-def save_tree(path: Path, tree: Any) -> None:
-    """The array leaves of a pytree, in order, as one .npz file."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    with replacing(path) as part:
-        np.savez(part, *leaves)
-
-
-def load_tree(path: Path, like: Any) -> Any:
-    """The inverse of `save_tree`; ValueError when the file holds another structure than `like`."""
-    try:
-        with np.load(path) as file:
-            leaves = [file[f"arr_{i}"] for i in range(len(file.files))]
-    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile):
-        leaves = []
-    expected = [(np.shape(leaf)[1:], np.asarray(leaf).dtype) for leaf in jax.tree.leaves(like)]
-    if expected != [(leaf.shape[1:], leaf.dtype) for leaf in leaves]:
-        raise ValueError(f"{path} is damaged, or does not hold what this run needs; remove it, or give another --out")
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
 def further(there: Any, asked: Any) -> bool:
     """Whether more of the same is asked for: more rounds, or further targets behind those that are there."""
     return bool(there and asked) and (asked[: len(there)] == there if isinstance(there, list) else asked > there)
@@ -165,14 +144,17 @@ def claimed(folder: Path, identity: dict[str, Any], ended: str = "") -> Iterator
         try:
             yield
         except (TypeError, ValueError):
-            if fresh and not any(folder.rglob("batches/*")):  # refused before anything was done: the name stays free
+            done = itertools.chain(folder.rglob("batches/*.*"), folder.rglob("batches/*/[0-9]*"))  # tables, checkpoints
+            if fresh and not any(done):  # refused before anything was done: the name stays free
+                for opened in list(folder.rglob("batches")):
+                    shutil.rmtree(opened)
                 path.unlink()
                 (folder / "plan.json").unlink(missing_ok=True)
             raise
 
 
 def set_aside(path: Path, why: str = "damaged") -> str:
-    """Rename a damaged file out of the way, overwriting nothing; its new name."""
+    """Rename a damaged file or folder out of the way, overwriting nothing; its new name."""
     aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{why}-{n}")).exists())
     path.rename(aside)
     return aside.name

@@ -15,11 +15,11 @@ Several processes of JAX that run the same study in a folder that all of them se
 own, and process 0 writes what is of all.
 """
 
-import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,11 @@ from experiments.ledger import Link, Record, Targets
 from experiments.problems import Case
 from laqjax import mesh as meshes
 from laqjax import types
+from laqjax.checkpoint import Checkpoints
 from laqjax.checks import number
 
 MOST = 64  # points in a batch, for each device: more is not faster, and rows are safe later
-SAVE = 10.0  # seconds between two saved states of a batch
+SAVE = 10.0  # seconds between two checkpoints of a batch
 KEEP = 2.0  # GiB of last states that a study keeps; one that has more keeps none
 
 
@@ -144,13 +145,13 @@ def run(
                 progress.update(task, completed=done * budget.rounds + work, note=note)
 
             for g, which, part in mine:
-                state, these = (out / part).with_suffix(".npz"), [labels[i] for i in which]
+                these = [labels[i] for i in which]
                 if not finished(out / part, these, targets, budget, console):
-                    live = Batch([points[i] for i in which], targets, budget, plan["batch"][g], state, show)
+                    live = Batch([points[i] for i in which], targets, budget, plan["batch"][g], out / part, show)
                     computed(live, these, out / part, link, plan["compute_ms"][g], not left, console)
                     fresh += len(which)
                 if left:
-                    state.unlink(missing_ok=True)
+                    shutil.rmtree(out / part, ignore_errors=True)
                 done += len(which)
                 show(0, f"{done} points done")
             for _, which, part in (batch for batch in batches if batch not in mine):
@@ -171,9 +172,7 @@ def computed(
     live: "Batch", labels: Any, part: Path, link: Link, compute_ms: float, keep: bool, console: Console
 ) -> None:
     """Run a batch; leave its last states, where they are kept, and then its tables."""
-    record = live.run(console)
-    if keep:
-        live.save()
+    record = live.run(console, keep)
     tables = ledger.tables(labels, record, live.targets, record.spent(link, compute_ms), live.budget.keep)
     for name in ledger.TABLES:
         files.save(tables[name], part.with_name(f"{part.name}-{name}"))
@@ -314,8 +313,8 @@ def finished(part: Path, labels: Any, targets: Targets, budget: Budget, console:
     table, asked = pl.read_parquet(f"{part}-points.parquet"), [f"{t:g}" for t in targets.values] or ["end"]
     ended = pl.col("reached") & (pl.col("ended") % budget.every == 0) | (pl.col("ended") == budget.rounds)
     done = ledger.goals_of(table) == asked and table.select((ended | pl.col("diverged")).all()).item()
-    if console and not done and not part.with_suffix(".npz").exists():
-        console.print(f"[red]{part}.npz, the last states, is missing: the batch begins anew[/red]")
+    if console and not done and not part.exists():
+        console.print(f"[red]{part}, the last states, is missing: the batch begins anew[/red]")
     return done
 
 
@@ -337,7 +336,7 @@ class Batch:
     targets: Targets
     budget: Budget
     size: int
-    path: Path  # of the state
+    path: Path  # of the checkpoints
     show: Callable[[float, str], None]
 
     def __post_init__(self) -> None:
@@ -347,9 +346,6 @@ class Batch:
         self.mesh = jax.make_mesh((self.devices,), (meshes.POINTS,), axis_types=kind, devices=jax.local_devices())
         self.running, self.slots = np.ones(count, bool), np.arange(0)  # the point in each place
         self.algs = laqjax.stack([point.algorithm for point in self.points])
-        seeds = repr([point.seed for point in self.points]).encode()
-        numbers = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(self.algs))
-        self.digest = np.frombuffer(hashlib.sha256(seeds + numbers).digest(), np.uint8)  # what a saved state belongs to
         self.keys = jnp.stack([jax.random.key(point.seed) for point in self.points])
         starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(point.begin() for point in self.points))
         if not isinstance(starts, laqjax.State):
@@ -358,9 +354,17 @@ class Batch:
         f_star = None if self.targets.accuracy else case.f_star
         self.record = Record.empty(self.budget.rounds, count, len(case.shards.weight), f_star)
 
-    def run(self, console: Console) -> Record:
-        """Every point to its end."""
-        if not self.resumed(console):
+    def run(self, console: Console, keep: bool = False) -> Record:
+        """Every point to its end; keep: leave a checkpoint of that too."""
+        with closing(self.opened(console)) as checkpoints:
+            self.go_on(checkpoints)
+            if keep:
+                self.save(checkpoints)
+        return self.record
+
+    def go_on(self, checkpoints: Checkpoints) -> None:
+        """From the last checkpoint, or from the start."""
+        if not self.resumed(checkpoints):
             self.fill()
             self.measure(*self.here())
         self.running, saved = self.unfinished(), time.monotonic()
@@ -371,12 +375,11 @@ class Batch:
             for out in laqjax.sweep_stream(*given, chunk=self.budget.every, record=["gradients"], mesh=self.mesh):
                 self.take_in(out)
                 if time.monotonic() - saved > SAVE and self.running.any():
-                    self.save()
+                    self.save(checkpoints)
                     saved = time.monotonic()
                 if not len(self.here()[0]) or self.places() < len(self.slots):
                     break
             self.put(*self.here())
-        return self.record
 
     def unfinished(self) -> np.ndarray:
         """Who runs on. A point whose rounds were used up between two looks goes on to the next, as if there had been more."""
@@ -442,28 +445,28 @@ class Batch:
             size = half(size)
         return size
 
-    def kept(self) -> Any:
-        """All that changes, as arrays: who runs follows from it."""
-        return self.last, self.record.kept(), self.digest
-
-    def save(self) -> None:
-        """Leave what `resumed` goes on with."""
-        self.put(*self.here())
-        files.save_tree(self.path, self.kept())
-
-    def resumed(self, console: Console) -> bool:
-        """Take what `save` left, if there is any; a damaged file is set aside, and the batch begins anew."""
+    def opened(self, console: Console) -> Checkpoints:
+        """The checkpoints of these points; a folder of others is set aside, and the batch begins anew."""
+        contents = {"points": (jax.tree.leaves(self.algs), [point.seed for point in self.points])}
+        options: Any = {"alone": True, "warn": lambda said: console.print(f"[red]{said}[/red]")}
         try:
-            if not self.path.exists():
-                return False
-            last, kept, digest = files.load_tree(self.path, self.kept())
-            if not np.array_equal(digest, self.digest):
-                raise ValueError(f"{self.path} holds other points")
+            return Checkpoints(self.path, contents, **options)
         except ValueError as error:
             console.print(f"[red]{error}; kept as {files.set_aside(self.path)}, the batch begins anew[/red]")
+            return Checkpoints(self.path, contents, **options)
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Leave what `resumed` goes on with: all that changes. Who runs follows from it."""
+        self.put(*self.here())
+        checkpoints.save(int(self.record.ran.sum()), self.last, {"record": self.record.kept()})
+
+    def resumed(self, checkpoints: Checkpoints) -> bool:
+        """Take what `save` left, if there is any."""
+        done, last, facts = checkpoints.latest(self.last)
+        if not done:
             return False
         self.last = last
-        self.record.restore(kept)
+        self.record.restore(facts["record"])
         ran = self.record.ran
         more = np.flatnonzero((ran % self.budget.every > 0) & (ran < self.budget.rounds))
         for measured in (self.record.loss, self.record.accuracy):

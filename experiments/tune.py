@@ -10,6 +10,7 @@ seeds; a trial that misses it on any seed is pruned. The paper's b = 4, C = 100,
 """
 
 import itertools
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -104,11 +105,11 @@ def run(settings: Settings) -> Path:
         compute = study.planned([some[0]], [size], settings.out, settings.link)["compute_ms"][0]
 
         def measured(asked: list[dict[str, Any]], show: Callable[[float, str], None]) -> list[dict[str, Any]]:
-            path, some = settings.out / "batch.npz", search.points(asked)
+            path, some = settings.out / "batch", search.points(asked)
             record = study.Batch(some, targets, settings.budget, size, path, show).run(console)
             labels = [{"point": i} for i in range(len(some))]
             made = ledger.tables(labels, record, targets, record.spent(settings.link, compute), 2)
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path)
             return costs(made["points"], ledger.goals_of(made["points"])[-1], seeds)
 
         go_on(search, measured, console)

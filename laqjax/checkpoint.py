@@ -1,9 +1,12 @@
 """Checkpoints of a run through orbax: a folder from which the same call goes on, bit for bit, after it was killed."""
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from laqjax import mesh as meshes
-from laqjax.types import Info, State
 
 KEEP = 2  # the newest may be damaged
 
@@ -23,15 +25,24 @@ class Checkpoints:
     """The checkpoints of one run in a folder of its own, a folder each, named after the rounds done.
 
     Each is written under another name and renamed when it is whole, in the background, while the next chunk runs. Of several
-    processes each writes its part, into a folder that all of them see.
+    processes each writes its part, into a folder that all of them see; or one of them writes checkpoints of its own.
     """
 
-    def __init__(self, folder: str | Path, contents: dict[str, Any]):
+    def __init__(
+        self,
+        folder: str | Path,
+        contents: dict[str, Any],
+        *,
+        alone: bool = False,
+        warn: Callable[[str], None] = warnings.warn,
+    ):
         """Open or make the folder.
 
         Args:
             folder: for the checkpoints of this run and nothing else.
             contents: what the run is made of, by name; a folder of another run is refused, saying what differs.
+            alone: the run is this process's, of many; otherwise all of them do it together.
+            warn: told what could not be read or written.
 
         Raises:
             ImportError: orbax is not installed.
@@ -41,7 +52,12 @@ class Checkpoints:
             import orbax.checkpoint as orbax
         except ImportError:
             raise ImportError("checkpoints need orbax: pip install 'laqjax[checkpoint]'") from None
-        self.folder, self.writer = Path(folder).absolute(), orbax.StandardCheckpointer()
+        self.folder, self.warn, me = Path(folder).absolute(), warn, jax.process_index()
+        self.leads, self.shared = alone or me == 0, not alone and jax.process_count() > 1
+        one = {"primary_host": me, "active_processes": {me}, "barrier_sync_key_prefix": f"process-{me}"}
+        processes = orbax.options.MultiprocessingOptions(**(one if alone else {}))
+        self.writer = orbax.StandardCheckpointer(multiprocessing_options=processes)
+        self.remover = ThreadPoolExecutor(1)
         path, mine = self.folder / "run.json", {name: meshes.digest(value) for name, value in contents.items()}
         if self.folder.exists() and any(self.folder.iterdir()) and not path.exists():
             raise ValueError(
@@ -55,7 +71,9 @@ class Checkpoints:
                 "folder, or this one removed"
             )
         self._wait("looked at")  # before one writes: a folder that is being made is no stranger's
-        if jax.process_index() == 0 and not path.exists():
+        for part in self.folder.glob("*.orbax-checkpoint-tmp*") if self.leads else ():  # of who was killed
+            shutil.rmtree(part, ignore_errors=True)
+        if self.leads and not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             part = self.folder / ".run.json"
             part.write_text(json.dumps(mine))
@@ -64,17 +82,22 @@ class Checkpoints:
 
     def _wait(self, name: str) -> None:
         """Until all processes are here."""
-        if jax.process_count() > 1:
+        if self.shared:
             multihost_utils.sync_global_devices(f"{self.folder} {name}")
 
     def rounds(self) -> list[int]:
         """Of the whole checkpoints, the latest first."""
         return sorted((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), reverse=True)
 
-    def latest(self, rounds: int, like: State, mesh: Mesh | None = None) -> tuple[int, Any, Any]:
-        """(rounds done, state, info of all of them) of the latest checkpoint that can be read, (0, None, None) without one.
+    def latest(self, like: Any, rounds: float = math.inf, mesh: Mesh | None = None) -> tuple[int, Any, Any]:
+        """(rounds done, state, facts) of the latest checkpoint that can be read, (0, None, None) without one.
 
-        A damaged one is passed over with a warning. `like`: shapes of a state, without padding.
+        A damaged one is passed over with a warning.
+
+        Args:
+            like: a state, or its shapes, without padding; what is NumPy there is read as NumPy.
+            rounds: at most.
+            mesh: where the state is read to.
 
         Raises:
             ValueError: all have more than `rounds` rounds.
@@ -90,61 +113,58 @@ class Checkpoints:
             try:
                 return done, *self._read(self.folder / str(done), like, mesh)
             except Exception as problem:  # orbax and its storage raise many kinds
-                warnings.warn(
-                    f"the checkpoint {self.folder / str(done)} cannot be read ({_line(problem)}); going on from the one before",
-                    stacklevel=4,
-                )
+                path = self.folder / str(done)
+                self.warn(f"the checkpoint {path} cannot be read ({_line(problem)}); going on from the one before")
         return 0, None, None
 
-    def save(self, done: int, state: State, info: Info) -> None:
-        """The state, and the info of all rounds so far; returns before it is on the disk. A warning where it cannot be."""
-        own = _copied(state)  # the next chunk consumes the state
-        content = {"state": _data(own), "info": info._asdict()}
+    def save(self, done: int, state: Any, facts: dict[str, Any]) -> None:
+        """State and facts, arrays; returns before they are on the disk, and they may change. A warning where they cannot be."""
+        # with nothing of JAX's own orbax logs a warning
+        content = {"state": _own(_data(state)), "facts": facts, "done": jnp.asarray(done, jnp.float32)}
         self._careful(lambda: self.writer.save(self.folder / str(done), content, force=True))
 
     def close(self) -> None:
         """Wait until all is on the disk."""
         self._careful(lambda: None)
         self.writer.close()
+        self.remover.shutdown()
 
-    def _read(self, path: Path, like: State, mesh: Mesh | None) -> tuple[State, Info]:
+    def _read(self, path: Path, like: Any, mesh: Mesh | None) -> tuple[Any, Any]:
         leaves, structure = jax.tree.flatten(like)
         metadata: Any = self.writer.metadata(path)
         shapes = metadata.item_metadata.tree
         places = _places(like, shapes["state"], mesh)
+        empty = lambda shape: np.empty(shape.shape, shape.dtype)  # noqa: E731
         target = {
             "state": [
-                jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
-                for shape, place in zip(shapes["state"], places, strict=True)
+                empty(shape)
+                if isinstance(leaf, np.ndarray)
+                else jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+                for leaf, shape, place in zip(leaves, shapes["state"], places, strict=True)
             ],
-            "info": jax.tree.map(lambda shape: np.empty(shape.shape, shape.dtype), shapes["info"]),
+            "facts": jax.tree.map(empty, shapes["facts"]),
+            "done": jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(jax.local_devices()[0])),
         }
         saved: Any = self.writer.restore(path, target)
-        return jax.tree.unflatten(structure, _keys(saved["state"], leaves)), Info(**saved["info"])
+        return jax.tree.unflatten(structure, _keys(saved["state"], leaves)), saved["facts"]
 
     def _careful(self, write: Callable[[], None]) -> None:
         try:
             self.writer.wait_until_finished()
             write()
-            for old in self.rounds()[KEEP:] if jax.process_index() == 0 else ():
-                shutil.rmtree(self.folder / str(old), ignore_errors=True)
+            for old in self.rounds()[KEEP:] if self.leads else ():
+                self.remover.submit(shutil.rmtree, self.folder / str(old), ignore_errors=True)
         except Exception as problem:
-            warnings.warn(
-                f"a checkpoint in {self.folder} was not written ({_line(problem)}); the run goes on, and the one before stands",
-                stacklevel=5,
+            self.warn(
+                f"a checkpoint in {self.folder} was not written ({_line(problem)}); the run goes on, and the one before stands"
             )
-
-
-@jax.jit
-def _copied(state: State) -> State:
-    return jax.tree.map(jnp.copy, state)
 
 
 def _line(problem: Exception) -> str:
     return f"{type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
 
 
-def _places(like: State, shapes: list[Any], mesh: Mesh | None) -> list[Any]:
+def _places(like: Any, shapes: list[Any], mesh: Mesh | None) -> list[Any]:
     """Where each leaf is read to: what was padded for another number of devices whole, the run spreads it again."""
     if mesh is None:
         return [SingleDeviceSharding(jax.local_devices()[0])] * len(shapes)
@@ -164,6 +184,15 @@ def _is_key(leaf: Any) -> bool:
 def _data(tree: Any) -> list[Any]:
     """The leaves as numbers."""
     return [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)]
+
+
+_copied = jax.jit(partial(jax.tree.map, jnp.copy))
+
+
+def _own(leaves: list[Any]) -> list[Any]:
+    """A copy, since the next chunk consumes the state: on the host (a third less work for orbax), unless processes share it."""
+    whole = all(isinstance(leaf, np.ndarray) or leaf.is_fully_addressable for leaf in leaves)
+    return [np.array(leaf) for leaf in leaves] if whole else _copied(leaves)
 
 
 def _keys(data: list[Any], like: list[Any]) -> list[Any]:

@@ -134,9 +134,9 @@ def run(
         contents = {"algorithm": alg, "start": begin, "data": shards, "key": key, "record": sorted(set(record))}
         saved = Checkpoints(checkpoint, contents)
         params = begin.params if isinstance(begin, State) else begin
-        done, state, info = saved.latest(rounds, jax.eval_shape(alg.init, params), mesh)
+        done, state, facts = saved.latest(jax.eval_shape(alg.init, params), rounds, mesh)
         if state is not None:
-            infos, begin = [info], state if mesh else meshes.rows_of(state, alg.num_workers)
+            infos, begin = [Info(**facts)], state if mesh else meshes.rows_of(state, alg.num_workers)
     written = done
     try:
         options: Any = {"record": record, "chunk": chunk, "workers_at_once": workers_at_once}
@@ -146,7 +146,7 @@ def run(
             state, done = part.state, done + len(part.info.loss)
             if saved and (done - written >= (every or 1) or done == rounds):
                 infos, written = [join(infos)], done
-                saved.save(done, state, infos[0])
+                saved.save(done, state, infos[0]._asdict())
     except Diverged as stop:
         raise Diverged(stop.round, join([*infos, stop.info])) from None
     finally:

@@ -296,5 +296,5 @@ def digest(tree: Any) -> str:
         known = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
         array = np.asarray(leaf) if known else None
         whole.update(f"{np.shape(leaf)} {getattr(leaf, 'dtype', type(leaf))}".encode())
-        whole.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
+        whole.update(b"" if array is None else np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return whole.hexdigest()

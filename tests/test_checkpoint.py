@@ -152,11 +152,10 @@ def test_keys_in_a_state_are_kept(tmp_path: Path) -> None:
     """A rule may keep a key: it is saved as numbers and comes back as one."""
     some: Any = np.zeros(2, np.float32)
     state: Any = laqjax.State(some, some, some, some, jax.random.key(3), None, laqjax.types.Worker(None, None))
-    info: Any = laqjax.Info(some, some, some, some, {})
     store = checkpoint.Checkpoints(tmp_path / "keys", {})
-    store.save(1, jax.tree.map(lambda a: a, state), info)
+    store.save(1, jax.tree.map(lambda a: a, state), {"loss": some})
     store.close()
-    done, back, _ = checkpoint.Checkpoints(tmp_path / "keys", {}).latest(5, state)
+    done, back, _ = checkpoint.Checkpoints(tmp_path / "keys", {}).latest(state, 5)
     assert done == 1
     assert jax.random.key_data(back.rule).tolist() == jax.random.key_data(state.rule).tolist()
     assert back.rule.dtype == state.rule.dtype

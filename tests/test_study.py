@@ -2,6 +2,7 @@
 
 import errno
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ def chosen() -> list[Point]:
 
 def run(out: Path, targets: Targets | None = None, **given: Any) -> pl.DataFrame:
     return study.run(chosen(), targets or Targets((1.0,)), out, Budget(40, every=10), LINK, **given)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def same(a: Path, b: Path) -> None:
@@ -95,7 +100,7 @@ def test_what_was_saved_within_a_batch_is_gone_on_with(
     monkeypatch.setattr(study.Batch, "take_in", counted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", Targets())
-    assert len(list(tmp_path.glob("cut/batches/*.npz"))) == calls // 4 + 1
+    assert len(list(tmp_path.glob("cut/batches/*/run.json"))) == min(calls // 4 + 1, 2)
     run(tmp_path / "cut", Targets())
     assert [done for done in taken if done is not None] == 2 * [0, 10, 20, 30]
     same(tmp_path / "calm", tmp_path / "cut")
@@ -125,26 +130,58 @@ def test_a_stop_before_a_cut_changes_no_row(tmp_path: Path, monkeypatch: pytest.
     same(tmp_path / "calm", tmp_path / "cut")
 
 
-def test_a_damaged_state_is_set_aside(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_checkpoint_is_set_aside(tmp_path: Path) -> None:
     run(tmp_path / "calm")
-    (tmp_path / "cut" / "batches").mkdir(parents=True)
-    (tmp_path / "cut" / "batches" / "000-000000.npz").write_bytes(b"")
+    (tmp_path / "cut" / "batches" / "000-000000").mkdir(parents=True)
+    (tmp_path / "cut" / "batches" / "000-000000" / "run.json").write_text("{")
     console = Console(record=True, width=200, file=io.StringIO())
     run(tmp_path / "cut", console=console)
-    assert "is damaged" in console.export_text()
-    assert (tmp_path / "cut" / "batches" / "000-000000.npz.damaged-1").exists()
+    assert "000-000000.damaged-1, the batch begins anew" in console.export_text()
+    assert (tmp_path / "cut" / "batches" / "000-000000.damaged-1").exists()
+    same(tmp_path / "calm", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_a_damaged_checkpoint_is_passed_over(damaged: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in the midst of a batch, and files that were cut off: it goes on from the one before, or from the start."""
+    run(tmp_path / "calm", Targets())
+    monkeypatch.setattr(study, "SAVE", 0.0)
+    take_in, calls = study.Batch.take_in, []
+
+    def third(self: study.Batch, out: Any) -> None:
+        calls.append(int(self.record.ran.max()))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        take_in(self, out)
+
+    monkeypatch.setattr(study.Batch, "take_in", third)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", Targets())
+    there = sorted((tmp_path / "cut" / "batches" / "000-000000").glob("[0-9]*"), key=lambda path: int(path.name))
+    assert len(there) == 2
+    for path in there[-damaged:]:
+        for file in path.rglob("*"):
+            if file.is_file():
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    console = Console(record=True, width=400, file=io.StringIO())
+    run(tmp_path / "cut", Targets(), console=console)
+    assert console.export_text().count("cannot be read") == damaged
+    assert calls[4] == 20 * (2 - damaged)
     same(tmp_path / "calm", tmp_path / "cut")
 
 
 def test_a_state_of_other_points_is_set_aside(tmp_path: Path) -> None:
     """What a search that is asked for more trials would find after a kill."""
     mine, budget = chosen(), Budget(40, every=10)
-    path, show = tmp_path / "batch.npz", lambda work, note: None
-    other = study.Batch(mine[2::-1], Targets(), budget, 3, path, show)
-    files.save_tree(path, other.kept())
-    console = Console(record=True, width=200, file=io.StringIO())
+    path, show, console = (
+        tmp_path / "batch",
+        lambda work, note: None,
+        Console(record=True, width=200, file=io.StringIO()),
+    )
+    study.Batch(mine[2::-1], Targets(), budget, 3, path, show).run(console, keep=True)
+    assert not console.export_text(clear=False)
     study.Batch(mine[:3], Targets(), budget, 3, path, show).run(console)
-    assert "holds other points" in console.export_text()
+    assert "is of another run: points differs" in console.export_text()
 
 
 def test_the_loss_of_local_steps_is_that_of_the_model_before_them() -> None:
@@ -295,7 +332,7 @@ def test_a_stop_while_it_goes_on_loses_and_repeats_nothing(
 
 def test_less_is_refused(tmp_path: Path) -> None:
     asked(tmp_path, 40, FAR[:1])
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    before = contents(tmp_path)
     for rounds, targets, said in (
         (30, FAR[:1], r"\(rounds: 40 there, 30 asked for, which goes on to more rounds only\)"),
         (
@@ -310,7 +347,7 @@ def test_less_is_refused(tmp_path: Path) -> None:
             asked(tmp_path, rounds, targets)
     with pytest.raises(ValueError, match=r"holds the results of other settings \(points: .* asked for\); give"):
         study.run(uneven()[:3], Targets(FAR), tmp_path, Budget(80, every=10), LINK)
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    assert before == contents(tmp_path)
 
 
 def test_states_that_are_too_large_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +356,7 @@ def test_states_that_are_too_large_are_not_kept(tmp_path: Path, monkeypatch: pyt
     console = Console(record=True, width=200, file=io.StringIO())
     asked(tmp_path, 20, FAR, console=console)
     assert "of its last states were not kept" in console.export_text()
-    assert not list(tmp_path.glob("batches/*.npz"))
+    assert not [path for path in tmp_path.glob("batches/*") if path.is_dir()]
     with pytest.raises(
         ValueError, match=r"cannot go on: the 0.0 GiB of its last states were not kept \(rounds: 20 there"
     ):
@@ -327,16 +364,13 @@ def test_states_that_are_too_large_are_not_kept(tmp_path: Path, monkeypatch: pyt
     asked(tmp_path, 20, FAR)
 
 
-@pytest.mark.parametrize("content", [b"PK..", None])
-def test_a_batch_without_its_last_states_begins_anew(content: bytes | None, tmp_path: Path) -> None:
+def test_a_batch_without_its_last_states_begins_anew(tmp_path: Path) -> None:
     asked(tmp_path / "straight", 75, FAR)
     asked(tmp_path / "more", 37, FAR)
-    state = tmp_path / "more" / "batches" / "000-000000.npz"
-    state.unlink() if content is None else state.write_bytes(content)
+    shutil.rmtree(tmp_path / "more" / "batches" / "000-000000")
     console = Console(record=True, width=200, file=io.StringIO())
     asked(tmp_path / "more", 75, FAR, console=console)
-    said = " ".join(console.export_text().split())
-    assert ("is missing: the batch begins anew" if content is None else "npz.damaged-1, the batch begins anew") in said
+    assert "is missing: the batch begins anew" in " ".join(console.export_text().split())
     same(tmp_path / "straight", tmp_path / "more")
 
 
