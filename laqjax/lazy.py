@@ -30,7 +30,7 @@ from laqjax.types import Shards, State, register_dataclass, static
 class LazyState(NamedTuple):
     """The state of `lazy_aggregate`: what the algorithm remembers, and what the last update sent."""
 
-    laq: State  # its workers [M, ...] are spread over the axis, all else is the same on every device; params are left out
+    laq: State  # its workers [M, ...] are spread over the axis, all else is the same on every device; no params, no optimizer
     sent: Bool[Array | np.ndarray, " M"]
     bits: Int[
         Array | np.ndarray, " M"
@@ -77,8 +77,11 @@ class Given:
         return jnp.zeros((), self.dtype), shards.x[worker]
 
 
-# the server's optimizer: it moves nothing and remembers the direction, which goes on to what stands behind
-KEEP = optax.GradientTransformation(jnp.zeros_like, lambda direction, state, params=None: (state * 0, direction))  # pyright: ignore[reportArgumentType, reportOperatorIssue]
+# the server's optimizer: it moves nothing and hands over the direction, in its state, for what stands behind
+HAND_OVER = optax.GradientTransformation(
+    lambda params: jnp.zeros((0,)),
+    lambda direction, state, params=None: (jnp.zeros_like(direction), direction),  # pyright: ignore[reportArgumentType]
+)
 
 
 def lazy_aggregate(
@@ -128,7 +131,7 @@ def lazy_aggregate(
         leaves = jax.tree.leaves(params)
         dtype = np.dtype(np.float64 if any(leaf.dtype == np.float64 for leaf in leaves) else np.float32)
         sizes = [math.prod(leaf.shape) for leaf in leaves]
-        alg = method(Given(sum(sizes), dtype), lr=1.0, num_workers=num_workers, optimizer=KEEP, **settings)
+        alg = method(Given(sum(sizes), dtype), lr=1.0, num_workers=num_workers, optimizer=HAND_OVER, **settings)
         if blocks is None:
             return alg
         return dataclasses.replace(alg, compressor=blockwise(alg.compressor, sizes if blocks == "leaf" else blocks))  # pyright: ignore[reportArgumentType]
@@ -157,7 +160,8 @@ def lazy_aggregate(
         direction = after.optimizer / num_workers if mean else after.optimizer
         received = jnp.where(jnp.any(info.sent), how.received(alg, num_workers), 0).astype(jnp.int32)
         uploads = state.uploads + jnp.sum(info.sent, dtype=jnp.int32)
-        kept = LazyState(after._replace(params=state.laq.params), info.sent, info.bits_up, received, uploads)
+        rest = after._replace(params=state.laq.params, optimizer=state.laq.optimizer)
+        kept = LazyState(rest, info.sent, info.bits_up, received, uploads)
         return like(direction, gradients), kept
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
