@@ -56,7 +56,9 @@ class Checkpoints:
         self.leads, self.shared = alone or me == 0, not alone and jax.process_count() > 1
         one = {"primary_host": me, "active_processes": {me}, "barrier_sync_key_prefix": f"process-{me}"}
         processes = orbax.options.MultiprocessingOptions(**(one if alone else {}))
-        self.writer = orbax.StandardCheckpointer(multiprocessing_options=processes)
+        # the thread that would make a folder is waited for under a name that all processes of JAX share
+        threads = orbax.options.AsyncOptions(create_directories_asynchronously=not alone)
+        self.writer = orbax.StandardCheckpointer(async_options=threads, multiprocessing_options=processes)
         self.remover = ThreadPoolExecutor(1)
         path, mine = self.folder / "run.json", {name: meshes.digest(value) for name, value in contents.items()}
         if self.folder.exists() and any(self.folder.iterdir()) and not path.exists():
