@@ -1,6 +1,7 @@
 """Checkpoints of a run through orbax: a folder from which the same call goes on, bit for bit, after it was killed."""
 
 import json
+import logging
 import math
 import shutil
 import warnings
@@ -60,6 +61,7 @@ class Checkpoints:
         threads = orbax.options.AsyncOptions(create_directories_asynchronously=not alone)
         self.writer = orbax.StandardCheckpointer(async_options=threads, multiprocessing_options=processes)
         self.remover = ThreadPoolExecutor(1)
+        logging.getLogger("absl").addFilter(_worth_saying)
         path, mine = self.folder / "run.json", {name: meshes.digest(value) for name, value in contents.items()}
         if self.folder.exists() and any(self.folder.iterdir()) and not path.exists():
             raise ValueError(
@@ -121,8 +123,7 @@ class Checkpoints:
 
     def save(self, done: int, state: Any, facts: dict[str, Any]) -> None:
         """State and facts, arrays; returns before they are on the disk, and they may change. A warning where they cannot be."""
-        # with nothing of JAX's own orbax logs a warning
-        content = {"state": _own(_data(state)), "facts": facts, "done": jnp.asarray(done, jnp.float32)}
+        content = {"state": _own(_data(state)), "facts": facts}
         self._careful(lambda: self.writer.save(self.folder / str(done), content, force=True))
 
     def close(self) -> None:
@@ -145,7 +146,6 @@ class Checkpoints:
                 for leaf, shape, place in zip(leaves, shapes["state"], places, strict=True)
             ],
             "facts": jax.tree.map(empty, shapes["facts"]),
-            "done": jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(jax.local_devices()[0])),
         }
         saved: Any = self.writer.restore(path, target)
         return jax.tree.unflatten(structure, _keys(saved["state"], leaves)), saved["facts"]
@@ -160,6 +160,11 @@ class Checkpoints:
             self.warn(
                 f"a checkpoint in {self.folder} was not written ({_line(problem)}); the run goes on, and the one before stands"
             )
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """All but orbax's warning that a checkpoint is of NumPy arrays alone."""
+    return "Skipping merge of OCDBT" not in str(record.msg)
 
 
 def _line(problem: Exception) -> str:

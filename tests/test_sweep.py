@@ -245,6 +245,7 @@ def test_two_processes_share_the_points(whole: Path, tmp_path: Path) -> None:
     assert [process.returncode for process in pair] == [0, 0], said
     same(tmp_path, whole)
     assert files.read_json(tmp_path / "plan.json")["batch"] == [5]
+    assert len(list(tmp_path.glob("batches/*/[0-9]*"))) == 5  # the last states of each batch, by whoever computed it
     assert files.read_json(tmp_path / "run.json")["points_computed"] == 14  # in three of the five batches
     assert "cheapest" in said[0][0]
     assert all(
