@@ -118,11 +118,11 @@ def test_a_grid_grows_where_its_best_lies_on_the_edge(whole: Path) -> None:
 def test_it_goes_on_where_it_was(whole: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran, calls = study.Batch.run, []
 
-    def failing(self: study.Batch, console: Any) -> Any:
+    def failing(self: study.Batch, *given: Any) -> Any:
         calls.append(len(self.points))
         if len(calls) in (2, 5):
             raise KeyboardInterrupt
-        return ran(self, console)
+        return ran(self, *given)
 
     monkeypatch.setattr(study.Batch, "run", failing)
     for _ in range(2):
