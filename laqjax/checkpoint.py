@@ -199,7 +199,9 @@ _copied = jax.jit(partial(jax.tree.map, jnp.copy))
 def _own(leaves: list[Any]) -> list[Any]:
     """A copy, since the next chunk consumes the state: on the host (a third less work for orbax), unless processes share it."""
     whole = all(isinstance(leaf, np.ndarray) or leaf.is_fully_addressable for leaf in leaves)
-    return [np.array(leaf) for leaf in leaves] if whole else _copied(leaves)
+    if not whole:
+        return _copied(leaves)
+    return [leaf if isinstance(leaf, np.ndarray) else np.array(leaf) for leaf in leaves]  # orbax copies what is NumPy
 
 
 def _keys(data: list[Any], like: list[Any]) -> list[Any]:
