@@ -84,7 +84,8 @@ def cells(quick: bool) -> list[Cell]:
     for team in few[: 1 if quick else 2]:
         # workers one after another: which run together is a choice by size, and would be a step in the curve
         found += [Cell("M", team, m, 60, chunk=min(100, max(4, 4000 // m)), at_once=1) for m in workers]
-        chunks = [min(100, max(2, 10**6 // (795 * h))) for h in hidden]
+        # ten at least: each call has the memory of its temporaries given to it anew, which is a cost of calls
+        chunks = [min(100, max(10, 10**6 // (795 * h))) for h in hidden]
         found += [Cell("p", team, 8, 32, h, chunk) for h, chunk in zip(hidden, chunks, strict=True)]
     rows = 60 if quick else 1500
     found += [Cell("strong", team, 40, rows) for team in few]

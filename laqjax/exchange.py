@@ -86,11 +86,15 @@ class Messages(Sums):
 
     def message(self, alg: Any, upload: Upload) -> UInt32[Array, " words"]:
         """The packed message, zeros where nothing was sent."""
+        return self.packed(upload, numbers_of(alg.compressor, upload, self.widths))
 
-        def packed() -> Array:
-            return pack_message(alg.compressor, upload, self.widths)
+    def packed(self, upload: Upload, numbers: list[Array]) -> UInt32[Array, " words"]:
+        """The numbers of a message as words; no work where nothing was sent."""
 
-        return lax.cond(upload.sent, packed, lambda: jnp.zeros_like(packed()))
+        def words() -> Array:
+            return pack_message(numbers, self.widths)
+
+        return lax.cond(upload.sent, words, lambda: jnp.zeros_like(words()))
 
     def moved(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
         every = lax.all_gather(messages, self.axis, tiled=True)[: sent.shape[0]]
@@ -116,13 +120,8 @@ class Chunked(Messages):
             padded = jnp.pad(values, (0, devices * length - size)) if whole else values
             return padded.reshape(shape) if whole else jnp.broadcast_to(padded, shape)
 
-        parts = Upload(jax.tree.map(cut, upload.payload), cut(upload.decoded), upload.sent, upload.asked, upload.bits)
-        axes = Upload(0, 0, None, None, None)  # pyright: ignore[reportArgumentType]
-
-        def packed() -> Array:
-            return jax.vmap(lambda part: pack_message(alg.compressor, part, self.widths), (axes,))(parts)
-
-        return lax.cond(upload.sent, packed, lambda: jnp.zeros_like(packed()))
+        parts = [cut(values) for values in numbers_of(alg.compressor, upload, self.widths)]
+        return jax.vmap(lambda part: self.packed(upload, part))(parts)
 
     def length(self, size: int) -> int:
         """Coordinates of a part: whole words of them, whatever b."""
@@ -222,13 +221,24 @@ def widths(alg: Any) -> tuple[int, ...] | None:
     return tuple(int(values[0]) for values in bits)
 
 
-def pack_message(compressor: Compressor, upload: Upload, widths: tuple[int, ...] | None) -> UInt32[Array, " words"]:
+def numbers_of(compressor: Compressor, upload: Upload, widths: tuple[int, ...] | None) -> list[Array]:
+    """The numbers of each field of a message, or what it decodes to where widths are not known.
+
+    In one or two bytes where they fit: they are written to memory before it is known whether they are sent.
+    """
+    if widths is None:
+        return [upload.decoded]
+    fields = compressor.wire(upload.payload, jax.ShapeDtypeStruct(upload.decoded.shape, upload.decoded.dtype))
+    numbers = [field.payload[field.name] for field in fields]
+    narrow = [jnp.uint8 if bits <= 8 else jnp.uint16 if bits <= 16 else None for bits in widths]
+    return [values if dtype is None else values.astype(dtype) for values, dtype in zip(numbers, narrow, strict=True)]
+
+
+def pack_message(numbers: list[Array], widths: tuple[int, ...] | None) -> UInt32[Array, " words"]:
     """The fields of a message, each packed to whole words."""
     if widths is None:
-        return to_words(upload.decoded[None])[0]
-    fields = compressor.wire(upload.payload, jax.ShapeDtypeStruct(upload.decoded.shape, upload.decoded.dtype))
-    parts = [pack(field.payload[field.name], bits) for field, bits in zip(fields, widths, strict=True)]
-    return jnp.concatenate(parts)
+        return to_words(numbers[0][None])[0]
+    return jnp.concatenate([pack(values, bits) for values, bits in zip(numbers, widths, strict=True)])
 
 
 def unpack_message(

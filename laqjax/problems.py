@@ -198,9 +198,14 @@ def cross_entropy(logits: Float[Array, "classes n"], y: Int[Array, " n"]) -> Flo
 
 
 def affine(weight: Array, bias: Array, x: Array) -> Array:
-    """Weight @ x + bias, [outputs, n]. Bytes are pixels in 0..1: the small weights are divided by 255, not the images."""
-    scaled = weight / 255 if x.dtype == jnp.uint8 else weight
-    return jnp.einsum("cd,td->ct", scaled, x.astype(weight.dtype)) + bias[:, None]
+    """Weight @ x + bias, [outputs, n]. Bytes are pixels in 0..1: not the images are divided by 255, but what is smaller.
+
+    That is the weights, and the product where outputs are more than images.
+    """
+    pixels, few = x.dtype == jnp.uint8, len(x) < len(weight)
+    scaled = weight / 255 if pixels and not few else weight
+    product = jnp.einsum("cd,td->ct", scaled, x.astype(weight.dtype))
+    return (product / 255 if pixels and few else product) + bias[:, None]
 
 
 def glorot(rng: np.random.Generator, outputs: int, inputs: int) -> np.ndarray:

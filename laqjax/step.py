@@ -45,7 +45,7 @@ from laqjax.types import (
 from laqjax.wire import message_bits
 
 SMALL_BYTES = 2**21  # of all data
-LARGE_BYTES = 16 * 2**20  # of a model's vector, from which on workers run side by side on the CPU
+LARGE_BYTES = 16 * 2**20  # of vectors of the model
 
 
 @register_dataclass
@@ -158,12 +158,13 @@ class Algorithm:
     def workers_at_once(self, shards: Shards) -> int:
         """How many workers run side by side: all of them on GPU and TPU.
 
-        On the CPU one after another, where each tile then stays in cache; but all together where all data stay there anyway
-        (1.5 times as fast), and where not even a vector of the model does: the passes over it use all cores then (LAQ / GD
-        1.45 instead of 2.55 at 10^7 parameters).
+        On the CPU one after another, where each tile, or what is done to a worker's vectors, then stays in cache; but all
+        together where all data and vectors stay there anyway (1.5 times as fast), and where not even one vector does: the
+        passes over it use all cores then (LAQ / GD 1.45 instead of 2.55 at 10^7 parameters).
         """
         data = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shards))
-        medium = data > SMALL_BYTES and self.oracle.size * self.oracle.dtype.itemsize < LARGE_BYTES
+        vector = self.oracle.size * self.oracle.dtype.itemsize
+        medium = vector < LARGE_BYTES and (data > SMALL_BYTES or self.num_workers * vector > LARGE_BYTES)
         alone = jax.default_backend() == "cpu" and (medium or self.oracle.one_by_one(shards))
         return 1 if alone else self.num_workers
 

@@ -183,7 +183,7 @@ def test_a_packed_message_decodes_to_what_was_sent(toy: Toy, name: str) -> None:
     payload = compressor.encode(target, keys)
     decoded = compressor.decode(payload, target)
     upload = types.Upload(payload, decoded, jnp.asarray(True), jnp.asarray(True), jnp.int32(0))
-    words = exchange.pack_message(compressor, upload, widths)
+    words = exchange.pack_message(exchange.numbers_of(compressor, upload, widths), widths)
     assert words.size == exchange.message_words(alg, 63, widths)
     np.testing.assert_array_equal(exchange.unpack_message(compressor, words, target, widths), decoded)
     if not in_chunks:

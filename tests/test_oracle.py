@@ -231,3 +231,25 @@ def test_a_round_on_an_accelerator_has_no_loop_over_workers_or_tiles(
     assert text.count("stablehlo.while") == loops
     large = [line for line in text.splitlines() if "stablehlo.dot_general" in line and "784" in line]
     assert len(large) == 2  # the forward and the backward product
+
+
+@pytest.mark.parametrize("rows", [2, 50])  # images fewer than outputs, and more
+@pytest.mark.parametrize("name", ["softmax", "network"])
+def test_bytes_are_pixels_in_0_to_1_however_few_they_are(name: str, rows: int) -> None:
+    problems = {"softmax": laqjax.problems.Softmax(7, 3), "network": laqjax.problems.Network(7, 3, hidden=5)}
+    problem: Any = problems[name]
+    rng = np.random.default_rng(rows)
+    x, y = rng.integers(0, 256, (1, rows, 7)).astype(np.uint8), rng.integers(0, 3, (1, rows)).astype(np.int32)
+    given, weight = problem.oracle(), np.ones((1, rows), np.float32)
+    theta = rng.normal(size=given.size).astype(np.float32)
+    both = [tiled(given, theta, Shards(each, y, weight), np.int32(0)) for each in (x, x.astype(np.float32) / 255)]
+    for a, b in zip(*both, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "rows", "at_once"), [(10**5, 2, 8), (10**6, 2, 1), (10**7, 2, 8), (10**3, 100, 1)])
+def test_workers_take_turns_where_their_data_or_vectors_leave_the_cache(size: int, rows: int, at_once: int) -> None:
+    given = oracle.from_loss(lambda params, x, y: x[:, 0] * params[0], jnp.zeros(size))
+    alg = laqjax.algorithms.laq(given, lr=0.1, num_workers=8)
+    x, row = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((8, rows, 1000), (8, rows)))
+    assert alg.workers_at_once(Shards(x, row, row)) == at_once
