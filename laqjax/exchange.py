@@ -84,20 +84,25 @@ class Messages(Sums):
     widths: tuple[int, ...] | None = None  # bits of each field; None: messages move as what they decode to
     adds = False
 
-    def message(self, alg: Any, upload: Upload) -> UInt32[Array, " words"]:
-        """The packed message, zeros where nothing was sent."""
-        return self.packed(upload, numbers_of(alg.compressor, upload, self.widths))
+    def message(self, alg: Any, upload: Upload) -> tuple[Bool[Array, ""], list[Array]]:
+        """Whether it is sent, and its numbers."""
+        return upload.sent, numbers_of(alg.compressor, upload, self.widths)
 
-    def packed(self, upload: Upload, numbers: list[Array]) -> UInt32[Array, " words"]:
-        """The numbers of a message as words; no work where nothing was sent."""
+    def words(self, numbers: list[Array]) -> UInt32[Array, " words"]:
+        """What travels of a message."""
+        return pack_message(numbers, self.widths)
 
-        def words() -> Array:
-            return pack_message(numbers, self.widths)
+    def packed(self, messages: tuple[Bool[Array, " m"], list[Array]]) -> UInt32[Array, "m words"]:
+        """Of the workers here, zeros where nothing was sent."""
 
-        return lax.cond(upload.sent, words, lambda: jnp.zeros_like(words()))
+        def one(message: Any) -> Array:
+            sent, numbers = message
+            return lax.cond(sent, lambda: self.words(numbers), lambda: jnp.zeros_like(self.words(numbers)))
+
+        return lax.map(one, messages)
 
     def moved(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
-        every = lax.all_gather(messages, self.axis, tiled=True)[: sent.shape[0]]
+        every = lax.all_gather(self.packed(messages), self.axis, tiled=True)[: sent.shape[0]]
         return added(lambda words: unpack_message(alg.compressor, words, like, self.widths), every, sent, like)
 
     def received(self, alg: Any, devices: int) -> int:
@@ -109,26 +114,25 @@ class Messages(Sums):
 class Chunked(Messages):
     """Each device gets its part of every message by an all-to-all, decodes and adds it; the parts of the sum are gathered."""
 
-    def message(self, alg: Any, upload: Upload) -> UInt32[Array, "devices words"]:
-        """The packed message, cut into a part for each device."""
-        devices, size = lax.axis_size(self.axis), upload.decoded.shape[0]
-        length = self.length(size)
+    def words(self, numbers: list[Array]) -> UInt32[Array, "devices words"]:
+        """What travels of a message to each device."""
+        devices = lax.axis_size(self.axis)
 
         def cut(values: Array) -> Array:
-            whole = values.ndim == 1
-            shape = (devices, length) if whole else (devices,)
-            padded = jnp.pad(values, (0, devices * length - size)) if whole else values
-            return padded.reshape(shape) if whole else jnp.broadcast_to(padded, shape)
+            if values.ndim == 0:
+                return jnp.broadcast_to(values, (devices,))
+            length = self.length(values.shape[0])
+            return jnp.pad(values, (0, devices * length - values.shape[0])).reshape(devices, length)
 
-        parts = [cut(values) for values in numbers_of(alg.compressor, upload, self.widths)]
-        return jax.vmap(lambda part: self.packed(upload, part))(parts)
+        return jax.vmap(super().words)([cut(values) for values in numbers])
 
     def length(self, size: int) -> int:
         """Coordinates of a part: whole words of them, whatever b."""
         return WORD * math.ceil(size / (WORD * lax.axis_size(self.axis)))
 
     def moved(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
-        mine = lax.all_to_all(messages, self.axis, split_axis=1, concat_axis=0, tiled=True)[: sent.shape[0], 0]
+        packed = self.packed(messages)
+        mine = lax.all_to_all(packed, self.axis, split_axis=1, concat_axis=0, tiled=True)[: sent.shape[0], 0]
         part = jax.ShapeDtypeStruct((self.length(like.shape[0]),), like.dtype)
         total = added(lambda words: unpack_message(alg.compressor, words, part, self.widths), mine, sent, part)
         return lax.all_gather(total, self.axis, tiled=True)[: like.shape[0]]
