@@ -1,6 +1,7 @@
 """Command lines: the examples first in their help, exit codes, and one JSON object where a program reads the result."""
 
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -27,9 +28,22 @@ def command(given: Iterable[str] | None = None) -> Iterator[list[str]]:
     words = list(sys.argv[1:] if given is None else given)
     with files.refusing(), ExitStack() as stack:
         if "--json" in words:
-            stack.callback(RESULT.reset, RESULT.set(sys.stdout))
-            stack.enter_context(redirect_stdout(sys.stderr))
+            stack.callback(RESULT.reset, RESULT.set(stack.enter_context(results_alone())))
         yield [word for word in words if word != "--json"]
+
+
+@contextmanager
+def results_alone() -> Iterator[TextIO]:
+    """Stdout for the result; all else that is written there goes to stderr, also by libraries that are not Python."""
+    with ExitStack() as stack:
+        file = sys.stdout
+        if file is sys.__stdout__:
+            file.flush()
+            file = stack.enter_context(open(os.dup(1), "w"))
+            stack.callback(os.dup2, file.fileno(), 1)
+            os.dup2(2, 1)
+        stack.enter_context(redirect_stdout(sys.stderr))
+        yield file
 
 
 def answer(facts: dict[str, Any]) -> None:
