@@ -79,7 +79,7 @@ class Given:
 
 # the server's optimizer: it moves nothing and hands over the direction, in its state, for what stands behind
 HAND_OVER = optax.GradientTransformation(
-    lambda params: jnp.zeros((0,)),
+    lambda params: (),
     lambda direction, state, params=None: (jnp.zeros_like(direction), direction),  # pyright: ignore[reportArgumentType]
 )
 
@@ -139,9 +139,8 @@ def lazy_aggregate(
     def init(params: Any) -> LazyState:
         alg = algorithm(params)
         state = alg.init(params)
-        empty = jnp.zeros((0,), alg.oracle.dtype)
         nothing = jnp.zeros((num_workers,), jnp.int32)
-        return LazyState(state._replace(params=empty), nothing > 0, nothing, jnp.int32(0), jnp.int32(0))
+        return LazyState(state._replace(params=None), nothing > 0, nothing, jnp.int32(0), jnp.int32(0))
 
     def update(gradients: Any, state: LazyState, params: Any = None) -> tuple[Any, LazyState]:
         if params is None:
@@ -160,7 +159,7 @@ def lazy_aggregate(
         direction = after.optimizer / num_workers if mean else after.optimizer
         received = jnp.where(jnp.any(info.sent), how.received(alg, num_workers), 0).astype(jnp.int32)
         uploads = state.uploads + jnp.sum(info.sent, dtype=jnp.int32)
-        rest = after._replace(params=state.laq.params, optimizer=state.laq.optimizer)
+        rest = after._replace(params=None, optimizer=())
         kept = LazyState(rest, info.sent, info.bits_up, received, uploads)
         return like(direction, gradients), kept
 

@@ -151,6 +151,7 @@ def lazy() -> None:
         specs = laqjax.lazy.specs(jax.eval_shape(tx.init, params), "data")
         places = jax.tree.map(lambda spec: NamedSharding(along, spec), specs)
         state = jax.jit(tx.init, out_shardings=places)(params)
+        assert all(leaf.size for leaf in jax.tree.leaves(state))  # orbax, which saves such loops, refuses empty arrays
 
         def step(params: Any, state: Any, shards: Any) -> Any:
             updates, state = tx.update(gradient(params, shards), state, params)
