@@ -197,6 +197,7 @@ def test_commands_take_what_they_are_given(command: str, monkeypatch: pytest.Mon
         pytest.importorskip("flwr")
     parsing(monkeypatch)
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("XLA_FLAGS", "")  # an example would set it, and the processes of other tests have its devices
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     monkeypatch.delitem(sys.modules, module, raising=False)  # put back afterwards
     with pytest.raises(Parsed):
