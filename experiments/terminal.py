@@ -1,5 +1,6 @@
 """Command lines: the examples first in their help, exit codes, and one JSON object where a program reads the result."""
 
+import ctypes
 import json
 import os
 import shutil
@@ -37,10 +38,13 @@ def results_alone() -> Iterator[TextIO]:
     """Stdout for the result; all else that is written there goes to stderr, also by libraries that are not Python."""
     with ExitStack() as stack:
         file = sys.stdout
-        if file is sys.__stdout__:
+        if file and file is sys.__stdout__:
             file.flush()
             file = stack.enter_context(open(os.dup(1), "w"))
             stack.callback(os.dup2, file.fileno(), 1)
+            flush_c = ctypes.CDLL(None).fflush  # C keeps what is printed until its end where stdout is a pipe
+            stack.callback(flush_c, None)
+            flush_c(None)
             os.dup2(2, 1)
         stack.enter_context(redirect_stdout(sys.stderr))
         yield file

@@ -198,9 +198,9 @@ def cross_entropy(logits: Float[Array, "classes n"], y: Int[Array, " n"]) -> Flo
 
 
 def affine(weight: Array, bias: Array, x: Array) -> Array:
-    """Weight @ x + bias, [outputs, n]. Bytes are pixels in 0..1: not the images are divided by 255, but what is smaller.
+    """Weight @ x + bias, [outputs, n]. Bytes are pixels in 0..1: the weights are divided by 255, not the images.
 
-    That is the weights, and the product where outputs are more than images.
+    Where images are fewer than outputs the product is, which spares two passes over the weights and their gradient.
     """
     pixels, few = x.dtype == jnp.uint8, len(x) < len(weight)
     scaled = weight / 255 if pixels and not few else weight

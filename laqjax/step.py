@@ -160,7 +160,7 @@ class Algorithm:
 
         On the CPU one after another, where each tile, or what is done to a worker's vectors, then stays in cache; but all
         together where all data and vectors stay there anyway (1.5 times as fast), and where not even one vector does: the
-        passes over it use all cores then (LAQ / GD 1.45 instead of 2.55 at 10^7 parameters).
+        passes over it use all cores then.
         """
         data = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shards))
         vector = self.oracle.size * self.oracle.dtype.itemsize

@@ -88,19 +88,21 @@ def test_json_is_all_that_stands_on_stdout(capsys: pytest.CaptureFixture[str]) -
 def test_json_is_alone_beside_what_libraries_write() -> None:
     """As Gloo does, with the file descriptor; before and behind the command stdout is as ever."""
     script = """
-import os
+import ctypes, os
 from experiments import terminal
 print("before")
 with terminal.command(["--json", "word"]) as words:
     print("python", words)
     os.write(1, b"library\\n")
+    ctypes.CDLL(None).printf(b"C\\n")
     terminal.answer({"a": 1})
 print("behind", flush=True)
 os.write(1, b"the end\\n")
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # C's stdout too
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert done.stdout == 'before\n{"a": 1}\nbehind\nthe end\n'
-    assert sorted(done.stderr.splitlines()) == ["library", "python ['word']"]
+    assert sorted(done.stderr.splitlines()) == ["C", "library", "python ['word']"]
 
 
 @pytest.mark.parametrize(
