@@ -157,13 +157,13 @@ runs = {name: laqjax.run(method, start, shards, ROUNDS, key) for name, method in
 
 def mbit_up(info):
     """Mbit sent up before each round, as the loss of a round is that of the model before its step."""
-    bits = info.bits_up.sum(axis=-1, dtype="int64")
+    bits = info.bits_up.sum(axis=-1)
     return (np.cumsum(bits, axis=0) - bits) / 1e6
 
 
 for name, (info, state) in runs.items():
     right = problem.accuracy(methods[name].params(state), data.x_test, data.y_test)
-    uploads, megabits = info.sent.sum(), info.bits_up.sum(dtype="int64") / 1e6
+    uploads, megabits = info.sent.sum(), info.bits_up.sum() / 1e6
     print(f"{name}: loss {info.loss[0]:.3f} -> {info.loss[-1]:.3f}, test accuracy {right:.1%}", end=", ")
     print(f"{uploads} of {info.sent.size} uploads, {megabits:.4g} Mbit up")
 

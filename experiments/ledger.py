@@ -95,7 +95,7 @@ class Record:
         """Before round 0."""
         unknown = lambda: np.full((rounds + 1, points), np.nan)  # noqa: E731
         each = (rounds, points, workers)
-        counts = np.zeros(each, bool), np.zeros(each, np.int32), *np.zeros((2, rounds, points), np.int64)
+        counts = np.zeros(each, bool), np.zeros(each, np.int64), *np.zeros((2, rounds, points), np.int64)
         return cls(f_star, unknown(), unknown(), *counts)
 
     @property

@@ -126,9 +126,9 @@ def run_arguments(alg: Any, params: Any, shards: Shards, rows: int = 0) -> None:
             f"params = {getattr(params, 'dtype', type(params))}{list(np.shape(params))}: expected {alg.oracle.dtype}[{p}], "
             "a vector from oracle.ravel(params), or the pytree itself"
         )
-    most = np.iinfo(np.int32).max // (m if alg.rule.server_decides else 2) // alg.oracle.dtype.itemsize // 8
+    most = np.iinfo(np.int32).max // max(m if alg.rule.server_decides else 1, 2) // alg.oracle.dtype.itemsize
     if p > most:  # a message may be longer than the vector (indices), a server that asks sends one to each worker
-        raise ValueError(f"params of {p} parameters: expected at most {most}, a round's bits are counted in int32")
+        raise ValueError(f"params of {p} parameters: expected at most {most}, a round's bytes are counted in int32")
     check_shards(shards, m, rows)
     if alg.sampler is not None and not 1 <= alg.sampler.size <= shards.weight.shape[1]:
         rows = shards.weight.shape[1]

@@ -95,14 +95,14 @@ class Tap:
 
 @jax.jit
 def server_round(alg: Algorithm, state: State, total: Array, asked: Any, key: PRNGKeyArray) -> Any:
-    """(state, bits down, payload of the change of the model, ||direction||^2, ||step||^2) of `server_step`."""
+    """(state, bytes down, payload of the change of the model, ||direction||^2, ||step||^2) of `server_step`."""
     shared = draws(alg, key, state.round, alg.num_workers)[1]
     keys = Keys(shared, shared, key, state.round, jnp.int32(alg.num_workers))
     tap = Tap(down_compressor(alg))
     if tap.inner is not None:
         alg = replace(alg, downlink=replace(alg.downlink, compressor=tap))  # pyright: ignore[reportArgumentType]
-    after, bits, facts = server_step(alg, state, total, asked, keys)
-    return after, bits, tap.payload, facts["direction_sq"], facts["step_sq"]
+    after, size, facts = server_step(alg, state, total, asked, keys)
+    return after, size, tap.payload, facts["direction_sq"], facts["step_sq"]
 
 
 @jax.jit
@@ -323,8 +323,8 @@ class Federation:
             raise Refused(f"it stands on its upload of round {up.base}: expected that of {self.accepted[worker][0]}")
         if up.kind == SILENT:
             return worker, up, None
-        if up.bits != 8 * len(body) or up.digest != name_of(body, up.round, (up.base, up.base_digest))[1]:
-            raise Refused(f"{len(body)} bytes billed as {up.bits} bits: expected what was billed, and its digest")
+        if up.size != len(body) or up.digest != name_of(body, up.round, (up.base, up.base_digest))[1]:
+            raise Refused(f"{len(body)} bytes billed as {up.size}: expected what was billed, and its digest")
         decoded = from_bytes(Identity() if up.kind == FULL else self.alg.compressor, body, self.like)
         if not np.all(np.isfinite(np.asarray(decoded))):
             raise Refused("numbers that are not finite")
@@ -346,8 +346,8 @@ class Federation:
         """What the replies say of the round."""
         for worker, (up, decoded) in answered.items():
             facts.answered[worker], facts.sent[worker] = True, decoded is not None
-            facts.bits_up[worker], facts.gradients[worker] = up.bits, up.gradients
-            facts.payload_up[worker] = up.bits // 8
+            facts.bits_up[worker], facts.gradients[worker] = 8 * up.size, up.gradients
+            facts.payload_up[worker] = up.size
             facts.compute[worker], facts.pack[worker] = up.compute, up.pack
         if answered:
             facts.loss = float(np.mean([up.loss for up, _ in answered.values()]))
@@ -368,8 +368,8 @@ class Federation:
         if self.alg.rule.server_decides:
             self.own = asked_of(self.alg, self.state, self.own, self.key, jnp.asarray(facts.sent))[1]
         asked, before = np.int32(np.count_nonzero(facts.bytes_down)), self.state.params
-        self.state, bits, payload, *squares = server_round(self.alg, self.state, total, asked, self.key)
-        facts.bits_down, self.squares = int(bits), tuple(float(square) for square in squares)
+        self.state, size, payload, *squares = server_round(self.alg, self.state, total, asked, self.key)
+        facts.bits_down, self.squares = 8 * int(size), tuple(float(square) for square in squares)
         self.change, down = b"", down_compressor(self.alg)
         if down is not None:  # the model is what the workers make of the message
             self.change = to_bytes(down, payload, self.like)

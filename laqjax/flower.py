@@ -5,7 +5,7 @@ them, a protocol under which the server's aggregate is the sum of what the worke
 
     server -> worker   model (whole, its quantized change, or nothing where the worker has it), what the rule shares (the two
                        numbers of the last step, from which the worker computes the same), the last upload that was accepted
-    worker -> server   nothing but a head (silent), or a head and the bytes that `message_bits` bills
+    worker -> server   nothing but a head (silent), or a head and the bytes that `message_bytes` bills
 
 A worker keeps its memory before and after its last upload, and goes on from the one that the server says it has: an upload
 counts when the server names it, by round and digest, in a later broadcast. A worker that has neither (it lost its state, or
@@ -112,7 +112,7 @@ def worker_round(alg: Algorithm, worker: Worker, state: State, shards: Shards, k
     own, shared = draws(alg, key, at, index)
     keys = Keys(own, shared, key, at, index, jnp.int32(0))
     worker, upload, facts = worker_step(alg, worker, state, shards, keys)
-    return worker, upload.payload, upload.sent, upload.bits, facts["worker_loss"], facts["gradients"]
+    return worker, upload.payload, upload.sent, upload.bytes, facts["worker_loss"], facts["gradients"]
 
 
 class Client:
@@ -149,7 +149,7 @@ class Client:
             np.int32(worker),
             np.int32(0 if fresh else down.round),
         )
-        sent, bits, loss, gradients = (np.asarray(fact).item() for fact in jax.device_get(rest))
+        sent, size, loss, gradients = (np.asarray(fact).item() for fact in jax.device_get(rest))
         computed = time.perf_counter()
         compressor = self.full.compressor if fresh else self.alg.compressor
         body = to_bytes(compressor, payload, self.model) if sent else b""
@@ -158,7 +158,7 @@ class Client:
         times = computed - began, time.perf_counter() - computed
         self.save(context, Kept(down.session, down.round, base, last, *known, before, after))
         head = blank._replace(kind=kind, base=base[0], base_digest=base[1], digest=last[1] if sent else bytes(8))
-        head = head._replace(bits=bits if sent else 0, gradients=gradients, loss=loss, compute=times[0], pack=times[1])
+        head = head._replace(size=size if sent else 0, gradients=gradients, loss=loss, compute=times[0], pack=times[1])
         return Message(record(head, body=body), reply_to=message)
 
     def shard(self, worker: int) -> Shards:

@@ -24,7 +24,7 @@ from laqjax.checks import number
 from laqjax.compressors import blockwise
 from laqjax.mesh import WORKERS
 from laqjax.step import Algorithm
-from laqjax.types import Shards, State, register_dataclass, static
+from laqjax.types import Shards, State, count_bits, register_dataclass, static
 
 
 class LazyState(NamedTuple):
@@ -32,11 +32,14 @@ class LazyState(NamedTuple):
 
     laq: State  # its workers [M, ...] are spread over the axis, all else is the same on every device; no params, no optimizer
     sent: Bool[Array | np.ndarray, " M"]
-    bits: Int[
-        Array | np.ndarray, " M"
-    ]  # of each device's message, as a server would receive it; 0 where nothing was sent
+    bytes_up: Int[Array | np.ndarray, " M"]  # of each device's message, as a server would receive it; 0 without one
     bytes: Int[Array, ""]  # that the exchange moved to each device; 0 where nobody sent
     uploads: Int[Array, ""]  # messages so far
+
+    @property
+    def bits_up(self) -> Int[np.ndarray, " M"]:
+        """Return the bits of each device's message in int64, on the host; see `laqjax.Info`."""
+        return count_bits("bits_up", self.bytes_up)
 
 
 @register_dataclass
@@ -160,7 +163,7 @@ def lazy_aggregate(
         received = jnp.where(jnp.any(info.sent), how.received(alg, num_workers), 0).astype(jnp.int32)
         uploads = state.uploads + jnp.sum(info.sent, dtype=jnp.int32)
         rest = after._replace(params=None, optimizer=())
-        kept = LazyState(rest, info.sent, info.bits_up, received, uploads)
+        kept = LazyState(rest, info.sent, info.bytes_up, received, uploads)
         return like(direction, gradients), kept
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from laqjax.types import Compressor, register_dataclass, shared_bernoulli, static
-from laqjax.wire import float_bits, message_bits
+from laqjax.wire import float_bits, message_bytes
 
 # ---- uplink -----------------------------------------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ class Model:
 
     def send(self, own, params, direction, optimize, keys):
         step, optimizer = optimize(direction, params)
-        return apply(params, step), None, optimizer, jnp.int32(float_bits(params) * params.size)
+        return apply(params, step), None, optimizer, jnp.int32(params.size * float_bits(params) // 8)
 
 
 @register_dataclass
@@ -243,8 +243,8 @@ class StepDown:
 
     def send(self, own, params, direction, optimize, keys):
         step, optimizer = optimize(direction, params)
-        step, bits = transmitted(self.compressor, step, keys)
-        return apply(params, step), None, optimizer, bits
+        step, size = transmitted(self.compressor, step, keys)
+        return apply(params, step), None, optimizer, size
 
 
 @register_dataclass
@@ -258,9 +258,9 @@ class DirectionDown:
         return None
 
     def send(self, own, params, direction, optimize, keys):
-        direction, bits = transmitted(self.compressor, direction, keys)
+        direction, size = transmitted(self.compressor, direction, keys)
         step, optimizer = optimize(direction, params)
-        return apply(params, step), None, optimizer, bits
+        return apply(params, step), None, optimizer, size
 
 
 @register_dataclass
@@ -279,8 +279,8 @@ class ModelDown:
     def send(self, own, params, direction, optimize, keys):
         step, optimizer = optimize(direction, own)
         exact = apply(own, step)
-        change, bits = transmitted(self.compressor, exact - params, keys)
-        return params + change, exact, optimizer, bits
+        change, size = transmitted(self.compressor, exact - params, keys)
+        return params + change, exact, optimizer, size
 
 
 def apply(params: Float[Array, " p"], step: Any) -> Float[Array, " p"]:
@@ -292,7 +292,7 @@ def apply(params: Float[Array, " p"], step: Any) -> Float[Array, " p"]:
 def transmitted(
     compressor: Compressor, target: Float[Array, " p"], keys: Any
 ) -> tuple[Float[Array, " p"], Int[Array, ""]]:
-    """(what arrives of `target`, bits of the message)."""
+    """(what arrives of `target`, bytes of the message)."""
     payload = compressor.encode(target, keys)
     like = jax.ShapeDtypeStruct(target.shape, target.dtype)
-    return compressor.decode(payload, like), message_bits(compressor.wire(payload, like))
+    return compressor.decode(payload, like), message_bytes(compressor.wire(payload, like))

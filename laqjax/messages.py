@@ -49,7 +49,7 @@ class Up(NamedTuple):
     base_digest: bytes
     digest: bytes  # of this upload
     scheme: bytes  # p, dtype and compressor
-    bits: int  # as the library bills them
+    size: int  # of the message in bytes, as the library bills it
     gradients: int
     loss: float
     compute: float  # seconds

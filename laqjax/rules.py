@@ -29,6 +29,7 @@ class Rule:
 
     may_skip = True
     server_decides = False
+    renews_in_silence = False
 
     def init(self, params: Float[Array, " p"]) -> tuple[Any, Any]:
         """(what is shared with all workers, what each of them keeps) before round 0."""
@@ -92,6 +93,7 @@ class Progress(Rule):
     """
 
     zeta: Float[Array, ""]
+    renews_in_silence = True
 
     def init(self, params):
         return None, (jnp.zeros_like(params), jnp.asarray(False))
@@ -268,6 +270,10 @@ class MaxSilence(Rule):
     def server_decides(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.rule.server_decides
 
+    @property
+    def renews_in_silence(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.rule.renews_in_silence
+
     def init(self, params):
         shared, own = self.rule.init(params)
         return shared, (jnp.asarray(self.start), own)
@@ -301,6 +307,10 @@ class Participation(Rule):
     @property
     def may_skip(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.rule.may_skip
+
+    @property
+    def renews_in_silence(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.rule.renews_in_silence
 
     def drawn(self, now: Round) -> Bool[Array, ""]:
         """Whether this worker is among the `count` smallest of M draws."""

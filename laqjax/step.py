@@ -42,7 +42,7 @@ from laqjax.types import (
     square,
     static,
 )
-from laqjax.wire import message_bits
+from laqjax.wire import message_bytes
 
 SMALL_BYTES = 2**21  # of all data
 LARGE_BYTES = 16 * 2**20  # of vectors of the model
@@ -117,9 +117,14 @@ class Algorithm:
         Raises:
             ValueError: `record` names something else.
         """
-        # the caller may not have passed it through jit: numbers that are known while compiling would be folded, which rounds
-        # otherwise, and a loop of one's own would no longer be `run` bit for bit
-        alg = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, self))
+
+        # A caller may close over `self`: XLA then knows its numbers while it compiles, turns a division by such a number into
+        # a product and rounds differently from `run`. A choice that depends on the traced round keeps them unknown; the
+        # barrier keeps XLA from moving the choice behind the division. Either alone does not suffice.
+        def hide(leaf: Any) -> Array:
+            return jnp.where(state.round < 0, jnp.zeros_like(leaf), leaf)
+
+        alg = jax.lax.optimization_barrier(jax.tree.map(hide, self))
         round_key = jax.random.fold_in(key, state.round)
         shared_key = jax.random.fold_in(round_key, alg.num_workers)
 
@@ -141,7 +146,7 @@ class Algorithm:
         uploads, facts, losses = exchange.gather(rest, alg.num_workers)
         total = exchange.total(alg, messages, uploads.sent, state.params)
         keys = Keys(shared_key, shared_key, key, state.round, jnp.int32(alg.num_workers))
-        after, bits_down, server_facts = server_step(alg, state, total, jnp.sum(uploads.asked, dtype=jnp.int32), keys)
+        after, bytes_down, server_facts = server_step(alg, state, total, jnp.sum(uploads.asked, dtype=jnp.int32), keys)
         facts |= {name: fact for name, fact in server_facts.items() if name in record}
         unknown = sorted(set(record) - set(facts))
         if unknown:
@@ -149,8 +154,8 @@ class Algorithm:
         info = Info(
             loss=jnp.mean(losses),
             sent=uploads.sent,
-            bits_up=jnp.where(uploads.sent, uploads.bits, 0),
-            bits_down=bits_down,
+            bytes_up=jnp.where(uploads.sent, uploads.bytes, 0),
+            bytes_down=bytes_down,
             extra=facts,
         )
         return after._replace(workers=workers), info
@@ -340,7 +345,7 @@ def worker_step(
     silent_memory = choose(asked, silent, worker.memory)
     memory = choose(sent, alg.memory.update(silent, grad, target, decoded), silent_memory)
     worker = Worker(memory, choose(sent, sent_rule, silent_rule))
-    upload = Upload(payload, decoded, sent, asked, message_bits(alg.compressor.wire(payload, target)))
+    upload = Upload(payload, decoded, sent, asked, message_bytes(alg.compressor.wire(payload, target)))
     # a worker that the server does not ask computes nothing
     gradients = jnp.where(asked, jnp.asarray(sum(counted), jnp.int32), 0)
     facts = {"loss": loss, "worker_loss": loss, "grad": grad, "gradients": gradients}
@@ -360,7 +365,7 @@ def server_step(
         keys: the draws that all share.
 
     Returns:
-        The state with a new model (its workers as they were), the bits sent down, and the raw facts of the round.
+        The state with a new model (its workers as they were), the bytes sent down, and the raw facts of the round.
     """
     direction, aggregate = alg.memory.aggregate(state.aggregate, total)
 
@@ -368,11 +373,11 @@ def server_step(
         with jax.numpy_dtype_promotion("standard"):  # optax mixes float and int
             return alg.optimizer(alg.step_size(state.round)).update(direction, state.optimizer, params)
 
-    params, downlink, optimizer, bits = alg.downlink.send(state.downlink, state.params, direction, optimize, keys)
+    params, downlink, optimizer, sent_down = alg.downlink.send(state.downlink, state.params, direction, optimize, keys)
     step = Step(state.params, params, square(direction), square(params - state.params), state.round)
     after = State(
         params, state.round + 1, aggregate, optimizer, alg.rule.observe(state.rule, step), downlink, state.workers
     )
     facts = {"direction_sq": step.direction_sq, "step_sq": step.step_sq, "params": state.params}
     # one broadcast to all, or a message to each worker that was asked
-    return after, bits * (asked if alg.rule.server_decides else 1), facts
+    return after, sent_down * (asked if alg.rule.server_decides else 1), facts

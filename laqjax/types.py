@@ -55,6 +55,20 @@ def square(v: Float[Array, " p"]) -> Float[Array, ""]:
     return jnp.sum(v * v)
 
 
+def count_bits(name: str, size: Any) -> np.ndarray:
+    """Return 8 times a number of bytes in int64, on the host.
+
+    Raises:
+        TypeError: `size` is traced, and int32 may not hold its bits.
+    """
+    if isinstance(size, jax.core.Tracer):
+        raise TypeError(
+            f"{name} inside a function that JAX traces: only bytes are counted there, since bits may exceed int32; read "
+            f"{name.replace('bits', 'bytes')}, or read {name} from what the function returns"
+        )
+    return 8 * np.asarray(size, np.int64)
+
+
 # ---- what travels and what stays --------------------------------------------------------------------------------
 
 
@@ -148,17 +162,46 @@ class Upload(NamedTuple):
     decoded: Any  # [p], what it stands for
     sent: Bool[Array, ""]
     asked: Bool[Array, ""]  # whether the worker took part in this round
-    bits: Int[Array, ""]
+    bytes: Int[Array, ""]  # of the message
 
 
 class Info(NamedTuple):
-    """Raw facts of a round, or of K rounds, one row a round. Row k belongs to the model *before* step k."""
+    """Raw facts of a round, or of K rounds, one row a round. Row k belongs to the model *before* step k.
 
-    loss: Float[Array | np.ndarray, "*K"]  # mean over workers, of the round's rows
+    `loss` is the mean over all M workers of the loss that each worker's oracle computed at that model, on the rows of the
+    round: the whole shard, or the sampler's minibatch. Three consequences:
+
+    - Workers that did not take part in the round (partial participation, rules in which the server selects) are included.
+    - With local steps and a sampler it is the loss on the rows of the first local step.
+    - VR-MARINA reports the loss of the minibatch also in a round whose message is a full gradient.
+
+    Messages are counted in bytes (int32), since the bits of 2^26 float32 numbers exceed int32. `bits_up` and `bits_down`
+    are 8 times that, in int64 on the host. Inside a program that JAX traces there are only bytes.
+    """
+
+    loss: Float[Array | np.ndarray, "*K"]
     sent: Bool[Array | np.ndarray, "*K M"]
-    bits_up: Int[Array | np.ndarray, "*K M"]  # of each worker's message, 0 where nothing was sent; sum them in int64
-    bits_down: Int[Array | np.ndarray, "*K"]
+    bytes_up: Int[Array | np.ndarray, "*K M"]  # of each worker's message, 0 where nothing was sent
+    bytes_down: Int[Array | np.ndarray, "*K"]
     extra: dict[str, Any]  # what `record` named, [*K, ...]
+
+    @property
+    def bits_up(self) -> Int[np.ndarray, "*K M"]:
+        """Return the bits of each worker's message in int64, 0 where nothing was sent.
+
+        Raises:
+            TypeError: it is read inside a traced function; `bytes_up` is there.
+        """
+        return count_bits("bits_up", self.bytes_up)
+
+    @property
+    def bits_down(self) -> Int[np.ndarray, "*K"]:
+        """Return the bits that the server sent in a round, in int64.
+
+        Raises:
+            TypeError: it is read inside a traced function; `bytes_down` is there.
+        """
+        return count_bits("bits_down", self.bytes_down)
 
 
 class Field(NamedTuple):
@@ -277,6 +320,7 @@ class Rule(Protocol):
 
     may_skip: an asked worker may stay silent, and its silence means that the server's memory of it still stands.
     server_decides: the server asks some workers only; the others neither get the model nor compute.
+    renews_in_silence: a worker that was asked and stays silent may change its state, apart from a count of silent rounds.
     """
 
     @property
@@ -284,6 +328,9 @@ class Rule(Protocol):
 
     @property
     def server_decides(self) -> bool: ...
+
+    @property
+    def renews_in_silence(self) -> bool: ...
 
     def init(self, params: Float[Array, " p"]) -> tuple[Any, Any]:
         """(what the rule shares with all, what each worker keeps of it) before round 0."""
@@ -344,5 +391,5 @@ class Downlink(Protocol):
         optimize: Callable[..., Any],
         keys: Keys,
     ) -> tuple[Float[Array, " p"], Any, Any, Int[Array, ""]]:
-        """(the workers' next model, own, optimizer state, bits); `optimize(direction, params) -> (step, optimizer state)`."""
+        """(the workers' next model, own, optimizer state, bytes sent); `optimize(direction, params) -> (step, optimizer state)`."""
         ...

@@ -16,17 +16,23 @@ from jaxtyping import Array, Float, Int
 from laqjax.types import Compressor, Field
 
 
-def message_bits(fields: Iterable[Field]) -> Int[Array, ""]:
-    """Bits of a message on the wire: its fields, rounded up to whole bytes once."""
-    total = jnp.int32(0)
+def message_bytes(fields: Iterable[Field]) -> Int[Array, ""]:
+    """Count the bytes of a message on the wire: the bits of its fields, rounded up to whole bytes once.
+
+    Counted in bytes, because the bits of a message of 2^26 float32 numbers exceed int32.
+    """
+    whole, rest = jnp.int32(0), jnp.int32(0)
     for piece in fields:
         count = piece.like.size if piece.kept is None else jnp.sum(piece.kept, dtype=jnp.int32)
-        total += jnp.asarray(count, jnp.int32) * jnp.asarray(piece.bits, jnp.int32)
-    return (total + 7) // 8 * 8
+        count, bits = jnp.asarray(count, jnp.int32), jnp.asarray(piece.bits, jnp.int32)
+        odd = count % 8 * bits
+        whole += count // 8 * bits + odd // 8
+        rest += odd % 8
+    return whole + (rest + 7) // 8
 
 
 def to_bytes(compressor: Compressor, payload: Any, like: Any) -> bytes:
-    """The message as it would travel; 8 x its length is what `message_bits` counted."""
+    """The message as it would travel; its length is what `message_bytes` counted."""
     stream, filled = np.zeros(1, np.uint8), 0  # filled: bits of the last byte that are taken
     for field in compressor.wire(payload, like):
         values = np.asarray(field.payload[field.name], field.like.dtype).reshape(-1)

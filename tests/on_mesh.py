@@ -186,7 +186,7 @@ def lazy() -> None:
         assert np.allclose(params, out.state.params, rtol=1e-5, atol=1e-6)  # steps are rounded in another place
         mine = {
             "sent": np.stack([fact.sent for fact in facts]),
-            "bits": np.stack([fact.bits for fact in facts]),
+            "bits": np.stack([fact.bits_up for fact in facts]),
         }
         compare(f"lazy-{exchange}", {"sent": out.info.sent, "bits": out.info.bits_up}, mine)
         words = {"messages": 3 * (1 + 982), "chunked": 3 * (1 + 248 + 1984)}[exchange]
@@ -196,7 +196,7 @@ def lazy() -> None:
     tx = optax.chain(laqjax.lazy_aggregate("data", workers, bits=8, blocks="leaf"), optax.sgd(0.08))
     params, facts = train(tx, mixed, tree, 10)
     assert jax.tree.map(lambda a: a.dtype, params) == jax.tree.map(lambda a: a.dtype, mixed)
-    assert int(facts[0].bits[0]) == 2 * 32 + 8 * 7850
+    assert int(facts[0].bits_up[0]) == 2 * 32 + 8 * 7850
 
     def message(tx: Any) -> str:
         try:

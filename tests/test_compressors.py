@@ -81,7 +81,7 @@ def test_the_grid_by_hand() -> None:
     payload = grid.encode(target, KEYS)
     np.testing.assert_array_equal(payload["codes"], [3, 0, 2, 2, 1, 2, 3, 1])
     np.testing.assert_array_equal(grid.decode(payload, target), [3, -3, 1, 1, -1, 1, 3, -1])
-    assert wire.message_bits(grid.wire(payload, target)) == 32 + 16
+    assert 8 * wire.message_bytes(grid.wire(payload, target)) == 32 + 16
 
 
 @given(vectors, st.integers(1, 16), st.integers(0, 15))
@@ -92,7 +92,7 @@ def test_the_adaptive_grid_chooses_between_its_bounds(drawn: Any, least: int, mo
     bits = int(payload["bits"])
     assert least <= bits <= most
     assert bits == least or target.any()
-    assert wire.message_bits(scheme.wire(payload, target)) == -(-(8 + 32 + bits * target.size) // 8) * 8
+    assert 8 * wire.message_bytes(scheme.wire(payload, target)) == -(-(8 + 32 + bits * target.size) // 8) * 8
     np.testing.assert_array_equal(decode(scheme, payload, target), decode(compressors.grid(bits), payload, target))
 
 
@@ -225,7 +225,7 @@ def test_each_block_has_its_own_radius() -> None:
     assert [float(payload[i]["radius"]) for i in ("0", "1")] == [1, 100]
     decoded = scheme.decode(payload, target)
     assert np.abs(decoded - target)[:3].max() <= 1 / 15 + 1e-6
-    assert wire.message_bits(scheme.wire(payload, target)) == -(-(2 * 32 + 4 * 7) // 8) * 8
+    assert 8 * wire.message_bytes(scheme.wire(payload, target)) == -(-(2 * 32 + 4 * 7) // 8) * 8
     with pytest.raises(ValueError, match=r"blockwise sizes = \(3, 3\) add up to 6: expected p = 7"):
         compressors.blockwise(compressors.grid(4), (3, 3)).encode(target, KEYS)
 
@@ -273,7 +273,7 @@ def test_the_bytes_are_the_message(name: str, size: int, dtype: type) -> None:
             target = jnp.asarray(like)
             payload = scheme.encode(target, KEYS)
             data = wire.to_bytes(scheme, payload, target)
-            assert 8 * len(data) == wire.message_bits(scheme.wire(payload, target))
+            assert len(data) == wire.message_bytes(scheme.wire(payload, target))
             if formula:
                 assert len(data) == -(-formula(size, 8 * like.itemsize) // 8)
             decoded = np.asarray(scheme.decode(payload, target))
@@ -336,8 +336,8 @@ def test_a_sampled_message_bills_what_it_holds() -> None:
     for key in jax.random.split(KEY, 6):
         payload = encode(scheme, target, types.Keys(key, key, key, jnp.int32(1), jnp.int32(0)))
         kept = int(np.sum(np.asarray(payload["kept"])))
-        bills.add(int(wire.message_bits(scheme.wire(payload, target))))
-        assert wire.message_bits(scheme.wire(payload, target)) == 64 + 32 * kept
+        bills.add(int(8 * wire.message_bytes(scheme.wire(payload, target))))
+        assert 8 * wire.message_bytes(scheme.wire(payload, target)) == 64 + 32 * kept
     assert len(bills) > 1
 
 
@@ -347,7 +347,7 @@ def test_nothing_is_sent_of_nothing(size: int) -> None:
     scheme = compressors.sampled(0.3)
     for target, kept in ((jnp.zeros(size), 0), (jnp.zeros(size).at[3].set(5), 1)):
         payload = scheme.encode(target, KEYS)
-        assert wire.message_bits(scheme.wire(payload, target)) == -(-size // 8) * 8 + 32 * kept
+        assert 8 * wire.message_bytes(scheme.wire(payload, target)) == -(-size // 8) * 8 + 32 * kept
         np.testing.assert_array_equal(scheme.decode(payload, target), target)
 
 
@@ -364,4 +364,4 @@ def test_indices_are_billed() -> None:
     for size, width in ((16, 4), (17, 5), (7850, 13)):
         target = jnp.arange(1.0, size + 1)
         for scheme in (compressors.top_k(8), compressors.rand_k(8)):
-            assert wire.message_bits(scheme.wire(scheme.encode(target, KEYS), target)) == 8 * (32 + width)
+            assert 8 * wire.message_bytes(scheme.wire(scheme.encode(target, KEYS), target)) == 8 * (32 + width)

@@ -99,7 +99,7 @@ def test_your_own_method(used: dict[str, Any]) -> None:
     keys = types.Keys(key, key, key, jax.numpy.int32(1), jax.numpy.int32(0))
     payload = alg.compressor.encode(like, keys)
     data = wire.to_bytes(alg.compressor, payload, like)
-    assert 8 * len(data) == wire.message_bits(alg.compressor.wire(payload, like)) == 16 * like.size
+    assert len(data) == wire.message_bytes(alg.compressor.wire(payload, like)) == 2 * like.size
     np.testing.assert_array_equal(wire.from_bytes(alg.compressor, data, like), alg.compressor.decode(payload, like))
 
 

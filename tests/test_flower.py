@@ -445,7 +445,7 @@ def forged(reply: Message, head: dict[str, Any] | None = None, name: bool = True
     there = {**there, **parts}
     if name and "body" in parts:
         base = up.base, up.base_digest
-        up = up._replace(bits=8 * len(there["body"]), digest=messages.name_of(there["body"], up.round, base)[1])
+        up = up._replace(size=len(there["body"]), digest=messages.name_of(there["body"], up.round, base)[1])
     up = up._replace(**head or {})
     reply.content = messages.record(up, **there)
     return reply
@@ -485,7 +485,7 @@ HOSTILE: dict[str, tuple[Callable[[Message], Message], str]] = {
     "another worker's": (lambda r: forged(r, {"worker": 2}), "worker 2: expected 1"),
     "a forged base": (lambda r: forged(r, {"base": 2, "base_digest": bytes(8)}), "stands on its upload of round 2"),
     "a forged digest": (lambda r: forged(r, {"digest": bytes(8)}), "expected what was billed, and its digest"),
-    "other bits billed": (lambda r: forged(r, {"bits": 8}), "billed as 8 bits"),
+    "another size billed": (lambda r: forged(r, {"size": 1}), "billed as 1: "),
     "another kind": (lambda r: forged(r, {"kind": 77}), "kind 77"),
     "everything, too short": (lambda r: forged(r, {"kind": messages.FULL}), "expected 32 bits for each of 63"),
     "no loss": (lambda r: forged(r, {"loss": float("nan")}), "a finite loss"),
@@ -646,7 +646,7 @@ def test_ten_thousand_replies_at_random(toy: Toy) -> None:
         cut = rng.integers(-3, 4) if rng.random() < 0.3 else 0
         body = bytes(body[:cut] if cut < 0 else body + bytes(rng.integers(0, 256, cut, np.uint8)))
         if rng.random() < 0.9:  # as its sender would sign it
-            up = up._replace(bits=8 * len(body), digest=messages.name_of(body, up.round, (up.base, up.base_digest))[1])
+            up = up._replace(size=len(body), digest=messages.name_of(body, up.round, (up.base, up.base_digest))[1])
         if rng.random() < 0.2:
             place = list(up._fields)[rng.integers(len(up))]
             value = getattr(up, place)

@@ -27,33 +27,11 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 # ---- a loop of one's own ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gd", "laq", "lasg_wk1", "marina", "sign_sgd", "cada2"])
-def test_a_loop_of_ones_own_is_the_run(name: str, toy: Toy) -> None:
-    """Jitted step by step or scanned, with the algorithm closed over or passed: bit for bit."""
-    alg, shards = make(name, toy), Shards(*map(jnp.asarray, toy.shards))
-    whole = laqjax.run(alg, toy.theta0, toy.shards, 12, KEY)
-    step = jax.jit(alg.step)
-    state, losses = alg.init(toy.theta0), []
-    for _ in range(12):
-        state, info = step(state, shards, KEY)
-        losses.append(info.loss)
-    identical(state, whole.state)
-    np.testing.assert_array_equal(np.stack(losses), whole.info.loss)
-
-    @jax.jit
-    def scanned(alg: Any, state: Any) -> Any:
-        return jax.lax.scan(lambda state, _: laqjax.step(alg, state, shards, KEY), state, length=12)
-
-    state, info = scanned(alg, alg.init(toy.theta0))
-    identical(state, whole.state)
-    np.testing.assert_array_equal(info.sent, whole.info.sent)
-
-
 def test_a_step_under_vmap_is_a_sweep(toy64: Toy) -> None:
     algs, keys = laqjax.stack([make("laq", toy64, bits=b) for b in (2, 5)]), jax.random.split(KEY, 2)
     shards = Shards(*map(jnp.asarray, toy64.shards))
     state = jax.vmap(lambda alg: alg.init(toy64.theta0))(algs)
-    step = jax.jit(jax.vmap(laqjax.step, (0, 0, None, 0)))
+    step = jax.jit(jax.vmap(laqjax.Algorithm.step, (0, 0, None, 0)))
     for _ in range(9):
         state, _ = step(algs, state, shards, keys)
     many = laqjax.sweep(algs, toy64.theta0, toy64.shards, 9, keys)

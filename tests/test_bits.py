@@ -1,0 +1,74 @@
+"""Bit-identity with XLA's optimisations on: however a run is cut, looped or streamed, its bits are the same.
+
+The other laws compile without most optimisations, which are what could break these.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import KEY, Toy
+from test_laws import CHUNK, RECORD, ROWS, identical, make, points_of, run
+
+import laqjax
+from laqjax import Shards
+
+# In `make test` one member for each kind of part: the grid with a lazy rule and a history, a compressed downlink, another
+# gradient on the same rows, an estimating memory with minibatches and shared draws, partial participation with local steps.
+QUICK = ["laq", "two_laq", "cada1", "dasha_mvr", "fedlaq"]
+MEMBERS = [pytest.param(name, marks=[pytest.mark.long] * (name not in QUICK)) for name in ROWS]
+SWEPT = [pytest.param(name, marks=[pytest.mark.long] * (name != "laq")) for name in ROWS]
+ROUNDS = 33
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_run_cut_streamed_or_looped_is_the_same_run(name: str, toy: Toy) -> None:
+    alg = make(name, toy)
+    straight = run(alg, toy.theta0, toy.shards, ROUNDS)
+    for cut in ([10, 23], [1, 12, 20]):
+        start, infos = toy.theta0, []
+        for rounds in cut:
+            out = run(alg, start, toy.shards, rounds)
+            start = out.state
+            infos.append(out.info)
+        identical((laqjax.join(infos), start), tuple(straight))
+
+    infos, state = [], None
+    for out in laqjax.stream(alg, toy.theta0, toy.shards, ROUNDS, KEY, record=RECORD, chunk=CHUNK):
+        infos.append(out.info)
+        state = jax.tree.map(np.array, out.state)  # a copy: the next chunk consumes it
+    identical((laqjax.join(infos), state), tuple(straight))
+
+    shards = Shards(*map(jnp.asarray, toy.shards))
+    closed_over = jax.jit(alg.step)
+    argument = jax.jit(lambda alg, state, shards, key: alg.step(state, shards, key))
+    for step in (closed_over, lambda *given: argument(alg, *given)):
+        state, infos = alg.init(toy.theta0), []
+        for _ in range(ROUNDS):
+            state, info = step(state, shards, KEY)
+            infos.append(info)
+        identical(state, straight.state)
+        identical(jax.tree.map(lambda *rows: np.stack(rows), *infos)[:4], straight.info[:4])
+
+
+def test_a_scan_of_ones_own_is_the_same_run(toy: Toy) -> None:
+    alg, shards = make("laq", toy), Shards(*map(jnp.asarray, toy.shards))
+    scan = jax.jit(lambda state: jax.lax.scan(lambda state, _: alg.step(state, shards, KEY), state, length=ROUNDS))
+    state, info = scan(alg.init(toy.theta0))
+    straight = run(alg, toy.theta0, toy.shards, ROUNDS)
+    identical(state, straight.state)
+    identical(jax.device_get(info)[:4], straight.info[:4])
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_a_sweep_cut_anywhere_is_the_same_sweep(name: str, toy: Toy) -> None:
+    points, keys = laqjax.stack(points_of(name, toy)), jax.random.split(KEY, 5)
+
+    def sweep(start: Any, rounds: int) -> laqjax.Output:
+        return laqjax.sweep(points, start, toy.shards, rounds, keys, batch=3, record=RECORD, chunk=CHUNK)
+
+    straight, first = sweep(toy.theta0, 23), sweep(toy.theta0, 9)
+    rest = sweep(first.state, 14)
+    identical((laqjax.join([first.info, rest.info]), rest.state), tuple(straight))
