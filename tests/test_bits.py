@@ -15,9 +15,9 @@ from test_laws import CHUNK, RECORD, ROWS, identical, make, points_of, run
 import laqjax
 from laqjax import Shards
 
-# In `make test` one member for each kind of part: the grid with a lazy rule and a history, a compressed downlink, another
+# In `make test` one member for each kind of part: the grid with a lazy rule, a history and a compressed downlink, another
 # gradient on the same rows, an estimating memory with minibatches and shared draws, partial participation with local steps.
-QUICK = ["laq", "two_laq", "cada1", "dasha_mvr", "fedlaq"]
+QUICK = ["two_laq", "cada1", "dasha_mvr", "fedlaq"]
 MEMBERS = [pytest.param(name, marks=[pytest.mark.long] * (name not in QUICK)) for name in ROWS]
 SWEPT = [pytest.param(name, marks=[pytest.mark.long] * (name != "laq")) for name in ROWS]
 ROUNDS = 33
