@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ def count_bits(name: str, size: Any) -> np.ndarray:
     Raises:
         TypeError: `size` is traced, and int32 may not hold its bits.
     """
-    if isinstance(size, jax.core.Tracer):
+    if isinstance(size, Tracer):
         raise TypeError(
             f"{name} inside a function that JAX traces: only bytes are counted there, since bits may exceed int32; read "
             f"{name.replace('bits', 'bytes')}, or read {name} from what the function returns"
