@@ -7,6 +7,8 @@ Figures are PNG and SVG beside the tables; nothing is computed again.
 """
 
 import itertools
+import math
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ import polars as pl
 import tyro
 from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
 
 from experiments import terminal
 from experiments.files import read_json, replacing
@@ -43,13 +45,74 @@ AXES = {"round": "rounds", "uploads": "uploads", "bits_up": "bits up", "bits": "
 OBSERVED = {"uploads": "uploads", "bits_up": "bits up, billed", "bytes_up": "bytes up, observed", "seconds": "seconds"}
 COLORS: Sequence[Any] = plt.get_cmap("tab10").colors  # pyright: ignore[reportAttributeAccessIssue]
 LINES = ("-", "--", ":")
+MARKERS = "sD^vP*<>"
+
+
+class LogTicks(LogLocator):
+    """Tick locator of a log axis with at least two ticks inside the limits, however short the range is."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        """Return powers of ten, or fewer and rounder numbers where less than two decades are seen."""
+        low, high = sorted((vmin, vmax))
+        first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+        axis: Any = self.axis
+        most = max(2, min(axis.get_tick_space(), 6))
+        if last - first > 1:
+            return 10.0 ** np.arange(first, last + 1, -(-(last - first + 1) // most))
+        for digits in ((1, 3), (1, 2, 5), (1, 2, 3, 5, 7)):
+            ticks = np.array([digit * 10.0**power for power in range(first - 1, last + 1) for digit in digits])
+            inside = ticks[(ticks >= low) & (ticks <= high)]
+            if len(inside) > 2:
+                return inside
+        ticks = np.array(MaxNLocator(min(most, 4)).tick_values(low, high))
+        return ticks[(ticks >= low) & (ticks <= high)]
+
+
+class LogLabels(Formatter):
+    """Tick labels of a log axis: powers of ten over several decades, else plain numbers such as 0.5 and 20M."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """Return the label of a tick that stands alone."""
+        return self.format_ticks([x])[0]
+
+    def format_ticks(self, values: Any) -> list[str]:
+        """Return the labels of all ticks."""
+        powers = np.log10(values)
+        if len(powers) > 1 and np.ptp(powers) > 1.99 and np.allclose(powers, np.round(powers)):
+            return [f"$10^{{{power:.0f}}}$" for power in powers]
+        most = math.floor(max(powers, default=0) + 1e-9)
+        if not -4 < most < 18:
+            return [rf"${value / 10.0**most:.6g}\times10^{{{most}}}$" for value in values]
+        thousands = [math.floor(power + 1e-9) // 3 if most > 3 and power >= 3 else 0 for power in powers]
+        return [f"{value / 1000**n:.10g}{('', *'kMGTP')[n]}" for value, n in zip(values, thousands, strict=True)]
+
+
+def log_scale(axes: Any, letters: str) -> None:
+    """Make the x or y axis, or both, logarithmic, with labels inside the limits."""
+    for letter in letters:
+        getattr(axes, f"set_{letter}scale")("log")
+        axis = getattr(axes, f"{letter}axis")
+        axis.set_major_locator(LogTicks())
+        axis.set_major_formatter(LogLabels())
+        axis.set_minor_locator(NullLocator())
+
+
+def legend(figure: Any) -> None:
+    """Add a legend on the right of all axes, with each label once; the figure grows with it."""
+    handles: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(textwrap.fill(name, 40), handle)
+    lines = sum(1 + name.count("\n") for name in handles)
+    figure.set_figheight(max(figure.get_figheight(), 0.5 + 0.18 * lines))
+    figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside right center")
 
 
 def save(figure: Any, path: Path) -> None:
     """PNG and SVG beside each other."""
     for suffix in (".png", ".svg"):
         with replacing(path.with_name(path.name + suffix)) as part:
-            figure.savefig(part, bbox_inches="tight", metadata={"Date": None} if suffix == ".svg" else None)
+            figure.savefig(part, metadata={"Date": None} if suffix == ".svg" else None)
     plt.close(figure)
 
 
@@ -65,7 +128,8 @@ def curves_figure(
     methods = curves["method"].unique(maintain_order=True).to_list()
     log = column == "residual"
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(against), figsize=(4 * len(against), 3.6), sharey=True)
+        size = 4 * len(against), 3.6
+        figure, axes = plt.subplots(1, len(against), figsize=size, sharey=True, layout="constrained")
         for axis, (name, label) in zip(axes, against.items(), strict=True):
             known = curves.drop_nans(column).filter(pl.col(name) > 0)
             named = set()
@@ -75,21 +139,23 @@ def curves_figure(
                 named.add(method)
                 marker, width = "." if len(rows) < 3 else "", 1.4 if first else 0.7
                 axis.plot(rows[name], y, label=first, marker=marker, linewidth=width, **look(methods.index(method)))
-            axis.set(xscale="log", yscale="log" if log else "linear", xlabel=label)
-            axis.xaxis.set_minor_formatter(NullFormatter())
+            log_scale(axis, "xy" if log else "x")
+            axis.set_xlabel(label)
         axes[0].set_ylabel(ylabel)
-        axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        legend(figure)
         save(figure, path)
 
 
 def raster(masks: dict[str, np.ndarray], path: Path) -> None:
     """Who uploaded when: one dot an upload, a row a worker, a panel a method; masks [rounds, workers]."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(len(masks), 1, figsize=(9, 1.6 * len(masks) + 0.5), sharex=True, squeeze=False)
+        size, shared = (9, 1.6 * len(masks) + 0.5), dict[str, Any]({"sharex": True, "squeeze": False})
+        figure, axes = plt.subplots(len(masks), 1, figsize=size, layout="constrained", **shared)
         for axis, (method, sent) in zip(axes[:, 0], masks.items(), strict=True):
             axis.plot(*np.nonzero(sent), linestyle="", marker="|", markersize=4, alpha=0.6)
             axis.set_ylabel("worker")
-            axis.set_title(f"{method}: {np.count_nonzero(sent):,} uploads", fontsize=9, loc="left")
+            title = textwrap.fill(f"{method}: {np.count_nonzero(sent):,} uploads", 110)
+            axis.set_title(title, fontsize=9, loc="left")
             axis.set_ylim(sent.shape[1] - 0.5, -0.5)
             axis.yaxis.get_major_locator().set_params(integer=True)
         axes[-1, 0].set_xlabel("round")
@@ -135,8 +201,11 @@ def sweep(folder: Path) -> None:
     target = goals_of(summary)[-1]
     heat_maps(summary, target, folder / "bits-to-target")
     best, words = ranked(summary, target), labels(summary)
-    # where none got there, those that came nearest
-    drawn = (front(summary, target) if len(best) else summary.sort("final_loss", nulls_last=True)).head(8)
+    nearest = pl.concat([best, summary.sort("final_loss", nulls_last=True)])
+    drawn = (front(summary, target) if len(best) else nearest).head(8)
+    drawn = pl.concat(
+        [drawn, nearest.unique("algorithm", keep="first", maintain_order=True)]
+    )  # no algorithm is missing
     chosen = curves.filter(pl.col("point").is_in(drawn["point"].to_list())).with_columns(
         method=pl.col("point").replace_strict(words, return_dtype=pl.String)
     )
@@ -151,23 +220,28 @@ def sweep(folder: Path) -> None:
 
 
 def pareto(best: pl.DataFrame, words: dict[int, str], target: str, path: Path) -> None:
-    """Rounds against bits up: a color an algorithm, 95 % intervals over seeds, a word at each point of the front."""
+    """Rounds against bits up: a color an algorithm, 95 % intervals over seeds, a marker a point of the front."""
     x, y = f"bits_up_{target}", f"rounds_{target}"
+    best = best.filter(pl.col(x) > 0)
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(7, 4.6))
+        figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
         for i, ((name,), rows) in enumerate(best.group_by(["algorithm"], maintain_order=True)):
             error: Any = {
                 f"{c}err": np.nan_to_num(rows[f"{v}_ci95"].to_numpy().astype(float)) for c, v in (("x", x), ("y", y))
             }
-            axis.errorbar(rows[x], rows[y], **error, fmt="o", markersize=4, alpha=0.5, color=COLORS[i % 10], label=name)
+            color = COLORS[i % 10]
+            axis.errorbar(rows[x], rows[y], **error, fmt="none", alpha=0.5, ecolor=color)
+            axis.plot(rows[x], rows[y], "oXp"[i // 10 % 3], markersize=4, color=color, label=name)
         edge = front(best, target)
-        axis.plot(edge[x], edge[y], drawstyle="steps-post", color="k", linewidth=1, label="Pareto front")
-        for i, row in enumerate(edge.iter_rows(named=True)):
-            place: Any = {"xytext": (8, 6 + 11 * (i % 2)), "textcoords": "offset points", "fontsize": 7}
-            axis.annotate(words[row["point"]], (row[x], row[y]), **place)
-        axis.set(xscale="log", xlabel=f"bits up to {best['goal'][0]} {target}", ylabel="rounds")
-        axis.margins(x=0.2, y=0.15)
-        axis.legend(frameon=False, fontsize=8)
+        if len(edge) > 1:
+            axis.plot(edge[x], edge[y], drawstyle="steps-post", color="k", linewidth=1, label="Pareto front")
+        shown = np.unique(np.linspace(0, len(edge) - 1, len(MARKERS)).astype(int))
+        for marker, row in zip(MARKERS, edge[shown].iter_rows(named=True), strict=False):
+            look: Any = {"marker": marker, "markersize": 9, "mfc": "none", "color": "k", "linestyle": ""}
+            axis.plot(row[x], row[y], **look, label=f"front: {words[row['point']]}")
+        log_scale(axis, "x")
+        axis.set(xlabel=f"bits up to {best['goal'][0]} {target}", ylabel="rounds")
+        legend(figure)
         save(figure, path)
 
 
@@ -196,8 +270,9 @@ def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
         return
     grids, title, (d, b, c) = found
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        size = 1.6 + (1 + 0.9 * len(c)) * len(d), 1.4 + 0.5 * len(b)
-        figure, panels = plt.subplots(1, len(d), figsize=size, squeeze=False)
+        title = textwrap.fill(title, int(10 * (1.6 + (1 + 0.9 * len(c)) * len(d))))
+        size = 1.6 + (1 + 0.9 * len(c)) * len(d), 1.4 + 0.5 * len(b) + 0.2 * title.count("\n")
+        figure, panels = plt.subplots(1, len(d), figsize=size, squeeze=False, layout="constrained")
         norm = LogNorm(np.nanmin(grids), max(np.nanmax(grids), 1.01 * np.nanmin(grids)))
         for axis, grid, window in zip(panels[0], grids, d, strict=True):
             axis.imshow(grid, norm=norm, cmap="viridis_r", aspect="auto")
@@ -209,8 +284,9 @@ def heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
                 color = "w" if not np.isnan(value) and norm(value) > 0.6 else "k"
                 text = "-" if np.isnan(value) else f"{value:.3g}"
                 axis.text(column, row, text, ha="center", va="center", color=color, **best)
-        figure.suptitle(title, fontsize=10, y=1.05)
-        figure.colorbar(panels[0, 0].images[0], ax=panels[0].tolist(), label="Mbit up")
+        figure.suptitle(title, fontsize=10)
+        bar = figure.colorbar(panels[0, 0].images[0], ax=panels[0].tolist(), label="Mbit up")
+        log_scale(bar.ax, "y")
         save(figure, path)
 
 
@@ -218,16 +294,21 @@ def tune(folder: Path) -> None:
     """Bits up over the trials, from what `experiments.tune` left."""
     trials = pl.read_parquet(folder / "trials.parquet")
     bits = trials["bits_up"].fill_null(np.nan).to_numpy()
-    if np.isnan(bits).all():
+    if not np.nanmax(bits, initial=0) > 0:
         return
+    fewest = np.fmin.accumulate(bits)
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(6, 4))
+        figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
         axis.plot(trials["trial"], bits, "o", markersize=4, alpha=0.6, label="reached on every seed")
-        axis.plot(trials["trial"], np.fmin.accumulate(bits), drawstyle="steps-post", color="C3", label="fewest so far")
+        if np.isfinite(fewest).sum() > 1:
+            axis.plot(trials["trial"], fewest, drawstyle="steps-post", color="C3", label="fewest so far")
         if not np.isnan(bits[0]):
             axis.axhline(bits[0], color="k", linestyle="--", linewidth=1, label="the first trial")
-        axis.set(yscale="log", xlabel="trial", ylabel=f"bits up to {trials['goal'][0]} {trials['target'][0]:g}")
-        axis.legend(frameon=False)
+        log_scale(axis, "y")
+        axis.set(xlabel="trial", ylabel=f"bits up to {trials['goal'][0]} {trials['target'][0]:g}")
+        axis.set_xlim(-0.5, max(len(trials), 2) - 0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        legend(figure)
         save(figure, folder / "trials")
 
 
@@ -272,14 +353,17 @@ def panels(curves: pl.DataFrame, path: Path) -> None:
     """Residual against uploads, a color a `method`, a panel a `panel`."""
     names, methods = (curves[name].unique(maintain_order=True).to_list() for name in ("panel", "method"))
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.6), sharey=True, squeeze=False)
+        size, shared = (4 * len(names) + 1, 3.6), dict[str, Any]({"sharey": True, "squeeze": False})
+        figure, axes = plt.subplots(1, len(names), figsize=size, layout="constrained", **shared)
         for axis, name in zip(axes[0], names, strict=True):
-            for (method,), rows in curves.filter(pl.col("panel") == name).group_by(["method"], maintain_order=True):
+            mine = curves.filter(pl.col("panel") == name)
+            for (method, _), rows in mine.group_by(["method", "point"], maintain_order=True):
                 y = rows["residual"].clip(1e-12)
                 axis.plot(rows["uploads"].clip(1), y, label=method, **look(methods.index(method)))
-            axis.set(xscale="log", yscale="log", xlabel="uploads", title=name)
+            log_scale(axis, "xy")
+            axis.set(xlabel="uploads", title=name)
         axes[0, 0].set_ylabel("f - f*")
-        axes[0, 0].legend(frameon=False)
+        legend(figure)
         save(figure, path)
 
 
@@ -287,7 +371,7 @@ def compare(folder: Path) -> None:
     """Bits at each target, method by method, and the fronts of each kind, from what `experiments.compare` left."""
     best, tried = (pl.read_parquet(folder / f"{name}.parquet") for name in ("best", "tried"))
     kinds = best["kind"].unique(maintain_order=True).to_list()
-    costs(best.filter(pl.col("cheapest in") == "bits up").drop_nulls("bits_up"), kinds, folder / "bits")
+    costs(best.filter(pl.col("cheapest in") == "bits up"), kinds, folder / "bits")
     for target in best["target"].unique(maintain_order=True):
         reached = tried.drop_nulls(f"bits_up_{target}")
         if len(reached):
@@ -303,59 +387,65 @@ def by_cost(best: pl.DataFrame) -> list[str]:
 
 def costs(best: pl.DataFrame, kinds: list[str], path: Path) -> None:
     """A row a method, a panel a target: bits up with 95 % intervals, and hollow what the step of theory costs."""
-    targets = best["target"].unique(maintain_order=True).to_list()
+    reached = best.filter(pl.col("bits_up") > 0)
+    targets = reached["target"].unique(maintain_order=True).to_list()
     if not targets:
         return
-    methods = by_cost(best)
+    methods, never = by_cost(best), set(best["method"]) - set(best.drop_nulls("bits_up")["method"])
+    names = [f"{name} (not reached)" if name in never else name for name in methods]
     with plt.rc_context(STYLE):
-        size = 3.2 * len(targets) + 1.5, 1.2 + 0.22 * len(methods)
+        size = 3.2 * len(targets) + 0.6 + 0.065 * max(map(len, names)), 1.4 + 0.22 * len(methods)
         figure, axes = plt.subplots(1, len(targets), figsize=size, sharey=True, squeeze=False, layout="constrained")
+        dots = {}
         for axis, target in zip(axes[0], targets, strict=True):
-            for row in best.filter(pl.col("target") == target).iter_rows(named=True):
+            for row in reached.filter(pl.col("target") == target).iter_rows(named=True):
                 color, y = COLORS[kinds.index(row["kind"]) % 10], methods.index(row["method"])
                 axis.errorbar(row["bits_up"], y, xerr=row["bits_up_ci95"] or 0, fmt="o", markersize=4, color=color)
-                if row["bits_up of theory"]:
-                    axis.plot(row["bits_up of theory"], y, "o", markersize=5, mfc="none", color=color)
-            axis.set(xscale="log", title=f"{best['goal'][0]} {target}", xlabel="bits up")
-        axes[0, 0].set_yticks(range(len(methods)), methods, fontsize=8)
-        drawn = [kind for kind in kinds if kind in best["kind"].to_list()]
-        dots = [Line2D([], [], marker="o", linestyle="", color=COLORS[kinds.index(kind) % 10]) for kind in drawn]
-        dots.append(Line2D([], [], marker="o", linestyle="", color="k", mfc="none"))
-        names = [*drawn, "step of theory"]
-        figure.legend(dots, names, frameon=False, ncols=len(names), loc="outside upper center")
+                dots[row["kind"]] = {"color": color}
+                if row.get("bits_up of theory"):
+                    axis.plot(row["bits_up of theory"], y, "o", markersize=5, mfc="none", color="k")
+                    dots["step of theory"] = {"color": "k", "mfc": "none"}
+            log_scale(axis, "x")
+            axis.set(title=f"{best['goal'][0]} {target}", xlabel="bits up")
+        axes[0, 0].set_yticks(range(len(methods)), names, fontsize=8)
+        axes[0, 0].set_ylim(-0.6, len(methods) - 0.4)
+        shown = [name for name in (*kinds, "step of theory") if name in dots]
+        handles = [Line2D([], [], marker="o", linestyle="", **dots[name]) for name in shown]
+        columns = max(1, int(size[0] / 1.6))
+        figure.legend(handles, shown, frameon=False, ncols=columns, loc="outside upper center")
         save(figure, path)
 
 
 def fronts(reached: pl.DataFrame, target: str, kinds: dict[str, list[str]], folder: Path) -> None:
-    """Rounds against bits up, a panel a kind: each method's front with its name at the cheapest, all others grey."""
-    edges = {name: front(rows, target) for (name,), rows in reached.group_by(["algorithm"], maintain_order=True)}
+    """Rounds against bits up, a panel a kind: each method's front in a color, all others grey."""
     x, y = f"bits_up_{target}", f"rounds_{target}"
+    reached = reached.filter(pl.col(x) > 0)
+    edges = {name: front(rows, target) for (name,), rows in reached.group_by(["algorithm"], maintain_order=True)}
     shown = {kind: [m for m in methods if m in edges] for kind, methods in kinds.items()}
     shown = {kind: methods for kind, methods in shown.items() if methods}
+    if not shown:
+        return
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     with plt.rc_context(STYLE):
-        size = 4.4 * columns, 3.4 * lines
-        figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+        size, shared = (5.6 * columns, 3.4 * lines), dict[str, Any]({"sharex": True, "sharey": True, "squeeze": False})
+        figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", **shared)
         for axis in axes.flat[len(shown) :]:
             axis.axis("off")
         for axis, (kind, methods) in zip(axes.flat, shown.items(), strict=False):
             for name, edge in edges.items():
                 if name not in methods:
                     axis.plot(edge[x], edge[y], ".-", color="0.85", linewidth=0.8, markersize=3, zorder=1)
-            color = COLORS[list(kinds).index(kind) % 10]
-            heights = sorted(methods, key=lambda name: edges[name][y][0])
-            for i, name in enumerate(heights):
-                edge = edges[name]
-                axis.plot(edge[x], edge[y], "o-", color=color, markersize=3, linewidth=1)
-                place: Any = {"xytext": (-4, 3 if i % 2 else -8), "textcoords": "offset points", "ha": "right"}
-                axis.annotate(name, (edge[x][0], edge[y][0]), fontsize=7, **place)
-            axis.set(xscale="log", yscale="log", title=kind)
-            axis.margins(x=0.25)
-            axis.xaxis.set_minor_formatter(NullFormatter())
+            for i, name in enumerate(sorted(methods, key=lambda name: edges[name][y][0], reverse=True)):
+                line: Any = {"marker": "o", "markersize": 3, "linewidth": 1, **look(i)}
+                axis.plot(edges[name][x], edges[name][y], label=textwrap.fill(name, 24), **line)
+            log_scale(axis, "xy")
+            axis.set_title(kind)
+            axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        for axis in axes.flat[len(shown) - columns : len(shown)]:  # the lowest of each column
+            axis.tick_params(labelbottom=True)
         figure.supxlabel(f"bits up to {reached['goal'][0]} {target}", fontsize=10)
         figure.supylabel("rounds", fontsize=10)
-        figure.tight_layout()
         save(figure, folder / f"fronts-{target}")
 
 
@@ -363,13 +453,14 @@ def heterogeneity(folder: Path) -> None:
     """Share of GD's uploads that is saved, over the spread of L_m and over Dirichlet alpha."""
     table = pl.read_parquet(folder / "heterogeneity.parquet")
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
         for axis, ((name,), rows) in zip(axes, table.group_by(["axis"], maintain_order=True), strict=True):
             for method in ("laq", "lag_wk"):
                 axis.plot(rows["value"], 100 * rows[f"{method} saves"], "o-", label=method)
-            axis.set(xlabel=name, xscale="log" if "alpha" in str(name) else "linear")
+            axis.set_xlabel(str(name))
+            log_scale(axis, "x" if "alpha" in str(name) else "")
         axes[0].set_ylabel("uploads saved against GD, %")
-        axes[0].legend(frameon=False)
+        legend(figure)
         save(figure, folder / "heterogeneity")
 
 

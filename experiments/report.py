@@ -68,6 +68,8 @@ def read(folder: Path) -> Section:
         raise FileNotFoundError(f"{folder} is missing: expected the --out folder of an experiment")
     identity = folder / "identity.json"
     asked = files.read_json(identity) if identity.exists() else {}
+    if asked.get("target_accuracy"):  # it replaces the targets of the loss, whose default stands in the file
+        asked.pop("target", None)
     kind = asked.pop("experiment", "scaling" if (folder / "goals.parquet").exists() else None)
     if kind not in TABLES:
         raise ValueError(f"{folder} holds no results: expected what an experiment leaves, as results/sweep")

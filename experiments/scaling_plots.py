@@ -29,17 +29,17 @@ def draw(folder: Path) -> None:
     """The figures, from the tables of a folder."""
     cost, modelled = (pl.read_parquet(folder / f"{name}.parquet") for name in ("cost", "model"))
     with plt.rc_context(plots.STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+        figure, axes = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
         for axis, name in zip(axes, ("M", "p", "rounds"), strict=True):
             for i, ((devices,), rows) in enumerate(cost.filter(axis=name).group_by(["devices"], maintain_order=True)):
                 fixed, power = slope(rows[name], rows["seconds"])
                 label = f"{devices} device(s): slope {power:.2f} above {1e3 * fixed:.2g} ms"
                 axis.plot(rows[name], rows["seconds"], marker="o", label=label, **plots.look(i))
-            axis.set(xscale="log", yscale="log", xlabel=name, ylabel="s a run" if name == "rounds" else "s a round")
-            axis.legend(frameon=False, fontsize=8)
-        figure.tight_layout()
+            plots.log_scale(axis, "xy")
+            axis.set(xlabel=name, ylabel="s a run" if name == "rounds" else "s a round")
+            axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
         plots.save(figure, folder / "cost")
-        figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
+        figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True, layout="constrained")
         for axis, name in zip(axes, ("strong", "weak"), strict=True):
             rows = cost.filter(axis=name)
             bars = [f"{r['processes']} x {r['devices of each']}" for r in rows.iter_rows(named=True)]
@@ -48,12 +48,13 @@ def draw(folder: Path) -> None:
             axis.set(title=f"{name} scaling, {work}", xlabel="processes x devices of each")
         axes[0].set_ylabel("ms a round")
         plots.save(figure, folder / "devices")
-        figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
         for axis, ((size,), part) in zip(axes, modelled.group_by(["p"], maintain_order=True), strict=True):
             for i, ((name,), rows) in enumerate(part.group_by(["exchange"], maintain_order=True)):
                 axis.plot(rows["hosts"], rows["seconds"], label=name, **plots.look(i))
-            axis.set(xscale="log", yscale="log", xlabel="hosts", title=f"p = {size:,}")
-        figure.suptitle("a model, not measured: M = 1000", y=1.02)
+            plots.log_scale(axis, "xy")
+            axis.set(xlabel="hosts", title=f"p = {size:,}")
+        figure.suptitle("a model, not measured: M = 1000")
         axes[0].set_ylabel("s a round")
-        axes[1].legend(frameon=False)
+        plots.legend(figure)
         plots.save(figure, folder / "model")

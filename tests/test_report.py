@@ -129,6 +129,17 @@ def test_an_unfinished_folder_shows_what_is_done(swept: Path, tmp_path: Path) ->
     assert figures(page) == []
 
 
+def test_a_target_of_accuracy_replaces_the_others(swept: Path, tmp_path: Path) -> None:
+    shutil.copytree(swept, tmp_path / "scored")
+    identity = tmp_path / "scored" / "identity.json"
+    asked = json.loads(identity.read_text())
+    assert "target" in report.read(tmp_path / "scored").asked
+    identity.write_text(json.dumps(asked | {"target_accuracy": [0.9]}))
+    asked = report.read(tmp_path / "scored").asked
+    assert asked["target_accuracy"] == [0.9]
+    assert "target" not in asked
+
+
 def test_what_is_no_result_folder_is_said(swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     shutil.copytree(swept, tmp_path / "damaged")
@@ -170,6 +181,10 @@ addEventListener("load", () => {
   document.querySelector(".views button").click();
   found.title = document.querySelector(".plot .xtitle").textContent;
   found.logo = document.querySelectorAll(".modebar a[href], .modebar-btn--logo").length;
+  const boxes = [...document.querySelectorAll(".scroll")];
+  found.cut = boxes.map(box => box.scrollWidth > box.clientWidth);
+  found.hints = boxes.map(box => getComputedStyle(box.previousElementSibling, "::after").content.includes("scroll sideways"));
+  found.bars = boxes.map(box => box.offsetHeight - box.clientHeight > 8);
   found.loaded = performance.getEntriesByType("resource").map(entry => entry.name);
   const out = document.createElement("pre");
   out.id = "probe";
@@ -194,5 +209,7 @@ def test_in_a_browser(page: str, tmp_path: Path) -> None:
     assert numbers != sorted(numbers, key=str)
     assert (found["up"], found["down"]) == (numbers, numbers[::-1])
     assert found["title"] == "rounds"
+    assert any(found["cut"])
+    assert found["cut"] == found["hints"] == found["bars"]
     assert found["loaded"] == []
     assert found["logo"] == 0
