@@ -177,7 +177,7 @@ def points_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), (meshes.POINTS,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def check_sweep(algs: Algorithm, start: Any, shards: Shards, rounds: int, keys: Any, mesh: Mesh) -> tuple[int, Array]:
+def check_sweep(algs: Algorithm, start: Any, shards: Shards, rounds: int, keys: Any, mesh: Mesh) -> tuple[int, Any]:
     """Return the number of points and their parameters [S, p].
 
     Raises:
