@@ -95,7 +95,8 @@ class Comparison:
         """The axes of a member, the first value of each that of theory or of the default."""
         member, own = MEMBERS.get(name, OWN), points.arguments(name)
         given = points.values_of(replace(self.settings.axes, algorithm=(name,)), self.settings.data, strict=False)
-        axes = member.axes | {key: values for key, values in given.items() if key in own and values != (None,)}
+        said = {key: values for key, values in given.items() if key in own and values != (None,)}
+        axes = {key: values for key, values in member.axes.items() if (key, "c" in said) != ("xi", True)} | said
         step, base = "local_lr" if "local_lr" in own else "lr", float(member.step(self.case))
         around = [(i + 1) // 2 * (-1) ** i for i in range(self.settings.steps)]
         if self.settings.axes.minibatch and "sampler" in own:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from laqjax import compressors
-from laqjax.checks import number, numbers
+from laqjax.checks import number, numbers, oracle_dtype
 from laqjax.compressors import grid, identity
 from laqjax.memories import (
     CorrectedMomentum,
@@ -59,7 +59,7 @@ ARGUMENTS = {
     "min_bits": "the least b that may be chosen.",
     "max_bits": "the largest b that may be chosen, at most 16.",
     "xi": "weights of the history: one number, the sum of equal weights xi_d, or the weights themselves [window], that of the "
-    "newest step first.",
+    "newest step first. None, where there is a c too: 0.8 unless c is given.",
     "c": "weight of the history by the papers of LASG and CADA: the threshold is (c / D) sum_d motion_d, whatever lr and M. "
     "Where there is a xi too: None, or instead of it.",
     "window": "D, the rounds of motion that the rule looks back on.",
@@ -179,7 +179,7 @@ def lag_wk(
     Chen, Giannakis, Sun, Yin, "LAG: lazily aggregated gradient for communication-efficient distributed learning",
     NeurIPS 2018, eq. (15a). LAG has no bound on silence: `limit=None` is the original.
     """
-    past = history(xi, window, oracle.dtype, max_window=max_window, ramp=ramp, of=motion_of(lr, optimizer))
+    past = history(xi, window, oracle_dtype(oracle), max_window=max_window, ramp=ramp, of=motion_of(lr, optimizer))
     rule = patient(lazy(past, InnovationChange()), limit, first_upload)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(oracle, identity(), rule, innovation(oracle), **server)
@@ -192,7 +192,7 @@ def lag_ps(
     lr: Any,
     num_workers: int,
     smoothness: Any,
-    xi: Any = 0.8,
+    xi: Any = None,
     c: float | None = None,
     window: int = 10,
     limit: int | None = 100,
@@ -233,7 +233,7 @@ def iag_random(
     sampler: Sampler | None = None,
 ) -> Algorithm:
     """Incremental aggregated gradient of one worker a round, drawn proportionally to L_m (Num-IAG in the LAG paper)."""
-    rule = one_of(each(smoothness, oracle, num_workers), oracle.dtype)
+    rule = one_of(each(smoothness, oracle, num_workers), oracle_dtype(oracle))
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(oracle, identity(), rule, innovation(oracle), **server)
 
@@ -260,7 +260,7 @@ def laq(
     NeurIPS 2019, Algorithm 2. With a server that is not SGD of one lr, the history is made of what that server was given:
     see `rules.History`.
     """
-    past = history(xi, window, oracle.dtype, max_window=max_window, ramp=ramp, of=motion_of(lr, optimizer))
+    past = history(xi, window, oracle_dtype(oracle), max_window=max_window, ramp=ramp, of=motion_of(lr, optimizer))
     rule = patient(lazy(past, InnovationChange()), limit, first_upload)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(oracle, grid(bits), rule, innovation(oracle), **server)
@@ -287,7 +287,7 @@ def two_laq(
 
     From the authors' program.
     """
-    past = history(xi, window, oracle.dtype, max_window=max_window, ramp=ramp, of=motion_of(lr, optimizer))
+    past = history(xi, window, oracle_dtype(oracle), max_window=max_window, ramp=ramp, of=motion_of(lr, optimizer))
     rule = patient(lazy(past, InnovationChange()), limit, first_upload)
     downlink = StepDown(grid(bits if bits_down is None else bits_down))
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler, "downlink": downlink}
@@ -315,7 +315,7 @@ def laq_adaptive(
 
     The choice of b is AQUILA's (Zhao et al. 2023), clipped; the rule is LAQ's, not AQUILA's: see `compressors.AdaptiveGrid`.
     """
-    past = history(xi, window, oracle.dtype, max_window=max_window, ramp=ramp, of=motion_of(lr, optimizer))
+    past = history(xi, window, oracle_dtype(oracle), max_window=max_window, ramp=ramp, of=motion_of(lr, optimizer))
     rule = patient(lazy(past, InnovationChange()), limit, first_upload)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(oracle, compressors.adaptive_grid(min_bits, max_bits), rule, innovation(oracle), **server)
@@ -351,7 +351,7 @@ def ef21_sgdm(
 
     Fatkhullin, Tyurin, Richtarik, "Momentum provably improves error feedback!", NeurIPS 2023, Algorithm 1.
     """
-    memory = Momentum(number("eta", eta, oracle.dtype, above=0, most=1))
+    memory = Momentum(number("eta", eta, oracle_dtype(oracle), above=0, most=1))
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(oracle, compressor, Always(), memory, **server)
 
@@ -408,7 +408,7 @@ def clag(
     sampler: Sampler | None = None,
 ) -> Algorithm:
     """CLAG: EF21's step iff ||g_m - h_m||^2 > zeta ||g_m - g_m of the round before||^2 (3PC, Richtarik et al. 2022)."""
-    rule = Progress(number("zeta", zeta, oracle.dtype, least=0))
+    rule = Progress(number("zeta", zeta, oracle_dtype(oracle), least=0))
     # exact: where the compressor loses nothing both sides of the rule are the same number in the round after an upload
     memory = innovation(oracle, exact=True)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
@@ -477,8 +477,8 @@ def dasha(
         raise ValueError(
             "b = None with a sampler: expected b in (0, 1]; on minibatches DASHA needs its momentum (DASHA-MVR)"
         )
-    momentum = None if b is None else number("b", b, oracle.dtype, above=0, most=1)
-    memory = Dasha(number("a", a, oracle.dtype, above=0, most=1), momentum)
+    momentum = None if b is None else number("b", b, oracle_dtype(oracle), above=0, most=1)
+    memory = Dasha(number("a", a, oracle_dtype(oracle), above=0, most=1), momentum)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(oracle, compressor, Always(), memory, **server)
 
@@ -583,7 +583,7 @@ def dgc(
     Lin, Han, Mao, Wang, Dally, ICLR 2018, Algorithm 1 and section 3: momentum correction and factor masking, without
     clipping and warm-up.
     """
-    memory = CorrectedMomentum(number("momentum", momentum, oracle.dtype, least=0, most=1))
+    memory = CorrectedMomentum(number("momentum", momentum, oracle_dtype(oracle), least=0, most=1))
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(oracle, compressors.top_k(k), Always(), memory, **server)
 
@@ -617,7 +617,7 @@ def lasg_wk1(
     lr: Any,
     num_workers: int,
     period: int = 100,
-    xi: Any = 0.8,
+    xi: Any = None,
     c: float | None = None,
     window: int = 10,
     limit: int | None = 100,
@@ -645,7 +645,7 @@ def lasg_wk2(
     *,
     lr: Any,
     num_workers: int,
-    xi: Any = 0.8,
+    xi: Any = None,
     c: float | None = None,
     window: int = 10,
     limit: int | None = 100,
@@ -672,7 +672,7 @@ def lasg_ps(
     lr: Any,
     num_workers: int,
     smoothness: Any,
-    xi: Any = 0.8,
+    xi: Any = None,
     c: float | None = None,
     window: int = 10,
     limit: int | None = 100,
@@ -714,7 +714,7 @@ def cada1(
     The paper's single D is `period` = D and `limit` = D - 1, its d_max is `window`.
     """
     change = SnapshotChange(number("period", period, np.int32, least=1))
-    past = weighted(0, c, window, oracle, max_window, ramp, "absolute")
+    past = weighted(None, c, window, oracle, max_window, ramp, "absolute")
     rule = patient(lazy(past, change), limit, first_upload)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(oracle, identity(), rule, innovation(oracle), **server)
@@ -739,7 +739,7 @@ def cada2(
 
     The paper's D is `limit` = D - 1, its d_max is `window`.
     """
-    past = weighted(0, c, window, oracle, max_window, ramp, "absolute")
+    past = weighted(None, c, window, oracle, max_window, ramp, "absolute")
     rule = patient(lazy(past, StaleModelChange()), limit, first_upload)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(oracle, identity(), rule, innovation(oracle), **server)
@@ -816,7 +816,7 @@ def fedlaq(
     lr: by default steps local_lr / M, the average of the local models that the memories stand for.
     """
     local, lr, _ = federated(oracle, num_workers, steps, local_lr, lr, None)
-    past = history(xi, window, oracle.dtype, max_window=max_window, ramp=ramp, of=motion_of(lr, optimizer))
+    past = history(xi, window, oracle_dtype(oracle), max_window=max_window, ramp=ramp, of=motion_of(lr, optimizer))
     rule: Rule = patient(lazy(past, InnovationChange()), limit, first_upload)
     if participants is not None:
         rule = participation(rule, num_workers, count=participants)
@@ -830,7 +830,7 @@ def fedlaq(
 def innovation(oracle: Oracle, *, damping: float = 1, scaling: float = 1, exact: bool = False) -> Innovation:
     """An `Innovation` memory with checked numbers, both in (0, 1]."""
     given = {"damping": damping, "scaling": scaling}
-    checked = {name: number(name, value, oracle.dtype, above=0, most=1) for name, value in given.items()}
+    checked = {name: number(name, value, oracle_dtype(oracle), above=0, most=1) for name, value in given.items()}
     return Innovation(**checked, exact=exact)
 
 
@@ -853,21 +853,21 @@ def motion_of(lr: Any, optimizer: Any) -> str:
 def weighted(
     xi: Any, c: float | None, window: int, oracle: Oracle, max_window: int | None, ramp: bool, of: str
 ) -> History:
-    """A history by xi, or by c."""
+    """Return a history by xi, 0.8 where neither is given, or by c."""
     if c is None:
-        return history(xi, window, oracle.dtype, max_window=max_window, ramp=ramp, of=of)
-    if np.ndim(xi) or xi not in (0, 0.8):
+        return history(0.8 if xi is None else xi, window, oracle_dtype(oracle), max_window=max_window, ramp=ramp, of=of)
+    if xi is not None:
         raise ValueError(
             f"xi = {xi!r} and c = {c!r}: expected one of them; c / window is each of the weights, without lr and M"
         )
-    weight = number("c", c, oracle.dtype, least=0)
-    return history(weight, window, oracle.dtype, max_window=max_window, ramp=ramp, of="absolute", name="c")
+    weight = number("c", c, oracle_dtype(oracle), least=0)
+    return history(weight, window, oracle_dtype(oracle), max_window=max_window, ramp=ramp, of="absolute", name="c")
 
 
 def each(smoothness: Any, oracle: Oracle, num_workers: int) -> np.ndarray:
     """L_m of each worker, checked."""
     return numbers(
-        "smoothness", smoothness, oracle.dtype, ((num_workers,),), "L_m >= 0 of each of the num_workers workers"
+        "smoothness", smoothness, oracle_dtype(oracle), ((num_workers,),), "L_m >= 0 of each of the num_workers workers"
     )
 
 

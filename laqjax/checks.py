@@ -1,7 +1,9 @@
 """Numbers and arguments checked before anything is compiled: what was given, what was expected, what to do."""
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -98,6 +100,31 @@ class Given:
         return self.transformation
 
 
+def suggest(name: Any, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" where a known name is close to `name`, else an empty string."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def is_readable(array: Any) -> bool:
+    """Return whether all numbers of an array are known here: it is not traced, and not spread over processes."""
+    known = isinstance(array, jax.Array) and not isinstance(array, Tracer) and array.is_fully_addressable
+    return known or isinstance(array, np.ndarray)
+
+
+def oracle_dtype(oracle: Any) -> np.dtype:
+    """Return the dtype of an oracle's parameters.
+
+    Raises:
+        ValueError: it is a problem, a loss function, or anything else that is no oracle.
+    """
+    if isinstance(oracle, type) or not all(hasattr(oracle, name) for name in ("size", "dtype", "ravel", "unravel")):
+        problem = hasattr(oracle, "oracle") and not isinstance(oracle, type)
+        how = "problem.oracle()" if problem else "laqjax.oracle.from_loss(loss_fn, params)"
+        raise ValueError(f"oracle = {oracle!r}: must be an oracle; pass {how}")
+    return oracle.dtype
+
+
 def part(name: str, value: Any, methods: tuple[str, ...], expected: str) -> None:
     """Raise ValueError unless `value` is an instance (not a class) with these methods."""
     if isinstance(value, type) or not all(callable(getattr(value, method, None)) for method in methods):
@@ -111,6 +138,50 @@ def no_tracers(*trees: Any) -> None:
             "run, stream and sweep loop on the host and cannot be called inside jit, vmap, grad or scan: call "
             "alg.step(state, shards, key) there, one round as a pure function"
         )
+
+
+def check_keys(name: str, keys: Any, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless these are typed PRNG keys of this shape: one, or one of each point."""
+    dtype = getattr(keys, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or keys.shape != shape:
+        given = repr(keys) if dtype is None else f"{dtype}{list(keys.shape)}"
+        how = "jax.random.key(0)"
+        wanted = "one typed key"
+        if shape:
+            wanted, how = f"{shape[0]} typed keys, one of each point", f"jax.random.split({how}, {shape[0]})"
+        raise ValueError(f"{name} = {given}: must be {wanted}; pass {how}")
+
+
+def check_schedule(alg: Any, first: int, rounds: int, *, points: bool = False) -> None:
+    """Raise ValueError where a schedule gives a step size < 0, NaN or infinity in the rounds from `first` on.
+
+    At most 102 evenly spaced rounds are looked at, the first and the last among them.
+
+    Args:
+        alg: the algorithm, whose lr may be a schedule.
+        first: the round that the run begins with.
+        rounds: how many.
+        points: `alg` is a stack of algorithms, all of which are checked.
+    """
+    if not callable(alg.lr):
+        return
+    at = np.unique(np.linspace(first, first + rounds - 1, 102).astype(np.int32))
+    sizes = np.asarray(_step_sizes(alg, at, points=points))
+    bad = ~(np.isfinite(sizes) & (sizes >= 0))
+    if np.any(bad):
+        where = tuple(np.argwhere(bad)[0])
+        raise ValueError(
+            f"lr = {sizes[where]:g} in round {at[where[0]]}: must be finite and >= 0 in every round; correct the schedule, or "
+            "run fewer rounds"
+        )
+
+
+@partial(jax.jit, static_argnames="points")
+def _step_sizes(alg: Any, rounds: Any, *, points: bool) -> Any:
+    """Return the step sizes of an algorithm [rounds], or of a stack of them [rounds, S]."""
+    if points:
+        return jax.vmap(lambda round: jax.vmap(lambda one: one.step_size(round))(alg))(rounds)
+    return jax.vmap(alg.step_size)(rounds)
 
 
 def run_arguments(alg: Any, params: Any, shards: Shards, rows: int = 0) -> None:
@@ -136,8 +207,18 @@ def run_arguments(alg: Any, params: Any, shards: Shards, rows: int = 0) -> None:
     alg.oracle.check(shards)
 
 
+def check_type(shards: Any) -> None:
+    """Raise ValueError unless these are `Shards`, which a plain tuple is not."""
+    if not isinstance(shards, Shards):
+        raise ValueError(
+            f"shards of type {type(shards).__name__}: must be laqjax.Shards(x, y, weight), where weight [M, N] is 1 for rows "
+            "that count and 0 for padding; build them as laqjax.problems.partition(x, y, num_workers, scheme) does"
+        )
+
+
 def check_shards(shards: Shards, num_workers: int, rows: int = 0) -> None:
     """Raise ValueError unless these are finite numbers of `num_workers` workers (or `rows`), padded at the end."""
+    check_type(shards)
     for name, tree in zip(Shards._fields, shards, strict=True):
         for array in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, list)):
             if not hasattr(array, "dtype"):
@@ -155,13 +236,18 @@ def check_shards(shards: Shards, num_workers: int, rows: int = 0) -> None:
         )
     for name, tree in zip(Shards._fields, shards, strict=True):
         for array in jax.tree.leaves(tree):
+            if np.dtype(array.dtype).kind in "SUT":
+                raise ValueError(
+                    f"shards.{name} holds strings (dtype {array.dtype}): must be numbers; number the classes, as "
+                    "np.unique(y, return_inverse=True)[1]"
+                )
             if not jnp.issubdtype(array.dtype, jnp.number) and (name == "weight" or array.dtype != np.bool_):
                 raise ValueError(
                     f"shards.{name} of dtype {array.dtype}: expected numbers (uint8 images, int32 labels, float data)"
                 )
             if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(array))):
                 raise ValueError(f"shards.{name} holds NaN or infinity: expected finite data; clean or drop those rows")
-    if not isinstance(shards.weight, jax.Array) or shards.weight.is_fully_addressable:  # else each process saw its own
+    if is_readable(shards.weight):  # else each process saw its own
         _check_weights(np.asarray(shards.weight))
 
 

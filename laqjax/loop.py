@@ -20,7 +20,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from laqjax import exchange as exchanges
 from laqjax import mesh as meshes
 from laqjax.checkpoint import Checkpoints
-from laqjax.checks import no_tracers, number, run_arguments
+from laqjax.checks import check_keys, check_schedule, no_tracers, number, run_arguments, suggest
 from laqjax.step import Algorithm
 from laqjax.types import Exchange, Info, Shards, State
 
@@ -125,7 +125,8 @@ def run(
         True
     """
     infos: list[Info] = []
-    rounds, chunk, _ = arguments(rounds, chunk, record, workers_at_once)
+    rounds, chunk, _ = arguments(rounds, chunk, record, workers_at_once, exchange)
+    check_keys("key", key, ())
     state, done, saved = None, 0, None
     begin = start if isinstance(start, State) else alg.oracle.ravel(start)
     if checkpoint is not None:
@@ -193,9 +194,11 @@ def stream(
         Diverged: the loss is no longer finite.
     """
     no_tracers(alg, start, shards, key)
-    rounds, chunk, names = arguments(rounds, chunk, record, workers_at_once)
+    rounds, chunk, names = arguments(rounds, chunk, record, workers_at_once, exchange)
+    check_keys("key", key, ())
     params = start.params if isinstance(start, State) else alg.oracle.ravel(start)
     run_arguments(alg, params, shards, rows=meshes.slots(mesh, alg.num_workers))
+    check_schedule(alg, int(start.round) if isinstance(start, State) else 0, rounds)
     options: Any = {"length": chunk, "record": names, "workers_at_once": workers_at_once or alg.workers_at_once(shards)}
     if mesh is None:
         # copies: the chunks consume their state
@@ -231,9 +234,15 @@ def head(info: Info, rounds: int) -> Info:
 
 
 def arguments(
-    rounds: int, chunk: int, record: Sequence[str], workers_at_once: int | None
+    rounds: int, chunk: int, record: Sequence[str], workers_at_once: int | None, exchange: Any
 ) -> tuple[int, int, tuple[str, ...]]:
-    """The arguments that all loops share, checked."""
+    """Check the arguments that all loops share."""
+    if isinstance(exchange, str) and exchange not in exchanges.EXCHANGES:
+        known = sorted(exchanges.EXCHANGES)
+        raise ValueError(f"exchange = {exchange!r}: expected one of {known}{suggest(exchange, known)}")
+    if not isinstance(exchange, str) and (isinstance(exchange, type) or not isinstance(exchange, Exchange)):
+        known = sorted(exchanges.EXCHANGES)
+        raise ValueError(f"exchange = {exchange!r}: expected one of {known}, or an instance of laqjax.types.Exchange")
     if workers_at_once is not None:
         number("workers_at_once", workers_at_once, np.int32, least=1)
     checked = [int(number(name, value, np.int32, least=1)) for name, value in (("rounds", rounds), ("chunk", chunk))]

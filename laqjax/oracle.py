@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from laqjax import kernels
-from laqjax.checks import number
+from laqjax.checks import check_type, number, oracle_dtype, suggest
 from laqjax.types import Keys, Oracle, Shards, register_dataclass, static
 
 # of one tile in the parameters' dtype, on the CPU: in the second-level caches of two cores together, above that in the third
@@ -135,7 +135,7 @@ class TiledOracle:
         def part(start: Any, count: int) -> tuple[Array, Array, Any]:
             x, y, weight = jax.tree.map(lambda a: cut(a, worker, rows, start, count), shards)
             weight = weight.astype(self.dtype)
-            value_and_grad = jax.value_and_grad(lambda tree, x, y: jnp.vdot(self.loss_fn(tree, x, y), weight))
+            value_and_grad = jax.value_and_grad(lambda tree, x, y: jnp.vdot(self._losses(tree, x, y), weight))
             if jax.default_backend() == "cpu":
                 loss, grad = kernels.canonical(value_and_grad, tree, x, y)
             else:
@@ -153,24 +153,37 @@ class TiledOracle:
         return loss + self.l2 / 2 * jnp.sum(params * params), grad + self.l2 * params
 
     def check(self, shards: Shards) -> None:
-        """Raise ValueError unless `loss_fn` gives one loss per example on these shards (traced only)."""
-        got = jax.eval_shape(self.loss_fn, self._tree(), *_examples(shards, 2))
-        if getattr(got, "shape", None) != (2,):
+        """Raise ValueError unless the loss takes these shards and gives one loss per example (traced only).
+
+        A loss that is an object with a method `check_shards`, as a `laqjax.problems.Problem`, says itself what it takes.
+        """
+        check_type(shards)
+        own = getattr(self.loss_fn, "check_shards", None)
+        if callable(own):
+            own(shards)
+        jax.eval_shape(self._losses, self._tree(), *_examples(shards, 2))
+
+    def _losses(self, tree: Any, x: Any, y: Any) -> Array:
+        """Return the losses of n examples. ValueError unless they are [n] and of the parameters' dtype."""
+        losses, n = self.loss_fn(tree, x, y), len(jax.tree.leaves(x)[0])
+        if getattr(losses, "shape", None) != (n,):
+            got = jax.eval_shape(lambda: losses)
             raise ValueError(
-                f"loss_fn(params, x, y) gave {got} for 2 examples: expected per-example losses of shape [2]; do not "
+                f"loss_fn(params, x, y) gave {got} for {n} examples: expected per-example losses of shape [{n}]; do not "
                 "average inside the loss, the oracle does it by the weights"
             )
-        if got.dtype != self.dtype:
+        if losses.dtype != self.dtype:
             raise ValueError(
-                f"loss_fn gave {got.dtype} losses for {self.dtype} params: expected {self.dtype}; cast x inside the loss"
+                f"loss_fn gave {losses.dtype} losses for {self.dtype} params: expected {self.dtype}; cast x inside the loss"
             )
+        return losses
 
     def working_bytes(self, shards: Shards) -> int:
         """Bytes that the forward pass of one tile keeps for the backward pass (traced only)."""
         x, y = _examples(shards, self.rows_per_tile(shards))
 
         def forward(tree: Any, x: Any, y: Any) -> Any:
-            return jax.vjp(lambda tree: self.loss_fn(tree, x, y), tree)[1]
+            return jax.vjp(lambda tree: self._losses(tree, x, y), tree)[1]
 
         kept = jax.eval_shape(forward, self._tree(), x, y)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
@@ -179,7 +192,7 @@ class TiledOracle:
         """Whether the points of a sweep run one after another: convolutions with many kernels are slow on the CPU."""
         if jax.default_backend() != "cpu":
             return False
-        loss = jax.make_jaxpr(self.loss_fn)(self._tree(), *_examples(shards, 2))
+        loss = jax.make_jaxpr(self._losses)(self._tree(), *_examples(shards, 2))
         return kernels.contains(loss.jaxpr, jax.lax.conv_general_dilated_p)
 
     def _tree(self) -> Any:
@@ -250,7 +263,7 @@ def from_loss(
     if len(dtypes) != 1 or not jnp.issubdtype(next(iter(dtypes)), jnp.floating):
         raise ValueError(f"params: expected arrays of one floating dtype, got {sorted(map(str, dtypes))}")
     if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction = {reduction!r}: expected 'mean' or 'sum'")
+        raise ValueError(f"reduction = {reduction!r}: expected 'mean' or 'sum'{suggest(reduction, ('mean', 'sum'))}")
     layout = Layout(tree, tuple(np.shape(leaf) for leaf in leaves), dtypes.pop())
     strength = number("l2", l2, layout.dtype, least=0)
     tile = None if tile is None else int(number("tile", tile, np.int32, least=1))
@@ -333,7 +346,7 @@ def local_steps(oracle: Oracle, steps: int, lr: float) -> LocalSteps:
         ValueError: steps < 1 or lr <= 0.
     """
     return LocalSteps(
-        oracle, number("local_lr", lr, oracle.dtype, above=0), int(number("steps", steps, np.int32, least=1))
+        oracle, number("local_lr", lr, oracle_dtype(oracle), above=0), int(number("steps", steps, np.int32, least=1))
     )
 
 

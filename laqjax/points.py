@@ -14,7 +14,7 @@ from jaxtyping import Array, Int, Key
 
 from laqjax import exchange as exchanges
 from laqjax import mesh as meshes
-from laqjax.checks import no_tracers, number, run_arguments
+from laqjax.checks import check_keys, check_schedule, no_tracers, number, run_arguments
 from laqjax.loop import CHUNK, Output, arguments, head, join, own_state, rounds_of
 from laqjax.step import Algorithm
 from laqjax.types import Info, Shards, State
@@ -89,14 +89,13 @@ def sweep(
     Raises:
         ValueError: before anything is compiled, when arguments and data do not fit.
     """
-    points, mesh = check_points(algs, keys), points_mesh() if mesh is None else mesh
+    arguments(rounds, chunk, record, workers_at_once, exchange)
+    mesh = points_mesh() if mesh is None else mesh
+    points, params = check_sweep(algs, start, shards, rounds, keys, mesh)
     devices = mesh.shape.get(meshes.POINTS, 1)
     if batch is None:
         batch = batch_size(take(algs, 0), shards, memory, devices=devices)
     batch = min(int(number("batch", batch, np.int32, least=1)), -(-points // devices) * devices)
-    params = start.params if isinstance(start, State) else _vectors(algs, start, points)
-    if params.shape[0] != points:
-        raise ValueError(f"start of {params.shape[0]} points for an algorithm of {points}: expected the same number")
     outs: list[Output] = []
     for first in range(0, points, batch):
         which = np.minimum(np.arange(first, first + batch), points - 1)
@@ -145,15 +144,13 @@ def sweep_stream(
     Raises:
         ValueError: before anything is compiled, when arguments and data do not fit.
     """
-    no_tracers(algs, start, shards, keys)
-    rounds, chunk, names = arguments(rounds, chunk, record, workers_at_once)
-    points, mesh = check_points(algs, keys), points_mesh() if mesh is None else mesh
+    rounds, chunk, names = arguments(rounds, chunk, record, workers_at_once, exchange)
+    mesh = points_mesh() if mesh is None else mesh
+    points, params = check_sweep(algs, start, shards, rounds, keys, mesh)
     one, devices = take(algs, 0), mesh.shape.get(meshes.POINTS, 1)
     rows = meshes.slots(mesh, one.num_workers)
     if points % devices:
         raise ValueError(f"{points} points on {devices} devices: expected a multiple; fill up with copies of a point")
-    params = start.params if isinstance(start, State) else _vectors(algs, start, points)
-    run_arguments(one, params[0], shards, rows)
     begin = partial(jax.vmap(Algorithm.init), algs)
     state = own_state(start if isinstance(start, State) else begin(params), begin, params)
     if mesh.is_multi_process:  # on a mesh of its own a process may run what it likes
@@ -180,17 +177,25 @@ def points_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), (meshes.POINTS,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def check_points(algs: Algorithm, keys: Any) -> int:
-    """The number of points. ValueError unless every leaf and the keys have them."""
+def check_sweep(algs: Algorithm, start: Any, shards: Shards, rounds: int, keys: Any, mesh: Mesh) -> tuple[int, Any]:
+    """Return the number of points and their parameters [S, p].
+
+    Raises:
+        ValueError: algorithms, start, data and keys do not fit each other.
+    """
+    no_tracers(algs, start, shards, keys)
     shapes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(algs)}
     if len(shapes) != 1 or () in shapes:
         raise ValueError("an algorithm of one point: expected a stack of them; `laqjax.stack([alg, ...])` makes one")
     (points,) = shapes.pop()
-    if np.shape(keys) != (points,):
-        raise ValueError(
-            f"keys of shape {list(np.shape(keys))} for {points} points: expected one each, as jax.random.split(key, {points})"
-        )
-    return points
+    check_keys("keys", keys, (points,))
+    params = start.params if isinstance(start, State) else _vectors(algs, start, points)
+    if params.shape[0] != points:
+        raise ValueError(f"start of {params.shape[0]} points for an algorithm of {points}: expected the same number")
+    one = take(algs, 0)
+    run_arguments(one, params[0], shards, meshes.slots(mesh, one.num_workers))
+    check_schedule(algs, int(np.max(meshes.host(start.round))) if isinstance(start, State) else 0, rounds, points=True)
+    return points, params
 
 
 def _vectors(algs: Algorithm, start: Any, points: int) -> Array:
@@ -215,8 +220,9 @@ def batch_size(
         devices: that share the points (None: all).
 
     Raises:
-        ValueError: not even one fits.
+        ValueError: not even one fits, or the data do not fit the loss.
     """
+    alg.oracle.check(shards)
     devices = jax.device_count() if devices is None else devices
     if memory is None:
         memory = free_memory() / 2

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from laqjax.checks import is_readable, suggest
 from laqjax.oracle import TiledOracle, from_loss
 from laqjax.types import Shards
 
@@ -49,6 +50,9 @@ class Problem:
     def accuracy(self, params: Tree, x: Array, y: Array) -> Array | None:
         """The share of right predictions; None for regression."""
         return None
+
+    def check_shards(self, shards: Shards) -> None:
+        """Raise ValueError unless the data fit; called before each run. Override it: here nothing is checked."""
 
     def oracle(self, dtype: Any = np.float32, tile: int | None = None) -> TiledOracle:
         """The oracle of this problem for parameters of `dtype`."""
@@ -100,6 +104,11 @@ class Softmax(Problem):
         """Glorot uniform weight, zero bias."""
         return {"bias": np.zeros(self.classes), "weight": glorot(rng, self.classes, self.features)}
 
+    def check_shards(self, shards: Shards) -> None:
+        """Raise ValueError unless x is [M, N, features] and y [M, N] holds whole numbers from 0 to classes - 1."""
+        _check_shapes(shards, self.features)
+        _check_labels(shards, self.classes, f"a whole number from 0 to {self.classes - 1}")
+
     def accuracy(self, params: Tree, x: Array, y: Array) -> Array:
         """The share of right classes."""
         return jnp.mean(jnp.argmax(affine(params["weight"], params["bias"], x), axis=0) == y)
@@ -139,6 +148,11 @@ class Network(Problem):
             "weight2": glorot(rng, self.classes, self.hidden),
         }
 
+    def check_shards(self, shards: Shards) -> None:
+        """Raise ValueError unless x is [M, N, features] and y [M, N] holds whole numbers from 0 to classes - 1."""
+        _check_shapes(shards, self.features)
+        _check_labels(shards, self.classes, f"a whole number from 0 to {self.classes - 1}")
+
     def accuracy(self, params: Tree, x: Array, y: Array) -> Array:
         """The share of right classes."""
         return jnp.mean(jnp.argmax(self.logits(params, x), axis=0) == y)
@@ -159,12 +173,16 @@ class Ridge(Problem):
         weight = params["weight"]
         return (x.astype(weight.dtype) @ weight - y.astype(weight.dtype)) ** 2 / 2
 
+    def check_shards(self, shards: Shards) -> None:
+        """Raise ValueError unless x is [M, N, features] and y [M, N]."""
+        _check_shapes(shards, self.features)
+
 
 @dataclass(frozen=True)
 class Logistic(Problem):
     """Binary logistic regression, log(1 + exp(-y x'theta)) per example, as LAG's.
 
-    Class ids 0 and 1 (integers) stand for -1 and 1; float labels are used as they are.
+    Class ids 0 and 1 (integers or booleans) stand for -1 and 1; float labels are used as they are, also 0.0 and 1.0.
     """
 
     features: int
@@ -176,17 +194,53 @@ class Logistic(Problem):
     def margin(self, params: Tree, x: Array, y: Array) -> Array:
         """Y x'theta per example, > 0 where the prediction is right."""
         weight = params["weight"]
-        classes = jnp.issubdtype(y.dtype, jnp.integer)
+        real = jnp.issubdtype(y.dtype, jnp.floating)
         y = y.astype(weight.dtype)  # before the sum: bytes have no -1
-        return (2 * y - 1 if classes else y) * (x.astype(weight.dtype) @ weight)
+        return (y if real else 2 * y - 1) * (x.astype(weight.dtype) @ weight)
 
     def __call__(self, params: Tree, x: Array, y: Array) -> Array:
         """log(1 + exp(-margin)) per example."""
         return jax.nn.softplus(-self.margin(params, x, y))
 
+    def check_shards(self, shards: Shards) -> None:
+        """Raise ValueError unless x is [M, N, features] and y [M, N], 0 or 1 where it holds class ids."""
+        _check_shapes(shards, self.features)
+        if not jnp.issubdtype(shards.y.dtype, jnp.floating):
+            _check_labels(shards, 2, "0 or 1")
+
     def accuracy(self, params: Tree, x: Array, y: Array) -> Array:
         """The share of right signs."""
         return jnp.mean(self.margin(params, x, y) > 0)
+
+
+def _check_shapes(shards: Shards, features: int) -> None:
+    """Raise ValueError unless x is one array [M, N, features] and y one array [M, N]."""
+    rows = tuple(shards.weight.shape)
+    remedies = {
+        "x": f"flatten each example to a row of features, or build the problem with another number than {features}",
+        "y": "turn one-hot labels into class ids with np.argmax(y, axis=-1), or drop an axis of length 1 with y[..., 0]",
+    }
+    for name, wanted in (("x", (*rows, features)), ("y", rows)):
+        given, tree = [list(leaf.shape) for leaf in jax.tree.leaves(getattr(shards, name))], getattr(shards, name)
+        if not hasattr(tree, "shape") or given != [list(wanted)]:
+            text = ", ".join(map(str, given))
+            raise ValueError(f"shards.{name} of shape {text}: must be {list(wanted)}; {remedies[name]}")
+
+
+def _check_labels(shards: Shards, classes: int, wanted: str) -> None:
+    """Raise ValueError unless the labels of rows that count are whole numbers from 0 to classes - 1.
+
+    Arrays that are traced or spread over processes cannot be read here and are not checked.
+    """
+    if is_readable(shards.y) and is_readable(shards.weight):
+        y = np.asarray(shards.y, np.float64)
+        wrong = ((y < 0) | (y >= classes) | (y != np.floor(y))) & (np.asarray(shards.weight) > 0)
+        if np.any(wrong):
+            worker, row = np.argwhere(wrong)[0]
+            raise ValueError(
+                f"shards.y of worker {worker} is {y[worker, row]:g} at row {row}: must be {wanted}; number the classes from "
+                "0, as np.unique(y, return_inverse=True)[1]"
+            )
 
 
 def cross_entropy(logits: Float[Array, "classes n"], y: Int[Array, " n"]) -> Float[Array, " n"]:
@@ -267,7 +321,8 @@ def partition(x: Any, y: Any, num_workers: int, scheme: str, seed: int = 0) -> S
             ratio = _parameter(scheme, "unequal:RATIO, RATIO finite and at least 1", lambda ratio: ratio >= 1)
             return _padded(x, y, _unequal(n, num_workers, ratio, rng))
     known = "contiguous, shuffled, sorted, dirichlet:ALPHA or unequal:RATIO"
-    raise ValueError(f"scheme={scheme!r}: expected {known}")
+    close = suggest(scheme.partition(":")[0], ("contiguous", "shuffled", "sorted", "dirichlet", "unequal"))
+    raise ValueError(f"scheme={scheme!r}: expected {known}{close}")
 
 
 def _labels(y: Any, scheme: str) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from laqjax.checks import number, part, server_optimizer, step_size
+from laqjax.checks import number, oracle_dtype, part, server_optimizer, step_size
 from laqjax.memories import Model
 from laqjax.types import (
     Compressor,
@@ -232,7 +232,7 @@ def assemble(
         compressor=compressor,
         rule=rule,
         memory=memory,
-        lr=step_size(lr, oracle.dtype),
+        lr=step_size(lr, oracle_dtype(oracle)),
         num_workers=int(number("num_workers", num_workers, np.int32, least=1)),
         optimizer=server_optimizer(optimizer),
         sampler=sampler,

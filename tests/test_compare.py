@@ -204,3 +204,12 @@ def test_three_kills_lose_and_repeat_nothing(name: str, tmp_path: Path) -> None:
         costs = [column for column in one.columns if "seconds" in column or column.startswith("gain")]
         assert_frame_equal(one.drop(costs), other.drop(costs))
     assert files.read_json(tmp_path / "cut" / "identity.json") == files.read_json(tmp_path / "calm" / "identity.json")
+
+
+@pytest.mark.parametrize(("given", "searched"), [([], {"xi"}), (["--c", "0.6", "6"], {"c"})])
+def test_c_takes_the_place_of_xi(given: list[str], searched: set[str]) -> None:
+    """Both are no algorithm: where c is given nothing is searched over xi."""
+    line = [*TASK[:6], "--algorithm", "lasg_wk2", "--minibatch", "10", *given]
+    made = compare.Comparison(points.parsed(compare.Settings, line, None), Console(quiet=True))
+    assert {"xi", "c"} & made.grids["lasg_wk2"].keys() == searched
+    assert len(made.points(made.theory(), (0,))) == 1

@@ -457,6 +457,7 @@ def test_unequal_sizes_are_geometric():
         (-1, "dirichlet:1", "num_workers=-1: expected 1 to 12"),
         (2, "", "scheme='': expected contiguous, shuffled, sorted, dirichlet:ALPHA or unequal:RATIO"),
         (2, "random", "scheme='random': expected contiguous"),
+        (2, "shufled", r"scheme='shufled': expected contiguous.*; did you mean 'shuffled'\?"),
         (2, "sorted:3", "scheme='sorted:3': expected contiguous"),
         (2, "dirichlet", "scheme='dirichlet': expected dirichlet:ALPHA"),
         (2, "dirichlet:", "scheme='dirichlet:': expected dirichlet:ALPHA"),

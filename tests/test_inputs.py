@@ -3,19 +3,22 @@
 A run that diverges stops and says where.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import optax
 import pytest
 from conftest import KEY, Toy, programs, softmax_loss
 
 import laqjax
-from laqjax import algorithms, oracle, rules
+from laqjax import algorithms, checks, oracle, rules
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +35,12 @@ def refused(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
     assert programs() == compiled
+
+
+def test_a_close_name_is_suggested() -> None:
+    assert checks.suggest("mesages", ["sums", "messages"]) == "; did you mean 'messages'?"
+    assert checks.suggest("hope", ["sums", "messages"]) == ""
+    assert checks.suggest(3, {"sums": 1}) == ""
 
 
 KNOBS: list[Any] = [
@@ -65,6 +74,45 @@ def test_the_weight_of_cada_is_c(toy: Toy) -> None:
         make(toy.oracle, lr=0.1, num_workers=4, xi=0.5)
 
 
+def factories() -> dict[str, Any]:
+    """Return the named algorithms: the functions whose help ends in an example."""
+    return {
+        name: f for name, f in vars(algorithms).items() if ">>> laqjax.algorithms." in str(getattr(f, "__doc__", ""))
+    }
+
+
+@pytest.mark.parametrize("name", factories())
+def test_an_oracle_is_no_problem_and_no_loss(name: str) -> None:
+    assert len(factories()) == 34
+    make, problem = factories()[name], laqjax.problems.Softmax(20, 3)
+    needed = [key for key, p in inspect.signature(make).parameters.items() if p.default is p.empty and key != "oracle"]
+    given = {key: eval(algorithms.EXAMPLES[key]) for key in needed}
+    refused(lambda: make(problem, **given), f"oracle = {problem!r}: must be an oracle; pass problem.oracle()")
+    message = f"oracle = {softmax_loss!r}: must be an oracle; pass laqjax.oracle.from_loss(loss_fn, params)"
+    refused(lambda: make(softmax_loss, **given), message)
+    refused(lambda: make(laqjax.problems.Softmax, **given), "must be an oracle; pass laqjax.oracle.from_loss")
+    assert make(problem.oracle(), **given).num_workers == 4
+
+
+def test_xi_or_c(toy: Toy) -> None:
+    """An xi that is the default's number is given too."""
+    good: dict[str, Any] = dict(lr=0.1, num_workers=4)
+    both: list[tuple[Any, dict[str, Any]]] = [
+        (algorithms.lag_ps, good | {"smoothness": [1.0] * 4}),
+        (algorithms.lasg_ps, good | {"smoothness": [1.0] * 4}),
+        (algorithms.lasg_wk1, good),
+        (algorithms.lasg_wk2, good),
+    ]
+    for make, given in both:
+        for xi in (0.8, 0, 0.5, [0.08] * 10):
+            refused(
+                lambda m=make, g=given, x=xi: m(toy.oracle, xi=x, c=0.6, **g), f"xi = {xi!r} and c = 0.6: expected one"
+            )
+        same = [make(toy.oracle, **given | more) for more in ({}, {"xi": None}, {"xi": 0.8})]
+        for other in same[1:]:
+            jax.tree.map(np.testing.assert_array_equal, same[0], other)
+
+
 @pytest.mark.parametrize(("knob", "bad", "expected"), KNOBS)
 def test_knobs(knob: str, bad: Any, expected: str, toy: Toy) -> None:
     good: dict[str, Any] = dict(lr=0.1, num_workers=4)
@@ -85,7 +133,8 @@ def test_patience_may_be_zero_but_not_less() -> None:
 
 
 ORACLE: list[tuple[dict[str, Any], str]] = [
-    (dict(reduction="median"), "reduction = 'median': expected 'mean' or 'sum'"),
+    (dict(reduction="median"), "reduction = 'median': expected 'mean' or 'sum'; did you mean 'mean'?"),
+    (dict(reduction="avg"), "reduction = 'avg': expected 'mean' or 'sum'"),
     (dict(l2=-0.1), "l2 = -0.1: expected one finite number and >= 0"),
     (dict(l2=np.nan), "l2 = nan: expected one finite number and >= 0"),
     (dict(l2=np.inf), "l2 = inf: expected one finite number and >= 0"),
@@ -112,6 +161,13 @@ def test_the_parameters_dtype(params: Any, got: str) -> None:
     refused(lambda: oracle.from_loss(softmax_loss, params), f"params: expected arrays of one floating dtype, got {got}")
 
 
+def labelled(labels: Any, index: Any, value: int) -> np.ndarray:
+    """Return a copy of integer labels with one changed."""
+    labels = np.array(labels)
+    labels[index] = value
+    return labels
+
+
 def changed(array: Any, index: Any, value: float) -> np.ndarray:
     array = np.array(array, np.float32)
     array[index] = value
@@ -132,7 +188,11 @@ SHARDS: list[Any] = [
     (lambda s: s._replace(x=changed(s.x, (1, 2, 3), np.nan)), "shards.x holds NaN or infinity: expected finite data"),
     (lambda s: s._replace(x=changed(s.x, (1, 2, 3), np.inf)), "shards.x holds NaN or infinity: expected finite data"),
     (lambda s: s._replace(y=changed(s.y, (1, 2), -np.inf)), "shards.y holds NaN or infinity: expected finite data"),
-    (lambda s: s._replace(x=np.asarray(s.x).astype(str)), "shards.x of dtype <U3: expected numbers"),
+    (lambda s: s._replace(x=np.asarray(s.x).astype(str)), "shards.x holds strings (dtype <U3): must be numbers"),
+    (lambda s: s._replace(y=np.asarray(s.y).astype(str)), "as np.unique(y, return_inverse=True)[1]"),
+    (lambda s: tuple(s), "shards of type tuple: must be laqjax.Shards(x, y, weight)"),
+    (lambda s: (s.x, s.y), "shards of type tuple: must be laqjax.Shards(x, y, weight)"),
+    (lambda s: s._asdict(), "as laqjax.problems.partition(x, y, num_workers, scheme)"),
     (lambda s: s._replace(weight=np.asarray(s.weight) > 0), "shards.weight of dtype bool: expected numbers"),
     (lambda s: s._replace(y=np.asarray(s.y).astype(object)), "shards.y of dtype object: expected numbers"),
 ]  # fmt: skip
@@ -146,6 +206,151 @@ def test_the_shards(wrong: Callable[[laqjax.Shards], laqjax.Shards], message: st
     refused(lambda: laqjax.init(alg, toy.theta0, shards), message)
     state = laqjax.init(alg, toy.theta0, toy.shards)
     refused(lambda: laqjax.run(alg, state, shards, 3, KEY), message)
+    refused(lambda: laqjax.sweep(laqjax.stack([alg]), toy.theta0, shards, 3, jax.random.split(KEY, 1)), message)
+
+
+def every_start(alg: Any, start: Any, shards: Any, **more: Any) -> list[Callable[[], Any]]:
+    """Return a call of each function that starts a run."""
+    one: Any = {"rounds": 3, "key": KEY} | more
+    many: Any = {"rounds": 3, "keys": jax.random.split(KEY, 1)} | more
+    return [
+        lambda: laqjax.run(alg, start, shards, **one),
+        lambda: next(laqjax.stream(alg, start, shards, **one)),
+        lambda: laqjax.sweep(laqjax.stack([alg]), start, shards, **many),
+        lambda: next(laqjax.sweep_stream(laqjax.stack([alg]), start, shards, **many)),
+    ]
+
+
+PROBLEMS: dict[str, Any] = {
+    "softmax": laqjax.problems.Softmax(20, 3),
+    "network": laqjax.problems.Network(20, 3, hidden=2),
+    "logistic": laqjax.problems.Logistic(20),
+    "ridge": laqjax.problems.Ridge(20),
+}
+RANGE, BINARY = "must be a whole number from 0 to 2", "must be 0 or 1"
+BOTH = ("softmax", "network")
+LABELS: list[Any] = [
+    *((name, lambda s: s._replace(y=labelled(s.y, (1, 3), 3)), f"of worker 1 is 3 at row 3: {RANGE}") for name in BOTH),
+    *((name, lambda s: s._replace(y=labelled(s.y, (2, 0), -1)), f"of worker 2 is -1 at row 0: {RANGE}") for name in BOTH),
+    *((name, lambda s: s._replace(y=changed(s.y, (2, 0), 0.5)), f"of worker 2 is 0.5 at row 0: {RANGE}") for name in BOTH),
+    ("softmax", lambda s: s._replace(y=jnp.asarray(labelled(s.y, (0, 4), 255), np.uint8)), f"is 255 at row 4: {RANGE}"),
+    ("logistic", lambda s: s._replace(y=labelled(s.y % 2, (1, 1), 2)), f"of worker 1 is 2 at row 1: {BINARY}"),
+    ("logistic", lambda s: s._replace(y=labelled(s.y % 2, (1, 1), -1)), f"of worker 1 is -1 at row 1: {BINARY}"),
+    *((name, lambda s: s._replace(y=np.eye(3)[s.y]), "shards.y of shape [4, 12, 3]: must be [4, 12]") for name in PROBLEMS),
+    *((name, lambda s: s._replace(y=(s.y, s.y)), "shards.y of shape [4, 12], [4, 12]: must be [4, 12]") for name in PROBLEMS),
+    *((name, lambda s: s._replace(x=s.x[..., 1:]), "shards.x of shape [4, 12, 19]: must be [4, 12, 20]") for name in PROBLEMS),
+    *((name, lambda s: s._replace(x=s.x.reshape(4, 12, 4, 5)), "shape [4, 12, 4, 5]: must be [4, 12, 20]") for name in PROBLEMS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "wrong", "message"), LABELS)
+def test_data_fit_the_problem(name: str, wrong: Any, message: str, toy: Toy) -> None:
+    problem, shards = PROBLEMS[name], wrong(toy.shards)
+    alg = algorithms.laq(problem.oracle(), lr=0.1, num_workers=4)
+    for call in every_start(alg, problem.start(0), shards):
+        refused(call, message)
+    refused(lambda: laqjax.init(alg, problem.start(0), shards), message)
+    refused(
+        lambda: laqjax.batch_size(
+            laqjax.algorithms.fedavg(problem.oracle(), num_workers=4, steps=2, local_lr=0.1), shards
+        ),
+        message,
+    )
+
+
+def test_labels_that_are_right_are_taken(toy: Toy) -> None:
+    """Labels of padding are not read, class ids may be stored as floats, and real labels of `Logistic` are used as they are."""
+    weight = np.asarray(toy.shards.weight)
+    padding = np.where(weight > 0, toy.shards.y, 99)
+    for name in BOTH:
+        for y in (toy.shards.y, padding, padding.astype(np.float32), jnp.asarray(padding, np.uint8)):
+            PROBLEMS[name].oracle().check(toy.shards._replace(y=y))
+    for y in (padding % 2, np.linspace(-1, 1, 48).reshape(4, 12), toy.shards.y == 1):
+        PROBLEMS["logistic"].oracle().check(toy.shards._replace(y=np.where(weight > 0, y, y.dtype.type(9))))
+    PROBLEMS["ridge"].oracle().check(toy.shards)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), toy.shards)
+    PROBLEMS["softmax"].oracle().check(shapes)
+
+
+def test_bool_labels_of_logistic_regression_are_classes(toy: Toy) -> None:
+    x, y = jnp.asarray(toy.shards.x[0]), jnp.arange(12, dtype=jnp.int32) % 2
+    params = {"weight": jnp.linspace(-0.1, 0.1, 20, dtype=jnp.float32)}
+    losses = [PROBLEMS["logistic"](params, x, labels) for labels in (y, y == 1)]
+    np.testing.assert_array_equal(*losses)
+
+
+KEYS: list[tuple[Any, str]] = [
+    (0, "0: must be"),
+    (np.zeros(2, np.uint32), "uint32[2]: must be"),
+    (None, "None: must be"),
+]
+
+
+@pytest.mark.parametrize(("bad", "given"), KEYS)
+def test_the_key(bad: Any, given: str, toy: Toy) -> None:
+    alg = algorithms.laq(toy.oracle, lr=0.1, num_workers=4)
+    one = every_start(alg, toy.theta0, toy.shards, key=bad)[:2]
+    many = every_start(alg, toy.theta0, toy.shards, keys=bad)[2:]
+    for call in one:
+        refused(call, f"key = {given} one typed key; pass jax.random.key(0)")
+    for call in many:
+        refused(call, f"keys = {given} 1 typed keys, one of each point; pass jax.random.split(jax.random.key(0), 1)")
+
+
+def test_one_key_is_not_many(toy: Toy) -> None:
+    alg = algorithms.laq(toy.oracle, lr=0.1, num_workers=4)
+    keys = jax.random.split(KEY, 3)
+    for call in every_start(alg, toy.theta0, toy.shards, key=keys)[:2]:
+        refused(call, "key = key<fry>[3]: must be one typed key; pass jax.random.key(0)")
+    for call in every_start(alg, toy.theta0, toy.shards, keys=KEY)[2:]:
+        refused(call, "keys = key<fry>[]: must be 1 typed keys")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("mesages", "exchange = 'mesages': expected one of ['chunked', 'messages', 'sums']; did you mean 'messages'?"),
+        (3, "exchange = 3: expected one of ['chunked', 'messages', 'sums'], or"),
+        (laqjax.exchange.Sums, "expected one of ['chunked', 'messages', 'sums'], or"),
+    ],
+)
+def test_the_exchange(bad: Any, message: str, toy: Toy) -> None:
+    """Also where no mesh needs one."""
+    alg = algorithms.laq(toy.oracle, lr=0.1, num_workers=4)
+    for call in every_start(alg, toy.theta0, toy.shards, exchange=bad):
+        refused(call, message)
+
+
+SCHEDULES: list[tuple[Any, str]] = [
+    (optax.linear_schedule(0.1, -0.1, 397), "in round 199: must be finite and >= 0 in every round"),
+    (optax.constant_schedule(-0.1), "lr = -0.1 in round 0"),
+    (lambda k: 1 / (199.0 - k), "lr = inf in round 199"),
+    (jax.tree_util.Partial(lambda lr, k: lr * (k < 50), np.nan), "lr = nan in round 0"),
+]
+
+
+@pytest.mark.parametrize(("lr", "message"), SCHEDULES)
+def test_a_schedule_gives_steps(lr: Any, message: str, toy: Toy) -> None:
+    alg = algorithms.gd(toy.oracle, lr=lr, num_workers=4)
+    for call in every_start(alg, toy.theta0, toy.shards, rounds=200):
+        refused(call, message)
+
+
+def test_every_point_has_its_schedule(toy: Toy) -> None:
+    schedule = jax.tree_util.Partial(lambda lr, k: lr * jnp.ones_like(k, jnp.float32), 0.1)
+    algs = [algorithms.gd(toy.oracle, lr=jax.tree_util.Partial(schedule.func, lr), num_workers=4) for lr in (0.1, -0.2)]
+    refused(
+        lambda: laqjax.sweep(laqjax.stack(algs), toy.theta0, toy.shards, 3, jax.random.split(KEY, 2)), "lr = -0.2 in"
+    )
+
+
+def test_a_schedule_may_end_at_zero(toy: Toy) -> None:
+    checks.check_schedule(algorithms.gd(toy.oracle, lr=optax.cosine_decay_schedule(0.1, 99), num_workers=4), 0, 100)
+    late = algorithms.gd(toy.oracle, lr=optax.linear_schedule(0.1, -0.1, 100), num_workers=4)
+    checks.check_schedule(late, 0, 51)
+    state = laqjax.init(late, toy.theta0, toy.shards)._replace(round=jnp.int32(50))
+    for call in every_start(late, state, toy.shards, rounds=2)[:2]:
+        refused(call, "lr = -0.002 in round 51")
 
 
 @pytest.mark.parametrize(
@@ -211,7 +416,15 @@ def test_the_loss(wrong: Any, message: str, toy: Toy) -> None:
         return wrong(softmax_loss(params, x, y))
 
     alg = algorithms.laq(replace(toy.oracle, loss_fn=loss_fn), lr=0.1, num_workers=4)
-    refused(lambda: laqjax.run(alg, toy.theta0, toy.shards, 3, KEY), message)
+    for call in every_start(alg, toy.theta0, toy.shards):
+        refused(call, message)
+    refused(lambda: laqjax.batch_size(alg, toy.shards), message)
+    refused(lambda: laqjax.sweep(laqjax.stack([alg]), toy.theta0, toy.shards, 3, KEY[None], batch=1), message)
+    # before any check, and on whole tiles
+    everywhere = message.replace("[2]", "[")[: message.index("[2]") + 1] if "[2]" in message else message
+    refused(lambda: jax.eval_shape(alg.oracle, toy.theta0, toy.shards, jnp.int32(0)), everywhere)
+    refused(lambda: alg.oracle.one_by_one(toy.shards), message)
+    refused(lambda: alg.oracle.working_bytes(toy.shards), everywhere)
 
 
 def test_a_diverging_run_says_where(toy: Toy) -> None:

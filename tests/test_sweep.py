@@ -349,6 +349,19 @@ def test_all_bad_points_are_named_before_anything_is_compiled() -> None:
     assert not Path("bad").exists()
 
 
+def test_a_loss_that_averages_is_named(tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import jax.numpy as jnp\n"
+        "def make(data):\n"
+        "    return (lambda w, x, y: jnp.mean((x @ w - y.astype(w.dtype)) ** 2)), (lambda seed: jnp.zeros(10))\n"
+    )
+    before = programs()
+    said = refusal("--problem", f"{own}:make", out=tmp_path / "refused")
+    assert "expected per-example losses of shape [2]; do not average inside the loss" in said
+    assert programs() == before
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -264,7 +264,7 @@ def test_what_is_no_part_is_said_before_anything_runs(toy: Toy) -> None:
         (lambda: laqjax.sweep(laq(toy.oracle, **good), toy.theta0, toy.shards, 3, jax.random.split(KEY, 2)), "an algorithm of one point"),
         (
             lambda: laqjax.sweep(laqjax.stack([laq(toy.oracle, **good)] * 2), toy.theta0, toy.shards, 3, jax.random.split(KEY, 3)),
-            "keys of shape [3] for 2 points: expected one each, as jax.random.split(key, 2)",
+            "keys = key<fry>[3]: must be 2 typed keys, one of each point; pass jax.random.split(jax.random.key(0), 2)",
         ),
         (
             lambda: laqjax.run(laq(toy.oracle, **good), toy.theta0, Shards(*(np.asarray(a).tolist() for a in toy.shards)), 3, KEY),
