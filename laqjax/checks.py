@@ -1,6 +1,7 @@
 """Numbers and arguments checked before anything is compiled: what was given, what was expected, what to do."""
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,12 @@ class Given:
     def __call__(self, lr: Any) -> optax.GradientTransformation:
         """The transformation, whatever the step size."""
         return self.transformation
+
+
+def suggest(name: Any, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" where a known name is close to `name`, else an empty string."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def part(name: str, value: Any, methods: tuple[str, ...], expected: str) -> None:

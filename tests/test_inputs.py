@@ -15,7 +15,7 @@ import pytest
 from conftest import KEY, Toy, programs, softmax_loss
 
 import laqjax
-from laqjax import algorithms, oracle, rules
+from laqjax import algorithms, checks, oracle, rules
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,12 @@ def refused(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
     assert programs() == compiled
+
+
+def test_a_close_name_is_suggested() -> None:
+    assert checks.suggest("mesages", ["sums", "messages"]) == "; did you mean 'messages'?"
+    assert checks.suggest("hope", ["sums", "messages"]) == ""
+    assert checks.suggest(3, {"sums": 1}) == ""
 
 
 KNOBS: list[Any] = [
