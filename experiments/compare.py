@@ -54,7 +54,7 @@ class Settings:
     """Seeds of the runs that the tables report."""
     data: points.Data = points.Data(problem=("logistic",), dataset=(problems.SYNTHETIC + "1",))
     goal: sweep.Goal = sweep.Goal((1e-2, 1e-4, 1e-6))
-    budget: Budget = Budget(1000, every=25, batch=16, keep=100, short=10**9, filled=True)
+    budget: Budget = Budget(1000, batch=16, keep=100, short=10**9, filled=True, longest=25)
     link: Link = Link()
     config: Path | None = None
     """A TOML or YAML file of these settings; what the command line says counts more."""
@@ -292,7 +292,8 @@ def report(out: Path, console: Console) -> None:
     open_ = last.filter(pl.col("at the edge") != "").select("method", "at the edge").rows()
     still = "still best at the edge of what was tried: " + ", ".join(f"{m} ({axes})" for m, axes in open_)
     table = shown.select("method", *targets, gain, pl.col("setting") + wider)
-    ledger.result(console, out, {title: table}, [still] if open_ else [], words)
+    notices = [*([still] if open_ else []), *ledger.tied(pl.read_parquet(out / "report" / "points.parquet"))]
+    ledger.result(console, out, {title: table}, notices, words)
 
 
 if __name__ == "__main__":

@@ -385,7 +385,7 @@ def from_file(path: Path, kind: Any) -> list[str]:
 
 def identity(settings: Any, **more: Any) -> dict[str, Any]:
     """What makes an experiment this experiment: all settings but where they stand, and what stands in files of one's own."""
-    flat, free = more, ("out", "config", "hosts", "short", "filled")
+    flat, free = more, ("out", "config", "hosts", "short", "filled", "longest")
     for f in fields(settings):
         value = getattr(settings, f.name)
         flat |= {} if f.name in free else identity(value) if is_dataclass(value) else {f.name: value}

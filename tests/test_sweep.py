@@ -187,7 +187,7 @@ def test_four_devices(whole: Path, tmp_path: Path) -> None:
     given = ["--batch", "8", *EIGHT, "--rounds", "50"]
     env = ENV | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     subprocess.run(command(*given, out=tmp_path), env=env, check=True, stdout=subprocess.DEVNULL)
-    assert files.read_json(tmp_path / "plan.json") == {"batch": [8], "compute_ms": [1.0], "devices": 4}
+    assert files.read_json(tmp_path / "plan.json") == {"batch": [8], "every": [50], "compute_ms": [1.0], "devices": 4}
     mine = rows(whole)["bits"] == 4
     early = ["limit", "window", "lr", "rounds_10", "uploads_10", "bits_up_10"]
     assert_frame_equal(rows(whole).filter(mine).select(early), rows(tmp_path).select(early))
@@ -583,6 +583,27 @@ def test_targets_of_accuracy_are_read_where_it_was_measured() -> None:
     row = made["points"].row(0, named=True)
     assert (row["rounds_0.5"], row["rounds_0.8"], row["rounds_0.95"], row["reached"]) == (2, 4, None, False)
     assert (row["f_star"], row["goal"], row["accuracy"]) == (None, "test accuracy >=", 0.9)
+
+
+def test_targets_that_were_met_at_one_look_are_named() -> None:
+    """Where a measurement between the looks would tell them apart: not in round 0, not where each round is measured."""
+    targets = ledger.Targets((0.5, 0.8, 0.95), accuracy=True)
+    looks: list[Any] = []
+    for shares in ((0.1, 0.9, 0.94), (0.1, 0.6, 0.9), (0.85, 0.9, 0.9), (0.1, 0.6, 0.96)):
+        mine = record([np.nan] * 5, [[True]] * 4, [[8]] * 4, [0] * 4, None)
+        mine.accuracy[[0, 2, 4], 0] = shares
+        label = {"point": len(looks), "lr": 0.1 * len(looks), "seed": 0}
+        looks.append(ledger.tables([label], mine, targets, mine.spent(ledger.LINK, 1.0), 100)["points"])
+    assert [table["every"].item() for table in looks] == [2, 2, 2, 2]
+    said = "1 of {} settings met targets {} and {} at the same look (every = 2 rounds): give a smaller --every"
+    assert ledger.tied(pl.concat(looks[:3])) == [said.format(3, 0.5, 0.8)]
+    assert ledger.tied(pl.concat(looks)) == [said.format(4, 0.5, 0.8), said.format(4, 0.8, 0.95)]
+    full = record([3.0, 2.0, 0.01, 0.01, np.nan], [[True]] * 4, [[8]] * 4, [0] * 4)
+    table = ledger.tables(
+        [{"point": 0, "seed": 0}], full, ledger.Targets((1.0, 0.1)), full.spent(ledger.LINK, 1.0), 100
+    )
+    assert (table["points"]["rounds_1"].item(), table["points"]["rounds_0.1"].item()) == (2, 2)
+    assert ledger.tied(table["points"]) == []
 
 
 def test_means_and_intervals_over_seeds() -> None:
