@@ -58,8 +58,9 @@ class Targets:
 
     def __post_init__(self) -> None:
         name, order = ("target_accuracy", "lowest") if self.accuracy else ("target", "largest")
-        if not all(t > 0 for t in self.values) or list(self.values) != sorted(self.values, reverse=not self.accuracy):
-            kind = "shares above 0" if self.accuracy else "residuals > 0"
+        most, ordered = 1 if self.accuracy else np.inf, sorted(self.values, reverse=not self.accuracy)
+        if not all(0 < t <= most for t in self.values) or list(self.values) != ordered:
+            kind = "shares above 0 and at most 1 (90 % is 0.9)" if self.accuracy else "residuals > 0"
             raise ValueError(f"{name} = {self.values}: expected {kind}, the {order} first")
         if len({f"{t:g}" for t in self.values}) < len(self.values):  # the tables name them so
             raise ValueError(f"{name} = {self.values}: expected numbers that differ in their first six digits")

@@ -44,6 +44,9 @@ def cnn(data):
             lambda seed: Net().init(jax.random.key(seed), data.x[:1]),
             lambda w, x, y: jnp.mean(Net().apply(w, x).argmax(axis=1) == y))
 
+def average(data):
+    return (lambda w, x, y: jnp.mean((x @ w - y.astype(x.dtype)) ** 2)), lambda seed: np.zeros(3, np.float32)
+
 def wrong(data):
     return data.nothing
 
@@ -93,7 +96,10 @@ def test_data_problem_and_algorithm_of_ones_own(own: Path) -> None:
     ("given", "said"),
     [
         (["--problem", "{}:key"], "{}:key, loss: "),
-        (["--problem", "{}:wrong"], "{}:wrong: AttributeError: 'Dataset' object has no attribute 'nothing' (line 35)"),
+        (["--problem", "{}:wrong"], "{}:wrong: AttributeError: 'Dataset' object has no attribute 'nothing' (line 38)"),
+        (["--problem", "{}:average"], "error: loss_fn(params, x, y) gave "),
+        (["--problem", "{}:average"], "do not average inside the loss, the oracle does it by the weights (points 0-1)"),
+        (["--problem", "{}:average", "--algorithm", "sgd", "--minibatch", "2"], "do not average inside the loss"),
         (
             ["--problem", "{}:number"],
             "{}:number returned 3: expected functions (loss, start) or (loss, start, accuracy)",
@@ -109,7 +115,7 @@ def test_data_problem_and_algorithm_of_ones_own(own: Path) -> None:
 def test_what_is_wrong_in_it_is_said(given: list[str], said: str, own: Path) -> None:
     task = ["--dataset", f"{own}:load", "--problem", f"{own}:make", *(word.format(own) for word in given)]
     with pytest.raises(SystemExit) as stop:
-        run(*task, "-b", "4", "-C", "5", "-D", "1")
+        run(*task, "--lr", "0.01", "0.02", *([] if "--algorithm" in given else ["-b", "4", "-C", "5", "-D", "1"]))
     assert said.format(own, own) in str(stop.value)
     assert not Path("out").exists()
 
@@ -130,6 +136,10 @@ def test_npz_and_csv(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", x=x, z=y)
     with pytest.raises(ValueError, match=r"expected arrays x and y, and perhaps x_test and y_test; got \['x', 'z'\]"):
         datasets.load(f"npz:{tmp_path / 'b.npz'}")
+    for labels in (np.array(list("abcabc")), np.array(list("abcabc"), object)):
+        np.savez(tmp_path / "t.npz", x=x, y=labels)
+        with pytest.raises(ValueError, match=r"npz:.*t\.npz.*: expected .*numbers.*classes .*from 0 on"):
+            datasets.load(f"npz:{tmp_path / 't.npz'}")
     (tmp_path / "c.npz").write_bytes(b"PK..")
     with pytest.raises(ValueError, match=r"is damaged, or no \.npz file"):
         datasets.load(f"npz:{tmp_path / 'c.npz'}")
@@ -156,6 +166,16 @@ def test_a_flax_cnn_in_sweep_tune_and_compare(own: Path, capsys: pytest.CaptureF
     assert best["method"].to_list() == ["laq", "sgd"]
     assert best["goal"].unique().to_list() == ["test accuracy >="]
     assert "left out, since L_m is not known here: lag_ps" in capsys.readouterr().out
+
+
+def test_the_example_of_a_loop_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "")  # the import would set it for the processes of other tests
+    from experiments.examples import parallel
+
+    np.testing.assert_allclose(parallel.smoothed([3.0, 2.0, 1.0]), [2.0])
+    np.testing.assert_allclose(parallel.smoothed([*range(12)]), [4.5, 5.5, 6.5])
+    with pytest.raises(ValueError, match="steps = 0: expected one whole number and >= 1"):
+        parallel.main(steps=0)
 
 
 @pytest.mark.parametrize("name", ["images", "tokens"])
