@@ -320,8 +320,8 @@ def costs(best: pl.DataFrame, kinds: list[str], path: Path) -> None:
         axes[0, 0].set_yticks(range(len(methods)), methods, fontsize=8)
         drawn = [kind for kind in kinds if kind in best["kind"].to_list()]
         dots = [Line2D([], [], marker="o", linestyle="", color=COLORS[kinds.index(kind) % 10]) for kind in drawn]
-        dots.append(Line2D([], [], marker="o", linestyle="", color="k", mfc="none"))
-        names = [*drawn, "step of theory"]
+        names = [*drawn, *["step of theory"] * (best["bits_up of theory"].count() > 0)]
+        dots += [Line2D([], [], marker="o", linestyle="", color="k", mfc="none")] * (len(names) > len(dots))
         figure.legend(dots, names, frameon=False, ncols=len(names), loc="outside upper center")
         save(figure, path)
 

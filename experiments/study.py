@@ -74,8 +74,8 @@ class Budget:
     rounds: int = 400
     """Rounds of each point at most."""
     every: int | None = None
-    """Rounds between two looks at who is done; minibatch methods' loss and the test accuracy are measured then. Chosen
-    from the numbers of rows when not given, at most 50: see `study.interval`."""
+    """Rounds between two looks at who is done; minibatch methods' loss and the test accuracy are measured then. When not
+    given at most 50, and fewer where the rows that are scored cost about 2 % of those that are trained on."""
     memory: float | None = None
     """GiB for the points of a batch; half of what is free when not given."""
     batch: int | None = None

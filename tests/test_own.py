@@ -2,12 +2,13 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
-from experiments import compare, datasets, files, points, sweep, tune
+from experiments import compare, datasets, files, plots, points, report, report_figures, sweep, tune
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXAMPLES = Path(__file__).parents[1] / "experiments" / "examples"
@@ -152,7 +153,12 @@ def test_npz_and_csv(tmp_path: Path) -> None:
         datasets.load(f"csv:{tmp_path / 'b.csv'}")
 
 
-def test_a_flax_cnn_in_sweep_tune_and_compare(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flax_cnn_in_sweep_tune_and_compare(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a smoothness constant there is no step of theory: no column, no marker, no word of it."""
+    words: dict[str, list[str]] = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: words.update({path.name: legend_of(figure)}))
     task = ["--dataset", f"{own}:images", "--problem", f"{own}:cnn", "--partition", "dirichlet:1", "--workers", "4"]
     task += ["--rounds", "40", "--every", "10", "--target-accuracy", "0.7", "--compute-ms", "1"]
     sweep.main([*task, "-b", "4", "8", "-C", "5", "-D", "3", "--lr", "0.05", "--out", "swept"])
@@ -165,7 +171,14 @@ def test_a_flax_cnn_in_sweep_tune_and_compare(own: Path, capsys: pytest.CaptureF
     best = pl.read_parquet("compared/best.parquet").filter(pl.col("cheapest in") == "bits up")
     assert best["method"].to_list() == ["laq", "sgd"]
     assert best["goal"].unique().to_list() == ["test accuracy >="]
-    assert "left out, since L_m is not known here: lag_ps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left out, since L_m is not known here: lag_ps" in said
+    assert "gain over" not in said
+    assert "theory" not in said
+    assert not [name for name in best.columns if "theory" in name and best[name].count()]
+    assert set(words["bits"]) == {"lazy", "stochastic"}
+    figures = report_figures.of("compare", report.read(Path("compared")).tables, 1000)
+    assert "theory" not in str(list(figures))
 
 
 def test_the_example_of_a_loop_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +189,11 @@ def test_the_example_of_a_loop_takes_few_steps(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_allclose(parallel.smoothed([*range(12)]), [4.5, 5.5, 6.5])
     with pytest.raises(ValueError, match="steps = 0: expected one whole number and >= 1"):
         parallel.main(steps=0)
+
+
+def legend_of(figure: Any) -> list[str]:
+    """The words of a figure's legend."""
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
 @pytest.mark.parametrize("name", ["images", "tokens"])
