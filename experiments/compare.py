@@ -5,10 +5,11 @@ r"""Every method at its best: searched and chosen on some seeds, reported on oth
     python -m experiments.compare --problem my.py:make --dataset my.py:load \
         --algorithm laq my.py:factory --set beta 0.1 0.5 --target-accuracy 0.8 0.9
 
-Every member runs its grid of steps (powers of `--factor` around the step of theory, or around 1 / L) and of its own numbers
-on `--seeds`, as one compiled program. Where the best value of a number lies on the edge of its grid, the grid is widened
-there; between the best step and its neighbours further ones are tried, down to a quarter of the grid's distance. The settings that are cheapest at each target in bits up, in all bits, in rounds or in seconds run again on
-`--report-seeds`: what the tables say is what these cost. Leaves in --out: best (a row a method, target and criterion;
+Every member runs its grid of steps (powers of `--factor` around the step of theory, or around a plain one where the problem
+has no known smoothness constant L) and of its own numbers on `--seeds`, as one compiled program. Where the best value of a
+number lies on the edge of its grid, the grid is widened there; between the best step and its neighbours further ones are
+tried, down to a quarter of the grid's distance. The settings that are cheapest at each target in bits up, in all bits, in
+rounds or in seconds run again on `--report-seeds`: what the tables say is what these cost. Leaves in --out: best (a row a method, target and criterion;
 Parquet, CSV), tried (every setting), figures (PNG, SVG), and the studies that it is made of; resumes like a sweep, and goes
 on to more rounds or smaller targets like one. Where the choice of settings is another then, their study is run anew.
 """
@@ -49,12 +50,12 @@ class Settings:
     factor: float = 2.0
     """Ratio of two neighbouring step sizes of a grid."""
     steps: int = 5
-    """Step sizes in each grid, around that of theory; more are tried beyond its edges and between its best ones."""
+    """Step sizes in each grid, around its first one; more are tried beyond its edges and between its best ones."""
     report_seeds: points.Ints = (2, 3, 4, 5)
     """Seeds of the runs that the tables report."""
     data: points.Data = points.Data(problem=("logistic",), dataset=(problems.SYNTHETIC + "1",))
     goal: sweep.Goal = sweep.Goal((1e-2, 1e-4, 1e-6))
-    budget: Budget = Budget(1000, every=25, batch=16, keep=100, short=10**9, filled=True)
+    budget: Budget = Budget(1000, batch=16, keep=100, short=10**9, filled=True, longest=25)
     link: Link = Link()
     config: Path | None = None
     """A TOML or YAML file of these settings; what the command line says counts more."""
@@ -77,8 +78,8 @@ class Comparison:
         default = data == Settings().data
         rows = 200 if settings.smoke else None
         self.case = case or (problems.convex(data.dataset[0]) if default else problems.case(*self.data.values(), rows))
-        known = self.case.problem.curvature is not None
-        lost = [name for name in settings.axes.algorithm if "smoothness" in points.arguments(name) and not known]
+        self.known = self.case.problem.curvature is not None  # L, and so a step of theory
+        lost = [name for name in settings.axes.algorithm if "smoothness" in points.arguments(name) and not self.known]
         if lost:
             console.print(f"left out, since L_m is not known here: {', '.join(lost)}")
         self.grids = {name: self.grid(name) for name in settings.axes.algorithm if name not in lost}
@@ -92,7 +93,7 @@ class Comparison:
             raise ValueError("target_accuracy: expected a problem with an accuracy, and data with test rows")
 
     def grid(self, name: str) -> dict[str, tuple[Any, ...]]:
-        """The axes of a member, the first value of each that of theory or of the default."""
+        """The axes of a member, the first value of each that of theory (a plain step where L is unknown) or of the default."""
         member, own = MEMBERS.get(name, OWN), points.arguments(name)
         given = points.values_of(replace(self.settings.axes, algorithm=(name,)), self.settings.data, strict=False)
         said = {key: values for key, values in given.items() if key in own and values != (None,)}
@@ -103,8 +104,8 @@ class Comparison:
             axes["minibatch"] = self.settings.axes.minibatch
         return {step: tuple(base * self.settings.factor**power for power in around)} | axes
 
-    def theory(self) -> list[Wanted]:
-        """Every member at the step of theory and its defaults."""
+    def first(self) -> list[Wanted]:
+        """Return every member at the first step of its grid and its defaults."""
         return [(name, {axis: values[0] for axis, values in axes.items()}) for name, axes in self.grids.items()]
 
     def choice(self, name: str, values: Setting) -> dict[str, Any]:
@@ -142,7 +143,7 @@ class Comparison:
     def rows(self, name: str, tried: pl.DataFrame, reported: pl.DataFrame) -> Iterator[dict[str, Any]]:
         """The best of a member at each target by each criterion, as reported."""
         axes, measures = self.grids[name], ("uploads", *CRITERIA.values())
-        first = same(reported, name, dict(self.theory())[name])
+        first = same(reported, name, dict(self.first())[name])
         for t, (title, cost) in product(ledger.goals_of(tried), CRITERIA.items()):
             row: dict[str, Any] = {
                 "method": name,
@@ -155,10 +156,10 @@ class Comparison:
             if values := cheapest(tried, name, axes, cost, t):
                 mine = same(reported, name, values)
                 row |= {f"{c}{end}": mine[f"{c}_{t}{end}"][0] for c in measures for end in ("", "_ci95")}
-                theirs = {f"{c} of theory": first[f"{c}_{t}"][0] for c in measures}
-                row |= theirs
-                both = theirs[f"{cost} of theory"], row[cost]
-                row["gain over theory"] = both[0] / both[1] if None not in both and both[1] else None
+                if self.known:
+                    row |= {f"{c} of theory": first[f"{c}_{t}"][0] for c in measures}
+                    both = row[f"{cost} of theory"], row[cost]
+                    row["gain over theory"] = both[0] / both[1] if None not in both and both[1] else None
                 row["setting"] = ", ".join(f"{ledger.HEADS.get(k, k)}={ledger.said(v)}" for k, v in values.items())
                 outside = [k for k, v in values.items() if v not in axes[k] and not min(axes[k]) < v < max(axes[k])]
                 row["widened"] = ", ".join(outside)
@@ -176,7 +177,7 @@ class Comparison:
         """Beyond the edges, where a best setting lies there."""
         best, factor = best_of(tried, self.grids), self.settings.factor
         found = [(n, v | {axis: value}) for n, v in best for axis, value in self.edges(n, v, tried)]
-        for name, values in self.theory():
+        for name, values in self.first():
             if name not in dict(best):  # it reached nothing: further steps on both sides
                 step = next(iter(self.grids[name]))
                 steps = same(tried, name, {key: value for key, value in values.items() if key != step})[step]
@@ -260,7 +261,9 @@ def run(settings: Settings) -> Path:
                     console.print(f"{len(more)} settings {TURNS[folder.partition('-')[0]]}")
                     summary = compared.run(folder, more, settings.axes.seeds, console)
                     tried = pl.concat([tried, summary], how="diagonal_relaxed")
-            chosen = {key(one): one for one in [*best_of(tried, compared.grids), *compared.theory()]}
+            best_ones = best_of(tried, compared.grids)
+            first = compared.first() if compared.known or not best_ones else []  # what the best is measured against
+            chosen = {key(one): one for one in [*best_ones, *first]}
             reported = compared.run("report", list(chosen.values()), settings.report_seeds, console)
             if not leads:
                 return settings.out
@@ -287,13 +290,15 @@ def report(out: Path, console: Console) -> None:
     last = best.drop_nulls("bits_up").group_by("method", maintain_order=True).last()
     shown = wide.join(last, on="method", how="left").sort(*reversed(targets), nulls_last=True)
     words = dict.fromkeys(targets, ledger.short) | {"gain": lambda gain: "-" if gain is None else f"{gain:.1f}x"}
-    gain = pl.col("gain over theory").alias("gain")
+    gain = [pl.col("gain over theory").alias("gain")] * (best["bits_up of theory"].count() > 0)
     wider = pl.when(pl.col("widened") != "").then(pl.format(" (wider: {})", "widened")).otherwise(pl.lit(""))
-    title = f"fewest bits up to {best['goal'][0]} ..., mean over the report seeds; gain over the step of theory"
+    title = f"fewest bits up to {best['goal'][0]} ..., mean over the report seeds"
+    title += "; gain over the step of theory" if gain else ""
     open_ = last.filter(pl.col("at the edge") != "").select("method", "at the edge").rows()
     still = "still best at the edge of what was tried: " + ", ".join(f"{m} ({axes})" for m, axes in open_)
-    table = shown.select("method", *targets, gain, pl.col("setting") + wider)
-    ledger.result(console, out, {title: table}, [still] if open_ else [], words)
+    table = shown.select("method", *targets, *gain, pl.col("setting") + wider)
+    notices = [*([still] if open_ else []), *ledger.tied(pl.read_parquet(out / "report" / "points.parquet"))]
+    ledger.result(console, out, {title: table}, notices, words)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import numpy as np
 import polars as pl
 
 from experiments import files
+from laqjax.checks import suggest
 
 MNIST_FOLDER = Path(__file__).parent / "mnist"
 MNIST_MD5 = {  # of the files inside the .xz; every IDX set uses these names
@@ -38,6 +39,7 @@ MNIST_MD5 = {  # of the files inside the .xz; every IDX set uses these names
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+KINDS = ("mnist", "idx", "tfds", "libsvm", "libsvm-regression", "npz", "csv", "synthetic-linear", "synthetic-logistic")
 SYNTHETIC_INTEGERS = ("workers", "samples", "features", "seed")
 SYNTHETIC_FLOATS = ("condition", "heterogeneity", "noise")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -67,6 +69,12 @@ class Dataset:
 
     def _check(self, part: str, x: Any, y: Any) -> None:
         where, k = f"{self.name} ({part})", self.num_classes
+        for key, tree in (("x", x), ("y", y)):
+            if text := [a.flat[0] for a in jax.tree.leaves(tree) if a.dtype.kind in "OSU" and a.size]:
+                raise ValueError(
+                    f"{where}: {key} holds {text[0]!r}: expected numbers; classes are whole numbers from 0 on, as of "
+                    "numpy.unique(y, return_inverse=True)[1]"
+                )
         leaves: list[np.ndarray] = jax.tree.leaves((x, y))
         if len({a.shape[:1] for a in leaves}) != 1 or leaves[0].ndim == 0 or (k is not None and np.ndim(y) != 1):
             raise ValueError(
@@ -125,6 +133,7 @@ def load(name: str) -> Dataset:
     raise ValueError(
         f"dataset {name!r}: expected mnist, idx:DIR, tfds:NAME[@DIR], libsvm:PATH, libsvm-regression:PATH, npz:FILE, "
         "csv:FILE, FILE.py:load, synthetic-linear[?KEY=VALUE&...] or synthetic-logistic[?KEY=VALUE&...]"
+        f"{suggest(kind.partition('?')[0], KINDS)}"
     )
 
 
@@ -142,6 +151,10 @@ def _load_npz(name: str, path: Path) -> Dataset:
         with np.load(path) as file:
             arrays = {key: file[key] for key in file.files}
     except (TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:  # TypeError: an .npy file
+        if "Object arrays" in str(error):
+            raise ValueError(
+                f"{name}: an array holds Python objects: expected arrays of numbers, classes from 0 on"
+            ) from None
         raise ValueError(f"{path} is damaged, or no .npz file: {error}") from None
     if not {"x", "y"} <= arrays.keys() <= {"x", "y", "x_test", "y_test"}:
         raise ValueError(f"{name}: expected arrays x and y, and perhaps x_test and y_test; got {sorted(arrays)}")
@@ -318,7 +331,8 @@ def _load_synthetic(name: str) -> Dataset:
         key, _, text = item.partition("=")
         if key not in SYNTHETIC_INTEGERS + SYNTHETIC_FLOATS:
             known = ", ".join(SYNTHETIC_INTEGERS + SYNTHETIC_FLOATS)
-            raise ValueError(f"{name}: unknown key {key!r}, expected one of {known}")
+            hint = suggest(key, SYNTHETIC_INTEGERS + SYNTHETIC_FLOATS)
+            raise ValueError(f"{name}: unknown key {key!r}, expected one of {known}{hint}")
         try:
             value = int(text) if key in SYNTHETIC_INTEGERS else float(text)
         except ValueError as error:

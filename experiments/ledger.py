@@ -5,6 +5,7 @@ the model it began with. What nobody measures in a round (a minibatch method's l
 at the ends of chunks, and known there only.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,8 +58,9 @@ class Targets:
 
     def __post_init__(self) -> None:
         name, order = ("target_accuracy", "lowest") if self.accuracy else ("target", "largest")
-        if not all(t > 0 for t in self.values) or list(self.values) != sorted(self.values, reverse=not self.accuracy):
-            kind = "shares above 0" if self.accuracy else "residuals > 0"
+        most, ordered = 1 if self.accuracy else np.inf, sorted(self.values, reverse=not self.accuracy)
+        if not all(0 < t <= most for t in self.values) or list(self.values) != ordered:
+            kind = "shares above 0 and at most 1 (90 % is 0.9)" if self.accuracy else "residuals > 0"
             raise ValueError(f"{name} = {self.values}: expected {kind}, the {order} first")
         if len({f"{t:g}" for t in self.values}) < len(self.values):  # the tables name them so
             raise ValueError(f"{name} = {self.values}: expected numbers that differ in their first six digits")
@@ -163,7 +165,9 @@ def tables(labels: Sequence[dict[str, Any]], record: Record, targets: Targets, s
         at: dict[str, int | None] = {f"{t:g}": int(found[0]) if len(found) else None for t, found in met.items()}
         last = at[f"{targets.values[-1]:g}"] if at else None
         row = dict(label) | {"f_star": record.f_star, "goal": targets.words(record.f_star)}
-        row |= {"diverged": lost, "reached": last is not None, "ended": end}
+        measured = (record.accuracy if targets.accuracy else record.loss)[: end + 1, i]
+        every = int(np.diff(np.flatnonzero(np.isfinite(measured))).max(initial=1))
+        row |= {"diverged": lost, "reached": last is not None, "ended": end, "every": every}
         for t, k in {**at, "end": end}.items():
             row |= {f"{name}_{t}": None if k is None else spent[name][k, i].item() for name in COST}
         finite = np.flatnonzero(np.isfinite(record.loss[: end + 1, i]))
@@ -176,10 +180,10 @@ def tables(labels: Sequence[dict[str, Any]], record: Record, targets: Targets, s
         columns = {"point": label["point"], "round": shown} | {
             n: v[shown, i] for n, v in spent.items() if n != "rounds"
         }
-        measured = {"loss": record.loss[shown, i], "residual": record.residual[shown, i]}
-        measured |= {"accuracy": record.accuracy[shown, i]}
-        shape: Any = {n: pl.Float64 if n in ("seconds", *measured) else pl.Int64 for n in columns | measured}
-        curves.append(pl.DataFrame(columns | measured, schema=shape))  # also where nothing is known
+        facts = {"loss": record.loss[shown, i], "residual": record.residual[shown, i]}
+        facts |= {"accuracy": record.accuracy[shown, i]}
+        shape: Any = {n: pl.Float64 if n in ("seconds", *facts) else pl.Int64 for n in columns | facts}
+        curves.append(pl.DataFrame(columns | facts, schema=shape))  # also where nothing is known
         sent = np.packbits(record.sent[:end, i]).tobytes()
         masks.append({"point": label["point"], "rounds": end, "workers": record.sent.shape[2], "sent": sent})
     kinds = {f"{name}_{t}": pl.Int64 for t in [*(f"{t:g}" for t in targets.values), "end"] for name in COST[:-1]}
@@ -290,6 +294,26 @@ def missed(summary: pl.DataFrame) -> list[str]:
     target = goals_of(summary)[-1]
     number, lost = summary[f"rounds_{target}"].null_count(), int((summary["diverged"] > 0).sum())
     return [f"{number} of {len(summary)} settings did not reach {target} ({lost} diverged)"] if number else []
+
+
+def tied(points: pl.DataFrame) -> list[str]:
+    """Return a warning for each pair of neighboring targets that settings met at one look, so that the look ranks them.
+
+    Args:
+        points: with the rounds at which each point met its targets, and `every`, the rounds between its looks.
+    """
+    notices, targets, settings = [], goals_of(points), settings_of(points)
+    total = points.select(settings).n_unique() if settings else 1
+    for easy, hard in itertools.pairwise(targets):
+        at = pl.col(f"rounds_{easy}")
+        found = points.filter(pl.col("every") > 1, at > 0, at == pl.col(f"rounds_{hard}"))
+        if len(found):
+            number = found.select(settings).n_unique() if settings else 1
+            notices.append(
+                f"{number} of {total} settings met targets {easy} and {hard} at the same look (every = "
+                f"{found['every'].max()} rounds): give a smaller --every"
+            )
+    return notices
 
 
 def result(

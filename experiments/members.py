@@ -12,7 +12,7 @@ from laqjax import theory
 class Member:
     """What is searched for a method. kind: of the panels. axes: its own numbers, the default of each first.
 
-    step: the step of theory of a case, and where there is none what stands for it. stochastic: it runs on minibatches.
+    step: the step of theory of a case; where L is unknown, a plain step to start from. stochastic: it runs on minibatches.
     """
 
     kind: str
@@ -38,7 +38,7 @@ def one_worker(case: problems.Case) -> float:
 
 
 def of_theory(step: Callable[..., float], *constants: float) -> Callable[[problems.Case], float]:
-    """A step that theory admits, 1 / L where L is not known."""
+    """A step that theory admits; 1 / (10 M) where L is not known."""
     return lambda case: step(*case.smoothness, *constants) if case.problem.curvature else smooth(1)(case)
 
 

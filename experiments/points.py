@@ -20,8 +20,11 @@ from experiments import files, problems, terminal
 from experiments.study import Point
 from laqjax import algorithms, types
 from laqjax import mesh as meshes
-from laqjax.checks import number
+from laqjax.checks import number, suggest
 
+# arguments of algorithms that the command supplies, and the option from which they follow
+SUPPLIED = {"oracle": "--problem", "num_workers": "--workers", "sampler": "--minibatch", "max_window": "--window"}
+SUPPLIED |= {"smoothness": "--dataset", "down": "--compressor", "seed": "--seeds"}
 # what an algorithm must have, where nothing is given
 PLAIN = {"lr": 0.02, "damping": 0.5, "scaling": 0.5, "probability": 0.1, "a": 0.5, "steps": 2, "local_lr": 0.01}
 
@@ -143,14 +146,20 @@ def values_of(axes: Axes, data: Data, strict: bool = True) -> dict[str, tuple[An
     given = {f.name: getattr(part, f.name) for part in (data, axes) for f in fields(part)}
     own, seeds = given.pop("set"), given.pop("seeds")
     given = {"algorithm": given.pop("algorithm"), **given}
+    options = {f.name: f"--{f.name.replace('_', '-')}" for part in (data, axes) for f in fields(part)} | SUPPLIED
     for name, *values in own:
+        if name in options:
+            raise ValueError(f"--set {name}: expected {options[name]}, the option that gives it")
+        if name in given:
+            raise ValueError(f"--set {name} is given twice: expected all its values behind one --set {name}")
         given[name] = tuple(literal(value) for value in values)
         if not values:
             raise ValueError(f"--set {name} has no values: expected NAME VALUE ...")
     known = set().union(*(arguments(name) for name in given["algorithm"]))
     lost = [name for name, *_ in own if name not in known]
     if lost and strict:
-        raise ValueError(f"--set {lost[0]}: expected an argument of {', '.join(given['algorithm'])}: {sorted(known)}")
+        there = f"{', '.join(given['algorithm'])}: {sorted(known - options.keys())}"
+        raise ValueError(f"--set {lost[0]}: expected an argument of {there}{suggest(lost[0], known)}")
     optional = {f.name for f in fields(Axes) if f.default == ()}
     empty = [name for name, values in (given | {"seed": seeds}).items() if not values and name not in optional]
     if empty:
@@ -158,6 +167,21 @@ def values_of(axes: Axes, data: Data, strict: bool = True) -> dict[str, tuple[An
     for seed in seeds:
         number("seeds", seed, np.int32, least=0)
     return {name: values or (None,) for name, values in given.items()} | {"seed": seeds}
+
+
+def check_given(axes: Axes, plain: Axes, data: Data) -> None:
+    """Raise ValueError for an axis that differs from the command's own (`plain`) and that no algorithm has."""
+    values_of(axes, data)
+    known = set().union(*map(arguments, axes.algorithm))
+    known |= {"algorithm", "seeds", "set"} | ({"minibatch"} if "sampler" in known else set())
+    for name in (f.name for f in fields(Axes) if f.name not in known):
+        values = getattr(axes, name)
+        if values and values != getattr(plain, name):
+            option = f"--{name.replace('_', '-')} {' '.join(map(str, values))}"
+            raise ValueError(
+                f"{option}: {', '.join(axes.algorithm)} has no argument {name}; leave the option out, or add an --algorithm "
+                "that has it"
+            )
 
 
 def is_number(value: Any) -> bool:
@@ -228,7 +252,10 @@ def factory(name: str) -> Callable[..., laqjax.Algorithm]:
     if files.is_own(name):
         return files.load(name)
     if name not in factories():
-        raise ValueError(f"algorithm = {name!r}: expected FILE.py:factory or one of {', '.join(sorted(factories()))}")
+        known = sorted(factories())
+        raise ValueError(
+            f"algorithm = {name!r}: expected FILE.py:factory or one of {', '.join(known)}{suggest(name, known)}"
+        )
     return factories()[name]
 
 
@@ -252,11 +279,19 @@ def built(choices: Sequence[dict[str, Any]], max_window: int, authors: bool = Fa
             names = [choice[f.name] for f in fields(Data)]
             points.append(build(choice, problems.case(*names, rows=rows), max_window, authors))
         except (TypeError, ValueError) as error:  # TypeError: an algorithm that needs more than this command line gives
-            bad.setdefault(str(error), []).append(str(choice["point"]))
+            bad.setdefault(str(error), []).append(choice["point"])
     if bad:
-        lines = [f"  point {', '.join(which)}: {error}" for error, which in bad.items()]
-        raise ValueError("\n".join([f"{sum(map(len, bad.values()))} of {len(choices)} points cannot run:", *lines]))
+        lines = [f"{error} ({ranges(which)})" for error, which in bad.items()]
+        raise ValueError("\n".join([*lines, f"{sum(map(len, bad.values()))} of {len(choices)} points cannot run"]))
     return points
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers of points as text: "point 3", or "points 0-35, 40"."""
+    there = set(numbers)
+    starts, ends = ([n for n in numbers if n + step not in there] for step in (-1, 1))
+    parts = [f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
+    return f"point{'s' if len(numbers) > 1 else ''} {', '.join(parts)}"
 
 
 def build(choice: dict[str, Any], case: problems.Case, max_window: int, authors: bool = False) -> Point:
@@ -311,6 +346,7 @@ def compressor(text: str) -> Any:
     except (AttributeError, TypeError):
         raise ValueError(
             f"compressor = {text!r}: expected one of {', '.join(makers)}, with its number as top_k:50"
+            f"{'' if name in makers else suggest(name, makers)}"
         ) from None
 
 
@@ -329,6 +365,7 @@ def parsed(kind: Any, given: Sequence[str], about: str | None) -> Any:
         settings = terminal.cli(kind, [*from_file(settings.config, kind), *given], about)
     if hosts := getattr(settings, "hosts", None):
         hosts.join()
+    check_given(settings.axes, kind().axes, settings.data)
     return settings
 
 
@@ -367,7 +404,9 @@ def from_file(path: Path, kind: Any) -> list[str]:
     known = names_of(kind) - {"config"}
     unknown = sorted(set(given) - known)
     if unknown:
-        raise ValueError(f"{path}: {unknown} are no settings; expected names among {sorted(known)}")
+        raise ValueError(
+            f"{path}: {unknown} are no settings; expected names among {sorted(known)}{suggest(unknown[0], known)}"
+        )
     words = []
     for name, value in given.items():
         option = f"--{name.replace('_', '-')}"
@@ -385,7 +424,7 @@ def from_file(path: Path, kind: Any) -> list[str]:
 
 def identity(settings: Any, **more: Any) -> dict[str, Any]:
     """What makes an experiment this experiment: all settings but where they stand, and what stands in files of one's own."""
-    flat, free = more, ("out", "config", "hosts", "short", "filled")
+    flat, free = more, ("out", "config", "hosts", "short", "filled", "longest")
     for f in fields(settings):
         value = getattr(settings, f.name)
         flat |= {} if f.name in free else identity(value) if is_dataclass(value) else {f.name: value}

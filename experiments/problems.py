@@ -15,9 +15,11 @@ from jaxtyping import Array
 
 import laqjax
 from experiments import datasets, files
+from laqjax.checks import suggest
 from laqjax.problems import Problem
 
 SYNTHETIC = "synthetic-logistic?workers=10&samples=200&features=50&condition=100&heterogeneity="
+PROBLEMS = ("softmax", "network", "ridge", "logistic")
 CACHE = Path("results") / "cache"  # of f*
 
 
@@ -142,7 +144,9 @@ def case(problem: str, dataset: str, partition: str = "contiguous", seed: int = 
     if rows:
         shards = laqjax.Shards(*jax.tree.map(lambda array: array[:, :rows], shards))
     test = None if data.x_test is None else (data.x_test, data.y_test)
-    return Case(named(problem, data), shards, test)
+    made = Case(named(problem, data), shards, test)
+    made.oracle.check(made.shards)
+    return made
 
 
 def convex(name: str, scheme: str = "contiguous") -> Case:
@@ -178,7 +182,7 @@ def named(name: str, data: datasets.Dataset) -> Problem:
         return getattr(laqjax.problems, name.capitalize())(data.x.shape[1])
     raise ValueError(
         f"problem = {name!r} on {data.name}: expected softmax or network for classes, logistic for two, ridge for numbers "
-        "(all on rows of features), or FILE.py:make"
+        f"(all on rows of features), or FILE.py:make{suggest(name, PROBLEMS) if name not in PROBLEMS else ''}"
     )
 
 

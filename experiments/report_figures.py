@@ -277,8 +277,10 @@ def costs(best: pl.DataFrame, kinds: Sequence[str]) -> Iterator[Shown]:
             theory = rows.drop_nulls("bits_up of theory")
             data = {"bits_up": theory["bits_up of theory"].to_list(), "method": theory["method"].to_list()}
             hollow = {"symbol": "circle-open", "legend": False, "group": str(name), "view": number, "size": 8}
-            lines.append(series(f"{name}, step of theory", data, kinds.index(str(name)), "markers", **hollow))
-    note = "Mean and 95 % interval over the seeds that are reported. Hollow: the step of theory."
+            if len(theory):
+                lines.append(series(f"{name}, step of theory", data, kinds.index(str(name)), "markers", **hollow))
+    note = "Mean and 95 % interval over the seeds that are reported."
+    note += " Hollow: the step of theory." if best["bits_up of theory"].count() else ""
     figure = {"views": views, "series": lines, "first": len(views) - 1, "height": 140 + 19 * len(methods)}
     yield "Bits up at each target", note, [figure]
 

@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from laqjax.checks import number
 
 MOST = 64  # points in a batch, for each device: more is not faster, and rows are safe later
 SAVE = 10.0  # seconds between two checkpoints of a batch
+LOOKS, LEAST = 0.02, 4  # share of the training's work that looking may cost; rounds of the shortest chosen interval
 KEEP = 2.0  # GiB of last states that a study keeps; one that has more keeps none
 
 
@@ -72,8 +73,9 @@ class Budget:
 
     rounds: int = 400
     """Rounds of each point at most."""
-    every: int = 50
-    """Rounds between two looks at who is done; minibatch methods' loss and the test accuracy are measured then."""
+    every: int | None = None
+    """Rounds between two looks at who is done; minibatch methods' loss and the test accuracy are measured then. When not
+    given at most 50, and fewer where the rows that are scored cost about 2 % of those that are trained on."""
     memory: float | None = None
     """GiB for the points of a batch; half of what is free when not given."""
     batch: int | None = None
@@ -84,10 +86,11 @@ class Budget:
     filled: tyro.conf.Suppress[bool] = (
         False  # all batches of one size: another study of such points is the same program
     )
+    longest: tyro.conf.Suppress[int] = 50  # rounds of the longest chosen interval
 
     def check(self) -> None:
         """ValueError for a number out of its range."""
-        for name in ("rounds", "every", "batch", "keep"):
+        for name in ("rounds", "every", "batch", "keep", "longest"):
             number(name, 1 if getattr(self, name) is None else getattr(self, name), np.int32, least=1)
 
     @property
@@ -129,8 +132,10 @@ def run(
     sizes = [batch_size([points[i] for i in group], budget) for group in groups]
     began, fresh, done, left = time.perf_counter(), 0, 0, not_kept(points)
     identity = identity or {"points": labels, "targets": targets.values, "rounds": budget.rounds}
+    firsts = [points[group[0]] for group in groups]
     with held(out, identity, left):
-        plan = meshes.led(lambda: planned([points[group[0]] for group in groups], sizes, out, link))
+        plan = meshes.led(lambda: planned(firsts, sizes, out, link, targets, budget))
+        budgets = [replace(budget, every=budget.every or every) for every in plan["every"]]
         for case in {id(point.case): point.case for point in points}.values():
             with console.status("f* by a solver in float64 (half a minute on MNIST, then cached)"):
                 _ = None if targets.accuracy else case.f_star
@@ -146,16 +151,16 @@ def run(
 
             for g, which, part in mine:
                 these = [labels[i] for i in which]
-                if not finished(out / part, these, targets, budget, console):
-                    live = Batch([points[i] for i in which], targets, budget, plan["batch"][g], out / part, show)
+                if not finished(out / part, these, targets, budgets[g], console):
+                    live = Batch([points[i] for i in which], targets, budgets[g], plan["batch"][g], out / part, show)
                     computed(live, these, out / part, link, plan["compute_ms"][g], not left, console)
                     fresh += len(which)
                 if left:
                     shutil.rmtree(out / part, ignore_errors=True)
                 done += len(which)
                 show(0, f"{done} points done")
-            for _, which, part in (batch for batch in batches if batch not in mine):
-                while not finished(out / part, [labels[i] for i in which], targets, budget):
+            for g, which, part in (batch for batch in batches if batch not in mine):
+                while not finished(out / part, [labels[i] for i in which], targets, budgets[g]):
                     show(0, "waits for the other processes")
                     time.sleep(1)
         tables = [f"{out / part}-" for _, _, part in batches]
@@ -237,8 +242,25 @@ def batch_size(points: Sequence[Point], budget: Budget) -> int:
     return max(min(fits, wanted) // devices, 1) * devices
 
 
-def planned(firsts: Sequence[Point], sizes: list[int], out: Path, link: Link) -> dict[str, Any]:
-    """Batch sizes and compute times, fixed when a study starts and kept in its folder: results follow from them."""
+def interval(point: Point, targets: Targets, budget: Budget) -> int:
+    """Return the rounds between two looks such that looking costs about 2 % of the training.
+
+    The costs are rows, so that a run that resumes and all shards of a sweep choose the same: a look scores the test rows,
+    and all data of a minibatch method; a round reads the rows of a gradient, each at three times the cost of scoring it.
+    """
+    case, sampler = point.case, point.algorithm.sampler
+    if budget.every or not (targets.accuracy or sampler):
+        return budget.every or budget.longest
+    shards = case.shards.weight
+    trained = 3 * (len(shards) * sampler.size if sampler else shards.size)
+    scored = (len(jax.tree.leaves(case.test)[0]) if case.scored else 0) + (shards.size if sampler else 0)
+    return int(np.clip(np.ceil(scored / (LOOKS * trained)), min(LEAST, budget.longest), budget.longest))
+
+
+def planned(
+    firsts: Sequence[Point], sizes: list[int], out: Path, link: Link, targets: Targets, budget: Budget
+) -> dict[str, Any]:
+    """Fix batch sizes, intervals and compute times when a study starts; they stay in its folder, as results follow from them."""
     path = out / "plan.json"
     if path.exists():
         plan = files.read_json(path)
@@ -253,7 +275,8 @@ def planned(firsts: Sequence[Point], sizes: list[int], out: Path, link: Link) ->
         alg = point.algorithm
         measured[timed(point)] = measured.get(timed(point)) or gradient_ms(point.case, alg.oracle, alg.sampler)
     compute = [measured.get(timed(point), link.compute_ms) for point in firsts]
-    plan = {"batch": sizes, "compute_ms": compute, "devices": jax.local_device_count()}
+    every = [interval(point, targets, budget) for point in firsts]
+    plan = {"batch": sizes, "every": every, "compute_ms": compute, "devices": jax.local_device_count()}
     files.write_json(path, plan)
     return plan
 
@@ -342,6 +365,7 @@ class Batch:
     def __post_init__(self) -> None:
         count, case = len(self.points), self.points[0].case
         self.case, self.devices = case, jax.local_device_count()
+        self.every = interval(self.points[0], self.targets, self.budget)
         kind = (jax.sharding.AxisType.Auto,)
         self.mesh = jax.make_mesh((self.devices,), (meshes.POINTS,), axis_types=kind, devices=jax.local_devices())
         self.running, self.slots = np.ones(count, bool), np.arange(0)  # the point in each place
@@ -372,7 +396,7 @@ class Batch:
             rounds = self.fill()
             algs, keys = laqjax.take(self.algs, self.slots), self.keys[self.slots]
             given = algs, self.state, self.case.on_device, rounds, keys
-            for out in laqjax.sweep_stream(*given, chunk=self.budget.every, record=["gradients"], mesh=self.mesh):
+            for out in laqjax.sweep_stream(*given, chunk=self.every, record=["gradients"], mesh=self.mesh):
                 self.take_in(out)
                 if time.monotonic() - saved > SAVE and self.running.any():
                     self.save(checkpoints)
@@ -385,11 +409,11 @@ class Batch:
         """Who runs on. A point whose rounds were used up between two looks goes on to the next, as if there had been more."""
         ran = self.record.ran
         ended = (self.record.lost >= 0) | self.at_target()
-        return (ran < self.budget.rounds) & ((ran % self.budget.every > 0) | ~ended)
+        return (ran < self.budget.rounds) & ((ran % self.every > 0) | ~ended)
 
     def fill(self) -> int:
         """Fill the batch with those that run and are nearest to their next look; the rounds that they have in common."""
-        ran, every = self.record.ran, self.budget.every
+        ran, every = self.record.ran, self.every
         step = np.where(self.running, np.minimum(every - ran % every, self.budget.rounds - ran), every + 1)
         here = np.flatnonzero(step == step.min())
         self.slots = here[np.minimum(np.arange(self.places()), len(here) - 1)]
@@ -468,7 +492,7 @@ class Batch:
         self.last = last
         self.record.restore(facts["record"])
         ran = self.record.ran
-        more = np.flatnonzero((ran % self.budget.every > 0) & (ran < self.budget.rounds))
+        more = np.flatnonzero((ran % self.every > 0) & (ran < self.budget.rounds))
         for measured in (self.record.loss, self.record.accuracy):
             measured[ran[more], more] = np.nan  # with more rounds it would not have been looked at there
         return True

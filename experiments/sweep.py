@@ -126,7 +126,7 @@ def report(folder: Path, console: Console) -> None:
     columns = [pl.col(n).alias(head if head not in taken else f"{n} ") for n, head in heads.items()]
     title = f"cheapest to {goal} {target} (simulated seconds)"
     tables = {title: shown.select(*columns, **costs)} if len(ranked) else {}
-    notices = ledger.missed(summary)
+    notices = [*ledger.missed(summary), *ledger.tied(pl.read_parquet(folder / "points.parquet"))]
     if not len(ranked):
         notices.append(nearest(folder, summary, float(target)))
     ledger.result(console, folder, tables, notices, constant=constant)

@@ -13,7 +13,7 @@ import itertools
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +102,12 @@ def run(settings: Settings) -> Path:
     identity = points.identity(settings, experiment="tune")
     identity = {name: value for name, value in identity.items() if name not in ("memory", "trials")}
     with files.claimed(settings.out, identity, "each trial was asked for by what those before it cost"):
-        compute = study.planned([some[0]], [size], settings.out, settings.link)["compute_ms"][0]
+        plan = study.planned([some[0]], [size], settings.out, settings.link, targets, settings.budget)
+        compute, budget = plan["compute_ms"][0], replace(settings.budget, every=plan["every"][0])
 
         def measured(asked: list[dict[str, Any]], show: Callable[[float, str], None]) -> list[dict[str, Any]]:
             path, some = settings.out / "batch", search.points(asked)
-            record = study.Batch(some, targets, settings.budget, size, path, show).run(console)
+            record = study.Batch(some, targets, budget, size, path, show).run(console)
             labels = [{"point": i} for i in range(len(some))]
             made = ledger.tables(labels, record, targets, record.spent(settings.link, compute), 2)
             shutil.rmtree(path)

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parents[1]
 TASK = ["--dataset", "synthetic-logistic?workers=4&samples=30&features=10", "--problem", "logistic", "--workers", "4"]
 TASK += ["--compute-ms", "1", "--target", "10", "4", "--rounds", "80", "--every", "20", "--batch", "8"]
-TASK += ["--algorithm", "gd", "laq", "--xi", "0.4", "-b", "4", "--steps", "2", "--seeds", "0", "1"]
-TASK += ["--report-seeds", "2", "3", "4"]
+TASK += ["--steps", "2", "--seeds", "0", "1", "--report-seeds", "2", "3", "4"]
+PAIR = ["--algorithm", "gd", "laq", "--xi", "0.4", "-b", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
 
 
 def run(out: Path, *more: str) -> pl.DataFrame:
-    compare.run(points.parsed(compare.Settings, [*TASK, *more, "--out", str(out)], None))
+    methods = [] if "--algorithm" in more else PAIR
+    compare.run(points.parsed(compare.Settings, [*TASK, *methods, *more, "--out", str(out)], None))
     return pl.read_parquet(out / "best.parquet")
 
 
@@ -172,7 +173,7 @@ def test_what_cannot_run_is_said_before_anything_is_written(home: Path) -> None:
 
 
 KILLED = {
-    "compare": ["experiments.compare", *TASK],
+    "compare": ["experiments.compare", *TASK, *PAIR],
     "reproduce": ["experiments.reproduce", "laq-logistic", "--smoke", "--rounds", "100"],
 }
 

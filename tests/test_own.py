@@ -2,12 +2,13 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
-from experiments import compare, datasets, files, points, sweep, tune
+from experiments import compare, datasets, files, plots, points, report, report_figures, sweep, tune
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXAMPLES = Path(__file__).parents[1] / "experiments" / "examples"
@@ -43,6 +44,9 @@ def cnn(data):
     return (lambda w, x, y: optax.softmax_cross_entropy_with_integer_labels(Net().apply(w, x), y),
             lambda seed: Net().init(jax.random.key(seed), data.x[:1]),
             lambda w, x, y: jnp.mean(Net().apply(w, x).argmax(axis=1) == y))
+
+def average(data):
+    return (lambda w, x, y: jnp.mean((x @ w - y.astype(x.dtype)) ** 2)), lambda seed: np.zeros(3, np.float32)
 
 def wrong(data):
     return data.nothing
@@ -93,7 +97,10 @@ def test_data_problem_and_algorithm_of_ones_own(own: Path) -> None:
     ("given", "said"),
     [
         (["--problem", "{}:key"], "{}:key, loss: "),
-        (["--problem", "{}:wrong"], "{}:wrong: AttributeError: 'Dataset' object has no attribute 'nothing' (line 35)"),
+        (["--problem", "{}:wrong"], "{}:wrong: AttributeError: 'Dataset' object has no attribute 'nothing' (line 38)"),
+        (["--problem", "{}:average"], "error: loss_fn(params, x, y) gave "),
+        (["--problem", "{}:average"], "do not average inside the loss, the oracle does it by the weights (points 0-1)"),
+        (["--problem", "{}:average", "--algorithm", "sgd", "--minibatch", "2"], "do not average inside the loss"),
         (
             ["--problem", "{}:number"],
             "{}:number returned 3: expected functions (loss, start) or (loss, start, accuracy)",
@@ -109,7 +116,7 @@ def test_data_problem_and_algorithm_of_ones_own(own: Path) -> None:
 def test_what_is_wrong_in_it_is_said(given: list[str], said: str, own: Path) -> None:
     task = ["--dataset", f"{own}:load", "--problem", f"{own}:make", *(word.format(own) for word in given)]
     with pytest.raises(SystemExit) as stop:
-        run(*task, "-b", "4", "-C", "5", "-D", "1")
+        run(*task, "--lr", "0.01", "0.02", *([] if "--algorithm" in given else ["-b", "4", "-C", "5", "-D", "1"]))
     assert said.format(own, own) in str(stop.value)
     assert not Path("out").exists()
 
@@ -130,6 +137,10 @@ def test_npz_and_csv(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", x=x, z=y)
     with pytest.raises(ValueError, match=r"expected arrays x and y, and perhaps x_test and y_test; got \['x', 'z'\]"):
         datasets.load(f"npz:{tmp_path / 'b.npz'}")
+    for labels in (np.array(list("abcabc")), np.array(list("abcabc"), object)):
+        np.savez(tmp_path / "t.npz", x=x, y=labels)
+        with pytest.raises(ValueError, match=r"npz:.*t\.npz.*: expected .*numbers.*classes .*from 0 on"):
+            datasets.load(f"npz:{tmp_path / 't.npz'}")
     (tmp_path / "c.npz").write_bytes(b"PK..")
     with pytest.raises(ValueError, match=r"is damaged, or no \.npz file"):
         datasets.load(f"npz:{tmp_path / 'c.npz'}")
@@ -142,7 +153,12 @@ def test_npz_and_csv(tmp_path: Path) -> None:
         datasets.load(f"csv:{tmp_path / 'b.csv'}")
 
 
-def test_a_flax_cnn_in_sweep_tune_and_compare(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flax_cnn_in_sweep_tune_and_compare(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a smoothness constant there is no step of theory: no column, no marker, no word of it."""
+    words: dict[str, list[str]] = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: words.update({path.name: legend_of(figure)}))
     task = ["--dataset", f"{own}:images", "--problem", f"{own}:cnn", "--partition", "dirichlet:1", "--workers", "4"]
     task += ["--rounds", "40", "--every", "10", "--target-accuracy", "0.7", "--compute-ms", "1"]
     sweep.main([*task, "-b", "4", "8", "-C", "5", "-D", "3", "--lr", "0.05", "--out", "swept"])
@@ -155,7 +171,29 @@ def test_a_flax_cnn_in_sweep_tune_and_compare(own: Path, capsys: pytest.CaptureF
     best = pl.read_parquet("compared/best.parquet").filter(pl.col("cheapest in") == "bits up")
     assert best["method"].to_list() == ["laq", "sgd"]
     assert best["goal"].unique().to_list() == ["test accuracy >="]
-    assert "left out, since L_m is not known here: lag_ps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left out, since L_m is not known here: lag_ps" in said
+    assert "gain over" not in said
+    assert "theory" not in said
+    assert not [name for name in best.columns if "theory" in name and best[name].count()]
+    assert set(words["bits"]) == {"lazy", "stochastic"}
+    figures = report_figures.of("compare", report.read(Path("compared")).tables, 1000)
+    assert "theory" not in str(list(figures))
+
+
+def test_the_example_of_a_loop_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "")  # the import would set it for the processes of other tests
+    from experiments.examples import parallel
+
+    np.testing.assert_allclose(parallel.smoothed([3.0, 2.0, 1.0]), [2.0])
+    np.testing.assert_allclose(parallel.smoothed([*range(12)]), [4.5, 5.5, 6.5])
+    with pytest.raises(ValueError, match="steps = 0: expected one whole number and >= 1"):
+        parallel.main(steps=0)
+
+
+def legend_of(figure: Any) -> list[str]:
+    """The words of a figure's legend."""
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
 @pytest.mark.parametrize("name", ["images", "tokens"])

@@ -3,6 +3,7 @@
 import errno
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,42 @@ def test_points_of_several_structures_are_rows_in_their_order(tmp_path: Path) ->
     mine = pl.read_parquet(tmp_path / "curves.parquet").filter(pl.col("point") == 1)
     np.testing.assert_allclose(mine["loss"], info.loss[: len(mine)], rtol=1e-5)
     np.testing.assert_array_equal(mine["uploads"][1:], np.cumsum(info.sent.sum(axis=1))[: len(mine) - 1])
+
+
+def scored(rows: int) -> problems.Case:
+    """The case with so many test rows."""
+    mine = case()
+    return replace(mine, test=(np.resize(mine.shards.x, (rows, 10)), np.resize(mine.shards.y, rows)))
+
+
+def interval(rows: int, targets: Targets, sampler: Any = None, **given: Any) -> int:
+    mine = scored(rows) if rows else case()
+    alg = algorithms.sgd(mine.oracle, num_workers=4, lr=0.01, sampler=sampler)
+    return study.interval(Point(alg, mine), targets, Budget(**given))
+
+
+def test_the_chosen_interval_costs_few_rows() -> None:
+    """Of 120 rows on four workers: a round reads them at three times the cost of scoring, 2 % of that is 7.2 rows."""
+    residuals, shares = Targets((1.0,)), Targets((0.6, 0.8), accuracy=True)
+    assert [interval(rows, shares) for rows in (12, 72, 73, 3600)] == [4, 10, 11, 50]
+    assert interval(72, residuals) == 50  # the loss is known in every round
+    assert interval(0, residuals, Blocks(25)) == 20  # 120 rows scored for 300 * 2 %
+    assert interval(60, residuals, Blocks(25)) == 30
+    assert interval(0, residuals, Blocks(5)) == 50
+    assert [interval(72, shares, **given) for given in ({"every": 7}, {"longest": 8}, {"longest": 2})] == [7, 8, 2]
+
+
+def test_the_chosen_interval_is_kept_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, targets = scored(72), Targets((0.99, 0.999), accuracy=True)
+    points = [replace(point, case=mine) for point in chosen()[:3]]
+    for name, rounds in (("straight", 30), ("more", 20)):
+        study.run(points, targets, tmp_path / name, Budget(rounds), LINK)
+        assert files.read_json(tmp_path / name / "plan.json")["every"] == [10]
+    monkeypatch.setattr(study, "LOOKS", 1e-9)  # what a later version may choose
+    study.run(points, targets, tmp_path / "more", Budget(30), LINK)
+    same(tmp_path / "straight", tmp_path / "more")
+    curve = pl.read_parquet(tmp_path / "more" / "curves.parquet").drop_nans("accuracy")
+    assert curve["round"].unique().to_list() == [0, 10, 20, 30]
 
 
 def test_a_start_may_be_a_state(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_four_devices(whole: Path, tmp_path: Path) -> None:
     given = ["--batch", "8", *EIGHT, "--rounds", "50"]
     env = ENV | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     subprocess.run(command(*given, out=tmp_path), env=env, check=True, stdout=subprocess.DEVNULL)
-    assert files.read_json(tmp_path / "plan.json") == {"batch": [8], "compute_ms": [1.0], "devices": 4}
+    assert files.read_json(tmp_path / "plan.json") == {"batch": [8], "every": [50], "compute_ms": [1.0], "devices": 4}
     mine = rows(whole)["bits"] == 4
     early = ["limit", "window", "lr", "rounds_10", "uploads_10", "bits_up_10"]
     assert_frame_equal(rows(whole).filter(mine).select(early), rows(tmp_path).select(early))
@@ -338,13 +338,15 @@ def test_another_sweep_is_refused(whole: Path) -> None:
 
 def test_all_bad_points_are_named_before_anything_is_compiled() -> None:
     before = programs()
-    said = refusal("-b", "4", "0", "99", "-C", "10", "-1", "-D", "1", out=Path("bad"))
-    assert said.startswith("error: 5 of 6 points cannot run:")
-    named = [line.split(":")[0].removeprefix("  point ").split(", ") for line in said.splitlines()[1:]]
-    assert sorted(point for points in named for point in points) == list("12345")
-    assert len(named) == 3  # what is wrong is said once
-    assert "bits = 0" in said
-    assert "limit = -1" in said
+    said = refusal("-b", "4", "0", "99", "-C", "10", "20", "-1", "-D", "1", out=Path("bad"))
+    limit, low, high, count = said.splitlines()  # what is wrong is said once, before the points
+    assert limit.startswith("error: limit = -1: expected ")
+    assert limit.endswith(" (points 2, 5, 8)")
+    assert low.startswith("bits = 0: expected ")
+    assert low.endswith(" (points 3-4)")
+    assert high.startswith("bits = 99: expected ")
+    assert high.endswith(" (points 6-7)")
+    assert count == "7 of 9 points cannot run"
     assert programs() == before
     assert not Path("bad").exists()
 
@@ -382,8 +384,26 @@ def test_a_loss_that_averages_is_named(tmp_path: Path) -> None:
         (["--target"], "target = (): expected residuals > 0"),
         (
             ["--target-accuracy", "0.5", "0.1"],
-            "target_accuracy = (0.5, 0.1): expected shares above 0, the lowest first",
+            "target_accuracy = (0.5, 0.1): expected shares above 0 and at most 1 (90 % is 0.9), the lowest first",
         ),
+        (
+            ["--target-accuracy", "0.8", "90"],
+            "target_accuracy = (0.8, 90.0): expected shares above 0 and at most 1 (90 %",
+        ),
+        (["--algorithm", "lasq"], "; did you mean 'laq'?"),
+        (["--algorithm", "ef21", "--compressor", "top_kk:3"], "; did you mean 'top_k'?"),
+        (["--problem", "softmaxx"], "or FILE.py:make; did you mean 'softmax'?"),
+        (["--dataset", "mnst"], "; did you mean 'mnist'?"),
+        (["--dataset", "syntetic-logistic?workers=4"], "; did you mean 'synthetic-logistic'?"),
+        (["--dataset", "synthetic-logistic?sample=4"], "; did you mean 'samples'?"),
+        (["--algorithm", "dgc", "--set", "moment", "0.5"], "; did you mean 'momentum'?"),
+        (["-C", "10", "--set", "limit", "3"], "--set limit: expected --limit, the option that gives it"),
+        (["--set", "min_bits", "3"], "--set min_bits: expected --min-bits, the option that gives it"),
+        (["--set", "num_workers", "5"], "--set num_workers: expected --workers, the option that gives it"),
+        (["--set", "max_window", "5"], "--set max_window: expected --window, the option that gives it"),
+        (["--set", "first_upload", "rule", "--set", "first_upload", "forced"], "--set first_upload is given twice"),
+        (["--algorithm", "gd", "-b", "2", "4"], "--bits 2 4: gd has no argument bits; leave the option out, or add an"),
+        (["--algorithm", "gd", "sgd", "--k", "2"], "--k 2: gd, sgd has no argument k; leave the option out"),
         (["--target-accuracy", "0.5"], "target_accuracy: expected a problem with an accuracy, and data with test rows"),
         (["--seeds", "0", "-1"], "seeds = -1: expected one whole number and >= 0"),
         (["--batch", "0"], "batch = 0: expected"),
@@ -423,19 +443,24 @@ def test_knobs_that_an_algorithm_lacks_collapse(tmp_path: Path) -> None:
     assert table["algorithm"].to_list() == ["gd", *["laq"] * 4, "qgd", "qgd"]
     assert table["bits"].to_list() == [None, 2, 2, 4, 4, 2, 4]
     assert table["limit"].to_list() == [None, 10, 20, 10, 20, None, None]
-    out = run("--algorithm", "gd", *axes[4:], "--rounds", "20", out=tmp_path / "out")
+    out = run("--algorithm", "gd", "--lr", "0.1", "--rounds", "20", out=tmp_path / "out")
     (gd,) = rows(out).iter_rows(named=True)
     assert gd["uploads_10"] == 4 * gd["rounds_10"]
     assert gd["bits_up_10"] == 320 * gd["uploads_10"]
 
 
-RANGES = "-b 3 5 -C 5 20 -D 1 3 --xi 0.1 0.5 --lr 0.01 0.02 --levels 3 9 --density 0.3 0.6 --zeta 1 3 --damping 0.2 0.5"
-RANGES += " --probability 0.2 0.5 --period 3 9 --min-bits 2 3 --max-bits 8 10 --bits-down 3 6 --random 3 --minibatch 10"
+RANGES = (
+    "bits 3 5, limit 5 20, window 1 3, xi 0.1 0.5, lr 0.01 0.02, levels 3 9, density 0.3 0.6, zeta 1 3, damping 0.2 0.5"
+)
+RANGES += ", probability 0.2 0.5, period 3 9, min-bits 2 3, max-bits 8 10, bits-down 3 6"
 
 
 def ranges(name: str) -> list[str]:
-    """CADA has c where the others have xi."""
-    return [*RANGES.split(), *(["--c", "0.1", "0.6"] if name.startswith("cada") else [])]
+    """The options that an algorithm has; CADA has c where the others have xi."""
+    all_of_them = RANGES.split(", ") + ["c 0.1 0.6"] * name.startswith("cada")
+    mine = [text.split() for text in all_of_them if text.split()[0].replace("-", "_") in points.arguments(name)]
+    given = [word for option, *values in mine for word in (f"--{option}", *values)]
+    return [*given, "--random", "3", "--minibatch", "10"]
 
 
 @pytest.mark.parametrize("name", points.factories())
@@ -598,6 +623,27 @@ def test_targets_of_accuracy_are_read_where_it_was_measured() -> None:
     assert (row["f_star"], row["goal"], row["accuracy"]) == (None, "test accuracy >=", 0.9)
 
 
+def test_targets_that_were_met_at_one_look_are_named() -> None:
+    """Where a measurement between the looks would tell them apart: not in round 0, not where each round is measured."""
+    targets = ledger.Targets((0.5, 0.8, 0.95), accuracy=True)
+    looks: list[Any] = []
+    for shares in ((0.1, 0.9, 0.94), (0.1, 0.6, 0.9), (0.85, 0.9, 0.9), (0.1, 0.6, 0.96)):
+        mine = record([np.nan] * 5, [[True]] * 4, [[8]] * 4, [0] * 4, None)
+        mine.accuracy[[0, 2, 4], 0] = shares
+        label = {"point": len(looks), "lr": 0.1 * len(looks), "seed": 0}
+        looks.append(ledger.tables([label], mine, targets, mine.spent(ledger.LINK, 1.0), 100)["points"])
+    assert [table["every"].item() for table in looks] == [2, 2, 2, 2]
+    said = "1 of {} settings met targets {} and {} at the same look (every = 2 rounds): give a smaller --every"
+    assert ledger.tied(pl.concat(looks[:3])) == [said.format(3, 0.5, 0.8)]
+    assert ledger.tied(pl.concat(looks)) == [said.format(4, 0.5, 0.8), said.format(4, 0.8, 0.95)]
+    full = record([3.0, 2.0, 0.01, 0.01, np.nan], [[True]] * 4, [[8]] * 4, [0] * 4)
+    table = ledger.tables(
+        [{"point": 0, "seed": 0}], full, ledger.Targets((1.0, 0.1)), full.spent(ledger.LINK, 1.0), 100
+    )
+    assert (table["points"]["rounds_1"].item(), table["points"]["rounds_0.1"].item()) == (2, 2)
+    assert ledger.tied(table["points"]) == []
+
+
 def test_means_and_intervals_over_seeds() -> None:
     table = pl.DataFrame(
         {
@@ -711,12 +757,13 @@ def test_a_start_that_is_good_enough(tmp_path: Path) -> None:
 
 
 def test_whole_numbers_stand_in_the_table(tmp_path: Path) -> None:
-    given = ["--algorithm", "sgd", "--minibatch", "3", "5", "--lr", "0.1", "--target", "1000", "--rounds", "5"]
+    given = ["--algorithm", "sgd", "--minibatch", "3", "5", "--lr", "0.1", "--target", "12", "8", "--rounds", "5"]
     console = sweep.Console(file=io.StringIO(), width=120)
     REPORT(run(*given, out=tmp_path), console)
     said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     first = [line.split()[0] for line in said.splitlines() if line.strip()]
     assert [word for word in first if word in ("3", "5", "3.0", "5.0")] == ["3", "5"]
+    assert "2 of 2 settings met targets 12 and 8 at the same look (every = 5 rounds): give a smaller --every" in said
 
 
 def test_where_none_gets_there_the_nearest_are_drawn(tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import laqjax
-from experiments import datasets
+from experiments import datasets, files
 from laqjax.algorithms import topk_ef
+from laqjax.checks import number
 
 DEVICES = 4
 model = nn.Sequential([nn.Dense(1024), nn.relu, nn.Dense(1024), nn.relu, nn.Dense(1024), nn.relu, nn.Dense(10)])
@@ -52,6 +53,12 @@ def trainer(tx, params, mesh):
     return jax.jit(split), state
 
 
+def smoothed(losses):
+    """Return the means of 10 losses in a row; of all of them where there are fewer."""
+    width = min(10, len(losses))
+    return np.convolve(losses, np.ones(width) / width, "valid")
+
+
 def milliseconds(ways, start, mesh, row, turns=20):
     """Of a step, the best of turns."""
     made = {name: trainer(optax.chain(way, optax.sgd(0.1)), start, mesh) for name, way in ways.items()}
@@ -66,6 +73,7 @@ def milliseconds(ways, start, mesh, row, turns=20):
 
 
 def main(steps: int = 300, batch: int = 1024, lr: float = 0.1, out: Path = Path("results/parallel")) -> None:
+    number("steps", steps, np.int32, least=1)
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     data, rng = datasets.load("mnist"), np.random.default_rng(0)
     start = model.init(jax.random.key(0), jnp.zeros((1, 784)))
@@ -90,13 +98,13 @@ def main(steps: int = 300, batch: int = 1024, lr: float = 0.1, out: Path = Path(
             # what each device receives; a ring's all-reduce for pmean
             lazy = isinstance(state[0], laqjax.lazy.LazyState)
             moved.append(int(state[0].bytes) if lazy else 2 * 4 * size * (DEVICES - 1) // DEVICES)
-        smooth = np.convolve(losses, np.ones(10) / 10, "valid")
+        smooth = smoothed(losses)
         left.semilogy(np.arange(len(smooth)), smooth, label=name)
-        right.semilogy(np.cumsum(moved)[9:] / 1e6, smooth)
+        right.semilogy(np.cumsum(moved)[-len(smooth) :] / 1e6, smooth)
         print(
             f"{name}: loss {smooth[-1]:.4f}, {sum(moved) / 1e6:,.0f} MB to each device, {1e3 * min(times):.0f} ms a step"
         )
-    left.set(xlabel="step", ylabel="loss, mean of 10 steps")
+    left.set(xlabel="step", ylabel=f"loss, mean of {min(10, steps)} steps")
     right.set(xlabel="MB received by each device", xscale="log")
     left.legend(frameon=False)
     out.mkdir(parents=True, exist_ok=True)
@@ -111,4 +119,5 @@ def main(steps: int = 300, batch: int = 1024, lr: float = 0.1, out: Path = Path(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with files.refusing():
+        tyro.cli(main)
