@@ -204,7 +204,7 @@ def beside() -> None:
     rng = np.random.default_rng(0)
     params = {"b": np.zeros(6, np.float32), "w": np.ones((8, 6), np.float32)}
     x, y = (rng.normal(size=(16, n)).astype(np.float32) for n in (8, 6))
-    scales = np.float32([[1, 1], [9, 1], [1, 1], [1, 9], [1, 1], [1, 1]])
+    scales = np.asarray([[1, 1], [9, 1], [1, 1], [1, 9], [1, 1], [1, 1]], np.float32)
 
     def train(along: Any, exchange: str, cut: Any) -> dict[str, Any]:
         tx = laqjax.lazy_aggregate("data", 2, exchange=exchange)
