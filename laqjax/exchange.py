@@ -15,7 +15,9 @@ whose width is known in the run only (a b that is chosen for each message, a coi
 """
 
 import dataclasses
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +99,8 @@ class Messages(Sums):
 
         def one(message: Any) -> Array:
             sent, numbers = message
+            if automatic_axes():
+                return self.words(numbers)
             return lax.cond(sent, lambda: self.words(numbers), lambda: jnp.zeros_like(self.words(numbers)))
 
         return lax.map(one, messages)
@@ -192,12 +196,34 @@ def named(exchange: str | Sums, alg: Any, axis: str = "workers") -> Sums:
     Raises:
         ValueError: there is none of that name.
     """
+    check_name(exchange)
     if not isinstance(exchange, str):
         return exchange
-    if exchange not in EXCHANGES:
-        raise ValueError(f"exchange = {exchange!r}: expected one of {sorted(EXCHANGES)}")
     with jax.ensure_compile_time_eval():  # the caller may be traced, the numbers of the algorithm are not
         return EXCHANGES[exchange](alg, axis)
+
+
+def check_name(exchange: str | Sums) -> None:
+    """Raise ValueError where there is no exchange of this name."""
+    if isinstance(exchange, str) and exchange not in EXCHANGES:
+        raise ValueError(
+            f"exchange = {exchange!r}: must be one of {sorted(EXCHANGES)}{did_you_mean(exchange, EXCHANGES)}"
+        )
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the closest of the names, or "" where none is close."""
+    close = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def automatic_axes() -> tuple[str, ...]:
+    """Return the axes with several devices that the enclosing `jax.shard_map` leaves to the compiler.
+
+    The compiler may place collectives over these axes anywhere. In a branch that only some devices take they never complete.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes and mesh.shape[axis] > 1)
 
 
 def beside_points(exchange: Sums | None, points: str) -> Sums | None:

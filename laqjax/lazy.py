@@ -6,6 +6,7 @@ direction for the transformations behind it.
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from laqjax import algorithms, kernels
 from laqjax import exchange as exchanges
 from laqjax.algorithms import laq
 from laqjax.checks import number
@@ -25,6 +28,8 @@ from laqjax.compressors import blockwise
 from laqjax.mesh import WORKERS
 from laqjax.step import Algorithm
 from laqjax.types import Shards, State, count_bits, register_dataclass, static
+from laqjax.step import Algorithm, worker_step
+from laqjax.types import Keys, Shards, State, register_dataclass, static
 
 
 class LazyState(NamedTuple):
@@ -52,7 +57,7 @@ class Given:
 
     def ravel(self, params: Any) -> Float[Array, " p"]:
         """The pytree as one vector, whatever floating dtypes its leaves have."""
-        leaves = jax.tree.leaves(params)
+        leaves = [unsharded(leaf) for leaf in jax.tree.leaves(params)]
         return jnp.concatenate([jnp.reshape(leaf, (1, -1)).astype(self.dtype) for leaf in leaves], axis=1)[0]
 
     def unravel(self, params: Float[Array, " p"]) -> Any:
@@ -102,7 +107,8 @@ def lazy_aggregate(
 
     Args:
         axis: of the `jax.shard_map` in which `update` is called, with `check_vma=False` (else JAX adds up the gradients of
-            replicated parameters by itself).
+            replicated parameters by itself). The mesh may have further axes, over which the compiler splits the parameters
+            (`axis_names={axis}`); then messages are packed in silent rounds too.
         num_workers: M, the devices along that axis: one worker each.
         method: of `laqjax.algorithms`, one that needs no other gradients than those it is given.
         blocks: None: one radius for the whole message; "leaf": one for each leaf of the parameters; or the sizes of
@@ -119,7 +125,9 @@ def lazy_aggregate(
         algorithm's numbers are kept in float32, or float64 where there is a leaf of it.
 
     Raises:
-        ValueError: a number is out of its range, the method needs other gradients, or the axis has another size.
+        ValueError: an argument is wrong (here), or, in `update`: the method needs other gradients, the axis has another size or
+            is not one of an enclosing `jax.shard_map`, check_vma is True, the state is not spread by `specs`, or the method
+            may deadlock beside an axis of the compiler.
 
     Example:
         >>> import jax.numpy as jnp, optax, laqjax
@@ -129,15 +137,22 @@ def lazy_aggregate(
         P('data',)
     """
     number("num_workers", num_workers, np.int32, least=1)
+    check_arguments(method, settings, blocks)
+    exchanges.check_name(exchange)
 
-    def algorithm(params: Any) -> Algorithm:
-        leaves = jax.tree.leaves(params)
-        dtype = np.dtype(np.float64 if any(leaf.dtype == np.float64 for leaf in leaves) else np.float32)
-        sizes = [math.prod(leaf.shape) for leaf in leaves]
+    def build(sizes: list[int], dtype: Any) -> Algorithm:
         alg = method(Given(sum(sizes), dtype), lr=1.0, num_workers=num_workers, optimizer=HAND_OVER, **settings)
         if blocks is None:
             return alg
         return dataclasses.replace(alg, compressor=blockwise(alg.compressor, sizes if blocks == "leaf" else blocks))  # pyright: ignore[reportArgumentType]
+
+    # check the settings here, where they are given; p is large, since a method may derive k from p
+    build([10**6], np.dtype(np.float32))
+
+    def algorithm(params: Any) -> Algorithm:
+        leaves = jax.tree.leaves(params)
+        dtype = np.dtype(np.float64 if any(leaf.dtype == np.float64 for leaf in leaves) else np.float32)
+        return build([math.prod(leaf.shape) for leaf in leaves], dtype)
 
     def init(params: Any) -> LazyState:
         alg = algorithm(params)
@@ -148,17 +163,14 @@ def lazy_aggregate(
     def update(gradients: Any, state: LazyState, params: Any = None) -> tuple[Any, LazyState]:
         if params is None:
             raise ValueError("lazy_aggregate: update(gradients, state) without params: expected the parameters too")
-        if jax.lax.axis_size(axis) != num_workers:
-            raise ValueError(
-                f"lazy_aggregate of num_workers = {num_workers} on the axis '{axis}' of {jax.lax.axis_size(axis)} devices: "
-                "expected one worker a device"
-            )
+        check_axis(axis, num_workers)
+        check_state(state, jax.eval_shape(init, params))
         alg = algorithm(params)
         here, how = alg.oracle.ravel(params), exchanges.named(exchange, alg, axis)
         shards = Shards(alg.oracle.ravel(gradients)[None], here, jnp.ones((1, 1), alg.oracle.dtype))
-        after, info = alg.step(
-            state.laq._replace(params=here), shards, jax.random.key(seed), workers_at_once=1, exchange=how
-        )
+        before, key = state.laq._replace(params=here), jax.random.key(seed)
+        check_branches(alg, before, shards, key)
+        after, info = alg.step(before, shards, key, workers_at_once=1, exchange=how)
         direction = after.optimizer / num_workers if mean else after.optimizer
         received = jnp.where(jnp.any(info.sent), how.received(alg, num_workers), 0).astype(jnp.int32)
         uploads = state.uploads + jnp.sum(info.sent, dtype=jnp.int32)
@@ -167,6 +179,12 @@ def lazy_aggregate(
         return like(direction, gradients), kept
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def unsharded(leaf: Any) -> Any:
+    """Return an array as one that no explicit axis of the mesh splits; what the compiler splits by itself may stay split."""
+    sharding = jax.typeof(leaf).sharding
+    return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, P())) if any(sharding.spec) else leaf
 
 
 def like(vector: Float[Array, " p"], tree: Any) -> Any:
@@ -178,8 +196,17 @@ def like(vector: Float[Array, " p"], tree: Any) -> Any:
     )
 
 
-def specs(state: Any, axis: str = WORKERS) -> Any:
-    """How an optimizer's state with a `LazyState` in it lies on the mesh: for the specs of `shard_map`, and to place it."""
+def specs(state: Any, axis: str) -> Any:
+    """Return the partition specs of an optimizer's state that holds a `LazyState`.
+
+    Args:
+        state: of `tx.init(params)`, or its shapes from `jax.eval_shape`.
+        axis: the one that `lazy_aggregate` was given.
+
+    Returns:
+        The specs for `in_specs` and `out_specs` of `jax.shard_map`, and to place a restored state on the mesh: the workers'
+        rows are split over the axis, all else is the same on every device.
+    """
 
     def one(node: Any) -> Any:
         if not isinstance(node, LazyState):
@@ -189,3 +216,108 @@ def specs(state: Any, axis: str = WORKERS) -> Any:
         return whole._replace(laq=whole.laq._replace(workers=workers))
 
     return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, LazyState))
+
+
+# ---- what was given, in one sentence each -------------------------------------------------------------------------
+
+
+def check_arguments(method: Any, settings: dict[str, Any], blocks: Any) -> None:
+    """Raise ValueError unless `method` is a function that can be called with these settings, and `blocks` are some."""
+    if not callable(method):
+        name = method if isinstance(method, str) and callable(getattr(algorithms, method, None)) else "laq"
+        raise ValueError(f"method = {method!r}: must be a function, such as laqjax.algorithms.{name}")
+    name = getattr(method, "__name__", str(method))
+    _, *parameters = inspect.signature(method).parameters.values()  # the first one is the oracle
+    own = {"oracle", "lr", "optimizer"}
+    for given in own & set(settings):
+        raise ValueError(
+            f"lazy_aggregate({given}=...): must not be given, since gradients come from `update` and steps are made by the "
+            "transformations behind it; use optax.chain(lazy_aggregate(...), optax.sgd(lr))"
+        )
+    names = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    others = [known for known in names if known not in own | {"num_workers"}]
+    unknown = [given for given in settings if given not in names]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        hint = exchanges.did_you_mean(unknown[0], [*others, "blocks", "exchange", "mean", "seed"])
+        raise ValueError(f"lazy_aggregate({unknown[0]}=...) with {name}: must be one of {', '.join(others)}{hint}")
+    for parameter in parameters:
+        missing = parameter.name in others and parameter.name not in settings and parameter.default is parameter.empty
+        if missing:
+            example = algorithms.EXAMPLES.get(parameter.name, "...")
+            raise ValueError(
+                f"lazy_aggregate with {name} but without {parameter.name}: must be given, for example "
+                f"{parameter.name}={example}"
+            )
+    if blocks is None or (isinstance(blocks, str) and blocks == "leaf"):
+        return
+    sizes = [] if isinstance(blocks, str) or not np.iterable(blocks) else list(blocks)
+    if not sizes or any(isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1 for size in sizes):
+        raise ValueError(
+            f"blocks = {blocks!r}: must be None, 'leaf', or a sequence of whole sizes >= 1 that add up to p"
+        )
+
+
+def check_axis(axis: Any, num_workers: int) -> None:
+    """Raise ValueError unless the caller is inside `jax.shard_map(..., check_vma=False)` over this axis, of this size."""
+    try:
+        devices = jax.lax.axis_size(axis)
+    except NameError:
+        raise ValueError(
+            f"lazy_aggregate on the axis '{axis}', which is not bound here: update must be called inside "
+            f"jax.shard_map(..., axis_names={{'{axis}'}}, check_vma=False), on a mesh with this axis"
+        ) from None
+    if devices != num_workers:
+        raise ValueError(
+            f"lazy_aggregate of num_workers = {num_workers} on the axis '{axis}' of {devices} devices: expected one worker a device"
+        )
+    kind = jax.typeof(jax.lax.axis_index(axis))
+    varying = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # JAX 0.8 | 0.10
+    if varying:
+        raise ValueError(
+            "lazy_aggregate inside jax.shard_map with check_vma=True, its default: must be check_vma=False, since JAX otherwise "
+            "sums the gradients of replicated parameters itself and every device is given the same gradient"
+        )
+
+
+def check_state(state: LazyState, expected: LazyState) -> None:
+    """Raise ValueError unless a device holds one row of the workers' state, of the shapes that `init` gives."""
+    for leaf in jax.tree.leaves(state.laq.workers):
+        if np.shape(leaf)[:1] != (1,):
+            raise ValueError(
+                f"lazy_aggregate with an array {list(np.shape(leaf))} of the workers' state on each device: must be one row "
+                "[1, ...]; use laqjax.lazy.specs(state, axis), not P(), in in_specs and out_specs and to place a restored state"
+            )
+    row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), expected.laq.workers)
+    expected = expected._replace(laq=expected.laq._replace(workers=row))
+    if jax.tree.structure(state) != jax.tree.structure(expected):
+        raise ValueError(
+            "lazy_aggregate with the state of another method or other settings: must be the state of its own init"
+        )
+    for leaf, needed in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        if np.shape(leaf) != needed.shape:
+            raise ValueError(
+                f"lazy_aggregate with an array {list(np.shape(leaf))} in its state where these parameters need "
+                f"{list(needed.shape)}: must be the state of init with the same parameters, whole on every device; use "
+                "axis_names={axis} of jax.shard_map and leave the other axes, over which they are split, to the compiler"
+            )
+
+
+def check_branches(alg: Algorithm, state: State, shards: Shards, key: Any) -> None:
+    """Raise ValueError where workers may branch apart on a mesh whose other axes the compiler uses.
+
+    It may place collectives over those axes in the branch, where they wait forever for devices that took the other one.
+    """
+    axes = exchanges.automatic_axes()
+    if not axes:
+        return
+    zero: Any = jnp.int32(0)
+
+    def step(alg: Algorithm, worker: Any) -> Any:
+        return worker_step(alg, worker, state, shards, Keys(key, key, key, state.round, zero, zero))
+
+    worker = jax.tree.map(lambda leaf: leaf[0], state.workers)
+    if kernels.contains(jax.make_jaxpr(step)(alg, worker).jaxpr, jax.lax.cond_p, jax.lax.while_p):
+        raise ValueError(
+            f"lazy_aggregate on a mesh with the axes {axes} beside: expected a method without lax.cond and lax.while_loop, which "
+            "may deadlock there (compressors.sampled has one); use another method or compressor, or a mesh without them"
+        )

@@ -143,7 +143,7 @@ def refused() -> None:
 
 
 def lazy() -> None:
-    """A training loop of one's own is `run` bit for bit; parameters of several dtypes; what it cannot do."""
+    """A training loop of one's own is `run` bit for bit; parameters of several dtypes."""
     workers, oracle, start = 4, problems.Softmax(784, 10).oracle(), problems.Softmax(784, 10).start(0)
     shards, along = data(workers, 100), jax.make_mesh((workers,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -198,19 +198,52 @@ def lazy() -> None:
     assert jax.tree.map(lambda a: a.dtype, params) == jax.tree.map(lambda a: a.dtype, mixed)
     assert int(facts[0].bits_up[0]) == 2 * 32 + 8 * 7850
 
-    def message(tx: Any) -> str:
-        try:
-            train(optax.chain(tx, optax.sgd(0.1)), vector, flat, 1)
-        except ValueError as error:
-            return str(error)
-        return ""
 
-    lines = [
-        message(laqjax.lazy_aggregate("data", 8)),
-        message(laqjax.lazy_aggregate("data", 4, algorithms.lasg_wk2, sampler=Blocks(10))),
-        message(laqjax.lazy_aggregate("data", 4, blocks=(1, 2))),
-    ]
-    (OUT / "refused").write_text("\n".join(lines))
+def beside() -> None:
+    """Parameters split over a second axis, and steps in which one of two workers sends."""
+    rng = np.random.default_rng(0)
+    params = {"b": np.zeros(6, np.float32), "w": np.ones((8, 6), np.float32)}
+    x, y = (rng.normal(size=(16, n)).astype(np.float32) for n in (8, 6))
+    scales = np.asarray([[1, 1], [9, 1], [1, 1], [1, 9], [1, 1], [1, 1]], np.float32)
+
+    def train(along: Any, exchange: str, cut: Any) -> dict[str, Any]:
+        tx = laqjax.lazy_aggregate("data", 2, exchange=exchange)
+        specs = laqjax.lazy.specs(jax.eval_shape(tx.init, params), "data")
+
+        def step(params: Any, state: Any, x: Any, y: Any, scale: Any) -> Any:
+            def loss(params: Any) -> Any:
+                return jax.numpy.mean((x @ params["w"] + params["b"][None] - y) ** 2) * scale[0]
+
+            direction, state = tx.update(jax.grad(loss)(params), state, params)
+            return jax.tree.map(lambda a, step: a - 0.05 * step, params, direction), state
+
+        split = P("data")
+        step = jax.shard_map(
+            step,
+            mesh=along,
+            axis_names={"data"},
+            in_specs=(P(), specs, split, split, split),
+            out_specs=(P(), specs),
+            check_vma=False,
+        )
+        places = jax.tree.map(lambda spec: NamedSharding(along, spec), ({"b": P(), "w": cut}, specs, split))
+        now = jax.device_put(params, places[0])
+        state = jax.jit(tx.init, out_shardings=places[1])(now)
+        step, sent = jax.jit(step, out_shardings=places[:2]), []
+        for scale in scales:
+            now, state = step(now, state, *jax.device_put((x, y, scale), places[2]))
+            sent.append(np.asarray(state.sent))
+        return {"sent": np.stack(sent), **jax.device_get(now)}
+
+    kinds, devices = jax.sharding.AxisType, jax.devices()
+    alone = train(jax.make_mesh((2,), ("data",), (kinds.Auto,), devices=devices[:2]), "messages", P())
+    assert {(True, False), (False, True), (False, False)} <= {(bool(a), bool(b)) for a, b in alone["sent"]}
+    for kind in (kinds.Auto, kinds.Explicit):  # the compiler splits, or the types say how arrays are split
+        along = jax.make_mesh((2, 2), ("data", "model"), (kind, kind))
+        for exchange in ("messages", "chunked", "sums") if kind == kinds.Auto else ("messages",):
+            split = train(along, exchange, P(None, "model"))
+            assert all(np.allclose(alone[name], split[name], rtol=1e-5, atol=1e-6) for name in params)
+            compare(f"beside-{exchange}-{kind.name}", {"sent": alone["sent"]}, split)
 
 
 def resumed() -> None:
@@ -258,6 +291,7 @@ if __name__ == "__main__":
         "refused": refused,
         "family": family,
         "lazy": lazy,
+        "beside": beside,
         "resumed": resumed,
         "disagree": disagree,
     }
