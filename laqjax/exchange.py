@@ -15,9 +15,7 @@ whose width is known in the run only (a b that is chosen for each message, a coi
 """
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +25,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, UInt32
 
-from laqjax.types import Compressor, Keys, Shards, Upload
+from laqjax.checks import suggest
+from laqjax.types import Compressor, Exchange, Keys, Shards, Upload
 
 WORD = 32
 
@@ -196,25 +195,20 @@ def named(exchange: str | Sums, alg: Any, axis: str = "workers") -> Sums:
     Raises:
         ValueError: there is none of that name.
     """
-    check_name(exchange)
+    check_exchange(exchange)
     if not isinstance(exchange, str):
         return exchange
     with jax.ensure_compile_time_eval():  # the caller may be traced, the numbers of the algorithm are not
         return EXCHANGES[exchange](alg, axis)
 
 
-def check_name(exchange: str | Sums) -> None:
-    """Raise ValueError where there is no exchange of this name."""
+def check_exchange(exchange: Any) -> None:
+    """Raise ValueError unless this is the name of an exchange, or an exchange itself."""
     if isinstance(exchange, str) and exchange not in EXCHANGES:
-        raise ValueError(
-            f"exchange = {exchange!r}: must be one of {sorted(EXCHANGES)}{did_you_mean(exchange, EXCHANGES)}"
-        )
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the closest of the names, or "" where none is close."""
-    close = difflib.get_close_matches(name, names, 1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"exchange = {exchange!r}: expected one of {sorted(EXCHANGES)}{suggest(exchange, EXCHANGES)}")
+    if not isinstance(exchange, str) and (isinstance(exchange, type) or not isinstance(exchange, Exchange)):
+        known = sorted(EXCHANGES)
+        raise ValueError(f"exchange = {exchange!r}: expected one of {known}, or an instance of laqjax.types.Exchange")
 
 
 def automatic_axes() -> tuple[str, ...]:

@@ -23,13 +23,10 @@ from jaxtyping import Array, Bool, Float, Int
 from laqjax import algorithms, kernels
 from laqjax import exchange as exchanges
 from laqjax.algorithms import laq
-from laqjax.checks import number
+from laqjax.checks import number, suggest
 from laqjax.compressors import blockwise
-from laqjax.mesh import WORKERS
-from laqjax.step import Algorithm
-from laqjax.types import Shards, State, count_bits, register_dataclass, static
 from laqjax.step import Algorithm, worker_step
-from laqjax.types import Keys, Shards, State, register_dataclass, static
+from laqjax.types import Keys, Shards, State, count_bits, register_dataclass, static
 
 
 class LazyState(NamedTuple):
@@ -138,7 +135,7 @@ def lazy_aggregate(
     """
     number("num_workers", num_workers, np.int32, least=1)
     check_arguments(method, settings, blocks)
-    exchanges.check_name(exchange)
+    exchanges.check_exchange(exchange)
 
     def build(sizes: list[int], dtype: Any) -> Algorithm:
         alg = method(Given(sum(sizes), dtype), lr=1.0, num_workers=num_workers, optimizer=HAND_OVER, **settings)
@@ -238,7 +235,7 @@ def check_arguments(method: Any, settings: dict[str, Any], blocks: Any) -> None:
     others = [known for known in names if known not in own | {"num_workers"}]
     unknown = [given for given in settings if given not in names]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        hint = exchanges.did_you_mean(unknown[0], [*others, "blocks", "exchange", "mean", "seed"])
+        hint = suggest(unknown[0], [*others, "blocks", "exchange", "mean", "seed"])
         raise ValueError(f"lazy_aggregate({unknown[0]}=...) with {name}: must be one of {', '.join(others)}{hint}")
     for parameter in parameters:
         missing = parameter.name in others and parameter.name not in settings and parameter.default is parameter.empty

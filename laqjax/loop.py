@@ -20,7 +20,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from laqjax import exchange as exchanges
 from laqjax import mesh as meshes
 from laqjax.checkpoint import Checkpoints
-from laqjax.checks import check_keys, check_schedule, no_tracers, number, run_arguments, suggest
+from laqjax.checks import check_keys, check_schedule, no_tracers, number, run_arguments
 from laqjax.step import Algorithm
 from laqjax.types import Exchange, Info, Shards, State
 
@@ -237,12 +237,7 @@ def arguments(
     rounds: int, chunk: int, record: Sequence[str], workers_at_once: int | None, exchange: Any
 ) -> tuple[int, int, tuple[str, ...]]:
     """Check the arguments that all loops share."""
-    if isinstance(exchange, str) and exchange not in exchanges.EXCHANGES:
-        known = sorted(exchanges.EXCHANGES)
-        raise ValueError(f"exchange = {exchange!r}: expected one of {known}{suggest(exchange, known)}")
-    if not isinstance(exchange, str) and (isinstance(exchange, type) or not isinstance(exchange, Exchange)):
-        known = sorted(exchanges.EXCHANGES)
-        raise ValueError(f"exchange = {exchange!r}: expected one of {known}, or an instance of laqjax.types.Exchange")
+    exchanges.check_exchange(exchange)
     if workers_at_once is not None:
         number("workers_at_once", workers_at_once, np.int32, least=1)
     checked = [int(number(name, value, np.int32, least=1)) for name, value in (("rounds", rounds), ("chunk", chunk))]

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from laqjax.checks import number, oracle_dtype, part, server_optimizer, step_size
+from laqjax.checks import number, oracle_dtype, part, server_optimizer, step_size, suggest
 from laqjax.memories import Model
 from laqjax.types import (
     Compressor,
@@ -150,7 +150,8 @@ class Algorithm:
         facts |= {name: fact for name, fact in server_facts.items() if name in record}
         unknown = sorted(set(record) - set(facts))
         if unknown:
-            raise ValueError(f"record = {unknown}: expected names among {sorted({*WORKER_FACTS, *server_facts})}")
+            known = sorted({*WORKER_FACTS, *server_facts})
+            raise ValueError(f"record = {unknown}: expected names among {known}{suggest(unknown[0], known)}")
         info = Info(
             loss=jnp.mean(losses),
             sent=uploads.sent,
