@@ -213,4 +213,4 @@ def test_c_takes_the_place_of_xi(given: list[str], searched: set[str]) -> None:
     line = [*TASK[:6], "--algorithm", "lasg_wk2", "--minibatch", "10", *given]
     made = compare.Comparison(points.parsed(compare.Settings, line, None), Console(quiet=True))
     assert {"xi", "c"} & made.grids["lasg_wk2"].keys() == searched
-    assert len(made.points(made.theory(), (0,))) == 1
+    assert len(made.points(made.first(), (0,))) == 1

@@ -156,8 +156,8 @@ def test_the_stochastic_methods(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("members", [6, pytest.param(34, marks=pytest.mark.long)])
 def test_the_family_at_the_steps_of_theory(members: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    theory = compare.Comparison.theory
-    monkeypatch.setattr(compare.Comparison, "theory", lambda self: theory(self)[:: 34 // members])
+    first = compare.Comparison.first
+    monkeypatch.setattr(compare.Comparison, "first", lambda self: first(self)[:: 34 // members])
     family.family(rounds=20, target=0.05)
     table = pl.read_csv(home / "results" / "family" / "table.csv")
     assert len(table) == len(range(0, 34, 34 // members))

@@ -32,7 +32,7 @@ def family(out: Path = Path("results/family"), rounds: int = 3000, target: float
     console = Console()
     with jax.enable_x64(True):
         compared = Comparison(compare.Settings(), console)
-        chosen = [replace(p, label={"method": p.label["algorithm"]}) for p in compared.points(compared.theory(), (0,))]
+        chosen = [replace(p, label={"method": p.label["algorithm"]}) for p in compared.points(compared.first(), (0,))]
         summary = methods({"name": "family"}, chosen, Targets((target,)), out, Budget(rounds, every=20), console)
     t = f"{target:g}"
     table = summary.sort(f"bits_up_{t}", nulls_last=True).select(
@@ -63,7 +63,7 @@ def heterogeneity(out: Path = Path("results/heterogeneity"), target: float = 1e-
             axes = replace(compare.Settings().axes, algorithm=("gd", "laq", "lag_wk"))
             compared = Comparison(replace(compare.Settings(), axes=axes), console, case)
             label = {"axis": axis, "value": float(value), "spread": spread}
-            made = compared.points(compared.theory(), (0,))
+            made = compared.points(compared.first(), (0,))
             chosen += [replace(point, label=label | {"method": point.label["algorithm"]}) for point in made]
         identity = {"experiment": "heterogeneity", "targets": (target,)}
         budget = Budget(20_000, every=500)
