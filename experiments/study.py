@@ -264,6 +264,8 @@ def planned(
     path = out / "plan.json"
     if path.exists():
         plan = files.read_json(path)
+        if missing := sorted({"batch", "every", "compute_ms", "devices"} - plan.keys()):
+            raise ValueError(f"{path} lacks {missing}: it was made by another version; give another --out")
         if plan["devices"] != jax.local_device_count():
             raise ValueError(
                 f"{path} was made for {plan['devices']} devices, here are {jax.local_device_count()}: expected the same, or "

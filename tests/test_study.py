@@ -469,3 +469,9 @@ def test_targets_of_one_name_are_refused() -> None:
     """The tables name a target by six digits."""
     with pytest.raises(ValueError, match="differ in their first six digits"):
         Targets((0.1234562, 0.1234561))
+
+
+def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "plan.json", {"batch": [1], "compute_ms": [1.0], "devices": jax.local_device_count()})
+    with pytest.raises(ValueError, match=r"lacks \['every'\]: it was made by another version"):
+        study.planned([], [], tmp_path, ledger.LINK, Targets(()), Budget())
