@@ -143,7 +143,7 @@ def claimed(folder: Path, identity: dict[str, Any], ended: str = "") -> Iterator
             write_json(path, identity)
         try:
             yield
-        except (TypeError, ValueError):
+        except Exception:  # whatever a function of the user's raises
             done = itertools.chain(folder.rglob("batches/*.*"), folder.rglob("batches/*/[0-9]*"))  # tables, checkpoints
             if fresh and not any(done):  # refused before anything was done: the name stays free
                 for opened in list(folder.rglob("batches")):

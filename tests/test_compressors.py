@@ -180,8 +180,8 @@ def test_ternary_has_three_values(seed: int) -> None:
 
 @given(vectors)
 def test_natural_gives_powers_of_two(drawn: Any) -> None:
-    """The two around each coordinate, and not the coordinate itself."""
-    target = vector(*drawn)
+    """The two around each coordinate, and the coordinate itself only where it is one."""
+    target = np.append(vector(*drawn), np.ldexp(np.float32(1), np.arange(-20, 20)))
     decoded = np.asarray(decode(compressors.natural(), encode(compressors.natural(), target), target))
     there = (target != 0) & (np.abs(target) >= np.finfo(np.float32).tiny)
     np.testing.assert_array_equal(np.sign(decoded[there]), np.sign(target[there]))
@@ -189,7 +189,8 @@ def test_natural_gives_powers_of_two(drawn: Any) -> None:
     assert np.all(fraction == 0.5)
     ratio = np.abs(decoded[there].astype(np.float64) / target[there])
     assert np.all((ratio > 0.5) & (ratio < 2))
-    assert not np.any(decoded[there] == target[there]) or np.any(np.frexp(np.abs(target[there]))[0] == 0.5)
+    power = np.frexp(np.abs(target[there]))[0] == 0.5  # is sent as it is
+    np.testing.assert_array_equal(decoded[there] == target[there], power)
 
 
 @given(st.integers(0, 2**32 - 1))

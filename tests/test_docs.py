@@ -1,7 +1,10 @@
 """README and docs are true: Python blocks run, lines are those of the files, commands exist and take what they are given."""
 
+import ast
 import functools
+import importlib
 import inspect
+import io
 import os
 import re
 import runpy
@@ -9,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ import pytest
 import tyro
 
 import laqjax
+from experiments import terminal
 from laqjax import types, wire
 
 ROOT = Path(__file__).parents[1]
@@ -38,11 +43,14 @@ def fenced(kinds: str) -> Iterator[str]:
 
 
 def commands() -> list[str]:
-    """Every `python -m experiments...` of the texts, as one would type it."""
+    """Return every `python -m experiments.NAME ...` of the texts, as one would type it.
+
+    `python -m experiments` alone is tested in test_terminal.py.
+    """
     found = [line for code in fenced("console|bash") for line in code.splitlines()]
     found += [code for text in TEXTS.values() for code in re.findall(r"`(python -m [^`]*)`", text)]
     found = [line.replace("$i/8", "1/8").replace("$i", "1") for line in found]
-    matches = (re.search(r"python -m experiments.*", re.sub(r"\s+[#>].*", "", line)) for line in found)
+    matches = (re.search(r"python -m experiments\..*", re.sub(r"\s+[#>].*", "", line)) for line in found)
     return sorted({match[0].strip() for match in matches if match})
 
 
@@ -103,14 +111,24 @@ def test_your_own_method(used: dict[str, Any]) -> None:
     np.testing.assert_array_equal(wire.from_bytes(alg.compressor, data, like), alg.compressor.decode(payload, like))
 
 
-def test_many_devices(used: dict[str, Any]) -> None:
-    names = dict(used)
-    exec(block("mesh.md", "laqjax.mesh.make"), names)
-    alone = laqjax.run(used["alg"], used["problem"].start(0), used["shards"], rounds=10, key=jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, names["state"], jax.device_get(alone.state))
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(block("mesh.md", "lazy_aggregate"), names)
-    assert names["state"][0].sent.all()
+ON_FOUR_DEVICES = """
+import numpy as np
+assert jax.device_count() == mesh.size == 4
+assert len(out.state.workers.memory.sharding.device_set) == 4
+jax.tree.map(np.testing.assert_array_equal, state, jax.device_get(alone))
+"""
+
+
+def test_many_devices(tmp_path: Path) -> None:
+    """The examples of docs/mesh.md on four devices: the first example's run of one device, and a message of each device."""
+    script = tmp_path / "script.py"
+    first = block("own.md", "datasets.load").replace("rounds=200", "rounds=5") + "alone = out.state\n"
+    mesh, lazy = block("mesh.md", "laqjax.mesh.make"), block("mesh.md", "lazy_aggregate")
+    script.write_text(first + mesh + ON_FOUR_DEVICES + lazy)
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, script], env=os.environ | flags, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "[ True  True  True  True]" in ran.stdout
 
 
 def test_a_federation(used: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,9 +151,29 @@ def test_no_other_python_stands_in_the_texts() -> None:
     assert {name: number for name, number in written.items() if number} == ran
 
 
-@pytest.mark.parametrize(("page", "file", "lines"), [(page, *found) for page, text in TEXTS.items() for found in QUOTE.findall(text)])  # fmt: skip
+QUOTED = [(page, *found) for page, text in TEXTS.items() for found in QUOTE.findall(text)]
+
+
+@functools.cache
+def code_of(file: str) -> str:
+    """Return the lines of a file that hold code, without comments and docstrings, each after a newline."""
+    text = (ROOT / file).read_text()
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or 0) - node.lineno + 1)
+    return "".join(f"\n{line.rstrip()}" for line in lines if line.strip()) + "\n"
+
+
+@pytest.mark.parametrize(("page", "file", "lines"), QUOTED)
 def test_lines_are_those_of_the_file(page: str, file: str, lines: str) -> None:
     assert lines in (ROOT / file).read_text(), f"{page} quotes what {file} no longer holds"
+    code = [line for line in (re.sub(r"\s*#.*", "", line) for line in lines.splitlines()) if line]
+    assert code
+    assert "\n" + "\n".join(code) + "\n" in code_of(file), f"{page} quotes what is no code of {file}"
 
 
 def test_the_pages_build_and_fetch_nothing(tmp_path: Path) -> None:
@@ -174,30 +212,33 @@ class Parsed(BaseException):
     """The command line took what it was given."""
 
 
-def parsing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """tyro reads the command line, calls nothing, and raises `Parsed`."""
+def idle(f: Any) -> Any:
+    """Return a function of the same signature that does nothing; settings as they are."""
+    return functools.wraps(f)(lambda *args, **given: None) if inspect.isfunction(f) else f
 
-    def idle(f: Any) -> Any:
-        return functools.wraps(f)(lambda *args, **given: None) if inspect.isfunction(f) else f
 
-    def stop(parse: Any, f: Any, *args: Any, **given: Any) -> None:
-        parse({k: idle(v) for k, v in f.items()} if isinstance(f, dict) else idle(f), *args, **given)
+def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `terminal.cli` read the command line, call nothing, and raise `Parsed`."""
+    cli = terminal.cli
+
+    def stop(what: Any, *args: Any, **given: Any) -> None:
+        cli({k: idle(v) for k, v in what.items()} if isinstance(what, dict) else idle(what), *args, **given)
         raise Parsed
 
-    monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", functools.partial(stop, tyro.extras.subcommand_cli_from_dict))  # fmt: skip
-    monkeypatch.setattr(tyro, "cli", functools.partial(stop, tyro.cli))
+    monkeypatch.setattr(terminal, "cli", stop)
 
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_take_what_they_are_given(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, module, *arguments = shlex.split(command)
-    if module == "experiments":
-        return
     if module in ("experiments.federated", "experiments.deployment"):
         pytest.importorskip("flwr")
-    parsing(monkeypatch)
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("XLA_FLAGS", "")  # an example would set it, and the processes of other tests have its devices
+    if ".examples." in module:
+        tyro.cli(idle(importlib.import_module(module).main), args=arguments)  # SystemExit for what it does not take
+        return
+    parse_only(monkeypatch)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     monkeypatch.delitem(sys.modules, module, raising=False)  # put back afterwards
     with pytest.raises(Parsed):

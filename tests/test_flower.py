@@ -2,7 +2,9 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,12 +239,17 @@ class Faulty:
         self.file.write_bytes(self.backups[-1 - age % len(self.backups)])
         self.server = federation.Federation(self.alg, self.toy.theta0, KEY, checkpoint=self.file)
 
-    def check(self) -> None:
-        """The aggregate is the sum of what the workers remember, as the server will tell each of them."""
+    def check(self) -> int:
+        """Check that the aggregate is the sum of what the workers remember, as the server will tell each of them.
+
+        Returns:
+            How many workers were in step, so that their own memory could be compared with the server's copy.
+        """
         server, total = self.server, np.zeros(63)
         assert np.all(np.isfinite(np.asarray(server.state.params)))
         if not self.alg.memory.persists:  # nothing is summed up: a message that is lost is missing from its round
-            return
+            return 0
+        compared = 0
         for worker in range(4):
             memory = np.asarray(server.memories[worker])
             total += memory
@@ -254,7 +261,9 @@ class Faulty:
                 if found is not None:  # else it is out of step, and will say so
                     mine = found.memory if not isinstance(found.memory, tuple) else found.memory[0]
                     np.testing.assert_allclose(mine, memory, rtol=1e-5, atol=1e-6)
+                    compared += 1
         np.testing.assert_allclose(server.state.aggregate, total, rtol=1e-5, atol=1e-6)
+        return compared
 
 
 LAZY = {
@@ -267,12 +276,19 @@ nodes = st.integers(0, 3)
 
 
 class Federated(RuleBasedStateMachine):
-    """Anything may happen between two rounds and to every message of a round; the invariant holds after each event."""
+    """Anything may happen between two rounds and to every message of a round; the invariant holds after each event.
+
+    seen: counts the checks, and the workers that were compared in them.
+    """
+
+    def __init__(self, folder: Path, seen: Counter[str]) -> None:
+        super().__init__()
+        self.folder, self.seen = folder, seen
 
     @initialize(name=st.sampled_from(sorted(LAZY)))
     def begin(self, name: str) -> None:
         toy = make_toy(np.float32)
-        self.faulty = Faulty(LAZY[name](toy.oracle), toy, Path(FOLDER[0]))
+        self.faulty = Faulty(LAZY[name](toy.oracle), toy, self.folder)
         self.fresh = 200
 
     @rule(
@@ -325,14 +341,14 @@ class Federated(RuleBasedStateMachine):
     @invariant()
     def sum_of_memories(self) -> None:
         if hasattr(self, "faulty"):
-            self.faulty.check()
+            self.seen.update(checks=1, compared=self.faulty.check())
 
     def teardown(self) -> None:
-        """Three calm rounds, and everybody is in step again."""
+        """Check that all four workers are in step after four calm rounds."""
         if hasattr(self, "faulty"):
             for _ in range(4):
                 self.faulty.round({})
-            self.faulty.check()
+            assert self.faulty.check() == 4
             for context in self.faulty.grid.contexts.values():
                 kept = self.faulty.client.load(context)
                 accepted = self.faulty.server.accepted[int(context.node_config["partition-id"])]
@@ -340,14 +356,13 @@ class Federated(RuleBasedStateMachine):
                 assert accepted in (kept.base, kept.last)
 
 
-FOLDER: list[str] = []
-
-
 def test_the_aggregate_is_the_sum_of_the_memories_whatever_happens(tmp_path: Path, caplog: Any) -> None:
-    FOLDER[:] = [str(tmp_path)]
+    seen: Counter[str] = Counter()
     caplog.set_level(logging.CRITICAL, "laqjax.federation")
     some = settings(max_examples=25, stateful_step_count=14, suppress_health_check=[HealthCheck.too_slow])
-    run_state_machine_as_test(Federated, settings=some)
+    machine: Any = partial(Federated, tmp_path, seen)
+    run_state_machine_as_test(machine, settings=some)
+    assert seen["compared"] > seen["checks"] > 300  # more than one worker in step at a check, between all these faults
 
 
 @pytest.mark.parametrize("name", ["laq", "two_laq", pytest.param("gd", marks=pytest.mark.long), "dgc"])
@@ -358,17 +373,18 @@ def test_it_converges_through_faults(name: str, tmp_path: Path, toy: Toy, caplog
     """
     caplog.set_level(logging.CRITICAL, "laqjax.federation")
     alg, rng = METHODS[name](toy.oracle), np.random.default_rng(0)
-    faulty, losses = Faulty(alg, toy, tmp_path), []
+    faulty, losses, compared = Faulty(alg, toy, tmp_path), [], []
     while int(faulty.server.state.round) < 150:
         keys = [(way, 100 + m) for way in ("down", "up") for m in range(4)]
         plan = {key: (str(rng.choice(FAULTS[3:])), int(rng.integers(10**6))) for key in keys if rng.random() < 0.3}
         facts = faulty.round(plan, bool(rng.random() < 0.5))
-        faulty.check()
+        compared.append(faulty.check())
         losses += [facts.loss] if facts else []
         if rng.random() < 0.1:
             list(faulty.grid.contexts.values())[rng.integers(4)].state = RecordDict()
         if rng.random() < 0.05:
             faulty.restart(int(rng.integers(3)))
+    assert not alg.memory.persists or np.mean(compared) > 3  # of the four
     calm = laqjax.run(alg, toy.theta0, toy.shards, 150, KEY).info.loss
     assert np.mean(losses[-5:]) < calm[-1] + (0.05 if alg.memory.persists else 0.3) * (calm[0] - calm[-1])
 

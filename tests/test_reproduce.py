@@ -212,6 +212,7 @@ EXACT = {
 }
 CYCLIC = {("linear", 9): 5270, ("linear", 18): 10523, ("logistic", 9): 33300, ("logistic", 18): 65289}
 CHAOTIC = {("linear", 9): 398, ("linear", 18): 664}
+RANDOM = {("linear", 9): 3466, ("linear", 18): 5283, ("logistic", 9): 22113, ("logistic", 18): 30540}
 
 
 @cache
@@ -236,8 +237,9 @@ def test_the_uploads_of_the_lag_paper(problem: tuple[str, int], found: dict[tupl
     got = found[problem]
     assert {name: got[name] for name in EXACT[problem]} == EXACT[problem]
     assert abs(got["Cyc-IAG"] - CYCLIC[problem]) <= 5
-    # random: other draws than the authors', whose own count is one sample
-    assert got["Num-IAG"] < 2 * got["GD"]
+    # random: other draws than the authors', whose own count is one sample (seen: at most 8.4 % less; GD needs 1.5 to
+    # 2.1 times as many)
+    assert abs(got["Num-IAG"] / RANDOM[problem] - 1) < 0.15
     if problem in CHAOTIC:
         # the rule is a threshold on the rounding of the gradients near the optimum: a change of lr by 1 part in 1e15
         # moves these counts by 10 and more either way (seen: 377 to 430, and 654 to 674)

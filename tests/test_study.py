@@ -25,6 +25,10 @@ DATA = "synthetic-logistic?workers=4&samples=30&features=10"
 LINK = Link(compute_ms=1.0)
 
 
+class CrashError(Exception):
+    """The process ends here."""
+
+
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Where f* is kept."""
@@ -240,6 +244,14 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("error", [ValueError, CrashError])
+def test_a_failure_before_anything_is_done_leaves_the_folder_free(error: type[Exception], tmp_path: Path) -> None:
+    with pytest.raises(error), files.claimed(tmp_path, {"a": 1}):
+        raise error
+    with files.claimed(tmp_path, {"a": 2}):
+        pass
+
+
 def test_another_study_is_refused(tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(ValueError, match=r"targets: \[1.0\] there, \[2.0\] asked for"):
@@ -277,25 +289,26 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("first", "then", "short", "sizes"),
+    ("first", "then", "short", "laq", "sgd"),  # the last two: points in each call of the engine of a straight run
     [
-        ((37, FAR[:1]), (130, FAR[:1]), 20, [6, 3, 1, 2, 1]),  # more rounds: cut in half on the way
-        ((130, FAR[:1]), (130, FAR), NEVER, [6, 2]),
-        ((37, FAR[:1]), (75, FAR), NEVER, [6, 6, 2, 2]),
-        ((7, ()), (75, ()), 10, [6, 6, 2, 2]),
+        ((37, FAR[:1]), (130, FAR[:1]), 20, [6, 3, 1], [2, 1]),  # cut in half on the way
+        ((130, FAR[:1]), (130, FAR), NEVER, [6], [2]),  # whole chunks of 10 rounds: one call
+        ((37, FAR[:1]), (75, FAR), NEVER, [6, 6], [2, 2]),  # the last 5 rounds are a call of their own
+        ((7, ()), (75, ()), 10, [6, 6], [2, 2]),
     ],
 )
 def test_more_is_what_a_straight_run_would_have(
     first: tuple[int, Any],
     then: tuple[int, Any],
     short: int,
-    sizes: list[int],
+    laq: list[int],
+    sgd: list[int],
     tmp_path: Path,
     begun: list[np.ndarray],
 ) -> None:
     """Bit for bit, and nobody begins anew."""
     asked(tmp_path / "straight", *then, short)
-    assert [len(rounds) for rounds in begun] == sizes
+    assert [len(rounds) for rounds in begun] == laq + sgd
     asked(tmp_path / "more", *first, short)
     begun.clear()
     asked(tmp_path / "more", *then, short)
@@ -357,13 +370,19 @@ def test_a_stop_while_it_goes_on_loses_and_repeats_nothing(
         assert {path: path.read_bytes() for path in tmp_path.glob("cut/*.parquet")} == before
         assert not (tmp_path / "cut" / "run.json").exists()
     saved = files.save
-    monkeypatch.setattr(files, "save", None)  # the last states are there, and the tables those of the first request
-    with pytest.raises(TypeError):
+
+    def crash(*given: Any, **more: Any) -> None:
+        raise CrashError
+
+    monkeypatch.setattr(files, "save", crash)  # the last states are there, and the tables those of the first request
+    with pytest.raises(CrashError):
         asked(tmp_path / "cut", 130, FAR)
     monkeypatch.setattr(files, "save", saved)
     asked(tmp_path / "cut", 130, FAR)
-    assert len(set(taken)) == len(taken) - 2
-    assert len(begun) - 2 == 2 * calm
+    stopped_chunks = [taken[1], taken[5]]
+    assert [chunk for chunk in taken if taken.count(chunk) > 1] == [c for c in stopped_chunks for _ in range(2)]
+    calls_of_the_calm_run, calls_after_the_stops = calm, len(begun) - calm
+    assert calls_after_the_stops == calls_of_the_calm_run + 2  # each stop costs the call that it interrupted
     same(tmp_path / "straight", tmp_path / "cut")
 
 

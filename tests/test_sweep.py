@@ -134,13 +134,16 @@ def test_rows_are_single_runs(whole: Path) -> None:
         met = np.flatnonzero(info.loss - f_star <= 3)
         assert row["reached"] == bool(len(met))
         last = met[0] if len(met) else 100
-        assert row["final_loss"] == pytest.approx(info.loss[row["ended"] - 1], rel=0.03)
+        # a round's loss is that of the model it began with. Side by side points round otherwise (seen: 1.2e-5), and
+        # the loss of the round before or after is another by 4e-4 and more
+        assert row["final_loss"] == pytest.approx(info.loss[row["ended"] - 1], rel=5e-5)
         assert row["ended"] == min((last // 50 + 1) * 50, 100)
         assert row["uploads_end"] == sent[i].sum()
         if len(met):
-            assert row["uploads_3"] == sent[i][: row["rounds_3"]].sum()
+            assert row["rounds_3"] == last
+            assert row["uploads_3"] == sent[i][:last].sum()
             assert row["uploads_3"] == pytest.approx(info.sent[:last].sum(), rel=0.03)
-            assert row["bits_up_3"] == pytest.approx(info.bits_up[:last].sum(), rel=0.03)
+            assert row["bits_up_3"] == row["uploads_3"] * info.bits_up.max()  # all messages of a point are of one size
             assert row["bits_down_3"] == 320 * row["rounds_3"]
 
 
@@ -579,6 +582,7 @@ def test_seconds_of_a_hand_made_run() -> None:
     assert (row["rounds_1"], row["uploads_1"], row["bits_up_1"], row["bits_down_1"]) == (2, 2, 3000, 20_000)
     assert (row["rounds_0.1"], row["uploads_0.1"], row["bits_up_0.1"], row["bits_down_0.1"]) == (3, 3, 3500, 30_000)
     assert (row["rounds_end"], row["uploads_end"], row["bits_up_end"], row["bits_down_end"]) == (4, 5, 3518, 40_000)
+    assert (row["ended"], row["final_loss"]) == (4, 0.05)  # the last loss that is known: that of round 3
     assert row["seconds_1"] == pytest.approx(spent[2])
     assert row["seconds_0.1"] == pytest.approx(spent[3])
     np.testing.assert_allclose(made["curves"]["seconds"], spent)

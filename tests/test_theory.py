@@ -170,27 +170,35 @@ LINEAR = [
 ]
 
 
-def distance(name: str, rounds: int) -> tuple[float, laqjax.Info]:
-    """From the solution, relative to the start's."""
+def distances(name: str, rounds: int) -> tuple[np.ndarray, laqjax.Info]:
+    """Return the distance of each round's model from the solution, relative to the start's, [rounds]; and the facts."""
     toy, solution, *_ = ridge()
-    info, state = laqjax.run(member(name), toy.theta0, toy.shards, rounds, KEY, chunk=500)
-    return float(np.linalg.norm(state.params - solution) / np.linalg.norm(solution)), info
+    info, _ = laqjax.run(member(name), toy.theta0, toy.shards, rounds, KEY, chunk=500, record=["params"])
+    return np.linalg.norm(info.extra["params"] - solution, axis=1) / np.linalg.norm(solution), info
 
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_it_converges_at_its_own_step(name: str, x64: None) -> None:
-    far, info = distance(name, 2000)
-    assert far < 1e-10
+    far, info = distances(name, 2000)
+    assert far[-1] < 1e-10
     assert info.sent.all() == (not member(name).rule.may_skip)
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("topk_ef", 0.1), ("ef_sign_sgd", 0.2), ("qsgd", 0.2), ("terngrad", 0.5), ("ssgd", 0.5)]
-)
-def test_it_ends_near_the_solution(name: str, near: float, x64: None) -> None:
+NEAR = {  # root mean square distance of rounds 500 to 1000, its mean over 8 keys; how far one key may be from it
+    "topk_ef": (0.0178, 0.02),  # deterministic, as the next
+    "ef_sign_sgd": (0.0325, 0.02),
+    "qsgd": (0.041, 0.1),  # seen: 6 %
+    "terngrad": (0.105, 0.15),  # seen: 11 %
+    "ssgd": (0.154, 0.3),  # seen: 25 %
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_it_ends_near_the_solution(name: str, x64: None) -> None:
     """Without a memory of the gradients, what is lost in a round does not vanish at the solution."""
-    far, _ = distance(name, 1000)
-    assert 1e-6 < far < near
+    far, _ = distances(name, 1000)
+    near, spread = NEAR[name]
+    assert np.sqrt(np.mean(far[500:] ** 2)) == pytest.approx(near, rel=spread)
 
 
 @pytest.mark.parametrize("problem", [laqjax.problems.Ridge(3), laqjax.problems.Logistic(3)])

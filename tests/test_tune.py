@@ -93,7 +93,7 @@ def test_a_trial_costs_what_the_sweep_says(tmp_path: Path, monkeypatch: pytest.M
     sweep.main([*TASK, *axes, "--lr", str(best["lr"]), "--out", str(tmp_path / "sweep")])
     (row,) = pl.read_parquet(tmp_path / "sweep" / "summary.parquet").iter_rows(named=True)
     for name in ("rounds", "uploads", "bits_up"):
-        assert row[f"{name}_5"] == pytest.approx(best[name], rel=0.03)
+        assert row[f"{name}_5"] == pytest.approx(best[name], rel=1e-6)
 
 
 @pytest.mark.parametrize(
