@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import KEY, Toy
 from test_laws import CHUNK, RECORD, ROWS, identical, make, points_of, run
+from test_laws import test_a_sweep_is_a_loop as check_that_a_sweep_is_a_loop
 
 import laqjax
 from laqjax import Shards
@@ -72,3 +73,8 @@ def test_a_sweep_cut_anywhere_is_the_same_sweep(name: str, toy: Toy) -> None:
     straight, first = sweep(toy.theta0, 23), sweep(toy.theta0, 9)
     rest = sweep(first.state, 14)
     identical((laqjax.join([first.info, rest.info]), rest.state), tuple(straight))
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_a_sweep_is_a_loop_of_runs(name: str, quadratic: Toy) -> None:
+    check_that_a_sweep_is_a_loop(name, quadratic)

@@ -90,7 +90,7 @@ ROWS = {
     "cada2": Row(algorithms.cada2, EPOCHS | CADA_KNOBS, LR | CADA),
 }
 LAZY_ROWS = ["lag_wk", "laq"]
-# all of whose parts are those of others: the laws that compile much leave them to `make test-long`
+# all of whose parts are those of others: `make test-long` checks them
 COVERED = [
     "qgd",
     "lag_ps",
@@ -110,8 +110,18 @@ COVERED = [
     "cada1",
 ]
 MANY = [pytest.param(name, marks=[pytest.mark.long] * (name in COVERED)) for name in ROWS]
+# one member for each kind of part, for laws that compile programs of their own: a lazy rule, a selecting server, a compressed
+# step and a compressed model, a memory of estimates on minibatches, a shared draw, gradients at other models, local steps
+KINDS = ["laq", "iag_random", "two_laq", "ef21_p", "dasha_mvr", "marina", "cada2", "fedlaq"]
+FEW = [pytest.param(name, marks=[pytest.mark.long] * (name not in KINDS)) for name in ROWS]
 RECORD = ["error_sq", "grad", "gradients", "innovation_sq", "params", "step_sq", "target_sq"]
 CHUNK = 10
+
+
+def both(dtype: str, *more: Any) -> list[Any]:
+    """Return the rows of a law on one problem: in `make test` many on the toy, and one for each kind of part on the other."""
+    rows = MANY if dtype == "toy" else FEW
+    return [pytest.param(dtype, *more, *row.values, marks=row.marks, id=f"{row.values[0]}-{dtype}") for row in rows]
 
 
 def make(name: str, toy: Toy, **knobs: Any) -> Algorithm:
@@ -168,7 +178,7 @@ def points_of(name: str, toy: Toy) -> list[Algorithm]:
     return [make(name, toy, **{k: v[i] for k, v in others.items()} | {"lr": 0.02 * (i + 1)}) for i in range(5)]
 
 
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", FEW)
 def test_a_sweep_is_a_loop(name: str, quadratic: Toy) -> None:
     algs, keys, shards = points_of(name, quadratic), jax.random.split(KEY, 5), quadratic.shards
     sweep = laqjax.sweep(laqjax.stack(algs), quadratic.theta0, shards, CHUNK, keys, batch=3, record=RECORD, chunk=CHUNK)
@@ -182,8 +192,7 @@ def test_a_sweep_is_a_loop(name: str, quadratic: Toy) -> None:
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), point, state)
 
 
-@pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize(("dtype", "rounding"), [("toy", 1e-6), ("quadratic", 1e-14)])
+@pytest.mark.parametrize(("dtype", "rounding", "name"), [*both("toy", 1e-6), *both("quadratic", 1e-14)])
 def test_memories(name: str, dtype: str, rounding: float, request: pytest.FixtureRequest) -> None:
     """Silence changes nothing at a worker but its count, and the server's aggregate is the sum of the memories."""
     toy: Toy = request.getfixturevalue(dtype)
@@ -211,8 +220,7 @@ def test_memories(name: str, dtype: str, rounding: float, request: pytest.Fixtur
     assert (silent > 0) == alg.rule.may_skip
 
 
-@pytest.mark.parametrize("name", MANY)
-@pytest.mark.parametrize("dtype", ["toy", "quadratic"])
+@pytest.mark.parametrize(("dtype", "name"), [*both("toy"), *both("quadratic")])
 def test_billed_bits_are_bytes(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
     """Every message of a run, made again from the state: its bytes are what was billed, and decode to what it meant."""
     toy: Toy = request.getfixturevalue(dtype)
@@ -256,7 +264,7 @@ def keys_of(round: int, worker: int, workers: int = 4) -> types.Keys:
     return types.Keys(own, shared, KEY, jnp.int32(round), jnp.int32(worker))
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", MANY)
 def test_a_run_cut_anywhere_is_the_same_run(name: str, toy: Toy) -> None:
     alg = make(name, toy)
     straight = run(alg, toy.theta0, toy.shards, 33)
@@ -276,7 +284,7 @@ def test_workers_side_by_side_are_workers_in_turn(toy64: Toy) -> None:
     np.testing.assert_allclose(three.info.loss, one.info.loss, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", MANY)
 def test_the_callers_arrays_survive(name: str, toy: Toy) -> None:
     alg = make(name, toy)
     shards = Shards(*map(jnp.asarray, toy.shards))
@@ -291,7 +299,7 @@ def test_the_callers_arrays_survive(name: str, toy: Toy) -> None:
         identical(out, first)
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name != "sign_sgd"])  # one bit has no zero
+@pytest.mark.parametrize("name", [row for row in FEW if row.values != ("sign_sgd",)])  # one bit has no zero
 def test_a_zero_gradient_moves_nothing(name: str, quadratic: Toy) -> None:
     still = quadratic.shards._replace(y=np.zeros((4, 12)))
     info, state = run(make(name, quadratic), quadratic.theta0, still, 10)
@@ -301,7 +309,7 @@ def test_a_zero_gradient_moves_nothing(name: str, quadratic: Toy) -> None:
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if "window" in row.others])
+@pytest.mark.parametrize("name", [row for row in MANY if "window" in ROWS[row.values[0]].others])
 def test_the_history_is_made_of_the_steps_really_taken(name: str, toy: Toy) -> None:
     alg = make(name, toy)
     info, state = run(alg, toy.theta0, toy.shards, 25)
