@@ -115,7 +115,7 @@ def swept() -> None:
 
 
 def refused() -> None:
-    """What cannot work is said before anything runs."""
+    """Leave the refusals of what cannot work, one a line; check the shards that a process loads."""
     shards, oracle = data(4, 20), problems.Softmax(784, 10).oracle()
     alg, start = algorithms.laq(oracle, lr=0.02, num_workers=4), problems.Softmax(784, 10).start(0)
     everywhere = mesh.make()
@@ -126,6 +126,11 @@ def refused() -> None:
         except ValueError as error:
             return str(error)
         return ""
+
+    six = data(6, 20)
+
+    def few(first: int, last: int) -> laqjax.Shards:
+        return laqjax.Shards(*(a[first:last] for a in six))
 
     other = jax.make_mesh((DEVICES,), ("model",))
     algs = laqjax.stack([algorithms.laq(oracle, lr=0.02, num_workers=4, bits=b) for b in (3, 4, 5, 6)])
@@ -138,7 +143,17 @@ def refused() -> None:
         message(lambda: laqjax.sweep(algs, start, shards, 2, keys, mesh=mesh.make(2, 2))),
         message(lambda: laqjax.run(top, start, shards, 2, KEY, mesh=everywhere, exchange="chunked")),
         message(lambda: mesh.make(3)),
+        message(
+            lambda: mesh.load(
+                everywhere, 6, lambda first, last: few(first, last)._replace(weight=np.zeros((last - first, 20)))
+            )
+        ),
     ]
+    loaded = mesh.load(everywhere, 6, few)  # 6 workers on 4 devices: the last two rows are padding
+    assert len(loaded.x.addressable_shards) == DEVICES
+    assert {part.data.shape[0] for part in loaded.x.addressable_shards} == {2}
+    for mine, theirs in zip(loaded, six, strict=True):
+        assert np.array_equal(np.asarray(mine)[:6], theirs)
     (OUT / "refused").write_text("\n".join(lines))
 
 
