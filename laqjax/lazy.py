@@ -26,7 +26,7 @@ from laqjax.algorithms import laq
 from laqjax.checks import number, suggest
 from laqjax.compressors import blockwise
 from laqjax.step import Algorithm, worker_step
-from laqjax.types import Keys, Shards, State, count_bits, register_dataclass, static
+from laqjax.types import Keys, Shards, State, _count_bits, register_dataclass, static
 
 
 class LazyState(NamedTuple):
@@ -41,7 +41,7 @@ class LazyState(NamedTuple):
     @property
     def bits_up(self) -> Int[np.ndarray, " M"]:
         """Return the bits of each device's message in int64, on the host; see `laqjax.Info`."""
-        return count_bits("bits_up", self.bytes_up)
+        return _count_bits("bits_up", self.bytes_up)
 
 
 @register_dataclass
@@ -54,7 +54,7 @@ class Given:
 
     def ravel(self, params: Any) -> Float[Array, " p"]:
         """The pytree as one vector, whatever floating dtypes its leaves have."""
-        leaves = [unsharded(leaf) for leaf in jax.tree.leaves(params)]
+        leaves = [_unsharded(leaf) for leaf in jax.tree.leaves(params)]
         return jnp.concatenate([jnp.reshape(leaf, (1, -1)).astype(self.dtype) for leaf in leaves], axis=1)[0]
 
     def unravel(self, params: Float[Array, " p"]) -> Any:
@@ -134,7 +134,7 @@ def lazy_aggregate(
         P('data',)
     """
     number("num_workers", num_workers, np.int32, least=1)
-    check_arguments(method, settings, blocks)
+    _check_arguments(method, settings, blocks)
     exchanges.check_exchange(exchange)
 
     def build(sizes: list[int], dtype: Any) -> Algorithm:
@@ -160,13 +160,13 @@ def lazy_aggregate(
     def update(gradients: Any, state: LazyState, params: Any = None) -> tuple[Any, LazyState]:
         if params is None:
             raise ValueError("lazy_aggregate: update(gradients, state) without params: expected the parameters too")
-        check_axis(axis, num_workers)
-        check_state(state, jax.eval_shape(init, params))
+        _check_axis(axis, num_workers)
+        _check_state(state, jax.eval_shape(init, params))
         alg = algorithm(params)
         here, how = alg.oracle.ravel(params), exchanges.named(exchange, alg, axis)
         shards = Shards(alg.oracle.ravel(gradients)[None], here, jnp.ones((1, 1), alg.oracle.dtype))
         before, key = state.laq._replace(params=here), jax.random.key(seed)
-        check_branches(alg, before, shards, key)
+        _check_branches(alg, before, shards, key)
         after, info = alg.step(before, shards, key, workers_at_once=1, exchange=how)
         direction = after.optimizer / num_workers if mean else after.optimizer
         received = jnp.where(jnp.any(info.sent), how.received(alg, num_workers), 0).astype(jnp.int32)
@@ -178,7 +178,7 @@ def lazy_aggregate(
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def unsharded(leaf: Any) -> Any:
+def _unsharded(leaf: Any) -> Any:
     """Return an array as one that no explicit axis of the mesh splits; what the compiler splits by itself may stay split."""
     sharding = jax.typeof(leaf).sharding
     return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, P())) if any(sharding.spec) else leaf
@@ -218,7 +218,7 @@ def specs(state: Any, axis: str) -> Any:
 # ---- what was given, in one sentence each -------------------------------------------------------------------------
 
 
-def check_arguments(method: Any, settings: dict[str, Any], blocks: Any) -> None:
+def _check_arguments(method: Any, settings: dict[str, Any], blocks: Any) -> None:
     """Raise ValueError unless `method` is a function that can be called with these settings, and `blocks` are some."""
     if not callable(method):
         name = method if isinstance(method, str) and callable(getattr(algorithms, method, None)) else "laq"
@@ -254,7 +254,7 @@ def check_arguments(method: Any, settings: dict[str, Any], blocks: Any) -> None:
         )
 
 
-def check_axis(axis: Any, num_workers: int) -> None:
+def _check_axis(axis: Any, num_workers: int) -> None:
     """Raise ValueError unless the caller is inside `jax.shard_map(..., check_vma=False)` over this axis, of this size."""
     try:
         devices = jax.lax.axis_size(axis)
@@ -276,7 +276,7 @@ def check_axis(axis: Any, num_workers: int) -> None:
         )
 
 
-def check_state(state: LazyState, expected: LazyState) -> None:
+def _check_state(state: LazyState, expected: LazyState) -> None:
     """Raise ValueError unless a device holds one row of the workers' state, of the shapes that `init` gives."""
     for leaf in jax.tree.leaves(state.laq.workers):
         if np.shape(leaf)[:1] != (1,):
@@ -299,7 +299,7 @@ def check_state(state: LazyState, expected: LazyState) -> None:
             )
 
 
-def check_branches(alg: Algorithm, state: State, shards: Shards, key: Any) -> None:
+def _check_branches(alg: Algorithm, state: State, shards: Shards, key: Any) -> None:
     """Raise ValueError where workers may branch apart on a mesh whose other axes the compiler uses.
 
     It may place collectives over those axes in the branch, where they wait forever for devices that took the other one.

@@ -56,7 +56,7 @@ def square(v: Float[Array, " p"]) -> Float[Array, ""]:
     return jnp.sum(v * v)
 
 
-def count_bits(name: str, size: Any) -> np.ndarray:
+def _count_bits(name: str, size: Any) -> np.ndarray:
     """Return 8 times a number of bytes in int64, on the host.
 
     Raises:
@@ -193,7 +193,7 @@ class Info(NamedTuple):
         Raises:
             TypeError: it is read inside a traced function; `bytes_up` is there.
         """
-        return count_bits("bits_up", self.bytes_up)
+        return _count_bits("bits_up", self.bytes_up)
 
     @property
     def bits_down(self) -> Int[np.ndarray, "*K"]:
@@ -202,7 +202,7 @@ class Info(NamedTuple):
         Raises:
             TypeError: it is read inside a traced function; `bytes_down` is there.
         """
-        return count_bits("bits_down", self.bytes_down)
+        return _count_bits("bits_down", self.bytes_down)
 
 
 class Field(NamedTuple):

@@ -71,7 +71,11 @@ METHODS: dict[str, Callable[[Any], Any]] = {
 
 
 LONG = (
+    "gd",
     "qgd",
+    "laq_adaptive",
+    "ef21_p",
+    "dgc",
     "laq, Adam",
     "lag_wk",
     "iag_random",

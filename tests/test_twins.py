@@ -4,7 +4,7 @@ The twin takes the draws that are the library's own (the rows of a minibatch, MA
 Masks are equal and losses and models agree to 1e-12 over 60 rounds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -161,8 +161,16 @@ def check_that_the_rule_decides(name: str, sent: np.ndarray) -> None:
     assert sent[1:].mean() < 0.95
 
 
-@pytest.mark.parametrize("rows", ["full", "blocks", "epochs"])
-@pytest.mark.parametrize("name", MEMBERS)
+def in_turn(members: Iterable[str], kinds: Sequence[str]) -> list[Any]:
+    """Return all pairs; in `make test` each member with one kind, one after another."""
+    return [
+        pytest.param(name, kind, marks=[pytest.mark.long] * (i % len(kinds) != j))
+        for i, name in enumerate(members)
+        for j, kind in enumerate(kinds)
+    ]
+
+
+@pytest.mark.parametrize(("name", "rows"), in_turn(MEMBERS, ["full", "blocks", "epochs"]))
 def test_the_twin(name: str, rows: str, toy64: Toy) -> None:
     sampler = {"full": None, "blocks": oracle.Blocks(4), "epochs": oracle.Epochs(4)}[rows]
     out = agree(toy64, *MEMBERS[name], sampler)
@@ -182,8 +190,7 @@ SERVERS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("server", SERVERS)
-@pytest.mark.parametrize("name", ["lag_wk", "lag_ps", "laq", "lasg_wk2", "ef21"])
+@pytest.mark.parametrize(("name", "server"), in_turn(["lag_wk", "lag_ps", "laq", "lasg_wk2", "ef21"], list(SERVERS)))
 def test_the_twin_with_another_server(name: str, server: str, toy64: Toy) -> None:
     (ours, twin), (optimizer, update) = MEMBERS[name], SERVERS[server]
     if name == "lag_ps":  # a direction of these servers is longer than a step: with EACH nearly everybody always sends
