@@ -16,8 +16,8 @@ from flwr.serverapp import Grid, ServerApp
 import laqjax
 from experiments import files, points, problems
 from experiments.study import Point
-from laqjax import flower
-from laqjax.federation import Facts, Federation
+from laqjax import federation
+from laqjax.federation import FederatedServer, RoundStats
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Plan:
     """A point in words, from which each process makes it anew."""
 
     choice: dict[str, Any]
-    max_window: int
+    padded_window: int
     authors: bool
     rows: int | None
     rounds: int
@@ -47,7 +47,7 @@ class Plan:
         """The point."""
         data = {name: self.choice[name] for name in points.Data.__dataclass_fields__}
         case = problems.case(*data.values(), rows=self.rows)
-        return points.build(self.choice, case, self.max_window, self.authors)
+        return points.build(self.choice, case, self.padded_window, self.authors)
 
 
 def shard_of(point: Point, worker: int) -> laqjax.Shards:
@@ -58,27 +58,31 @@ def shard_of(point: Point, worker: int) -> laqjax.Shards:
 def client_of(plan: Plan) -> ClientApp:
     """A worker of a point."""
     point = plan.point()
-    return flower.client_app(point.algorithm, lambda worker: shard_of(point, worker), programs=plan.programs or None)
+    return federation.client_app(
+        point.algorithm, lambda worker: shard_of(point, worker), compilation_cache_dir=plan.programs or None
+    )
 
 
 def server_of(plan: Plan) -> ServerApp:
     """The server of a point; the facts of its rounds are in a file when it ends, and after each round."""
     point, rounds = plan.point(), []
 
-    def observe(facts: Facts, server: Federation) -> None:
+    def observe(facts: RoundStats, server: FederatedServer) -> None:
         rounds.append(facts)
         if plan.facts:
             files.write_json(Path(plan.facts), as_json(rounds))
 
     key = jax.random.key(point.seed)
-    return flower.server_app(
-        point.algorithm, point.begin(), key, plan.rounds, observe=observe, deadline=plan.deadline, programs=plan.programs or None
+    return federation.server_app(
+        point.algorithm, point.begin(), key, plan.rounds, on_round=observe, round_timeout=plan.deadline, compilation_cache_dir=plan.programs or None
     )  # fmt: skip
 
 
-def as_json(rounds: Sequence[Facts]) -> dict[str, Any]:
+def as_json(rounds: Sequence[RoundStats]) -> dict[str, Any]:
     """Facts as lists."""
-    return {name: [np.asarray(getattr(one, name)).tolist() for one in rounds] for name in Facts.__dataclass_fields__}
+    return {
+        name: [np.asarray(getattr(one, name)).tolist() for one in rounds] for name in RoundStats.__dataclass_fields__
+    }
 
 
 @cache

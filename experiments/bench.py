@@ -46,7 +46,7 @@ SECONDS = {
     "message": 5,
 }  # of turns, a tenth of them with --quick
 FRESH = {"fresh-softmax": "softmax", "fresh-network": "network", "fresh-sweep": "sweep"}
-GOALS = (  # names of `numbers`
+GOALS = (  # names of `check_nonnegative_array`
     ("laq, share of GEMM", ">=", 0.25),
     ("laq, share of GEMM", ">=", 0.35),
     ("laq / gd", "<=", 1.10),

@@ -31,8 +31,7 @@ from experiments import files, ledger, plots, points, problems, study, sweep, te
 from experiments.ledger import Link
 from experiments.members import MEMBERS, OWN
 from experiments.study import Budget
-from laqjax import mesh as meshes
-from laqjax.checks import number
+from laqjax import check_number, distributed
 
 Setting = dict[str, Any]
 Wanted = tuple[str, Setting]  # an algorithm's name and setting
@@ -86,7 +85,7 @@ class Comparison:
         if not self.grids:
             raise ValueError(f"algorithm = {settings.axes.algorithm}: expected one that runs without L_m")
         for seed in (*settings.axes.seeds, *settings.report_seeds):
-            number("seeds", seed, np.int32, least=0)
+            check_number("seeds", seed, np.int32, minimum=0)
         if not (settings.axes.seeds and settings.report_seeds):
             raise ValueError("seeds, report_seeds: expected one or more of each")
         if settings.goal.targets.accuracy and not self.case.scored:
@@ -136,7 +135,7 @@ class Comparison:
             other = path.exists() and files.read_json(path) != identity
             return files.set_aside(path.parent, "before") if other else None
 
-        if kept := meshes.led(aside):
+        if kept := distributed.run_on_process_zero(aside):
             console.print(f"other settings than before for {folder}: kept as {kept}")
         return study.run(made, s.goal.targets, path.parent, s.budget, s.link, identity, console)
 

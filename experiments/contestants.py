@@ -14,7 +14,7 @@ import optax
 
 import laqjax
 from experiments import datasets
-from laqjax import compressors, wire
+from laqjax import compressors
 
 GEMM = 2048  # rows and columns
 STREAM = 2**26  # floats
@@ -25,7 +25,7 @@ BITS = {"softmax": 4, "network": 8}
 
 @dataclass(frozen=True)
 class Contestant:
-    """`call` does `rounds` rounds of `flops` floating-point operations each, and returns when they are done."""
+    """`call` does `saved_rounds` rounds of `flops` floating-point operations each, and returns when they are done."""
 
     call: Callable[[], Any]
     rounds: int = 1
@@ -37,7 +37,9 @@ class Contestant:
 
 def laqjax_run(shards: laqjax.Shards, kind: str, algorithm: str, rounds: int, **knobs: Any) -> Contestant:
     """`laqjax.run`, with all that it does."""
-    problem = getattr(laqjax.problems, kind.capitalize())(shards.x.shape[-1], CLASSES)
+    problem = getattr(laqjax.problems, {"network": "TwoLayerNetwork"}.get(kind, kind.capitalize()))(
+        shards.x.shape[-1], CLASSES
+    )
     oracle = problem.oracle()
     alg = getattr(laqjax.algorithms, algorithm)(oracle, lr=0.02, num_workers=len(shards.x), **knobs)
     theta0, key = problem.theta0(oracle), jax.random.key(0)
@@ -54,19 +56,30 @@ def saved(shards: laqjax.Shards, every: int | None) -> Contestant:
     def call() -> None:
         with TemporaryDirectory() as folder:
             place = folder if every else None
-            laqjax.run(alg, problem.start(0), shards, 1000, key, chunk=100, checkpoint=place, every=every)
+            laqjax.run(
+                alg,
+                problem.init_params(0),
+                shards,
+                1000,
+                key,
+                chunk_size=100,
+                checkpoint_dir=place,
+                checkpoint_every=every,
+            )
 
     return Contestant(call, 1000, FLOPS["softmax"])
 
 
 def laqjax_sweep(shards: laqjax.Shards, kind: str, points: int, rounds: int) -> Contestant:
     """`laqjax.sweep` over limits, with all that it does; a round is one round of one point."""
-    problem = getattr(laqjax.problems, kind.capitalize())(shards.x.shape[-1], CLASSES)
+    problem = getattr(laqjax.problems, {"network": "TwoLayerNetwork"}.get(kind, kind.capitalize()))(
+        shards.x.shape[-1], CLASSES
+    )
     oracle = problem.oracle()
     knobs: dict[str, Any] = {"lr": 0.02, "num_workers": len(shards.x), "bits": BITS[kind]}
-    algs = laqjax.stack([laqjax.algorithms.laq(oracle, limit=10 + i, **knobs) for i in range(points)])
+    algs = laqjax.stack_algorithms([laqjax.algorithms.laq(oracle, max_silence=10 + i, **knobs) for i in range(points)])
     theta0, keys = problem.theta0(oracle), jax.random.split(jax.random.key(0), points)
-    run = repeat(lambda: laqjax.sweep(algs, theta0, shards, rounds, keys, batch=points), 1)
+    run = repeat(lambda: laqjax.sweep(algs, theta0, shards, rounds, keys, batch_size=points), 1)
     return Contestant(run.call, rounds * points, FLOPS[kind])
 
 
@@ -78,7 +91,7 @@ def in_out(shards: laqjax.Shards) -> Contestant:
         return optax.softmax_cross_entropy_with_integer_labels(logits, y)
 
     params = {"bias": jnp.zeros(CLASSES), "kernel": jnp.zeros((shards.x.shape[-1], CLASSES))}
-    oracle = laqjax.oracle.from_loss(loss, params, l2=0.01)
+    oracle = laqjax.oracles.from_loss(loss, params, l2=0.01)
     alg = laqjax.algorithms.laq(oracle, lr=0.02, num_workers=len(shards.x), bits=BITS["softmax"])
     run = repeat(lambda: laqjax.run(alg, params, shards, 20, jax.random.key(0)), 1)
     return Contestant(run.call, 20, FLOPS["softmax"])
@@ -102,28 +115,28 @@ def cnn(shards: laqjax.Shards, form: str) -> Contestant:
         gradient = jax.jit(jax.value_and_grad(lambda params, x, y: jnp.mean(loss(params, x, y))))
         data = list(zip(few.x, few.y, strict=True))
         return Contestant(repeat(lambda: [gradient(params, x, y) for x, y in data], rounds).call, rounds)
-    oracle, points = laqjax.oracle.from_loss(loss, params), 4
+    oracle, points = laqjax.oracles.from_loss(loss, params), 4
     algs = [laqjax.algorithms.laq(oracle, lr=0.01 * (i + 1), num_workers=workers) for i in range(points)]
     if form == "laq":
-        return Contestant(lambda: laqjax.run(algs[0], params, few, rounds, key, chunk=rounds), rounds)
-    stacked, keys = laqjax.stack(algs), jax.random.split(key, points)
-    return Contestant(lambda: laqjax.sweep(stacked, params, few, rounds, keys, chunk=rounds), rounds * points)
+        return Contestant(lambda: laqjax.run(algs[0], params, few, rounds, key, chunk_size=rounds), rounds)
+    stacked, keys = laqjax.stack_algorithms(algs), jax.random.split(key, points)
+    return Contestant(lambda: laqjax.sweep(stacked, params, few, rounds, keys, chunk_size=rounds), rounds * points)
 
 
 def large(hidden: int, form: str) -> Contestant:
     """784-hidden-10 on 8 workers of 32 rows: LAQ, GD, or a plain scan over the workers on the flat vector."""
     workers, rounds, rng = 8, 8, np.random.default_rng(0)
-    problem = laqjax.problems.Network(784, CLASSES, hidden, l2=0)
+    problem = laqjax.problems.TwoLayerNetwork(784, CLASSES, hidden, l2=0)
     oracle, key = problem.oracle(), jax.random.key(0)
     x, y = rng.integers(0, 256, (workers, 32, 784)), rng.integers(0, CLASSES, (workers, 32))
     data = laqjax.Shards(jnp.asarray(x, jnp.uint8), jnp.asarray(y, jnp.int32), jnp.ones((workers, 32)))
-    theta = problem.theta0(oracle)
+    theta = problem.init_vector(oracle)
     if form != "plain":
         alg = getattr(laqjax.algorithms, form)(oracle, lr=0.02, num_workers=workers)
-        holder: list[Any] = [laqjax.init(alg, theta, data)]
+        holder: list[Any] = [alg.init(theta)]
 
         def call() -> None:  # from state to state, as in a long run: making one costs as much as a round
-            for out in laqjax.stream(alg, holder[0], data, rounds, key, chunk=rounds):
+            for out in laqjax.stream(alg, holder[0], data, rounds, key, chunk_size=rounds):
                 holder[0] = out.state
 
         return Contestant(call, rounds)
@@ -152,10 +165,10 @@ def message(form: str) -> Contestant:
     """10^6 coordinates in 4 bits: encoded and packed into bytes, or read back from them."""
     scheme, target = compressors.grid(4), jnp.asarray(np.random.default_rng(0).standard_normal(10**6, np.float32))
     encode = jax.jit(lambda target: scheme.encode(target, None))
-    data = wire.to_bytes(scheme, encode(target), target)
+    data = compressors.to_bytes(scheme, encode(target), target)
     calls = {
-        "pack": lambda: wire.to_bytes(scheme, encode(target), target),
-        "read": lambda: wire.from_bytes(scheme, data, target),
+        "pack": lambda: compressors.to_bytes(scheme, encode(target), target),
+        "read": lambda: compressors.from_bytes(scheme, data, target),
     }
     return repeat(calls[form], 50)
 
@@ -214,9 +227,9 @@ def twin(xp: Any, images: Any, onehot: Any, theta: Any, rounds: int) -> list[tup
     write the two products, this is the fastest in both.
     """
     workers, n, classes = onehot.shape
-    lr, l2, xi, window, limit, half = 0.02, 0.01, 0.8, 10, 100, 2 ** (BITS["softmax"] - 1)
+    lr, l2, xi, window, max_silence, half = 0.02, 0.01, 0.8, 10, 100, 2 ** (BITS["softmax"] - 1)
     memory, aggregate, motion = xp.stack([0 * theta] * workers), 0 * theta, [0.0] * window
-    last_error, silence = memory[:, 0], memory[:, 0] + limit
+    last_error, silence = memory[:, 0], memory[:, 0] + max_silence
     history = []
     for _ in range(rounds):
         logits = images @ theta[classes:].reshape(classes, -1).T + theta[:classes]
@@ -231,7 +244,7 @@ def twin(xp: Any, images: Any, onehot: Any, theta: Any, rounds: int) -> list[tup
         innovation = step * (xp.floor(target / step + half) - half + 0.5)
         error = ((target - innovation) ** 2).sum(1)
         threshold = xi / window * sum(motion) / (lr * workers) ** 2 + 3 * (error + last_error)
-        sent = ((innovation**2).sum(1) >= threshold) | (silence >= limit)
+        sent = ((innovation**2).sum(1) >= threshold) | (silence >= max_silence)
         innovation = innovation * sent[:, None]
         memory, aggregate = memory + innovation, aggregate + innovation.sum(0)
         last_error, silence = xp.where(sent, error, last_error), xp.where(sent, 0 * silence, silence + 1)
@@ -248,7 +261,7 @@ def floats(shards: laqjax.Shards, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def start(shards: laqjax.Shards) -> np.ndarray:
     """The theta0 of softmax regression, float64."""
-    params = laqjax.problems.Softmax(shards.x.shape[-1], CLASSES).start(0, np.float64)
+    params = laqjax.problems.Softmax(shards.x.shape[-1], CLASSES).init_params(0, np.float64)
     return np.concatenate([params["bias"], params["weight"].ravel()])
 
 
@@ -287,7 +300,7 @@ GROUPS: dict[str, dict[str, Callable[[laqjax.Shards], Contestant]]] = {
 def mnist() -> laqjax.Shards:
     """The reference data: 10 workers, 6000 images each."""
     data = datasets.load("mnist")
-    return laqjax.problems.partition(data.x, data.y, 10, "contiguous")
+    return laqjax.partition_data(data.x, data.y, 10, "contiguous")
 
 
 def cores() -> int:

@@ -1,4 +1,4 @@
-"""Data for the experiments: one string names a dataset; `laqjax.problems.partition` deals it out to the workers.
+"""Data for the experiments: one string names a dataset; `laqjax.partition_data` deals it out to the workers.
 
     mnist                                   the copy in this repository
     idx:DIR                                 four IDX files under MNIST's names, raw, .gz or .xz
@@ -30,7 +30,6 @@ import numpy as np
 import polars as pl
 
 from experiments import files
-from laqjax.checks import suggest
 
 MNIST_FOLDER = Path(__file__).parent / "mnist"
 MNIST_MD5 = {  # of the files inside the .xz; every IDX set uses these names
@@ -133,7 +132,7 @@ def load(name: str) -> Dataset:
     raise ValueError(
         f"dataset {name!r}: expected mnist, idx:DIR, tfds:NAME[@DIR], libsvm:PATH, libsvm-regression:PATH, npz:FILE, "
         "csv:FILE, FILE.py:load, synthetic-linear[?KEY=VALUE&...] or synthetic-logistic[?KEY=VALUE&...]"
-        f"{suggest(kind.partition('?')[0], KINDS)}"
+        f"{files.suggest(kind.partition('?')[0], KINDS)}"
     )
 
 
@@ -331,7 +330,7 @@ def _load_synthetic(name: str) -> Dataset:
         key, _, text = item.partition("=")
         if key not in SYNTHETIC_INTEGERS + SYNTHETIC_FLOATS:
             known = ", ".join(SYNTHETIC_INTEGERS + SYNTHETIC_FLOATS)
-            hint = suggest(key, SYNTHETIC_INTEGERS + SYNTHETIC_FLOATS)
+            hint = files.suggest(key, SYNTHETIC_INTEGERS + SYNTHETIC_FLOATS)
             raise ValueError(f"{name}: unknown key {key!r}, expected one of {known}{hint}")
         try:
             value = int(text) if key in SYNTHETIC_INTEGERS else float(text)

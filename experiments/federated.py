@@ -26,12 +26,12 @@ from rich.console import Console
 from experiments import deployment, files, ledger, plots, points, sweep, terminal
 from experiments.ledger import Link, Record
 from experiments.study import Point
-from laqjax.checks import number
+from laqjax import check_number
 
 try:
     from experiments.apps import Plan, as_json, client_of
-    from laqjax.federation import Federation
-    from laqjax.loopback import Loopback
+    from laqjax.federation import FederatedServer
+    from laqjax.federation.testing import InProcessGrid
 except ImportError as error:
     words = f"{error}: this command needs Flower, pip install 'laqjax[experiments,flower]'"
     raise (files.ended(2, f"error: {words}") if __name__ == "__main__" else ImportError(words)) from None
@@ -71,8 +71,8 @@ class Settings:
 def loopback(plan: Plan) -> dict[str, Any]:
     """The facts of a point, in this process."""
     point, rounds = plan.point(), []
-    grid = Loopback(client_of(plan), range(point.algorithm.num_workers))
-    server = Federation(point.algorithm, point.begin(), jax.random.key(point.seed))
+    grid = InProcessGrid(client_of(plan), range(point.algorithm.num_workers))
+    server = FederatedServer(point.algorithm, point.begin(), jax.random.key(point.seed))
     began = time.perf_counter()
     for facts in server.run(grid, plan.rounds):
         rounds.append(facts)
@@ -87,7 +87,7 @@ def run(settings: Settings) -> Path:
     if settings.smoke:
         out = settings.out if settings.out != Settings().out else Path(f"{settings.out}-smoke")
         settings = replace(settings, rounds=min(settings.rounds, 6), out=out)
-    number("rounds", settings.rounds, np.int32, least=1)
+    check_number("rounds", settings.rounds, np.int32, minimum=1)
     settings.link.check()
     rows = 200 if settings.smoke else None
     choices = list(points.select(settings.axes, settings.data))

@@ -1,5 +1,6 @@
 """Files that are whole or absent: everything is written under a temporary name, then renamed. And files of the user's."""
 
+import difflib
 import errno
 import fcntl
 import hashlib
@@ -13,7 +14,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
@@ -47,6 +48,12 @@ def refusing() -> Iterator[None]:
         raise ended(1 if failed else 2, f"error: {error}") from None
     except KeyboardInterrupt:
         raise ended(130, "stopped; the same command goes on from what is saved") from None
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" where a known name is close to `name`, else an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def ended(code: int, said: str) -> SystemExit:

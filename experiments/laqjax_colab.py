@@ -73,8 +73,7 @@ import numpy as np
 from IPython.display import Markdown, display
 
 import laqjax
-from laqjax import compressors, memories, rules
-from laqjax.step import worker_step
+from laqjax import compressors, memories, rules, worker_step
 
 plt.rcParams |= {"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3}
 plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
@@ -97,7 +96,12 @@ def show(*pieces):
 # A message is the radius and p codes of b bits: $32 + b p$ bits, where a gradient has $32 p$. The grid has no zero; a coordinate is off by half a step at most, and the largest one sets the step for all.
 
 # %%
-show(memories.Innovation.target, compressors.Grid.encode, compressors.codes_on_grid, compressors.values_on_grid)
+show(
+    memories.Innovation.compression_target,
+    compressors.Grid.encode,
+    compressors.quantize_to_grid,
+    compressors.dequantize_from_grid,
+)
 
 # %%
 target = jnp.linspace(-1, 1, 1001)
@@ -119,7 +123,7 @@ plt.show()
 # The sum is the model's recent motion, weighted by $\xi_d$: while the model moves a lot, small changes of a gradient do not matter. $\bar t = C$ bounds the rounds of silence $t_m$.
 
 # %%
-show(rules.Lazy.decide, rules.History.threshold, rules.MaxSilence.decide)
+show(rules.LazyRule.should_send, rules.History.threshold, rules.MaxSilence.should_send)
 
 # %% [markdown]
 # ### 3. Remember, and step
@@ -131,7 +135,7 @@ show(rules.Lazy.decide, rules.History.threshold, rules.MaxSilence.decide)
 # A worker's whole round is one function, the same for all methods of the library: LAQ is the grid, the lazy rule and the memory, put together.
 
 # %%
-show(memories.Innovation.update, memories.Innovation.aggregate, worker_step, laqjax.algorithms.laq)
+show(memories.Innovation.update, memories.Innovation.update_aggregate, worker_step, laqjax.algorithms.laq)
 
 # %% [markdown]
 # ## LAQ against gradient descent
@@ -142,14 +146,14 @@ show(memories.Innovation.update, memories.Innovation.aggregate, worker_step, laq
 from experiments import datasets
 
 data = datasets.load("mnist")
-shards = laqjax.problems.partition(data.x, data.y, 10, "contiguous")  # x [10, 6000, 784] bytes, y, weight
+shards = laqjax.partition_data(data.x, data.y, 10, "contiguous")  # x [10, 6000, 784] bytes, y, weight
 shards = laqjax.Shards(*(array[:, :ROWS] for array in shards))
 problem = laqjax.problems.Softmax(features=784, classes=10)
-oracle, start, key = problem.oracle(), problem.start(0), jax.random.key(0)
+oracle, start, key = problem.oracle(), problem.init_params(0), jax.random.key(0)
 server = {"lr": 0.02, "num_workers": 10}
 
 methods = {
-    "LAQ": laqjax.algorithms.laq(oracle, bits=4, limit=100, window=10, xi=0.8, **server),
+    "LAQ": laqjax.algorithms.laq(oracle, bits=4, max_silence=100, window=10, xi=0.8, **server),
     "GD": laqjax.algorithms.gd(oracle, **server),
 }
 runs = {name: laqjax.run(method, start, shards, ROUNDS, key) for name, method in methods.items()}
@@ -211,9 +215,10 @@ import itertools
 grid = list(itertools.product(BITS, LIMITS, WINDOWS))
 longest = max(WINDOWS)  # of one shape for all
 algorithms = [
-    laqjax.algorithms.laq(oracle, bits=b, limit=c, window=d, max_window=longest, xi=0.8, **server) for b, c, d in grid
+    laqjax.algorithms.laq(oracle, bits=b, max_silence=c, window=d, padded_window=longest, xi=0.8, **server)
+    for b, c, d in grid
 ]
-points = laqjax.sweep(laqjax.stack(algorithms), start, shards, ROUNDS, jax.random.split(key, len(grid)))
+points = laqjax.sweep(laqjax.stack_algorithms(algorithms), start, shards, ROUNDS, jax.random.split(key, len(grid)))
 
 goal = runs["GD"].info.loss[ROUNDS // 2]
 reached = points.info.loss <= goal  # [rounds, points]
@@ -271,7 +276,7 @@ def loss(params, x, y):
 # The server may be any optax optimizer. With Adam the lazy rule compares with what Adam was given, $\lVert \nabla^k \rVert^2$: its steps have another scale. Stale gradients cost it more than plain descent, so $\xi$ is smaller here.
 
 # %%
-own = laqjax.oracle.from_loss(loss, params)
+own = laqjax.oracles.from_loss(loss, params)
 some = laqjax.Shards(*(array[:, : ROWS // 20] for array in shards))
 adam = {"lr": 0.003, "num_workers": 10, "optimizer": optax.adam}
 methods = {

@@ -194,7 +194,7 @@ def tables(labels: Sequence[dict[str, Any]], record: Record, targets: Targets, s
 
 
 def thinned(rounds: int, points: int) -> list[int]:
-    """About `points` indices below `rounds`, denser at the start as a log axis shows them; first and last included."""
+    """About `points` indices below `saved_rounds`, denser at the start as a log axis shows them; first and last included."""
     if rounds <= points:
         return list(range(rounds))
     even = np.concatenate([np.geomspace(1, rounds, points // 2), np.linspace(1, rounds, points // 2)])
@@ -271,7 +271,7 @@ def gathered(parts: Sequence[str]) -> dict[str, pl.DataFrame]:
     return whole | {"summary": summarised(whole["points"])}
 
 
-HEADS = {"bits": "b", "limit": "C", "window": "D"}
+HEADS = {"bits": "b", "max_silence": "C", "window": "D"}
 
 
 def said(value: Any) -> str:

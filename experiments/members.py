@@ -45,7 +45,7 @@ def of_theory(step: Callable[..., float], *constants: float) -> Callable[[proble
 LAZY: dict[str, Any] = {"xi": (0.1, 0.4, 0.8)}
 BITS: dict[str, Any] = {"bits": (4, 2, 8)}
 CADA: dict[str, Any] = {"c": (0.6, 0.06, 6.0)}
-LOCAL: dict[str, Any] = {"steps": (2, 5)}
+LOCAL: dict[str, Any] = {"num_local_steps": (2, 5)}
 MEMBERS = {
     "gd": Member("full", {}, smooth(1)),
     "qgd": Member("quantized", BITS, smooth(1)),
@@ -56,14 +56,24 @@ MEMBERS = {
     "laq_adaptive": Member("lazy", LAZY | {"min_bits": (3, 2)}, smooth(0.8)),
     "iag_cyclic": Member("full", {}, smooth(0.1)),
     "iag_random": Member("full", {}, smooth(0.16)),
-    "ef21": Member("quantized", {}, of_theory(theory.lr_ef21, 0.1)),
-    "ef21_p": Member("quantized", {}, of_theory(theory.lr_ef21, 0.1)),
-    "ef_bv": Member("quantized", {"damping": (0.5, 0.9), "scaling": (0.5, 0.9)}, of_theory(theory.lr_ef21, 0.1)),
-    "clag": Member("lazy", {"zeta": (1.0, 4.0, 16.0)}, of_theory(theory.lr_ef21, 0.1)),
-    "diana": Member("quantized", {"damping": (0.9, 0.5)}, of_theory(theory.lr_diana, 1 / 8), compressor="natural"),
-    "dasha": Member("quantized", {"a": (0.1, 0.3)}, of_theory(theory.lr_marina, 9.0, 0.1), compressor="rand_k"),
+    "ef21": Member("quantized", {}, of_theory(theory.ef21_step_size, 0.1)),
+    "ef21_p": Member("quantized", {}, of_theory(theory.ef21_step_size, 0.1)),
+    "ef_bv": Member("quantized", {"damping": (0.5, 0.9), "scaling": (0.5, 0.9)}, of_theory(theory.ef21_step_size, 0.1)),
+    "clag": Member("lazy", {"zeta": (1.0, 4.0, 16.0)}, of_theory(theory.ef21_step_size, 0.1)),
+    "diana": Member(
+        "quantized", {"damping": (0.9, 0.5)}, of_theory(theory.diana_step_size, 1 / 8), compressor="natural"
+    ),
+    "dasha": Member(
+        "quantized",
+        {"estimate_momentum": (0.1, 0.3)},
+        of_theory(theory.marina_step_size, 9.0, 0.1),
+        compressor="rand_k",
+    ),
     "marina": Member(
-        "quantized", {"probability": (0.1, 0.05, 0.3)}, of_theory(theory.lr_marina, 9.0, 0.1), compressor="rand_k"
+        "quantized",
+        {"probability": (0.1, 0.05, 0.3)},
+        of_theory(theory.marina_step_size, 9.0, 0.1),
+        compressor="rand_k",
     ),
     "fedavg": Member("local", LOCAL, one_worker),
     "fedpaq": Member("local", LOCAL | {"levels": (15, 3)}, one_worker),

@@ -250,7 +250,7 @@ def cells(summary: pl.DataFrame, target: str) -> tuple[np.ndarray, str, list[lis
 
     The cheapest of the other axes in each cell. None where the settings are no grid, or none got there.
     """
-    axes = ["window", "bits", "limit"]
+    axes = ["window", "bits", "max_silence"]
     lazy = summary.drop_nulls(axes) if set(axes) <= set(summary.columns) else summary.head(0)
     values = [sorted(lazy[name].unique()) for name in axes] if len(lazy) else []
     if not values or lazy.select(axes).n_unique() < np.prod([len(axis) for axis in values]):  # drawn at random

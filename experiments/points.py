@@ -18,15 +18,21 @@ import yaml
 import laqjax
 from experiments import files, problems, terminal
 from experiments.study import Point
-from laqjax import algorithms, types
-from laqjax import mesh as meshes
-from laqjax.checks import number, suggest
+from laqjax import algorithms, check_number, distributed, types
 
 # arguments of algorithms that the command supplies, and the option from which they follow
-SUPPLIED = {"oracle": "--problem", "num_workers": "--workers", "sampler": "--minibatch", "max_window": "--window"}
-SUPPLIED |= {"smoothness": "--dataset", "down": "--compressor", "seed": "--seeds"}
+SUPPLIED = {"oracle": "--problem", "num_workers": "--workers", "sampler": "--minibatch", "padded_window": "--window"}
+SUPPLIED |= {"smoothness": "--dataset", "downlink_compressor": "--compressor", "seed": "--seeds"}
 # what an algorithm must have, where nothing is given
-PLAIN = {"lr": 0.02, "damping": 0.5, "scaling": 0.5, "probability": 0.1, "a": 0.5, "steps": 2, "local_lr": 0.01}
+PLAIN = {
+    "lr": 0.02,
+    "damping": 0.5,
+    "scaling": 0.5,
+    "probability": 0.1,
+    "estimate_momentum": 0.5,
+    "num_local_steps": 2,
+    "local_lr": 0.01,
+}
 
 
 Ints = Annotated[tuple[int, ...], terminal.many("INT")]
@@ -42,7 +48,7 @@ class Axes:
 
     bits: Annotated[tuple[int, ...], terminal.many("INT", "-b")] = ()
     """b, bits for each coordinate of a message."""
-    limit: Annotated[tuple[int, ...], terminal.many("INT", "-C")] = ()
+    max_silence: Annotated[tuple[int, ...], terminal.many("INT", "-C")] = ()
     """C, rounds that a worker may be silent at most."""
     window: Annotated[tuple[int, ...], terminal.many("INT", "-D")] = ()
     """D, rounds that the lazy rule looks back on."""
@@ -80,7 +86,7 @@ class Axes:
     """Of laq_adaptive: the fewest bits."""
     max_bits: Ints = ()
     """Of laq_adaptive: the most bits."""
-    bits_down: Ints = ()
+    downlink_bits: Ints = ()
     """Of two_laq: bits of the way down; as up when not given."""
 
 
@@ -131,14 +137,14 @@ class Hosts:
         """Set devices and processes up, before JAX is used.
 
         Raises:
-            ValueError, TimeoutError: see `cpu_devices` and `laqjax.mesh.initialize`.
+            ValueError, TimeoutError: see `cpu_devices` and `laqjax.distributed.initialize_distributed`.
         """
         cpu_devices(self.devices)
         where, count, rank = self.coordinator, self.num_processes, self.process_id
         if (where, count, rank) == ("auto", None, None):
-            meshes.initialize()
+            distributed.initialize_distributed()
         elif (where, count, rank) != (None, None, None):
-            meshes.initialize(where, count, rank)
+            distributed.initialize_distributed(where, count, rank)
 
 
 def values_of(axes: Axes, data: Data, strict: bool = True) -> dict[str, tuple[Any, ...]]:
@@ -159,13 +165,13 @@ def values_of(axes: Axes, data: Data, strict: bool = True) -> dict[str, tuple[An
     lost = [name for name, *_ in own if name not in known]
     if lost and strict:
         there = f"{', '.join(given['algorithm'])}: {sorted(known - options.keys())}"
-        raise ValueError(f"--set {lost[0]}: expected an argument of {there}{suggest(lost[0], known)}")
+        raise ValueError(f"--set {lost[0]}: expected an argument of {there}{files.suggest(lost[0], known)}")
     optional = {f.name for f in fields(Axes) if f.default == ()}
     empty = [name for name, values in (given | {"seed": seeds}).items() if not values and name not in optional]
     if empty:
         raise ValueError(f"axis {empty[0]} has no values: expected one or more")
     for seed in seeds:
-        number("seeds", seed, np.int32, least=0)
+        check_number("seeds", seed, np.int32, minimum=0)
     return {name: values or (None,) for name, values in given.items()} | {"seed": seeds}
 
 
@@ -203,7 +209,7 @@ def select(axes: Axes, data: Data, draw: Draw = Draw()) -> Iterator[dict[str, An
     """The settings of this shard, duplicates (from numbers that an algorithm does not have) once."""
     given = values_of(axes, data)
     if draw.random is not None:
-        number("random", draw.random, np.int32, least=1)
+        check_number("random", draw.random, np.int32, minimum=1)
     seen: dict[tuple[Any, ...], dict[str, Any]] = {}
     for values in drawn(given, draw) if draw.random else itertools.product(*given.values()):
         point = dict(zip(given, values, strict=True))
@@ -232,7 +238,7 @@ def drawn(given: dict[str, tuple[Any, ...]], draw: Draw) -> Iterator[tuple[Any, 
             return int(rng.integers(low, high, endpoint=True))
         if name != "lr":
             return float(rng.uniform(low, high))
-        number("lr", low, np.float64, above=0)
+        check_number("lr", low, np.float64, above=0)
         return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
     for _ in range(draw.random or 0):
@@ -243,7 +249,7 @@ def drawn(given: dict[str, tuple[Any, ...]], draw: Draw) -> Iterator[tuple[Any, 
 
 def factories() -> dict[str, Callable[..., laqjax.Algorithm]]:
     """The named algorithms of the library."""
-    own = [f for _, f in inspect.getmembers(algorithms, inspect.isfunction) if f.__module__ == algorithms.__name__]
+    own = [getattr(algorithms, name) for name in algorithms.__all__]
     return {f.__name__: f for f in own if inspect.signature(f).return_annotation is laqjax.Algorithm}
 
 
@@ -254,7 +260,7 @@ def factory(name: str) -> Callable[..., laqjax.Algorithm]:
     if name not in factories():
         known = sorted(factories())
         raise ValueError(
-            f"algorithm = {name!r}: expected FILE.py:factory or one of {', '.join(known)}{suggest(name, known)}"
+            f"algorithm = {name!r}: expected FILE.py:factory or one of {', '.join(known)}{files.suggest(name, known)}"
         )
     return factories()[name]
 
@@ -264,12 +270,12 @@ def arguments(name: str) -> set[str]:
     return set(inspect.signature(factory(name)).parameters)
 
 
-def built(choices: Sequence[dict[str, Any]], max_window: int, authors: bool = False, rows: int | None = None) -> list[Point]:  # fmt: skip
+def built(choices: Sequence[dict[str, Any]], padded_window: int, authors: bool = False, rows: int | None = None) -> list[Point]:  # fmt: skip
     """The points of settings as `select` yields them; every bad one is named, before anything is compiled.
 
     Args:
         choices: of the points.
-        max_window: the shape that all windows share; of the whole sweep, so that a shard's points are those of the whole.
+        padded_window: the shape that all windows share; of the whole sweep, so that a shard's points are those of the whole.
         authors: the lazy rule of the authors' program.
         rows: of each worker, at most.
     """
@@ -277,7 +283,7 @@ def built(choices: Sequence[dict[str, Any]], max_window: int, authors: bool = Fa
     for choice in choices:
         try:
             names = [choice[f.name] for f in fields(Data)]
-            points.append(build(choice, problems.case(*names, rows=rows), max_window, authors))
+            points.append(build(choice, problems.case(*names, rows=rows), padded_window, authors))
         except (TypeError, ValueError) as error:  # TypeError: an algorithm that needs more than this command line gives
             bad.setdefault(str(error), []).append(choice["point"])
     if bad:
@@ -294,7 +300,7 @@ def ranges(numbers: Sequence[int]) -> str:
     return f"point{'s' if len(numbers) > 1 else ''} {', '.join(parts)}"
 
 
-def build(choice: dict[str, Any], case: problems.Case, max_window: int, authors: bool = False) -> Point:
+def build(choice: dict[str, Any], case: problems.Case, padded_window: int, authors: bool = False) -> Point:
     """A point of a setting; what its algorithm must have and the setting does not say is a plain choice."""
     name, oracle = choice["algorithm"], case.oracle
     signature = inspect.signature(factory(name)).parameters
@@ -302,29 +308,33 @@ def build(choice: dict[str, Any], case: problems.Case, max_window: int, authors:
     label = {key: value for key, value in choice.items() if key not in ("seed", "point")}
     label |= {key: value for key, value in PLAIN.items() if needed(signature, key) and label.get(key) is None}
     given = {key: label[key] for key in own & label.keys() if label[key] is not None}
-    if "max_window" in own:
-        given |= {"max_window": max_window} | ({"ramp": True, "first_upload": "rule"} if authors else {})
+    if "padded_window" in own:
+        given |= {"padded_window": padded_window} | (
+            {"rescale_short_history": True, "force_first_upload": False} if authors else {}
+        )
     if needed(signature, "smoothness"):
         given["smoothness"] = case.smoothness[0]
     if "compressor" in own:
-        plain = "natural" if own & {"damping", "a"} else f"top_k:{max(p // 10, 1)}"
-        given |= dict.fromkeys(own & {"compressor", "down"}, compressor(label.get("compressor") or plain))
+        plain = "natural" if own & {"damping", "estimate_momentum"} else f"top_k:{max(p // 10, 1)}"
+        given |= dict.fromkeys(
+            own & {"compressor", "downlink_compressor"}, compressor(label.get("compressor") or plain)
+        )
     if needed(signature, "k"):
         given["k"] = label.get("k") or max(p // 10, 1)
     if label.get("minibatch") is not None:
         most = case.shards.weight.shape[1]
-        given["sampler"] = laqjax.oracle.Blocks(
-            int(number("minibatch", label["minibatch"], np.int32, least=1, most=most))
+        given["sampler"] = laqjax.samplers.BlockSampler(
+            int(check_number("minibatch", label["minibatch"], np.int32, minimum=1, maximum=most))
         )
-        if name == "dasha" and "b" not in given:
-            given["b"] = 0.1  # it needs one on minibatches
+        if name == "dasha" and "mvr_momentum" not in given:
+            given["mvr_momentum"] = 0.1  # it needs one on minibatches
     workers = len(case.shards.weight)
     call = files.call if files.is_own(name) else lambda _, *given, **named: factories()[name](*given, **named)
     alg = call(name, oracle, num_workers=workers, **given)
     if not isinstance(alg, laqjax.Algorithm):
         raise ValueError(f"{name} returned {alg!r:.80}: expected a laqjax.Algorithm")
     key, index = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
-    keys: Any = types.Keys(key, key, key, index, index)  # pyright: ignore[reportArgumentType]
+    keys: Any = types.RoundKeys(key, key, key, index, index)  # pyright: ignore[reportArgumentType]
     try:
         jax.eval_shape(alg.compressor.encode, jax.ShapeDtypeStruct((p,), oracle.dtype), keys)
     except ValueError as error:  # such as k > p, in JAX's words
@@ -340,13 +350,13 @@ def needed(signature: Any, *names: str) -> bool:
 def compressor(text: str) -> Any:
     """A compressor by name, as `top_k:50`."""
     name, _, size = text.partition(":")
-    makers = ("grid", "identity", "natural", "qsgd", "rand_k", "sampled", "sign", "ternary", "top_k")
+    makers = ("grid", "identity", "natural", "qsgd", "rand_k", "optimal_sparsifier", "sign", "ternary", "top_k")
     try:
         return getattr(laqjax.compressors, name if name in makers else "")(*([float(size)] if size else []))
     except (AttributeError, TypeError):
         raise ValueError(
             f"compressor = {text!r}: expected one of {', '.join(makers)}, with its number as top_k:50"
-            f"{'' if name in makers else suggest(name, makers)}"
+            f"{'' if name in makers else files.suggest(name, makers)}"
         ) from None
 
 
@@ -377,7 +387,7 @@ def cpu_devices(count: int | None) -> None:
     """
     if count is None:
         return
-    number("devices", count, np.int32, least=1)
+    check_number("devices", count, np.int32, minimum=1)
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError as error:
@@ -405,7 +415,7 @@ def from_file(path: Path, kind: Any) -> list[str]:
     unknown = sorted(set(given) - known)
     if unknown:
         raise ValueError(
-            f"{path}: {unknown} are no settings; expected names among {sorted(known)}{suggest(unknown[0], known)}"
+            f"{path}: {unknown} are no settings; expected names among {sorted(known)}{files.suggest(unknown[0], known)}"
         )
     words = []
     for name, value in given.items():

@@ -15,7 +15,6 @@ from jaxtyping import Array
 
 import laqjax
 from experiments import datasets, files
-from laqjax.checks import suggest
 from laqjax.problems import Problem
 
 SYNTHETIC = "synthetic-logistic?workers=10&samples=200&features=50&condition=100&heterogeneity="
@@ -47,7 +46,7 @@ class Model(Problem):
         """Losses of n examples."""
         return self._called("loss", self.loss, params, x, y)
 
-    def start(self, seed: int, dtype: Any = np.float32) -> Any:
+    def init_params(self, seed: int, dtype: Any = np.float32) -> Any:
         """The parameters as the user made them."""
         start = self._called("start", self.begin, seed)
         return jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), start)  # float32 where x64 is off
@@ -78,7 +77,7 @@ class Case:
     known: float | None = None
 
     @cached_property
-    def oracle(self) -> laqjax.oracle.TiledOracle:
+    def oracle(self) -> laqjax.oracles.TiledOracle:
         """Loss and gradient of a worker."""
         return self.problem.oracle(self.dtype)
 
@@ -90,7 +89,7 @@ class Case:
     @cached_property
     def smoothness(self) -> tuple[np.ndarray, float]:
         """(L_m of the workers, L)."""
-        return self.problem.smoothness(self.shards)
+        return self.problem.smoothness_constants(self.shards)
 
     @cached_property
     def f_star(self) -> float | None:
@@ -103,7 +102,7 @@ class Case:
         """The flat parameters of a seed: where the problem's own start is one for all seeds, seed 0 has it, and the others
         a normal draw of norm about 1 beside it.
         """
-        start, first = (self.problem.theta0(self.oracle, s) for s in (seed, 0))
+        start, first = (self.problem.init_vector(self.oracle, s) for s in (seed, 0))
         if seed and bool(jnp.all(start == first)):
             start += np.random.default_rng(seed).normal(0, len(start) ** -0.5, len(start)).astype(start.dtype)
         return start
@@ -112,7 +111,7 @@ class Case:
     def losses(self) -> Callable[[Any], Any]:
         """The mean of the workers' losses at parameters [S, p]."""
         one = full_loss(self.oracle, self.on_device)
-        if self.oracle.one_by_one(self.shards):
+        if self.oracle.prefers_sequential(self.shards):
             return jax.jit(lambda many: jax.lax.map(one, many))
         return jax.jit(jax.vmap(one))
 
@@ -140,12 +139,12 @@ def full_loss(oracle: Any, shards: laqjax.Shards) -> Callable[[Any], Any]:
 def case(problem: str, dataset: str, partition: str = "contiguous", seed: int = 0, workers: int = 10, rows: int | None = None) -> Case:  # fmt: skip
     """A case by its names, made once; `rows` keeps so many of each worker."""
     data = _loaded(dataset)
-    shards = laqjax.problems.partition(data.x, data.y, workers, partition, seed)
+    shards = laqjax.partition_data(data.x, data.y, workers, partition, seed)
     if rows:
         shards = laqjax.Shards(*jax.tree.map(lambda array: array[:, :rows], shards))
     test = None if data.x_test is None else (data.x_test, data.y_test)
     made = Case(named(problem, data), shards, test)
-    made.oracle.check(made.shards)
+    made.oracle.validate(made.shards)
     return made
 
 
@@ -172,17 +171,19 @@ def _own(name: str, data: datasets.Dataset) -> Problem:
 
 
 def named(name: str, data: datasets.Dataset) -> Problem:
-    """A problem fit for the data: softmax, network, ridge, logistic, or FILE.py:make (see `Model`)."""
+    """A problem fit for the data: softmax, network, ridge, logistic, or FILE.py:make (see `FullModelDownlink`)."""
     if files.is_own(name):
         return _own(name, data)
     flat = getattr(data.x, "ndim", 0) == 2
     if flat and name in ("softmax", "network") and data.num_classes:
-        return getattr(laqjax.problems, name.capitalize())(data.x.shape[1], data.num_classes)
+        return getattr(laqjax.problems, {"network": "TwoLayerNetwork"}.get(name, name.capitalize()))(
+            data.x.shape[1], data.num_classes
+        )
     if flat and (name == "ridge" or (name == "logistic" and data.num_classes in (None, 2))):
-        return getattr(laqjax.problems, name.capitalize())(data.x.shape[1])
+        return getattr(laqjax.problems, {"network": "TwoLayerNetwork"}.get(name, name.capitalize()))(data.x.shape[1])
     raise ValueError(
         f"problem = {name!r} on {data.name}: expected softmax or network for classes, logistic for two, ridge for numbers "
-        f"(all on rows of features), or FILE.py:make{suggest(name, PROBLEMS) if name not in PROBLEMS else ''}"
+        f"(all on rows of features), or FILE.py:make{files.suggest(name, PROBLEMS) if name not in PROBLEMS else ''}"
     )
 
 
@@ -216,7 +217,7 @@ def optimum(problem: Problem, shards: laqjax.Shards, folder: Path | None = None)
             value, grad = mean(jnp.asarray(params))
             return float(value), np.asarray(grad)
 
-        start = np.asarray(problem.theta0(oracle))
+        start = np.asarray(problem.init_vector(oracle))
         options = {"maxiter": 5000, "maxfun": 20000, "maxcor": 30, "ftol": 1e-15, "gtol": 1e-9}
         result = scipy.optimize.minimize(value_and_grad, start, jac=True, method="L-BFGS-B", options=options)
     if path:
@@ -226,7 +227,7 @@ def optimum(problem: Problem, shards: laqjax.Shards, folder: Path | None = None)
 
 def _digest(problem: Problem, data: laqjax.Shards) -> str:
     digest = hashlib.sha256(repr((problem.name, problem.l2, problem.reduction)).encode())
-    digest.update(repr([a.shape for a in jax.tree.leaves(problem.start(0))]).encode())
+    digest.update(repr([a.shape for a in jax.tree.leaves(problem.init_params(0))]).encode())
     for array in data:
         digest.update(repr((array.shape, array.dtype)).encode())
         digest.update(np.ascontiguousarray(array).data)

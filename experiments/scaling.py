@@ -36,7 +36,7 @@ TEAMS = ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2))  # processes x devices of each
 TEAMS_QUICK = ((1, 1), (2, 1))
 REFERENCE: dict[str, Any] = {"workers": 10, "rows": 6000}
 MODEL = (
-    "seconds of a round on n hosts = ceil(M / n) t_worker + (n - 1) latency + exchange",
+    "seconds of a round on n hosts = ceil(M / n) t_worker + (n - 1) latency + collective",
     "messages: (n - 1) latency + (1 - 1/n) M p b / 8 / bandwidth + M p t_decode",
     "chunked: 2 (n - 1) latency + (1 - 1/n) (M p b / (8 n) + 4 p) / bandwidth + M p t_decode / n",
     "sums: 2 (n - 1) latency + (1 - 1/n) 8 p / bandwidth",
@@ -50,7 +50,7 @@ ASSUMED = (
 
 @dataclass(frozen=True)
 class Cell:
-    """A point of a figure: `chunk` rounds a call."""
+    """A point of a figure: `chunk_size` rounds a call."""
 
     axis: str
     team: tuple[int, int]
@@ -59,7 +59,7 @@ class Cell:
     hidden: int | None = None
     chunk: int = 20
     at_once: int | None = None
-    exchange: str = "messages"
+    collective: str = "all_gather"
 
     @property
     def size(self) -> int:
@@ -132,13 +132,13 @@ def row(cell: Cell, rounds: int, seconds: float) -> dict[str, Any]:
 
 
 def bytes_moved(teams: dict[tuple[int, int], Team], quick: bool, note: Callable[[str], Any]) -> pl.DataFrame:
-    """A row an exchange and team: bytes that a device receives, and that the loopback device counted."""
+    """A row an collective and team: bytes that a device receives, and that the loopback device counted."""
     rows: list[dict[str, Any]] = []
     rounds, few = (40, [(2, 1)]) if quick else (400, TEAMS[1:])
     for processes, devices in few:
-        for name in ("messages", "chunked", "sums")[: 1 if quick or processes * devices > 2 else 3]:
+        for name in ("all_gather", "all_to_all", "all_reduce")[: 1 if quick or processes * devices > 2 else 3]:
             note(f"bytes: {name} on {processes} x {devices}")
-            team, cell = teams[processes, devices], REFERENCE | {"exchange": name} | ({"rows": 60} if quick else {})
+            team, cell = teams[processes, devices], REFERENCE | {"collective": name} | ({"rows": 60} if quick else {})
             facts = team.ask(do="bytes", cell=cell)[0]
             team.ask(do="run", cell=cell, rounds=1)
             before = traffic.loopback()
@@ -150,10 +150,10 @@ def bytes_moved(teams: dict[tuple[int, int], Team], quick: bool, note: Callable[
                 idle = (traffic.loopback() or after) - after
                 counted = (after - before - idle) / 1e6
             each = (facts["always"] * rounds + facts["skipped"] * ran["active"]) / rounds
-            ratios = {"an exchange / float32": (facts["always"] + facts["skipped"]) / facts["float32"]}
+            ratios = {"an collective / float32": (facts["always"] + facts["skipped"]) / facts["float32"]}
             ratios |= {"the run / float32": each / facts["float32"]}
             total = {"moved MB": each * rounds * processes * devices / 1e6, "loopback MB": counted}
-            names = {"exchange": name, "processes": processes, "devices of each": devices, "rounds": rounds}
+            names = {"collective": name, "processes": processes, "devices of each": devices, "rounds": rounds}
             rows.append(names | ratios | total | {"server MB": ran["bits_up"] / 8e6} | facts | ran)
     return pl.DataFrame(rows, infer_schema_length=None)
 
@@ -192,14 +192,14 @@ def model(teams: dict[tuple[int, int], Team], cost: pl.DataFrame, quick: bool) -
         ring, share, compute = (n - 1) * latency, 1 - 1 / n, -(-workers // n) * worker
         packed = workers * size * 4 / 8
         spent = {
-            "messages": ring + share * packed / bandwidth + workers * size * decode,
-            "chunked": 2 * ring + share * (packed / n + 4 * size) / bandwidth + workers * size * decode / n,
-            "sums": 2 * ring + share * 8 * size / bandwidth,
+            "all_gather": ring + share * packed / bandwidth + workers * size * decode,
+            "all_to_all": 2 * ring + share * (packed / n + 4 * size) / bandwidth + workers * size * decode / n,
+            "all_reduce": 2 * ring + share * 8 * size / bandwidth,
         }
         for name, seconds in spent.items():
             total = np.where(n > 1, compute + ring + seconds, compute)
             rows += [
-                {"exchange": name, "p": size, "hosts": int(h), "seconds": s} for h, s in zip(n, total, strict=True)
+                {"collective": name, "p": size, "hosts": int(h), "seconds": s} for h, s in zip(n, total, strict=True)
             ]
     return pl.DataFrame(rows), {"formula": MODEL, "assumptions": ASSUMED, "constants": known}
 
@@ -218,9 +218,11 @@ def goals(cost: pl.DataFrame, moved: pl.DataFrame, memory: pl.DataFrame) -> pl.D
         if (2, devices) in speed:
             name = f"rounds/s, 2 processes / 1 process, {devices} devices together"
             found.append((name, 0.8, np.inf, speed[1, devices] / speed[2, devices]))
-    for rows in moved.filter(exchange="messages").iter_rows(named=True):
+    for rows in moved.filter(collective="all_gather").iter_rows(named=True):
         team = f"{rows['processes']} x {rows['devices of each']}"
-        found.append((f"messages / float32 all-gather, an exchange, {team}", 0, 0.14, rows["an exchange / float32"]))
+        found.append(
+            (f"messages / float32 all-gather, an collective, {team}", 0, 0.14, rows["an collective / float32"])
+        )
         found.append((f"the same over {rows['rounds']} rounds, {team}", 0, 0.05, rows["the run / float32"]))
     for team, rows in memory.filter(M=8).group_by(["processes", "devices of each"], maintain_order=True):
         if len(rows) > 2:
@@ -283,8 +285,8 @@ def cpu_seconds_of_members() -> float:
 def report(out: Path, tables: dict[str, pl.DataFrame], others: float, console: Console) -> None:
     """Short tables."""
     team = pl.format("{} x {}", "processes", "devices of each").alias("on")
-    heads = {"an exchange / float32": "an exchange", "the run / float32": "the run"}
-    columns = ("exchange", *heads, "moved MB", "loopback MB", "server MB")
+    heads = {"an collective / float32": "an collective", "the run / float32": "the run"}
+    columns = ("collective", *heads, "moved MB", "loopback MB", "server MB")
     shown = {
         "bytes, as shares of a float32 all-gather in every round": tables["bytes"].select(team, *columns).rename(heads),
         "memory": tables["memory"].select(team, pl.all().exclude("processes", "devices of each")),

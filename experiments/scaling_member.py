@@ -13,9 +13,7 @@ from jax.sharding import PartitionSpec as P
 import laqjax
 from experiments import datasets, teams, traffic
 from experiments.bench import peak
-from laqjax import exchange as exchanges
-from laqjax import loop
-from laqjax import mesh as meshes
+from laqjax import distributed, run_chunk, shard_inputs, sharding
 
 BITS, LR, CLASSES, PIXELS = 4, 0.2, 10, 784  # lr M: steps on the mean of the workers' losses
 
@@ -23,7 +21,7 @@ BITS, LR, CLASSES, PIXELS = 4, 0.2, 10, 784  # lr M: steps on the mean of the wo
 def member(rank: int, processes: int, port: int) -> None:
     """Join the others and answer."""
     if processes > 1:
-        meshes.initialize(f"127.0.0.1:{port}", processes, rank)
+        distributed.initialize_distributed(f"127.0.0.1:{port}", processes, rank)
     streams: dict[Any, Iterator[Any]] = {}
     jax.devices()  # starts the backend: not part of what is measured
 
@@ -44,7 +42,9 @@ def images() -> datasets.Dataset:
 def problem_of(hidden: int | None) -> Any:
     """Softmax regression, or a network with so many hidden units."""
     return (
-        laqjax.problems.Network(PIXELS, CLASSES, hidden, l2=0) if hidden else laqjax.problems.Softmax(PIXELS, CLASSES)
+        laqjax.problems.TwoLayerNetwork(PIXELS, CLASSES, hidden, l2=0)
+        if hidden
+        else laqjax.problems.Softmax(PIXELS, CLASSES)
     )
 
 
@@ -55,24 +55,26 @@ def shards_of(first: int, last: int, rows: int) -> laqjax.Shards:
     return laqjax.Shards(x, y, np.ones(y.shape, np.float32))
 
 
-def made(workers: int, rows: int, hidden: int | None = None, exchange: str = "messages", **_: Any) -> dict[str, Any]:
+def made(
+    workers: int, rows: int, hidden: int | None = None, collective: str = "all_gather", **_: Any
+) -> dict[str, Any]:
     """What `laqjax.stream` takes: on one device without a mesh, on more with each process's own shards."""
     problem = problem_of(hidden)
     oracle = problem.oracle()
     lr = LR / workers / (10 if hidden else 1)  # a network in 4 bits diverges in time with the steps of the other
     alg = laqjax.algorithms.laq(oracle, lr=lr, num_workers=workers, bits=BITS)
-    mesh = meshes.make() if jax.device_count() > 1 else None
+    mesh = sharding.make_mesh() if jax.device_count() > 1 else None
     part = partial(shards_of, rows=rows)
-    shards = part(0, workers) if mesh is None else meshes.load(mesh, workers, part)
+    shards = part(0, workers) if mesh is None else sharding.load_local_shards(mesh, workers, part)
     given = {"alg": alg, "start": problem.theta0(oracle), "shards": shards, "key": jax.random.key(0)}
-    return given | {"mesh": mesh, "exchange": exchange}
+    return given | {"mesh": mesh, "collective": collective}
 
 
 def go(streams: dict[Any, Iterator[Any]], cell: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a round, by a chunk of rounds of a run that goes on with each call; and M and p of what ran."""
     name = tuple(cell.items())
     if name not in streams:
-        options = {"chunk": cell["chunk"], "workers_at_once": cell["at_once"]}
+        options = {"chunk_size": cell["chunk"], "worker_batch_size": cell["at_once"]}
         streams[name] = laqjax.stream(**made(**cell), rounds=10**6, **options)
         next(streams[name])  # compiles
     begin = time.perf_counter()
@@ -102,13 +104,15 @@ def moved(cell: dict[str, Any]) -> dict[str, Any]:
     """Bytes that a device receives in a round, by the compiled program, and by an all-gather of float32 gradients."""
     given = made(**cell)
     alg, mesh = given["alg"], given["mesh"]
-    state, shards = loop.spread(alg, given["start"], given["start"], given["shards"], mesh)
-    alg, key = meshes.place((alg, given["key"]), mesh, P())
-    exchange = exchanges.named(given["exchange"], given["alg"])
-    options: Any = {"length": 10, "record": (), "workers_at_once": 1, "mesh": mesh, "exchange": exchange}
-    program = loop.compiled_chunk.lower(alg, state, shards, key, np.int32(10), **options).compile()
+    state, shards = shard_inputs(alg, given["start"], given["start"], given["shards"], mesh)
+    alg, key = sharding.device_put_global((alg, given["key"]), mesh, P())
+    collective = sharding.resolve_collective(given["collective"], given["alg"])
+    options: Any = {"length": 10, "metrics": (), "worker_batch_size": 1, "mesh": mesh, "collective": collective}
+    program = run_chunk.lower(alg, state, shards, key, np.int32(10), **options).compile()
     devices = jax.device_count()
-    floats = 4 * given["start"].size * meshes.slots(mesh, given["alg"].num_workers) * (devices - 1) / devices
+    floats = (
+        4 * given["start"].size * sharding.num_worker_slots(mesh, given["alg"].num_workers) * (devices - 1) / devices
+    )
     return traffic.received(program.as_text() or "") | {"float32": floats, "p": int(given["start"].size)}
 
 
@@ -118,7 +122,9 @@ def memory(cell: dict[str, Any]) -> dict[str, Any]:
     images()  # its arrays are there for all sizes alike
     before = peak()
     given = made(**cell)
-    for _ in laqjax.stream(**given, rounds=2 * cell["chunk"], chunk=cell["chunk"], workers_at_once=cell["at_once"]):
+    for _ in laqjax.stream(
+        **given, rounds=2 * cell["chunk"], chunk_size=cell["chunk"], worker_batch_size=cell["at_once"]
+    ):
         pass
     return {"grown": peak() - before, "peak": peak(), "p": int(given["start"].size)}
 
@@ -133,18 +139,20 @@ def constants(cell: dict[str, Any], words: int, times: int) -> dict[str, Any]:
         return {"short": short, "long": long}
     given = made(**cell)
     alg, like, workers = given["alg"], given["start"], 8
-    widths = exchanges.widths(alg)
+    widths = sharding.field_widths(alg)
     assert widths is not None  # of a grid they are known
-    size = sum(exchanges.packed_words(f.like, b) for f, b in zip(alg.compressor.wire({}, like), widths, strict=True))
-    decode = partial(exchanges.unpack_message, alg.compressor, like=like, widths=widths)
-    added = jax.jit(lambda every, sent: exchanges.added(decode, every, sent, like))
+    size = sum(
+        sharding.num_packed_words(f.like, b) for f, b in zip(alg.compressor.wire_fields({}, like), widths, strict=True)
+    )
+    decode = partial(sharding.unpack_message, alg.compressor, like=like, widths=widths)
+    added = jax.jit(lambda every, sent: sharding.sum_messages(decode, every, sent, like))
     every, sent = jnp.ones((workers, size), jnp.uint32), jnp.ones(workers, bool)
     return {"decode": best(lambda: added(every, sent), times) / (workers * like.size)}
 
 
 def gathering(words: int, times: int) -> float:
     """Seconds of an all-gather of so many words from each device."""
-    mesh = meshes.make()
+    mesh = sharding.make_mesh()
 
     def many(a: Any) -> Any:
         def one(_: Any, a: Any) -> Any:
@@ -153,7 +161,7 @@ def gathering(words: int, times: int) -> float:
 
         return jax.lax.fori_loop(0, times, one, a)
 
-    there = meshes.place(np.ones(words * jax.device_count(), np.float32), mesh, P("workers"))
+    there = sharding.device_put_global(np.ones(words * jax.device_count(), np.float32), mesh, P("workers"))
     call = jax.jit(jax.shard_map(many, mesh=mesh, in_specs=P("workers"), out_specs=P("workers"), check_vma=False))
     return best(lambda: call(there), 5) / times
 

@@ -50,7 +50,7 @@ def draw(folder: Path) -> None:
         plots.save(figure, folder / "devices")
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
         for axis, ((size,), part) in zip(axes, modelled.group_by(["p"], maintain_order=True), strict=True):
-            for i, ((name,), rows) in enumerate(part.group_by(["exchange"], maintain_order=True)):
+            for i, ((name,), rows) in enumerate(part.group_by(["collective"], maintain_order=True)):
                 axis.plot(rows["hosts"], rows["seconds"], label=name, **plots.look(i))
             plots.log_scale(axis, "xy")
             axis.set(xlabel="hosts", title=f"p = {size:,}")

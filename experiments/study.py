@@ -36,10 +36,7 @@ import laqjax
 from experiments import files, ledger
 from experiments.ledger import Link, Record, Targets
 from experiments.problems import Case
-from laqjax import mesh as meshes
-from laqjax import types
-from laqjax.checkpoint import Checkpoints
-from laqjax.checks import number
+from laqjax import RunCheckpointer, check_number, distributed, sharding, types
 
 MOST = 64  # points in a batch, for each device: more is not faster, and rows are safe later
 SAVE = 10.0  # seconds between two checkpoints of a batch
@@ -91,7 +88,7 @@ class Budget:
     def check(self) -> None:
         """ValueError for a number out of its range."""
         for name in ("rounds", "every", "batch", "keep", "longest"):
-            number(name, 1 if getattr(self, name) is None else getattr(self, name), np.int32, least=1)
+            check_number(name, 1 if getattr(self, name) is None else getattr(self, name), np.int32, minimum=1)
 
     @property
     def bytes(self) -> float | None:
@@ -134,7 +131,7 @@ def run(
     identity = identity or {"points": labels, "targets": targets.values, "rounds": budget.rounds}
     firsts = [points[group[0]] for group in groups]
     with held(out, identity, left):
-        plan = meshes.led(lambda: planned(firsts, sizes, out, link, targets, budget))
+        plan = distributed.run_on_process_zero(lambda: planned(firsts, sizes, out, link, targets, budget))
         budgets = [replace(budget, every=budget.every or every) for every in plan["every"]]
         for case in {id(point.case): point.case for point in points}.values():
             with console.status("f* by a solver in float64 (half a minute on MNIST, then cached)"):
@@ -187,12 +184,12 @@ def computed(
 def held(folder: Path, identity: dict[str, Any], ended: str = "") -> Iterator[None]:
     """`files.claimed`, by process 0 for all of them, who run the same and see the same folder: ValueError where they do not."""
     text = json.dumps(identity, default=str)
-    meshes.agree("the settings", np.frombuffer(text.encode(), np.uint8))
+    distributed.assert_same_on_all_processes("the settings", np.frombuffer(text.encode(), np.uint8))
     with ExitStack() as stack:
-        meshes.led(lambda: stack.enter_context(files.claimed(folder, identity, ended)))
+        distributed.run_on_process_zero(lambda: stack.enter_context(files.claimed(folder, identity, ended)))
         path = folder / "identity.json"
         seen = path.exists() and files.read_json(path) == json.loads(text)
-        meshes.agree(f"{folder}, a folder that all processes must see", np.array(seen))
+        distributed.assert_same_on_all_processes(f"{folder}, a folder that all processes must see", np.array(seen))
         yield
 
 
@@ -219,7 +216,7 @@ def grouped(points: Sequence[Point]) -> list[list[int]]:
     for i, point in enumerate(points):
         leaves, structure = jax.tree.flatten(point.algorithm)
         shapes = tuple(np.shape(leaf) for leaf in leaves)
-        key = (id(point.case), structure, shapes, isinstance(point.start, laqjax.State))
+        key = (id(point.case), structure, shapes, isinstance(point.start, laqjax.AlgorithmState))
         groups.setdefault(key, []).append(i)
     return list(groups.values())
 
@@ -235,7 +232,7 @@ def batch_size(points: Sequence[Point], budget: Budget) -> int:
     """Points in a batch: as many as fit, at most those that there are."""
     devices, processes = jax.local_device_count(), jax.process_count()
     given = points[0].algorithm, points[0].case.on_device, budget.bytes, budget.rounds
-    fits = laqjax.batch_size(*given, devices=devices)
+    fits = laqjax.max_batch_size(*given, devices=devices)
     there = -(-len(points) // (devices * processes)) * devices
     wanted = budget.batch or MOST * devices
     wanted = wanted if budget.filled else min(wanted, there)
@@ -294,7 +291,7 @@ def gradient_ms(case: Case, oracle: Any, sampler: Any) -> float:
 
     @jax.jit
     def gradient(params: Any, shards: laqjax.Shards, worker: Any) -> Any:
-        rows = sampler(types.Keys(key, key, key, jnp.int32(0), worker), shards) if sampler else None
+        rows = sampler(types.RoundKeys(key, key, key, jnp.int32(0), worker), shards) if sampler else None
         return oracle(params, shards, worker, rows)
 
     times, params = [], case.start(0)
@@ -369,12 +366,12 @@ class Batch:
         self.case, self.devices = case, jax.local_device_count()
         self.every = interval(self.points[0], self.targets, self.budget)
         kind = (jax.sharding.AxisType.Auto,)
-        self.mesh = jax.make_mesh((self.devices,), (meshes.POINTS,), axis_types=kind, devices=jax.local_devices())
+        self.mesh = jax.make_mesh((self.devices,), (sharding.SWEEP_AXIS,), axis_types=kind, devices=jax.local_devices())
         self.running, self.slots = np.ones(count, bool), np.arange(0)  # the point in each place
-        self.algs = laqjax.stack([point.algorithm for point in self.points])
+        self.algs = laqjax.stack_algorithms([point.algorithm for point in self.points])
         self.keys = jnp.stack([jax.random.key(point.seed) for point in self.points])
         starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(point.begin() for point in self.points))
-        if not isinstance(starts, laqjax.State):
+        if not isinstance(starts, laqjax.AlgorithmState):
             starts = jax.vmap(laqjax.Algorithm.init)(self.algs, starts)
         self.last: Any = jax.tree.map(np.array, starts)  # of every point that is not in the batch, or not any more
         f_star = None if self.targets.accuracy else case.f_star
@@ -388,7 +385,7 @@ class Batch:
                 self.save(checkpoints)
         return self.record
 
-    def go_on(self, checkpoints: Checkpoints) -> None:
+    def go_on(self, checkpoints: RunCheckpointer) -> None:
         """From the last checkpoint, or from the start."""
         if not self.resumed(checkpoints):
             self.fill()
@@ -396,9 +393,9 @@ class Batch:
         self.running, saved = self.unfinished(), time.monotonic()
         while self.running.any():
             rounds = self.fill()
-            algs, keys = laqjax.take(self.algs, self.slots), self.keys[self.slots]
+            algs, keys = laqjax.select_points(self.algs, self.slots), self.keys[self.slots]
             given = algs, self.state, self.case.on_device, rounds, keys
-            for out in laqjax.sweep_stream(*given, chunk=self.every, record=["gradients"], mesh=self.mesh):
+            for out in laqjax.stream_sweep(*given, chunk_size=self.every, metrics=["gradients"], mesh=self.mesh):
                 self.take_in(out)
                 if time.monotonic() - saved > SAVE and self.running.any():
                     self.save(checkpoints)
@@ -419,7 +416,7 @@ class Batch:
         step = np.where(self.running, np.minimum(every - ran % every, self.budget.rounds - ran), every + 1)
         here = np.flatnonzero(step == step.min())
         self.slots = here[np.minimum(np.arange(self.places()), len(here) - 1)]
-        self.state: Any = laqjax.take(self.last, self.slots)
+        self.state: Any = laqjax.select_points(self.last, self.slots)
         whole = (self.budget.rounds - ran[here].max()) // every * every
         return int(whole if step.min() == every else step.min())
 
@@ -428,7 +425,7 @@ class Batch:
         here, place = np.unique(self.slots, return_index=True)
         return here[self.running[here]], place[self.running[here]]
 
-    def take_in(self, out: laqjax.Output) -> None:
+    def take_in(self, out: laqjax.RunResult) -> None:
         """A chunk's facts; points that are done stop running."""
         self.state = out.state
         here, place = self.here()
@@ -471,24 +468,24 @@ class Batch:
             size = half(size)
         return size
 
-    def opened(self, console: Console) -> Checkpoints:
+    def opened(self, console: Console) -> RunCheckpointer:
         """The checkpoints of these points; a folder of others is set aside, and the batch begins anew."""
         contents = {"points": (jax.tree.leaves(self.algs), [point.seed for point in self.points])}
-        options: Any = {"alone": True, "warn": lambda said: console.print(f"[red]{said}[/red]")}
+        options: Any = {"single_process": True, "warn": lambda said: console.print(f"[red]{said}[/red]")}
         try:
-            return Checkpoints(self.path, contents, **options)
+            return RunCheckpointer(self.path, contents, **options)
         except ValueError as error:
             console.print(f"[red]{error}; kept as {files.set_aside(self.path)}, the batch begins anew[/red]")
-            return Checkpoints(self.path, contents, **options)
+            return RunCheckpointer(self.path, contents, **options)
 
-    def save(self, checkpoints: Checkpoints) -> None:
+    def save(self, checkpoints: RunCheckpointer) -> None:
         """Leave what `resumed` goes on with: all that changes. Who runs follows from it."""
         self.put(*self.here())
         checkpoints.save(int(self.record.ran.sum()), self.last, {"record": self.record.kept()})
 
-    def resumed(self, checkpoints: Checkpoints) -> bool:
+    def resumed(self, checkpoints: RunCheckpointer) -> bool:
         """Take what `save` left, if there is any."""
-        done, last, facts = checkpoints.latest(self.last)
+        done, last, facts = checkpoints.restore_latest(self.last)
         if not done:
             return False
         self.last = last

@@ -49,7 +49,7 @@ class Goal:
 class Settings:
     """A sweep."""
 
-    axes: points.Axes = points.Axes(bits=(3, 4, 6, 8), limit=(5, 10, 100), window=(1, 3, 10), lr=(0.01,))
+    axes: points.Axes = points.Axes(bits=(3, 4, 6, 8), max_silence=(5, 10, 100), window=(1, 3, 10), lr=(0.01,))
     data: points.Data = points.Data()
     goal: Goal = Goal()
     budget: Budget = Budget()

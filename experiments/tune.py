@@ -30,10 +30,10 @@ import laqjax
 from experiments import files, ledger, plots, points, study, sweep, terminal
 from experiments.ledger import Link
 from experiments.study import Budget
-from laqjax.checks import number
+from laqjax import check_number
 
 COST = ("rounds", "uploads", "bits_up", "seconds")
-PAPER = {"bits": 4, "limit": 100, "window": 10, "xi": 0.8, "lr": 0.02}
+PAPER = {"bits": 4, "max_silence": 100, "window": 10, "xi": 0.8, "lr": 0.02}
 FIXED = {f.name for f in fields(points.Data)} | {"algorithm", "compressor", "k", "minibatch"}
 
 
@@ -45,7 +45,7 @@ class Settings:
     """Trials in all, the paper's setting among them; more of them go on from what is there."""
     search_seed: int = 0
     """Seed of the search."""
-    axes: points.Axes = points.Axes(bits=(2, 8), limit=(5, 200), window=(1, 10), xi=(0.1, 1.0), lr=(0.02,))
+    axes: points.Axes = points.Axes(bits=(2, 8), max_silence=(5, 200), window=(1, 10), xi=(0.1, 1.0), lr=(0.02,))
     data: points.Data = points.Data()
     goal: sweep.Goal = sweep.Goal((3e-2,))
     budget: Budget = Budget(batch=8)
@@ -88,16 +88,18 @@ def run(settings: Settings) -> Path:
     """Run the trials that are not yet done; tables and figure in the output folder, which is returned."""
     console = Console()
     settings = sweep.configured(settings)
-    number("trials", settings.trials, np.int32, least=1)
+    check_number("trials", settings.trials, np.int32, minimum=1)
     search, targets, seeds = Search(settings), settings.goal.targets, len(settings.axes.seeds)
     # the ends of all ranges are checked before anything is compiled
     corners = itertools.product(*(search.values[name] for name in search.space))
     some = search.points([search.first, *(dict(zip(search.space, corner, strict=True)) for corner in corners)])
     if len(study.grouped(some)) > 1:
-        raise ValueError("the settings have different structures: expected numbers only to differ; see `laqjax.stack`")
+        raise ValueError(
+            "the settings have different structures: expected numbers only to differ; see `laqjax.stack_algorithms`"
+        )
     batch = settings.budget.batch or 1
     size = -(-batch * seeds // jax.device_count()) * jax.device_count()
-    if (fits := laqjax.batch_size(some[0].algorithm, some[0].case.shards, settings.budget.bytes)) < size:
+    if (fits := laqjax.max_batch_size(some[0].algorithm, some[0].case.shards, settings.budget.bytes)) < size:
         raise ValueError(f"batch = {batch} on {seeds} seeds: expected at most {fits} points in the memory")
     identity = points.identity(settings, experiment="tune")
     identity = {name: value for name, value in identity.items() if name not in ("memory", "trials")}

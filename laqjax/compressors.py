@@ -1,7 +1,7 @@
 """Compress a vector.
 
 `encode(target, keys) -> payload` and `decode(payload, like) -> [p]` are pure and traced; `like` has the target's shape
-and dtype. `wire(payload, like)` yields what travels, see `laqjax.wire`. A class is a compressor, the function of its name
+and dtype. `wire_fields(payload, like)` yields what travels, see `laqjax.compressors`. A class is a compressor, the function of its name
 makes one from checked numbers: JAX rebuilds the class with tracers and axes in the place of numbers, so it checks nothing.
 
     unbiased     E decode = target                                        qsgd, ternary, rand_k, natural
@@ -17,9 +17,52 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from laqjax.checks import number, part
-from laqjax.types import Compressor, Field, register_dataclass, shared_bernoulli, static
-from laqjax.wire import flags, float_bits, index_bits, scalar
+from laqjax._core.validation import check_implements, check_number
+from laqjax._core.wire_format import (
+    bool_struct,
+    float_bits,
+    from_bytes,
+    index_bits,
+    message_bytes,
+    scalar_struct,
+    to_bytes,
+)
+from laqjax.types import Compressor, WireField, register_dataclass, shared_bernoulli, static_field
+
+__all__ = [
+    "QSGD",
+    "AdaptiveGrid",
+    "BernoulliFull",
+    "Blockwise",
+    "Grid",
+    "Identity",
+    "NaturalCompressor",
+    "OptimalSparsifier",
+    "Sign",
+    "Sparse",
+    "Ternary",
+    "adaptive_grid",
+    "bernoulli_full",
+    "blockwise",
+    "bool_struct",
+    "dequantize_from_grid",
+    "float_bits",
+    "from_bytes",
+    "grid",
+    "identity",
+    "index_bits",
+    "message_bytes",
+    "natural",
+    "optimal_sparsifier",
+    "qsgd",
+    "quantize_to_grid",
+    "rand_k",
+    "scalar_struct",
+    "sign",
+    "ternary",
+    "to_bytes",
+    "top_k",
+]
 
 
 @register_dataclass
@@ -33,8 +76,8 @@ class Identity:
     def decode(self, payload, like):
         return payload["values"]
 
-    def wire(self, payload, like):
-        yield Field(payload, "values", like, float_bits(like))
+    def wire_fields(self, payload, like):
+        yield WireField(payload, "values", like, float_bits(like))
 
 
 @register_dataclass
@@ -51,14 +94,14 @@ class Grid:
 
     def encode(self, target, keys):
         radius = jnp.max(jnp.abs(target))
-        return {"radius": radius, "codes": codes_on_grid(target, radius, self.bits)}
+        return {"radius": radius, "codes": quantize_to_grid(target, radius, self.bits)}
 
     def decode(self, payload, like):
-        return values_on_grid(payload["codes"], payload["radius"], self.bits)
+        return dequantize_from_grid(payload["codes"], payload["radius"], self.bits)
 
-    def wire(self, payload, like):
-        yield Field(payload, "radius", scalar(like.dtype), float_bits(like))
-        yield Field(payload, "codes", like, self.bits)
+    def wire_fields(self, payload, like):
+        yield WireField(payload, "radius", scalar_struct(like.dtype), float_bits(like))
+        yield WireField(payload, "codes", like, self.bits)
 
 
 @register_dataclass
@@ -67,25 +110,25 @@ class AdaptiveGrid:
     """`Grid` with b chosen for each message: floor(log2(radius sqrt(p) / ||target||_2 + 1)) clipped to [least, most].
 
     The formula is AQUILA's (Zhao et al. 2023), quoted from memory; left alone it picks b = 1 nearly always and
-    diverges. The clipping, and `least` bits for a zero target, are ours. b travels too: 8 + 32 + b p bits.
+    diverges. The clipping, and `min_bits` bits for a zero target, are ours. b travels too: 8 + 32 + b p bits.
     """
 
-    least: Int[Array, ""]
-    most: Int[Array, ""]
+    min_bits: Int[Array, ""]
+    max_bits: Int[Array, ""]
 
     def encode(self, target, keys):
         radius, norm = jnp.max(jnp.abs(target)), jnp.sqrt(jnp.sum(target * target))
         spread = radius * np.sqrt(target.size).astype(target.dtype) / jnp.where(norm > 0, norm, 1)
-        bits = jnp.clip(jnp.floor(jnp.log2(spread + 1)).astype(jnp.int32), self.least, self.most)
-        return {"bits": bits, "radius": radius, "codes": codes_on_grid(target, radius, bits)}
+        bits = jnp.clip(jnp.floor(jnp.log2(spread + 1)).astype(jnp.int32), self.min_bits, self.max_bits)
+        return {"bits": bits, "radius": radius, "codes": quantize_to_grid(target, radius, bits)}
 
     def decode(self, payload, like):
-        return values_on_grid(payload["codes"], payload["radius"], payload["bits"])
+        return dequantize_from_grid(payload["codes"], payload["radius"], payload["bits"])
 
-    def wire(self, payload, like):
-        yield Field(payload, "bits", scalar(np.int32), 8)
-        yield Field(payload, "radius", scalar(like.dtype), float_bits(like))
-        yield Field(payload, "codes", like, payload["bits"])
+    def wire_fields(self, payload, like):
+        yield WireField(payload, "bits", scalar_struct(np.int32), 8)
+        yield WireField(payload, "radius", scalar_struct(like.dtype), float_bits(like))
+        yield WireField(payload, "codes", like, payload["bits"])
 
 
 @register_dataclass
@@ -102,7 +145,7 @@ class QSGD:
     def encode(self, target, keys):
         norm = jnp.sqrt(jnp.sum(target * target))
         share = jnp.abs(target) / jnp.where(norm > 0, norm, 1) * self.levels.astype(target.dtype)
-        level = jnp.floor(share + jax.random.uniform(keys.own, target.shape, target.dtype))
+        level = jnp.floor(share + jax.random.uniform(keys.worker_key, target.shape, target.dtype))
         return {
             "norm": norm,
             "level": jnp.minimum(level, self.levels.astype(target.dtype)),
@@ -113,10 +156,10 @@ class QSGD:
         size = payload["norm"] / self.levels.astype(like.dtype) * payload["level"]
         return jnp.where(payload["negative"], -size, size)
 
-    def wire(self, payload, like):
-        yield Field(payload, "norm", scalar(like.dtype), float_bits(like))
-        yield Field(payload, "negative", flags(like), 1)
-        yield Field(payload, "level", like, 32 - jax.lax.clz(jnp.asarray(self.levels, jnp.int32)))
+    def wire_fields(self, payload, like):
+        yield WireField(payload, "norm", scalar_struct(like.dtype), float_bits(like))
+        yield WireField(payload, "negative", bool_struct(like), 1)
+        yield WireField(payload, "level", like, 32 - jax.lax.clz(jnp.asarray(self.levels, jnp.int32)))
 
 
 @register_dataclass
@@ -129,15 +172,15 @@ class Ternary:
 
     def encode(self, target, keys):
         radius = jnp.max(jnp.abs(target))
-        kept = jax.random.uniform(keys.own, target.shape, target.dtype) * radius < jnp.abs(target)
+        kept = jax.random.uniform(keys.worker_key, target.shape, target.dtype) * radius < jnp.abs(target)
         return {"radius": radius, "codes": jnp.where(kept, jnp.sign(target), 0) + 1}
 
     def decode(self, payload, like):
         return payload["radius"] * (payload["codes"] - 1)
 
-    def wire(self, payload, like):
-        yield Field(payload, "radius", scalar(like.dtype), float_bits(like))
-        yield Field(payload, "codes", like, 2)
+    def wire_fields(self, payload, like):
+        yield WireField(payload, "radius", scalar_struct(like.dtype), float_bits(like))
+        yield WireField(payload, "codes", like, 2)
 
 
 @register_dataclass
@@ -150,7 +193,7 @@ class Sign:
     negative in turn, from round to round and from worker to worker, so that it moves nothing in the long run.
     """
 
-    scaled: bool = static()
+    scaled: bool = static_field()
 
     def encode(self, target, keys):
         if self.scaled:
@@ -162,10 +205,10 @@ class Sign:
         size = payload["scale"] if self.scaled else jnp.ones((), like.dtype)
         return jnp.where(payload["negative"], -size, size)
 
-    def wire(self, payload, like):
+    def wire_fields(self, payload, like):
         if self.scaled:
-            yield Field(payload, "scale", scalar(like.dtype), float_bits(like))
-        yield Field(payload, "negative", flags(like), 1)
+            yield WireField(payload, "scale", scalar_struct(like.dtype), float_bits(like))
+        yield WireField(payload, "negative", bool_struct(like), 1)
 
 
 @register_dataclass
@@ -176,12 +219,12 @@ class Sparse:
     The largest: contractive with delta = k / p. Random: unbiased, E ||decode - target||^2 = (p / k - 1) ||target||^2.
     """
 
-    k: int = static()
-    random: bool = static()
+    k: int = static_field()
+    random: bool = static_field()
 
     def encode(self, target, keys):
         if self.random:
-            index = jax.random.choice(keys.own, target.size, (self.k,), replace=False)
+            index = jax.random.choice(keys.worker_key, target.size, (self.k,), replace=False)
             return {"index": index, "values": target[index] * (target.size / self.k)}
         index = jax.lax.top_k(jnp.abs(target), self.k)[1]
         return {"index": index, "values": target[index]}
@@ -189,14 +232,14 @@ class Sparse:
     def decode(self, payload, like):
         return jnp.zeros_like(like).at[payload["index"]].set(payload["values"])
 
-    def wire(self, payload, like):
-        yield Field(payload, "index", jax.ShapeDtypeStruct((self.k,), np.int32), index_bits(like.size))
-        yield Field(payload, "values", jax.ShapeDtypeStruct((self.k,), like.dtype), float_bits(like))
+    def wire_fields(self, payload, like):
+        yield WireField(payload, "index", jax.ShapeDtypeStruct((self.k,), np.int32), index_bits(like.size))
+        yield WireField(payload, "values", jax.ShapeDtypeStruct((self.k,), like.dtype), float_bits(like))
 
 
 @register_dataclass
 @dataclass(frozen=True)
-class Sampled:
+class OptimalSparsifier:
     """Coordinate i is kept with probability min(1, c |target_i|) and divided by it, about `density` p of them stay.
 
     Unbiased with the least variance for that number (Wangni et al. 2018, Algorithm 3). A bitmap says which were kept:
@@ -205,7 +248,7 @@ class Sampled:
 
     density: Float[Array, ""]
 
-    def chances(self, target: Float[Array, " p"]) -> Float[Array, " p"]:
+    def inclusion_probabilities(self, target: Float[Array, " p"]) -> Float[Array, " p"]:
         """The probabilities of being kept; they add up to density p."""
         size = jnp.abs(target)
         budget = self.density.astype(target.dtype) * target.size
@@ -226,21 +269,21 @@ class Sampled:
         return chance
 
     def encode(self, target, keys):
-        chance = self.chances(target)
-        kept = jax.random.uniform(keys.own, target.shape, target.dtype) < chance
+        chance = self.inclusion_probabilities(target)
+        kept = jax.random.uniform(keys.worker_key, target.shape, target.dtype) < chance
         return {"kept": kept, "values": jnp.where(kept, target / jnp.where(kept, chance, 1), 0)}
 
     def decode(self, payload, like):
         return payload["values"]
 
-    def wire(self, payload, like):
-        yield Field(payload, "kept", flags(like), 1)
-        yield Field(payload, "values", like, float_bits(like), payload["kept"])
+    def wire_fields(self, payload, like):
+        yield WireField(payload, "kept", bool_struct(like), 1)
+        yield WireField(payload, "values", like, float_bits(like), payload["kept"])
 
 
 @register_dataclass
 @dataclass(frozen=True)
-class Natural:
+class NaturalCompressor:
     """Random rounding to a power of two (Horvath et al. 2019): a sign and the exponent, 9 p bits (12 p in float64).
 
     Unbiased, E ||decode - target||^2 <= ||target||^2 / 8. Below the smallest normal number it gives zero.
@@ -248,7 +291,7 @@ class Natural:
 
     def encode(self, target, keys):
         fraction, exponent = jnp.frexp(jnp.abs(target))  # |target| = fraction 2^exponent, fraction in [1/2, 1)
-        up = jax.random.uniform(keys.own, target.shape, target.dtype) < 2 * fraction - 1
+        up = jax.random.uniform(keys.worker_key, target.shape, target.dtype) < 2 * fraction - 1
         code = exponent - 1 + up.astype(exponent.dtype) + jnp.finfo(target.dtype).maxexp - 1
         code = jnp.clip(code, 0, 2 * (jnp.finfo(target.dtype).maxexp - 1))
         return {"negative": jnp.signbit(target), "exponent": jnp.where(target == 0, 0, code)}
@@ -258,9 +301,9 @@ class Natural:
         size = jnp.where(payload["exponent"] == 0, 0, power)
         return jnp.where(payload["negative"], -size, size)
 
-    def wire(self, payload, like):
-        yield Field(payload, "negative", flags(like), 1)
-        yield Field(payload, "exponent", jax.ShapeDtypeStruct(like.shape, np.int32), jnp.finfo(like.dtype).nexp)
+    def wire_fields(self, payload, like):
+        yield WireField(payload, "negative", bool_struct(like), 1)
+        yield WireField(payload, "exponent", jax.ShapeDtypeStruct(like.shape, np.int32), jnp.finfo(like.dtype).nexp)
 
 
 @register_dataclass
@@ -269,19 +312,19 @@ class Blockwise:
     """Each block of consecutive coordinates on its own (one radius per layer): `sizes` add up to p."""
 
     compressor: Compressor
-    sizes: tuple[int, ...] = static()
+    sizes: tuple[int, ...] = static_field()
 
     def encode(self, target, keys):
         blocks = jnp.split(target, np.cumsum([block.size for block in self._blocks(target)])[:-1])
-        own = jax.random.split(keys.own, len(blocks))
-        return {str(i): self.compressor.encode(b, keys._replace(own=own[i])) for i, b in enumerate(blocks)}
+        own = jax.random.split(keys.worker_key, len(blocks))
+        return {str(i): self.compressor.encode(b, keys._replace(worker_key=own[i])) for i, b in enumerate(blocks)}
 
     def decode(self, payload, like):
         return jnp.concatenate([self.compressor.decode(payload[str(i)], b) for i, b in enumerate(self._blocks(like))])
 
-    def wire(self, payload, like):
+    def wire_fields(self, payload, like):
         for i, block in enumerate(self._blocks(like)):
-            yield from self.compressor.wire(payload.setdefault(str(i), {}), block)
+            yield from self.compressor.wire_fields(payload.setdefault(str(i), {}), block)
 
     def _blocks(self, like):
         if sum(self.sizes) != like.size:
@@ -291,7 +334,7 @@ class Blockwise:
 
 @register_dataclass
 @dataclass(frozen=True)
-class Coin:
+class BernoulliFull:
     """The whole vector when the coin that all workers share says so, else the compressor's message (MARINA).
 
     One bit says which of the two follows.
@@ -307,12 +350,12 @@ class Coin:
     def decode(self, payload, like):
         return jnp.where(payload["full"], payload["values"], self.compressor.decode(payload["inner"], like))
 
-    def wire(self, payload, like):
-        yield Field(payload, "full", scalar(np.bool_), 1)
+    def wire_fields(self, payload, like):
+        yield WireField(payload, "full", scalar_struct(np.bool_), 1)
         full = jnp.asarray(payload["full"], jnp.int32)
         # a field of no bits is not there
-        yield Field(payload, "values", like, float_bits(like) * full)
-        for field in self.compressor.wire(payload.setdefault("inner", {}), like):
+        yield WireField(payload, "values", like, float_bits(like) * full)
+        for field in self.compressor.wire_fields(payload.setdefault("inner", {}), like):
             yield field._replace(bits=jnp.asarray(field.bits, jnp.int32) * (1 - full))
 
 
@@ -320,23 +363,23 @@ class Coin:
 
 identity = Identity
 ternary = Ternary
-natural = Natural
+natural = NaturalCompressor
 
 
 def grid(bits: int) -> Grid:
     """A `Grid` of whole `bits` in 1..16."""
-    return Grid(number("bits", bits, np.int32, least=1, most=16))
+    return Grid(check_number("bits", bits, np.int32, minimum=1, maximum=16))
 
 
 def adaptive_grid(min_bits: int = 3, max_bits: int = 16) -> AdaptiveGrid:
     """An `AdaptiveGrid` of min_bits..max_bits, whole numbers in 1..16."""
-    least = number("min_bits", min_bits, np.int32, least=1, most=16)
-    return AdaptiveGrid(least, number("max_bits", max_bits, np.int32, least=int(least), most=16))
+    least = check_number("min_bits", min_bits, np.int32, minimum=1, maximum=16)
+    return AdaptiveGrid(least, check_number("max_bits", max_bits, np.int32, minimum=int(least), maximum=16))
 
 
 def qsgd(levels: int) -> QSGD:
     """A `QSGD` of 1..65535 levels beside zero."""
-    return QSGD(number("levels", levels, np.int32, least=1, most=2**16 - 1))
+    return QSGD(check_number("levels", levels, np.int32, minimum=1, maximum=2**16 - 1))
 
 
 def sign(scaled: bool = True) -> Sign:
@@ -346,35 +389,39 @@ def sign(scaled: bool = True) -> Sign:
 
 def top_k(k: int) -> Sparse:
     """The k largest coordinates; k is structure, another one compiles again."""
-    return Sparse(int(number("k", k, np.int32, least=1)), random=False)
+    return Sparse(int(check_number("k", k, np.int32, minimum=1)), random=False)
 
 
 def rand_k(k: int) -> Sparse:
     """K coordinates at random; k is structure, another one compiles again."""
-    return Sparse(int(number("k", k, np.int32, least=1)), random=True)
+    return Sparse(int(check_number("k", k, np.int32, minimum=1)), random=True)
 
 
-def sampled(density: float) -> Sampled:
-    """A `Sampled` that keeps about a share `density` of the coordinates."""
-    return Sampled(number("density", density, np.float32, above=0, most=1))
+def optimal_sparsifier(density: float) -> OptimalSparsifier:
+    """A `OptimalSparsifier` that keeps about a share `density` of the coordinates."""
+    return OptimalSparsifier(check_number("density", density, np.float32, above=0, maximum=1))
 
 
 def blockwise(compressor: Compressor, sizes: Sequence[int]) -> Blockwise:
     """`compressor` on blocks of the given sizes, for example `[leaf.size for leaf in jax.tree.leaves(params)]`."""
-    part("compressor", compressor, ("encode", "decode", "wire"), "a compressor, as laqjax.compressors.top_k(10)")
-    return Blockwise(compressor, tuple(int(number("size", size, np.int32, least=1)) for size in sizes))
+    check_implements(
+        "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, as laqjax.compressors.top_k(10)"
+    )
+    return Blockwise(compressor, tuple(int(check_number("size", size, np.int32, minimum=1)) for size in sizes))
 
 
-def coin(compressor: Compressor, probability: float) -> Coin:
+def bernoulli_full(compressor: Compressor, probability: float) -> BernoulliFull:
     """`compressor`, but everything with that probability."""
-    part("compressor", compressor, ("encode", "decode", "wire"), "a compressor, as laqjax.compressors.top_k(10)")
-    return Coin(compressor, number("probability", probability, np.float32, above=0, most=1))
+    check_implements(
+        "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, as laqjax.compressors.top_k(10)"
+    )
+    return BernoulliFull(compressor, check_number("probability", probability, np.float32, above=0, maximum=1))
 
 
 # ---- shared pieces ----------------------------------------------------------------------------------------------
 
 
-def codes_on_grid(target: Float[Array, " p"], radius: Float[Array, ""], bits: Any) -> Float[Array, " p"]:
+def quantize_to_grid(target: Float[Array, " p"], radius: Float[Array, ""], bits: Any) -> Float[Array, " p"]:
     """Codes of the b-bit grid, whole numbers in 0 .. 2^b - 1 as floats."""
     step = _step(radius, bits)
     middle = jnp.left_shift(1, bits - 1).astype(target.dtype)
@@ -382,7 +429,7 @@ def codes_on_grid(target: Float[Array, " p"], radius: Float[Array, ""], bits: An
     return jnp.floor(target / jnp.where(step > 0, step, 1) + middle)
 
 
-def values_on_grid(codes: Float[Any, " p"], radius: Float[Any, ""], bits: Any) -> Float[Array, " p"]:
+def dequantize_from_grid(codes: Float[Any, " p"], radius: Float[Any, ""], bits: Any) -> Float[Array, " p"]:
     """What the codes stand for."""
     return _step(radius, bits) * (codes - _levels(bits, codes.dtype) / 2)
 

@@ -3,20 +3,31 @@
 Uplink    NoMemory, Innovation, Difference, SameRows, Momentum, ErrorFeedback, CorrectedMomentum
 Downlink  Model, StepDown, DirectionDown, ModelDown
 
-`target` gives what is compressed and what the worker remembers if it then stays silent, `update` what it remembers if it
+`compression_target` gives what is compressed and what the worker remembers if it then stays silent, `update` what it remembers if it
 sends. Equations: h_m is what the server holds for worker m, C the compressor, g_m the gradient.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from laqjax.types import Compressor, register_dataclass, shared_bernoulli, static
-from laqjax.wire import float_bits, message_bytes
+from laqjax._core.validation import check_number, oracle_dtype
+from laqjax.types import Oracle, register_dataclass, shared_bernoulli, static_field
+
+__all__ = [
+    "DashaMemory",
+    "ErrorFeedback",
+    "Innovation",
+    "MarinaMemory",
+    "MomentumCorrection",
+    "MomentumMemory",
+    "NoMemory",
+    "VrMarinaMemory",
+    "make_innovation_memory",
+]
+
 
 # ---- uplink -----------------------------------------------------------------------------------------------------
 
@@ -26,18 +37,18 @@ from laqjax.wire import float_bits, message_bytes
 class NoMemory:
     """The gradient itself is compressed, the server uses this round's messages alone (GD, QSGD)."""
 
-    persists = False
+    is_persistent = False
 
     def init(self, params):
         return None
 
-    def target(self, own, grad, now):
+    def compression_target(self, worker_state, grad, context):
         return grad, None
 
-    def update(self, own, grad, target, decoded):
+    def update(self, worker_state, grad, target, decoded):
         return None
 
-    def aggregate(self, aggregate, total):
+    def update_aggregate(self, aggregate, total):
         return total, None
 
 
@@ -51,39 +62,41 @@ class Innovation:
 
     damping: Float[Array, ""]
     scaling: Float[Array, ""]
-    exact: bool = static(default=False)  # a coordinate that lost nothing is remembered as g_m, not as h_m + (g_m - h_m)
-    persists = True
+    snap_when_lossless: bool = static_field(
+        default=False
+    )  # a coordinate that lost nothing is remembered as g_m, not as h_m + (g_m - h_m)
+    is_persistent = True
 
     def init(self, params):
         return jnp.zeros_like(params)
 
-    def target(self, own, grad, now):
-        return grad - own, own
+    def compression_target(self, worker_state, grad, context):
+        return grad - worker_state, worker_state
 
-    def update(self, own, grad, target, decoded):
-        moved = own + self.damping * decoded
-        return jnp.where(decoded == target, grad, moved) if self.exact else moved
+    def update(self, worker_state, grad, target, decoded):
+        moved = worker_state + self.damping * decoded
+        return jnp.where(decoded == target, grad, moved) if self.snap_when_lossless else moved
 
-    def aggregate(self, aggregate, total):
+    def update_aggregate(self, aggregate, total):
         return aggregate + self.scaling * total, aggregate + self.damping * total
 
 
-class Estimates:
+class _EstimateMemory:
     """What the memories share whose server adds up changes as they come."""
 
-    persists = True
+    is_persistent = True
 
     def init(self, params: Float[Array, " p"]) -> Any:
         """(estimate, gradient or model of the round before), zeros."""
         return jnp.zeros_like(params), jnp.zeros_like(params)
 
-    def aggregate(self, aggregate, total):
+    def update_aggregate(self, aggregate, total):
         return aggregate + total, aggregate + total
 
 
 @register_dataclass
 @dataclass(frozen=True)
-class Difference(Estimates):
+class MarinaMemory(_EstimateMemory):
     """h_m += C(g_m - last g_m), or h_m = g_m in the rounds of the shared coin (MARINA, Gorbunov et al. 2021, Algorithm 1).
 
     The coin always falls in round 0. A worker remembers (h_m, last g_m).
@@ -91,18 +104,18 @@ class Difference(Estimates):
 
     probability: Float[Array, ""]
 
-    def target(self, own, grad, now):
-        estimate, last = own
-        coin = shared_bernoulli(now.keys, self.probability)
+    def compression_target(self, worker_state, grad, context):
+        estimate, last = worker_state
+        coin = shared_bernoulli(context.keys, self.probability)
         return grad - jnp.where(coin, estimate, last), (estimate, grad)
 
-    def update(self, own, grad, target, decoded):
-        return own[0] + decoded, own[1]
+    def update(self, worker_state, grad, target, decoded):
+        return worker_state[0] + decoded, worker_state[1]
 
 
 @register_dataclass
 @dataclass(frozen=True)
-class SameRows(Estimates):
+class VrMarinaMemory(_EstimateMemory):
     """MARINA on minibatches (VR-MARINA, Gorbunov et al. 2021, Algorithm 2).
 
     h_m += C(g_m(theta; rows) - g_m(last theta; rows)) on the same rows, or h_m = the gradient of the full shard in the
@@ -111,20 +124,20 @@ class SameRows(Estimates):
 
     probability: Float[Array, ""]
 
-    def target(self, own, grad, now):
-        estimate, last = own
-        coin = shared_bernoulli(now.keys, self.probability)
-        full = now.gradient_at(now.params, full=True, when=coin)
-        there = now.gradient_at(last, when=~coin)
-        return jnp.where(coin, full - estimate, grad - there), (estimate, now.params)
+    def compression_target(self, worker_state, grad, context):
+        estimate, last = worker_state
+        coin = shared_bernoulli(context.keys, self.probability)
+        full = context.gradient_at(context.params, full=True, when=coin)
+        there = context.gradient_at(last, when=~coin)
+        return jnp.where(coin, full - estimate, grad - there), (estimate, context.params)
 
-    def update(self, own, grad, target, decoded):
-        return own[0] + decoded, own[1]
+    def update(self, worker_state, grad, target, decoded):
+        return worker_state[0] + decoded, worker_state[1]
 
 
 @register_dataclass
 @dataclass(frozen=True)
-class Momentum(Estimates):
+class MomentumMemory(_EstimateMemory):
     """v_m = (1 - eta) v_m + eta g_m, v_m = g_m at first; h_m += C(v_m - h_m) (EF21-SGDM, Fatkhullin et al. 2023).
 
     A worker remembers (h_m, v_m, whether it has a v_m).
@@ -135,42 +148,42 @@ class Momentum(Estimates):
     def init(self, params):
         return (*super().init(params), jnp.asarray(False))
 
-    def target(self, own, grad, now):
-        estimate, average, begun = own
+    def compression_target(self, worker_state, grad, context):
+        estimate, average, begun = worker_state
         average = jnp.where(begun, (1 - self.eta) * average + self.eta * grad, grad)
         return average - estimate, (estimate, average, jnp.asarray(True))
 
-    def update(self, own, grad, target, decoded):
-        return own[0] + decoded, *own[1:]
+    def update(self, worker_state, grad, target, decoded):
+        return worker_state[0] + decoded, *worker_state[1:]
 
 
 @register_dataclass
 @dataclass(frozen=True)
-class Dasha(Estimates):
-    """h_m = g_m, or h_m = g_m + (1 - b)(last h_m - g_m(last theta; same rows)) with `momentum` b (DASHA-MVR).
+class DashaMemory(_EstimateMemory):
+    """h_m = g_m, or h_m = g_m + (1 - b)(last h_m - g_m(last theta; same rows)) with `mvr_momentum` b (DASHA-MVR).
 
     estimate_m += C(h_m - last h_m - a (estimate_m - last h_m)) (Tyurin, Richtarik 2022, Algorithm 1). A worker remembers
     (estimate_m, h_m), and with a momentum the last theta and whether there was one.
     """
 
-    a: Float[Array, ""]
-    momentum: Float[Array, ""] | None = None
+    estimate_momentum: Float[Array, ""]
+    mvr_momentum: Float[Array, ""] | None = None
 
     def init(self, params):
-        past = () if self.momentum is None else (params, jnp.asarray(False))
+        past = () if self.mvr_momentum is None else (params, jnp.asarray(False))
         return (*super().init(params), *past)
 
-    def target(self, own, grad, now):
-        estimate, last, *past = own
+    def compression_target(self, worker_state, grad, context):
+        estimate, last, *past = worker_state
         new = grad
-        if self.momentum is not None:
-            correction = (1 - self.momentum) * (last - now.gradient_at(past[0], when=past[1]))
+        if self.mvr_momentum is not None:
+            correction = (1 - self.mvr_momentum) * (last - context.gradient_at(past[0], when=past[1]))
             new = jnp.where(past[1], grad + correction, grad)
-            past = [now.params, jnp.asarray(True)]
-        return new - last - self.a * (estimate - last), (estimate, new, *past)
+            past = [context.params, jnp.asarray(True)]
+        return new - last - self.estimate_momentum * (estimate - last), (estimate, new, *past)
 
-    def update(self, own, grad, target, decoded):
-        return own[0] + decoded, *own[1:]
+    def update(self, worker_state, grad, target, decoded):
+        return worker_state[0] + decoded, *worker_state[1:]
 
 
 @register_dataclass
@@ -178,121 +191,49 @@ class Dasha(Estimates):
 class ErrorFeedback:
     """What compression lost is added to the next gradient (Seide et al. 2014; Karimireddy et al. 2019)."""
 
-    persists = False
+    is_persistent = False
 
     def init(self, params):
         return jnp.zeros_like(params)
 
-    def target(self, own, grad, now):
-        return own + grad, own
+    def compression_target(self, worker_state, grad, context):
+        return worker_state + grad, worker_state
 
-    def update(self, own, grad, target, decoded):
+    def update(self, worker_state, grad, target, decoded):
         return target - decoded
 
-    def aggregate(self, aggregate, total):
+    def update_aggregate(self, aggregate, total):
         return total, None
 
 
 @register_dataclass
 @dataclass(frozen=True)
-class CorrectedMomentum:
+class MomentumCorrection:
     """u_m = momentum u_m + g_m, v_m += u_m; C(v_m) is sent, u_m and v_m begin anew there (DGC, Lin et al. 2018)."""
 
     momentum: Float[Array, ""]
-    persists = False
+    is_persistent = False
 
     def init(self, params):
         return jnp.zeros_like(params), jnp.zeros_like(params)
 
-    def target(self, own, grad, now):
-        velocity = self.momentum * own[0] + grad
-        return own[1] + velocity, (velocity, own[1] + velocity)
+    def compression_target(self, worker_state, grad, context):
+        velocity = self.momentum * worker_state[0] + grad
+        return worker_state[1] + velocity, (velocity, worker_state[1] + velocity)
 
-    def update(self, own, grad, target, decoded):
-        return jnp.where(decoded == 0, own[0], 0), target - decoded
+    def update(self, worker_state, grad, target, decoded):
+        return jnp.where(decoded == 0, worker_state[0], 0), target - decoded
 
-    def aggregate(self, aggregate, total):
+    def update_aggregate(self, aggregate, total):
         return total, None
 
 
-# ---- downlink ---------------------------------------------------------------------------------------------------
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class Model:
-    """The model as it is: 32 p bits."""
-
-    def init(self, params):
-        return None
-
-    def send(self, own, params, direction, optimize, keys):
-        step, optimizer = optimize(direction, params)
-        return apply(params, step), None, optimizer, jnp.int32(params.size * float_bits(params) // 8)
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class StepDown:
-    """The step is compressed, and what is lost is lost: theta += C(step) (TWO-LAQ, the authors' program)."""
-
-    compressor: Compressor
-
-    def init(self, params):
-        return None
-
-    def send(self, own, params, direction, optimize, keys):
-        step, optimizer = optimize(direction, params)
-        step, size = transmitted(self.compressor, step, keys)
-        return apply(params, step), None, optimizer, size
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class DirectionDown:
-    """The direction is compressed, and every worker makes the server's step of it (majority vote)."""
-
-    compressor: Compressor
-
-    def init(self, params):
-        return None
-
-    def send(self, own, params, direction, optimize, keys):
-        direction, size = transmitted(self.compressor, direction, keys)
-        step, optimizer = optimize(direction, params)
-        return apply(params, step), None, optimizer, size
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class ModelDown:
-    """x += step, and theta += C(x - theta) for the workers (EF21-P, Gruntkowska, Tyurin, Richtarik 2023).
-
-    The server remembers its own model x, and nothing is lost for good.
-    """
-
-    compressor: Compressor
-
-    def init(self, params):
-        return params
-
-    def send(self, own, params, direction, optimize, keys):
-        step, optimizer = optimize(direction, own)
-        exact = apply(own, step)
-        change, size = transmitted(self.compressor, exact - params, keys)
-        return params + change, exact, optimizer, size
-
-
-def apply(params: Float[Array, " p"], step: Any) -> Float[Array, " p"]:
-    """The model after an optax update, in the model's dtype."""
-    moved: Any = optax.apply_updates(params, step)
-    return moved
-
-
-def transmitted(
-    compressor: Compressor, target: Float[Array, " p"], keys: Any
-) -> tuple[Float[Array, " p"], Int[Array, ""]]:
-    """(what arrives of `target`, bytes of the message)."""
-    payload = compressor.encode(target, keys)
-    like = jax.ShapeDtypeStruct(target.shape, target.dtype)
-    return compressor.decode(payload, like), message_bytes(compressor.wire(payload, like))
+def make_innovation_memory(
+    oracle: Oracle, *, damping: float = 1, scaling: float = 1, snap_when_lossless: bool = False
+) -> Innovation:
+    """An `Innovation` memory with checked numbers, both in (0, 1]."""
+    given = {"damping": damping, "scaling": scaling}
+    checked = {
+        name: check_number(name, value, oracle_dtype(oracle), above=0, maximum=1) for name, value in given.items()
+    }
+    return Innovation(**checked, snap_when_lossless=snap_when_lossless)

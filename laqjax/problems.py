@@ -5,8 +5,6 @@ stored [outputs, inputs] and activations [outputs, examples]: then the products 
 inputs] x [inputs, examples], need no transposition, and one point runs about 1.5 times as fast on a CPU.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,17 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from laqjax.checks import is_readable, suggest
-from laqjax.oracle import TiledOracle, from_loss
+from laqjax._core.validation import is_readable
+from laqjax.oracles import TiledOracle, from_loss
 from laqjax.types import Shards
 
-Tree = dict[str, Any]
+__all__ = ["Logistic", "Problem", "Ridge", "Softmax", "TwoLayerNetwork"]
+
+
+_Params = dict[str, Any]
 
 
 class Problem:
     """What the problems share. A problem is its own loss: (params, x [n, features], y [n]) -> losses [n].
 
-    l2 and reduction are those of `oracle.from_loss`. curvature: of the loss in its linear predictor, at most; None where
+    l2 and reduction are those of `oracles.from_loss`. curvature: of the loss in its linear predictor, at most; None where
     there is no such bound.
     """
 
@@ -35,19 +36,19 @@ class Problem:
     l2: float
     reduction: str
 
-    def __call__(self, params: Tree, x: Array, y: Array) -> Array:
+    def __call__(self, params: _Params, x: Array, y: Array) -> Array:
         """Losses of n examples."""
         raise NotImplementedError
 
-    def start(self, seed: int, dtype: Any = np.float32) -> Tree:
+    def init_params(self, seed: int, dtype: Any = np.float32) -> _Params:
         """The parameters of a seed before round 0, NumPy arrays of `dtype`."""
-        return jax.tree.map(lambda a: a.astype(dtype), self.draw(np.random.default_rng(seed)))
+        return jax.tree.map(lambda a: a.astype(dtype), self._sample_params(np.random.default_rng(seed)))
 
-    def draw(self, rng: np.random.Generator) -> Tree:
+    def _sample_params(self, rng: np.random.Generator) -> _Params:
         """The parameters before round 0, float64."""
         return {"weight": np.zeros(self.features)}
 
-    def accuracy(self, params: Tree, x: Array, y: Array) -> Array | None:
+    def accuracy(self, params: _Params, x: Array, y: Array) -> Array | None:
         """The share of right predictions; None for regression."""
         return None
 
@@ -56,17 +57,17 @@ class Problem:
 
     def oracle(self, dtype: Any = np.float32, tile: int | None = None) -> TiledOracle:
         """The oracle of this problem for parameters of `dtype`."""
-        return from_loss(self, self.start(0, dtype), l2=self.l2, reduction=self.reduction, tile=tile)
+        return from_loss(self, self.init_params(0, dtype), l2=self.l2, reduction=self.reduction, tile=tile)
 
-    def theta0(self, oracle: TiledOracle, seed: int = 0) -> Float[Array, " p"]:
+    def init_vector(self, oracle: TiledOracle, seed: int = 0) -> Float[Array, " p"]:
         """The start of a seed as a flat vector of the oracle's dtype."""
-        return oracle.ravel(self.start(seed, oracle.dtype))
+        return oracle.ravel(self.init_params(seed, oracle.dtype))
 
-    def design(self, x: np.ndarray) -> np.ndarray:
+    def design_matrix(self, x: np.ndarray) -> np.ndarray:
         """The rows that meet the weights, float64."""
         return x.reshape(len(x), -1).astype(np.float64)
 
-    def smoothness(self, shards: Shards) -> tuple[np.ndarray, float]:
+    def smoothness_constants(self, shards: Shards) -> tuple[np.ndarray, float]:
         """(L_m [M], L) of a linear model: curvature x the largest eigenvalue of the weighted Gram matrix + l2.
 
         Exact eigenvalues: an upper bound only through the curvature. L is of the sum over workers.
@@ -78,7 +79,7 @@ class Problem:
             raise ValueError(f"problem = {self.name!r} has no bound on its curvature: give the step size otherwise")
         grams = []
         for x, weight in zip(np.asarray(shards.x), np.asarray(shards.weight, np.float64), strict=True):
-            rows, scale = self.design(x), weight.sum() if self.reduction == "mean" else 1.0
+            rows, scale = self.design_matrix(x), weight.sum() if self.reduction == "mean" else 1.0
             grams.append(rows.T @ (rows * (weight / scale)[:, None]))
         top = [np.linalg.eigvalsh(gram)[-1] for gram in [*grams, np.sum(grams, axis=0)]]
         each = self.curvature * np.array(top[:-1]) + self.l2
@@ -96,31 +97,31 @@ class Softmax(Problem):
     name = "softmax"
     curvature = 0.5
 
-    def __call__(self, params: Tree, x: Array, y: Array) -> Array:
+    def __call__(self, params: _Params, x: Array, y: Array) -> Array:
         """Cross-entropy per example."""
-        return cross_entropy(affine(params["weight"], params["bias"], x), y)
+        return _cross_entropy(_affine(params["weight"], params["bias"], x), y)
 
-    def draw(self, rng: np.random.Generator) -> Tree:
+    def _sample_params(self, rng: np.random.Generator) -> _Params:
         """Glorot uniform weight, zero bias."""
-        return {"bias": np.zeros(self.classes), "weight": glorot(rng, self.classes, self.features)}
+        return {"bias": np.zeros(self.classes), "weight": _glorot(rng, self.classes, self.features)}
 
     def check_shards(self, shards: Shards) -> None:
         """Raise ValueError unless x is [M, N, features] and y [M, N] holds whole numbers from 0 to classes - 1."""
         _check_shapes(shards, self.features)
         _check_labels(shards, self.classes, f"a whole number from 0 to {self.classes - 1}")
 
-    def accuracy(self, params: Tree, x: Array, y: Array) -> Array:
+    def accuracy(self, params: _Params, x: Array, y: Array) -> Array:
         """The share of right classes."""
-        return jnp.mean(jnp.argmax(affine(params["weight"], params["bias"], x), axis=0) == y)
+        return jnp.mean(jnp.argmax(_affine(params["weight"], params["bias"], x), axis=0) == y)
 
-    def design(self, x: np.ndarray) -> np.ndarray:
+    def design_matrix(self, x: np.ndarray) -> np.ndarray:
         """With a column for the bias; bytes are pixels in 0..1."""
-        rows = super().design(x) / (255.0 if x.dtype == np.uint8 else 1.0)
+        rows = super().design_matrix(x) / (255.0 if x.dtype == np.uint8 else 1.0)
         return np.column_stack([rows, np.ones(len(rows))])
 
 
 @dataclass(frozen=True)
-class Network(Problem):
+class TwoLayerNetwork(Problem):
     """features-hidden-classes with ReLU, LAQ's network (784-200-10)."""
 
     features: int
@@ -130,22 +131,22 @@ class Network(Problem):
     reduction: str = "mean"
     name = "network"
 
-    def logits(self, params: Tree, x: Array) -> Array:
+    def logits(self, params: _Params, x: Array) -> Array:
         """[classes, n]."""
-        first = affine(params["weight1"], params["bias1"], x)
+        first = _affine(params["weight1"], params["bias1"], x)
         return params["weight2"] @ jax.nn.relu(first) + params["bias2"][:, None]
 
-    def __call__(self, params: Tree, x: Array, y: Array) -> Array:
+    def __call__(self, params: _Params, x: Array, y: Array) -> Array:
         """Cross-entropy per example."""
-        return cross_entropy(self.logits(params, x), y)
+        return _cross_entropy(self.logits(params, x), y)
 
-    def draw(self, rng: np.random.Generator) -> Tree:
+    def _sample_params(self, rng: np.random.Generator) -> _Params:
         """Glorot uniform weights, zero biases."""
         return {
             "bias1": np.zeros(self.hidden),
             "bias2": np.zeros(self.classes),
-            "weight1": glorot(rng, self.hidden, self.features),
-            "weight2": glorot(rng, self.classes, self.hidden),
+            "weight1": _glorot(rng, self.hidden, self.features),
+            "weight2": _glorot(rng, self.classes, self.hidden),
         }
 
     def check_shards(self, shards: Shards) -> None:
@@ -153,7 +154,7 @@ class Network(Problem):
         _check_shapes(shards, self.features)
         _check_labels(shards, self.classes, f"a whole number from 0 to {self.classes - 1}")
 
-    def accuracy(self, params: Tree, x: Array, y: Array) -> Array:
+    def accuracy(self, params: _Params, x: Array, y: Array) -> Array:
         """The share of right classes."""
         return jnp.mean(jnp.argmax(self.logits(params, x), axis=0) == y)
 
@@ -168,7 +169,7 @@ class Ridge(Problem):
     name = "ridge"
     curvature = 1.0
 
-    def __call__(self, params: Tree, x: Array, y: Array) -> Array:
+    def __call__(self, params: _Params, x: Array, y: Array) -> Array:
         """Half the squared residual per example."""
         weight = params["weight"]
         return (x.astype(weight.dtype) @ weight - y.astype(weight.dtype)) ** 2 / 2
@@ -191,14 +192,14 @@ class Logistic(Problem):
     name = "logistic"
     curvature = 0.25
 
-    def margin(self, params: Tree, x: Array, y: Array) -> Array:
+    def margin(self, params: _Params, x: Array, y: Array) -> Array:
         """Y x'theta per example, > 0 where the prediction is right."""
         weight = params["weight"]
         real = jnp.issubdtype(y.dtype, jnp.floating)
         y = y.astype(weight.dtype)  # before the sum: bytes have no -1
         return (y if real else 2 * y - 1) * (x.astype(weight.dtype) @ weight)
 
-    def __call__(self, params: Tree, x: Array, y: Array) -> Array:
+    def __call__(self, params: _Params, x: Array, y: Array) -> Array:
         """log(1 + exp(-margin)) per example."""
         return jax.nn.softplus(-self.margin(params, x, y))
 
@@ -208,7 +209,7 @@ class Logistic(Problem):
         if not jnp.issubdtype(shards.y.dtype, jnp.floating):
             _check_labels(shards, 2, "0 or 1")
 
-    def accuracy(self, params: Tree, x: Array, y: Array) -> Array:
+    def accuracy(self, params: _Params, x: Array, y: Array) -> Array:
         """The share of right signs."""
         return jnp.mean(self.margin(params, x, y) > 0)
 
@@ -243,7 +244,7 @@ def _check_labels(shards: Shards, classes: int, wanted: str) -> None:
             )
 
 
-def cross_entropy(logits: Float[Array, "classes n"], y: Int[Array, " n"]) -> Float[Array, " n"]:
+def _cross_entropy(logits: Float[Array, "classes n"], y: Int[Array, " n"]) -> Float[Array, " n"]:
     """-log softmax(logits)[y] per example. The label is picked by a comparison: a gather costs more than the product."""
     top = jax.lax.stop_gradient(jnp.max(logits, axis=0, keepdims=True))
     log_sum = jnp.log(jnp.sum(jnp.exp(logits - top), axis=0)) + top[0]
@@ -251,7 +252,7 @@ def cross_entropy(logits: Float[Array, "classes n"], y: Int[Array, " n"]) -> Flo
     return log_sum - jnp.sum(jnp.where(mine, logits, 0), axis=0)
 
 
-def affine(weight: Array, bias: Array, x: Array) -> Array:
+def _affine(weight: Array, bias: Array, x: Array) -> Array:
     """Weight @ x + bias, [outputs, n]. Bytes are pixels in 0..1: the weights are divided by 255, not the images.
 
     Where images are fewer than outputs the product is, which spares two passes over the weights and their gradient.
@@ -262,127 +263,7 @@ def affine(weight: Array, bias: Array, x: Array) -> Array:
     return (product / 255 if pixels and few else product) + bias[:, None]
 
 
-def glorot(rng: np.random.Generator, outputs: int, inputs: int) -> np.ndarray:
+def _glorot(rng: np.random.Generator, outputs: int, inputs: int) -> np.ndarray:
     """Uniform in +-sqrt(6 / (inputs + outputs)), the start of the authors' program (Glorot and Bengio 2010)."""
     bound = np.sqrt(6 / (inputs + outputs))
     return rng.uniform(-bound, bound, (outputs, inputs))
-
-
-# ---- data -----------------------------------------------------------------------------------------------------------
-
-
-def partition(x: Any, y: Any, num_workers: int, scheme: str, seed: int = 0) -> Shards:
-    """Deal n samples out to M workers.
-
-    contiguous       file order, floor(n / M) rows each, the rest dropped, as the LAQ paper's program; no copy
-    shuffled         the same after a random permutation
-    sorted           the same after a stable sort by label: a worker sees one class or two
-    dirichlet:ALPHA  each class is split in proportions drawn from Dirichlet(ALPHA, ..., ALPHA), the smaller
-                     the more uneven; all samples are used, every worker gets at least one
-    unequal:RATIO    shuffled; sizes in geometric progression, the last RATIO times the first; all are used
-
-    Args:
-        x: [n, ...], or a pytree of such arrays.
-        y: as x; sorted and dirichlet need class labels [n].
-        num_workers: M, 1 to n.
-        scheme: one of the above.
-        seed: the same seed gives the same shards.
-
-    Returns:
-        x [M, N, ...], y [M, N] and weight [M, N] float32, N the largest shard; padding is 0 in all three.
-
-    Raises:
-        ValueError: an argument is out of its range.
-
-    Example:
-        >>> import numpy as np, laqjax
-        >>> laqjax.problems.partition(np.zeros((10, 3)), np.arange(10), 2, "contiguous").weight.shape
-        (2, 5)
-    """
-    lengths = {len(leaf) for leaf in jax.tree.leaves((x, y))}
-    if len(lengths) != 1:
-        shapes = [np.shape(leaf) for leaf in jax.tree.leaves((x, y))]
-        raise ValueError(f"expected one label per row of x, got arrays of the shapes {shapes}")
-    (n,) = lengths
-    if not 1 <= num_workers <= n:
-        raise ValueError(f"num_workers={num_workers}: expected 1 to {n}, the number of samples")
-    rng = np.random.default_rng(seed)
-    match scheme.partition(":")[:2]:
-        case "contiguous", "":
-            return _equal(x, y, num_workers)
-        case "shuffled", "":
-            return _equal(x, y, num_workers, rng.permutation(n))
-        case "sorted", "":
-            return _equal(x, y, num_workers, np.argsort(_labels(y, scheme), kind="stable"))
-        case "dirichlet", _:
-            alpha = _parameter(scheme, "dirichlet:ALPHA, ALPHA finite and above 0", lambda alpha: alpha > 0)
-            return _padded(x, y, _dirichlet(_labels(y, scheme), num_workers, alpha, rng))
-        case "unequal", _:
-            ratio = _parameter(scheme, "unequal:RATIO, RATIO finite and at least 1", lambda ratio: ratio >= 1)
-            return _padded(x, y, _unequal(n, num_workers, ratio, rng))
-    known = "contiguous, shuffled, sorted, dirichlet:ALPHA or unequal:RATIO"
-    close = suggest(scheme.partition(":")[0], ("contiguous", "shuffled", "sorted", "dirichlet", "unequal"))
-    raise ValueError(f"scheme={scheme!r}: expected {known}{close}")
-
-
-def _labels(y: Any, scheme: str) -> np.ndarray:
-    if not hasattr(y, "shape") or len(y.shape) != 1:
-        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(y)]
-        raise ValueError(f"scheme={scheme!r}: expected one label per row, y [n], got y of {shapes}")
-    return y
-
-
-def _parameter(scheme: str, expected: str, valid: Callable[[float], bool]) -> float:
-    try:
-        value = float(scheme.partition(":")[2])
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and valid(value)):
-        raise ValueError(f"scheme={scheme!r}: expected {expected}")
-    return value
-
-
-def _equal(x: Any, y: Any, num_workers: int, order: np.ndarray | None = None) -> Shards:
-    shape = (num_workers, len(jax.tree.leaves(x)[0]) // num_workers)
-    kept = slice(math.prod(shape)) if order is None else order[: math.prod(shape)]
-    x, y = jax.tree.map(lambda a: a[kept].reshape(shape + a.shape[1:]), (x, y))
-    return Shards(x, y, np.ones(shape, np.float32))
-
-
-def _padded(x: Any, y: Any, groups: list[np.ndarray]) -> Shards:
-    """Shards from the row indices of each worker."""
-    shape = (len(groups), max(map(len, groups)))
-    own = np.arange(shape[1]) < np.array([len(rows) for rows in groups])[:, None]
-
-    def dealt(a: np.ndarray) -> np.ndarray:
-        shards = np.zeros(shape + a.shape[1:], a.dtype)
-        shards[own] = a[np.concatenate(groups)]
-        return shards
-
-    return Shards(jax.tree.map(dealt, x), jax.tree.map(dealt, y), own.astype(np.float32))
-
-
-def _dirichlet(y: np.ndarray, num_workers: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
-    if not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(f"y: dirichlet splits classes, expected integer labels, got {y.dtype}")
-    owner = np.empty(len(y), int)
-    for label in np.unique(y):
-        rows = rng.permutation(np.flatnonzero(y == label))
-        shares = rng.dirichlet(np.full(num_workers, alpha))
-        cuts = np.round(np.cumsum(shares)[:-1] * len(rows)).astype(int)
-        for worker, part in enumerate(np.split(rows, cuts)):
-            owner[part] = worker
-    for worker in range(num_workers):
-        if not (owner == worker).any():
-            donor = np.bincount(owner).argmax()  # has two or more, as M <= n and this worker has none
-            owner[np.flatnonzero(owner == donor)[0]] = worker
-    return [np.flatnonzero(owner == worker) for worker in range(num_workers)]
-
-
-def _unequal(n: int, num_workers: int, ratio: float, rng: np.random.Generator) -> list[np.ndarray]:
-    ends = np.cumsum(np.geomspace(1, ratio, num_workers))
-    cuts = np.round(ends / ends[-1] * n).astype(int)
-    groups = np.split(rng.permutation(n), cuts[:-1])
-    if min(map(len, groups)) == 0:
-        raise ValueError(f"scheme='unequal:{ratio:g}': a worker of {num_workers} gets none of {n} samples")
-    return groups

@@ -3,9 +3,9 @@
 Rules        Always, Cyclic, OneOf, Lazy, ServerLazy, Progress
 Combinators  MaxSilence, Participation
 History      the last D model steps, which the lazy rules compare with
-Changes      InnovationChange, StaleModelChange, SnapshotChange: what `Lazy` compares
+Changes      InnovationChange, StaleModelChange, SnapshotChange: what `LazyRule` compares
 
-Of your own: a frozen dataclass derived from `Rule`, registered as a pytree, with `decide`, and `init` and `observe` if it
+Of your own: a frozen dataclass derived from `BaseUploadRule`, registered as a pytree, with `should_send`, and `init` and `update` if it
 remembers something. The README has one with a memory.
 """
 
@@ -18,34 +18,57 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from laqjax import types
-from laqjax.checks import number, numbers
-from laqjax.types import Evidence, Round, Step, register_dataclass, square, static
+from laqjax._core.validation import check_nonnegative_array, check_number
+from laqjax.types import RoundContext, ServerStep, UploadContext, register_dataclass, squared_norm, static_field
 
-NEVER = np.iinfo(np.int32).max  # a limit that no run reaches
+__all__ = [
+    "Always",
+    "BaseUploadRule",
+    "ClagRule",
+    "Cyclic",
+    "History",
+    "InnovationChange",
+    "LazyRule",
+    "MaxSilence",
+    "PartialParticipation",
+    "SampleOneWorker",
+    "ServerLazyRule",
+    "SnapshotChange",
+    "StaleModelChange",
+    "limit_silence",
+    "make_history",
+    "partial_participation",
+    "sample_one_worker",
+]
 
 
-class Rule:
+_NO_LIMIT = np.iinfo(np.int32).max  # a limit that no run reaches
+
+
+class BaseUploadRule:
     """What a rule is unless it says otherwise: it remembers nothing, and everybody is asked."""
 
-    may_skip = True
-    server_decides = False
+    can_skip = True
+    server_selects = False
     renews_in_silence = False
 
     def init(self, params: Float[Array, " p"]) -> tuple[Any, Any]:
         """(what is shared with all workers, what each of them keeps) before round 0."""
         return None, None
 
-    def asked(self, shared: Any, own: Any, now: Round) -> Bool[Array, ""]:
+    def is_selected(self, shared_state: Any, worker_state: Any, context: RoundContext) -> Bool[Array, ""]:
         """Whether the server asks this worker."""
         return jnp.asarray(True)
 
-    def decide(self, shared: Any, own: Any, now: Evidence) -> tuple[Bool[Array, ""], Any, Any]:
+    def should_send(
+        self, shared_state: Any, worker_state: Any, context: UploadContext
+    ) -> tuple[Bool[Array, ""], Any, Any]:
         """(whether a worker that was asked sends, what it keeps if it sends, what it keeps if not)."""
-        return jnp.asarray(True), own, own
+        return jnp.asarray(True), worker_state, worker_state
 
-    def observe(self, shared: Any, step: Step) -> Any:
+    def update(self, shared_state: Any, step: ServerStep) -> Any:
         """What is shared after the server's step."""
-        return shared
+        return shared_state
 
 
 # ---- rules without a history ------------------------------------------------------------------------------------
@@ -53,39 +76,39 @@ class Rule:
 
 @register_dataclass
 @dataclass(frozen=True)
-class Always(Rule):
+class Always(BaseUploadRule):
     """Send every round."""
 
-    may_skip = False
+    can_skip = False
 
 
 @register_dataclass
 @dataclass(frozen=True)
-class Cyclic(Rule):
+class Cyclic(BaseUploadRule):
     """The server asks worker (round mod M) (cyclic IAG, Blatt et al. 2007)."""
 
-    server_decides = True
+    server_selects = True
 
-    def asked(self, shared, own, now):
-        return now.keys.worker == now.keys.round % now.num_workers
+    def is_selected(self, shared_state, worker_state, context):
+        return context.keys.worker == context.keys.round % context.num_workers
 
 
 @register_dataclass
 @dataclass(frozen=True)
-class OneOf(Rule):
+class SampleOneWorker(BaseUploadRule):
     """The server asks one worker, drawn with the given probabilities (Num-IAG: proportional to L_m)."""
 
     probability: Float[Array, " M"]
-    server_decides = True
+    server_selects = True
 
-    def asked(self, shared, own, now):
-        draw = jax.random.uniform(now.keys.shared, (), self.probability.dtype)
-        return now.keys.worker == jnp.searchsorted(jnp.cumsum(self.probability)[:-1], draw, side="right")
+    def is_selected(self, shared_state, worker_state, context):
+        draw = jax.random.uniform(context.keys.shared_key, (), self.probability.dtype)
+        return context.keys.worker == jnp.searchsorted(jnp.cumsum(self.probability)[:-1], draw, side="right")
 
 
 @register_dataclass
 @dataclass(frozen=True)
-class Progress(Rule):
+class ClagRule(BaseUploadRule):
     """CLAG's rule: send iff ||target||^2 > zeta ||grad - last grad||^2 (3PC, Richtarik et al. 2022), and at first.
 
     Strictly: with the identity compressor and zeta = 1 both sides are equal in the round after an upload. A worker keeps
@@ -98,10 +121,10 @@ class Progress(Rule):
     def init(self, params):
         return None, (jnp.zeros_like(params), jnp.asarray(False))
 
-    def decide(self, shared, own, now):
-        last, begun = own
-        after = now.grad, jnp.asarray(True)
-        return (now.target_sq > self.zeta * square(now.grad - last)) | ~begun, after, after
+    def should_send(self, shared_state, worker_state, context):
+        last, begun = worker_state
+        after = context.grad, jnp.asarray(True)
+        return (context.target_sq > self.zeta * squared_norm(context.grad - last)) | ~begun, after, after
 
 
 # ---- lazy rules -------------------------------------------------------------------------------------------------
@@ -121,31 +144,31 @@ class History:
 
     The first two are the same for SGD of one lr, up to rounding. A momentum server makes steps 1 / (1 - momentum) times as
     long, and Adam's have another scale altogether: measured by them the rule would skip what matters.
-    `ramp`: while the history is shorter than the window, xi is scaled by window / max(round, 1), as in the authors' program.
+    `rescale_short_history`: while the history is shorter than the window, xi is scaled by window / max(round, 1), as in the authors' program.
     """
 
     xi: Float[Array, " window"]  # of the newest step first, zero beyond the window
     window: Int[Array, ""]
-    ramp: Bool[Array, ""]
-    of: str = static(default="step")
+    rescale_short_history: Bool[Array, ""]
+    kind: str = static_field(default="step")
 
     def init(self) -> Float[Array, " window"]:
         """A ring buffer: motion of round k stands at k mod its length."""
         return jnp.zeros(self.xi.shape, self.xi.dtype)
 
-    def threshold(self, motion: Float[Array, " window"], now: Round) -> Float[Array, ""]:
+    def threshold(self, motion: Float[Array, " window"], context: RoundContext) -> Float[Array, ""]:
         """What a change must reach."""
-        k, size = now.keys.round, motion.shape[0]
+        k, size = context.keys.round, motion.shape[0]
         newest_first = motion[(k - 1 - jnp.arange(size, dtype=jnp.int32)) % size]
         short = self.window / jnp.clip(k, 1, self.window)
-        scale = jnp.where(self.ramp, short, 1).astype(self.xi.dtype)
-        if self.of != "absolute":
-            scale = scale / ((now.lr if self.of == "step" else 1) * now.num_workers) ** 2
+        scale = jnp.where(self.rescale_short_history, short, 1).astype(self.xi.dtype)
+        if self.kind != "absolute":
+            scale = scale / ((context.lr if self.kind == "step" else 1) * context.num_workers) ** 2
         return scale * jnp.sum(self.xi * newest_first)
 
-    def observe(self, motion: Float[Array, " window"], step: Step) -> Float[Array, " window"]:
+    def push(self, motion: Float[Array, " window"], step: ServerStep) -> Float[Array, " window"]:
         """With the step just made."""
-        newest = step.direction_sq if self.of == "direction" else step.step_sq
+        newest = step.direction_sq if self.kind == "direction" else step.step_sq
         return motion.at[step.round % motion.shape[0]].set(newest.astype(motion.dtype))
 
 
@@ -157,10 +180,10 @@ class InnovationChange:
     def init(self, params):
         return None, None
 
-    def measure(self, shared, own, now):
-        return now.innovation_sq, None
+    def measure(self, shared_state, worker_state, context):
+        return context.innovation_sq, None
 
-    def observe(self, shared, step):
+    def update(self, shared_state, step):
         return None
 
 
@@ -172,10 +195,10 @@ class StaleModelChange:
     def init(self, params):
         return None, params
 
-    def measure(self, shared, own, now):
-        return square(now.grad - now.gradient_at(own)), now.params
+    def measure(self, shared_state, worker_state, context):
+        return squared_norm(context.grad - context.gradient_at(worker_state)), context.params
 
-    def observe(self, shared, step):
+    def update(self, shared_state, step):
         return None
 
 
@@ -192,63 +215,63 @@ class SnapshotChange:
     def init(self, params):
         return params, jnp.zeros_like(params)
 
-    def measure(self, shared, own, now):
-        reduced = now.grad - now.gradient_at(shared)
-        return square(reduced - own), reduced
+    def measure(self, shared_state, worker_state, context):
+        reduced = context.grad - context.gradient_at(shared_state)
+        return squared_norm(reduced - worker_state), reduced
 
-    def observe(self, shared, step):
-        return jnp.where((step.round + 1) % self.period == 0, step.after, shared)
+    def update(self, shared_state, step):
+        return jnp.where((step.round + 1) % self.period == 0, step.after, shared_state)
 
 
 @register_dataclass
 @dataclass(frozen=True)
-class Lazy(Rule):
+class LazyRule(BaseUploadRule):
     """Send iff the change outweighs the model's recent motion and the errors of quantization (LAQ, eq. (7a)).
 
     change >= threshold of the history + 3 (error_sq + error_sq at the last upload)
     """
 
     history: History
-    change: Any  # InnovationChange, StaleModelChange or SnapshotChange, or a class like them
-    errors: Float[Array, ""]  # the 3
+    change_measure: Any  # InnovationChange, StaleModelChange or SnapshotChange, or a class like them
+    error_weight: Float[Array, ""]  # the 3
 
     def init(self, params):
-        shared, own = self.change.init(params)
+        shared, own = self.change_measure.init(params)
         return (self.history.init(), shared), (jnp.zeros((), params.dtype), own)
 
-    def decide(self, shared, own, now):
-        motion, reference = shared
-        last_error_sq, kept = own
-        change, renewed = self.change.measure(reference, kept, now)
-        threshold = self.history.threshold(motion, now) + self.errors * (now.error_sq + last_error_sq)
-        return change >= threshold, (now.error_sq, renewed), own
+    def should_send(self, shared_state, worker_state, context):
+        motion, reference = shared_state
+        last_error_sq, kept = worker_state
+        change, renewed = self.change_measure.measure(reference, kept, context)
+        threshold = self.history.threshold(motion, context) + self.error_weight * (context.error_sq + last_error_sq)
+        return change >= threshold, (context.error_sq, renewed), worker_state
 
-    def observe(self, shared, step):
-        motion, reference = shared
-        return self.history.observe(motion, step), self.change.observe(reference, step)
+    def update(self, shared_state, step):
+        motion, reference = shared_state
+        return self.history.push(motion, step), self.change_measure.update(reference, step)
 
 
 @register_dataclass
 @dataclass(frozen=True)
-class ServerLazy(Rule):
+class ServerLazyRule(BaseUploadRule):
     """The server asks worker m iff L_m^2 ||theta - theta of m's last upload||^2 >= threshold (LAG-PS, LASG-PS)."""
 
     history: History
     smoothness: Float[Array, " M"]
-    server_decides = True
+    server_selects = True
 
     def init(self, params):
         return self.history.init(), params
 
-    def asked(self, shared, own, now):
-        change = self.smoothness[now.keys.worker] ** 2 * square(now.params - own)
-        return change >= self.history.threshold(shared, now)
+    def is_selected(self, shared_state, worker_state, context):
+        change = self.smoothness[context.keys.worker] ** 2 * squared_norm(context.params - worker_state)
+        return change >= self.history.threshold(shared_state, context)
 
-    def decide(self, shared, own, now):
-        return jnp.asarray(True), now.params, own
+    def should_send(self, shared_state, worker_state, context):
+        return jnp.asarray(True), context.params, worker_state
 
-    def observe(self, shared, step):
-        return self.history.observe(shared, step)
+    def update(self, shared_state, step):
+        return self.history.push(shared_state, step)
 
 
 # ---- combinators ------------------------------------------------------------------------------------------------
@@ -256,19 +279,19 @@ class ServerLazy(Rule):
 
 @register_dataclass
 @dataclass(frozen=True)
-class MaxSilence(Rule):
-    """Send when the rule says so, or after `limit` silent rounds (LAQ, eq. (7b)). limit = 0 sends always.
+class MaxSilence(BaseUploadRule):
+    """Send when the rule says so, or after `limit_silence` silent rounds (LAQ, eq. (7b)). max_silence = 0 sends always.
 
-    A worker keeps its rounds since the last upload, which begin at `start`: at `limit`, round 0 sends.
+    A worker keeps its rounds since the last upload, which begin at `initial_silence`: at `limit_silence`, round 0 sends.
     """
 
-    rule: types.Rule
-    limit: Int[Array, ""]
-    start: Int[Array, ""]
+    rule: types.UploadRule
+    max_silence: Int[Array, ""]
+    initial_silence: Int[Array, ""]
 
     @property
-    def server_decides(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.rule.server_decides
+    def server_selects(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.rule.server_selects
 
     @property
     def renews_in_silence(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -276,75 +299,77 @@ class MaxSilence(Rule):
 
     def init(self, params):
         shared, own = self.rule.init(params)
-        return shared, (jnp.asarray(self.start), own)
+        return shared, (jnp.asarray(self.initial_silence), own)
 
-    def asked(self, shared, own, now):
-        return self.rule.asked(shared, own[1], now) | (own[0] >= self.limit)
+    def is_selected(self, shared_state, worker_state, context):
+        return self.rule.is_selected(shared_state, worker_state[1], context) | (worker_state[0] >= self.max_silence)
 
-    def decide(self, shared, own, now):
-        silence, inner = own
-        send, sent, silent = self.rule.decide(shared, inner, now)
-        longer = jnp.minimum(silence, NEVER - 1) + 1
-        return send | (silence >= self.limit), (jnp.zeros_like(silence), sent), (longer, silent)
+    def should_send(self, shared_state, worker_state, context):
+        silence, inner = worker_state
+        send, sent, silent = self.rule.should_send(shared_state, inner, context)
+        longer = jnp.minimum(silence, _NO_LIMIT - 1) + 1
+        return send | (silence >= self.max_silence), (jnp.zeros_like(silence), sent), (longer, silent)
 
-    def observe(self, shared, step):
-        return self.rule.observe(shared, step)
+    def update(self, shared_state, step):
+        return self.rule.update(shared_state, step)
 
 
 @register_dataclass
 @dataclass(frozen=True)
-class Participation(Rule):
+class PartialParticipation(BaseUploadRule):
     """`count` workers take part in a round, drawn without replacement, the same draw for all; they follow `rule`.
 
-    The others neither get the model nor compute, and what they keep stays as it is: a limit counts the rounds in which a
+    The others neither get the model nor compute, and what they keep stays as it is: a bound counts the rounds in which a
     worker takes part.
     """
 
-    rule: types.Rule
+    rule: types.UploadRule
     count: Int[Array, ""]
-    server_decides = True
+    server_selects = True
 
     @property
-    def may_skip(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.rule.may_skip
+    def can_skip(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.rule.can_skip
 
     @property
     def renews_in_silence(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.rule.renews_in_silence
 
-    def drawn(self, now: Round) -> Bool[Array, ""]:
+    def is_participating(self, context: RoundContext) -> Bool[Array, ""]:
         """Whether this worker is among the `count` smallest of M draws."""
         # a stream of its own: compressors and coins draw from the shared key itself
-        draws = jax.random.uniform(jax.random.fold_in(now.keys.shared, 0x9A47), (now.num_workers,), jnp.float32)
-        rank = jnp.argsort(jnp.argsort(draws))[now.keys.worker]
+        draws = jax.random.uniform(
+            jax.random.fold_in(context.keys.shared_key, 0x9A47), (context.num_workers,), jnp.float32
+        )
+        rank = jnp.argsort(jnp.argsort(draws))[context.keys.worker]
         return rank.astype(jnp.int32) < self.count
 
     def init(self, params):
         return self.rule.init(params)
 
-    def asked(self, shared, own, now):
-        return self.drawn(now) & self.rule.asked(shared, own, now)
+    def is_selected(self, shared_state, worker_state, context):
+        return self.is_participating(context) & self.rule.is_selected(shared_state, worker_state, context)
 
-    def decide(self, shared, own, now):
-        send, sent, silent = self.rule.decide(shared, own, now)
-        there = self.drawn(now)
-        return send, sent, jax.tree.map(lambda a, b: jnp.where(there, a, b), silent, own)
+    def should_send(self, shared_state, worker_state, context):
+        send, sent, silent = self.rule.should_send(shared_state, worker_state, context)
+        there = self.is_participating(context)
+        return send, sent, jax.tree.map(lambda a, b: jnp.where(there, a, b), silent, worker_state)
 
-    def observe(self, shared, step):
-        return self.rule.observe(shared, step)
+    def update(self, shared_state, step):
+        return self.rule.update(shared_state, step)
 
 
 # ---- factories: numbers checked, ValueError otherwise -----------------------------------------------------------
 
 
-def history(
+def make_history(
     xi: Any,
     window: int,
     dtype: Any,
     *,
-    max_window: int | None = None,
-    ramp: bool = False,
-    of: str = "step",
+    padded_window: int | None = None,
+    rescale_short_history: bool = False,
+    kind: str = "step",
     name: str = "xi",
 ) -> History:
     """A `History` with checked numbers.
@@ -353,46 +378,48 @@ def history(
         xi: one number, the sum of equal weights, or the weights xi_d themselves [window], that of the newest step first.
         window: D, rounds >= 1.
         dtype: of the weights.
-        max_window: length of the buffer, >= window (None: window); histories of one length share one compiled program.
-        ramp: see `History`.
-        of: "step", "direction" or "absolute", see `History`.
+        padded_window: length of the buffer, >= window (None: window); histories of one length share one compiled program.
+        rescale_short_history: see `History`.
+        kind: "step", "direction" or "absolute", see `History`.
         name: of the weights, for errors.
 
     Raises:
         ValueError: a number is out of its range.
     """
-    window = int(number("window", window, np.int32, least=1))
-    max_window = int(number("max_window", window if max_window is None else max_window, np.int32, least=window))
-    weights = numbers(
+    window = int(check_number("window", window, np.int32, minimum=1))
+    padded_window = int(
+        check_number("padded_window", window if padded_window is None else padded_window, np.int32, minimum=window)
+    )
+    weights = check_nonnegative_array(
         name, xi, dtype, ((), (window,)), f"one number >= 0 (the sum of the weights) or {window} of them (the window)"
     )
-    padded = np.zeros(max_window, dtype)
+    padded = np.zeros(padded_window, dtype)
     padded[:window] = weights if weights.ndim else weights / window
-    if not isinstance(ramp, bool | np.bool_):
-        raise ValueError(f"ramp = {ramp!r}: expected True or False")
-    return History(padded, number("window", window, np.int32), np.asarray(ramp, np.bool_), of)  # pyright: ignore[reportArgumentType]
+    if not isinstance(rescale_short_history, bool | np.bool_):
+        raise ValueError(f"rescale_short_history = {rescale_short_history!r}: expected True or False")
+    return History(padded, check_number("window", window, np.int32), np.asarray(rescale_short_history, np.bool_), kind)  # pyright: ignore[reportArgumentType]
 
 
-def max_silence(rule: types.Rule, limit: int | None, *, first_upload: str = "rule") -> MaxSilence:
-    """`rule`, or after `limit` >= 0 silent rounds (None: never).
+def limit_silence(rule: types.UploadRule, max_silence: int | None, *, force_first_upload: bool = False) -> MaxSilence:
+    """`rule`, or after `limit_silence` >= 0 silent rounds (None: never).
 
     Args:
         rule: what decides otherwise.
-        limit: C, rounds.
-        first_upload: "forced": everybody sends in its first round; "rule": the rule decides there too.
+        max_silence: C, rounds.
+        force_first_upload: "forced": everybody sends in its first round; "rule": the rule decides there too.
 
     Raises:
-        ValueError: limit is no whole number >= 0, first_upload is another word.
+        ValueError: max_silence is no whole number >= 0, force_first_upload is not a bool.
     """
-    if first_upload not in ("forced", "rule"):
-        raise ValueError(f"first_upload = {first_upload!r}: expected 'forced' or 'rule'")
-    most = number("limit", NEVER if limit is None else limit, np.int32, least=0)
-    return MaxSilence(rule, most, most if first_upload == "forced" else np.zeros_like(most))
+    if not isinstance(force_first_upload, bool | np.bool_):
+        raise ValueError(f"force_first_upload = {force_first_upload!r}: expected True or False")
+    most = check_number("max_silence", _NO_LIMIT if max_silence is None else max_silence, np.int32, minimum=0)
+    return MaxSilence(rule, most, most if force_first_upload else np.zeros_like(most))
 
 
-def participation(
-    rule: types.Rule, num_workers: int, *, count: int | None = None, share: float | None = None
-) -> Participation:
+def partial_participation(
+    rule: types.UploadRule, num_workers: int, *, count: int | None = None, share: float | None = None
+) -> PartialParticipation:
     """`count` workers, or the share of them rounded to a whole number >= 1, take part in a round and follow `rule`.
 
     Raises:
@@ -401,18 +428,18 @@ def participation(
     if (count is None) == (share is None):
         raise ValueError(f"count = {count!r}, share = {share!r}: expected one of them")
     if count is None:
-        part = number("share", share, np.float64, above=0, most=1)
+        part = check_number("share", share, np.float64, above=0, maximum=1)
         count = max(1, round(float(part) * num_workers))
-    return Participation(rule, number("count", count, np.int32, least=1, most=num_workers))
+    return PartialParticipation(rule, check_number("count", count, np.int32, minimum=1, maximum=num_workers))
 
 
-def one_of(weights: Any, dtype: Any) -> OneOf:
-    """A `OneOf` with probabilities proportional to `weights` [M] >= 0.
+def sample_one_worker(weights: Any, dtype: Any) -> SampleOneWorker:
+    """A `SampleOneWorker` with probabilities proportional to `weights` [M] >= 0.
 
     Raises:
         ValueError: a weight is negative, or none is positive.
     """
-    weights = numbers("weights", weights, np.float64, None, "numbers >= 0, one for each worker")
+    weights = check_nonnegative_array("weights", weights, np.float64, None, "numbers >= 0, one for each worker")
     if not weights.sum() > 0:
         raise ValueError(f"weights = {weights!r}: expected at least one > 0")
-    return OneOf(np.asarray(weights / weights.sum(), dtype))  # pyright: ignore[reportArgumentType]
+    return SampleOneWorker(np.asarray(weights / weights.sum(), dtype))  # pyright: ignore[reportArgumentType]

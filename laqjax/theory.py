@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+__all__ = ["diana_step_size", "ef21_step_size", "lyapunov", "marina_step_size", "max_xi_sum", "unbiased_step_size"]
 
-def sum_of_xi(lr: float, smooth: float) -> float:
+
+def max_xi_sum(lr: float, smoothness: float) -> float:
     """The largest sum of xi for which LAQ's Lyapunov function is proved to fall: (1 - lr L) / 2."""
-    return max((1 - lr * smooth) / 2, 0.0)
+    return max((1 - lr * smoothness) / 2, 0.0)
 
 
 def lyapunov(loss: Any, motion: Float[Any, "*rounds window"], xi: Float[Any, " window"], lr: float) -> Any:
@@ -24,36 +26,38 @@ def lyapunov(loss: Any, motion: Float[Any, "*rounds window"], xi: Float[Any, " w
     return loss + motion @ (np.cumsum(xi[::-1])[::-1] / lr)
 
 
-def lr_ef21(each: np.ndarray, smooth: float, delta: float, zeta: float = 0.0) -> float:
+def ef21_step_size(worker_smoothness: np.ndarray, smoothness: float, delta: float, zeta: float = 0.0) -> float:
     """EF21's step for a compressor of contraction `delta` (its Theorem 1), CLAG's for zeta > 0 (3PC, Theorem 5.5).
 
     The steps for general smooth f; the theorems with a linear rate put a 2 under the root.
     """
-    workers, root = len(each), 1 - np.sqrt(1 - delta)
+    workers, root = len(worker_smoothness), 1 - np.sqrt(1 - delta)
     ratio = max((1 - delta) / root, zeta) / root
-    return 1 / (smooth + workers * np.sqrt(np.mean(each**2)) * np.sqrt(ratio))
+    return 1 / (smoothness + workers * np.sqrt(np.mean(worker_smoothness**2)) * np.sqrt(ratio))
 
 
-def lr_diana(each: np.ndarray, smooth: float, omega: float) -> float:
+def diana_step_size(worker_smoothness: np.ndarray, smoothness: float, omega: float) -> float:
     """DIANA's step for convex f and an unbiased compressor of variance `omega`: 1 / (L + 6 omega max L_m).
 
     With damping 1 / (1 + omega).
     """
-    return 1 / (smooth + 6 * omega * float(np.max(each)))
+    return 1 / (smoothness + 6 * omega * float(np.max(worker_smoothness)))
 
 
-def lr_marina(each: np.ndarray, smooth: float, omega: float, probability: float) -> float:
+def marina_step_size(worker_smoothness: np.ndarray, smoothness: float, omega: float, probability: float) -> float:
     """MARINA's step for general smooth f: 1 / (L + rms(L_m) sqrt(M (1 - p) omega / p)).
 
     Theorem 2.1 has rms(L_m) M, which is no less, for the first L too.
     """
-    workers = len(each)
-    return 1 / (smooth + np.sqrt(np.mean(each**2)) * np.sqrt(workers * (1 - probability) * omega / probability))
+    workers = len(worker_smoothness)
+    return 1 / (
+        smoothness + np.sqrt(np.mean(worker_smoothness**2)) * np.sqrt(workers * (1 - probability) * omega / probability)
+    )
 
 
-def lr_unbiased(each: np.ndarray, smooth: float, omega: float) -> float:
+def unbiased_step_size(worker_smoothness: np.ndarray, smoothness: float, omega: float) -> float:
     """Step of compressed gradients without memory, for convex f: 1 / (L + 2 omega max L_m).
 
     It ends at the variance's floor.
     """
-    return 1 / (smooth + 2 * omega * float(np.max(each)))
+    return 1 / (smoothness + 2 * omega * float(np.max(worker_smoothness)))

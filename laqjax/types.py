@@ -15,16 +15,41 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-T = TypeVar("T")
+__all__ = [
+    "AlgorithmState",
+    "Collective",
+    "Compressor",
+    "Downlink",
+    "Memory",
+    "Oracle",
+    "RoundContext",
+    "RoundInfo",
+    "RoundKeys",
+    "Sampler",
+    "ServerStep",
+    "Shards",
+    "UploadContext",
+    "UploadRule",
+    "WireField",
+    "WorkerState",
+    "WorkerUpload",
+    "register_dataclass",
+    "shared_bernoulli",
+    "squared_norm",
+    "static_field",
+]
 
 
-def static(**kwargs: Any) -> Any:
+_T = TypeVar("_T")
+
+
+def static_field(**kwargs: Any) -> Any:
     """A dataclass field that is structure: compared and hashed by `jax.jit`, never traced."""
     return field(metadata={"static": True}, **kwargs)
 
 
-def register_dataclass(cls: type[T]) -> type[T]:
-    """A frozen dataclass as a pytree: fields are children, `static` ones are structure, and so is the class itself.
+def register_dataclass(cls: type[_T]) -> type[_T]:
+    """A frozen dataclass as a pytree: fields are children, `static_field` ones are structure, and so is the class itself.
 
     `jax.tree_util.register_dataclass` forgets the class where it compares structures (seen in JAX 0.10.2): two parts with
     fields of one shape are then equal to `jax.jit`, which runs the program of one for the other when their hashes meet.
@@ -51,7 +76,7 @@ def register_dataclass(cls: type[T]) -> type[T]:
     return cls
 
 
-def square(v: Float[Array, " p"]) -> Float[Array, ""]:
+def squared_norm(v: Float[Array, " p"]) -> Float[Array, ""]:
     """||v||^2."""
     return jnp.sum(v * v)
 
@@ -81,33 +106,33 @@ class Shards(NamedTuple):
     weight: Any  # [M, N] >= 0; 0 marks padding, which comes after all rows that count
 
 
-class Keys(NamedTuple):
+class RoundKeys(NamedTuple):
     """The draws of one worker in one round: the same on every engine."""
 
-    own: PRNGKeyArray  # fold_in(fold_in(run, round), worker)
-    shared: PRNGKeyArray  # fold_in(fold_in(run, round), M), the same for all workers
-    run: PRNGKeyArray
+    worker_key: PRNGKeyArray  # fold_in(fold_in(run, round), worker)
+    shared_key: PRNGKeyArray  # fold_in(fold_in(run, round), M), the same for all workers
+    run_key: PRNGKeyArray
     round: Int[Array, ""]
     worker: Int[Array, ""]  # M for the draws of the server
-    row: Any = None  # where its shard lies in the data at hand; None: at its number
+    shard_index: Any = None  # where its shard lies in the data at hand; None: at its number
 
     @property
     def shard(self) -> Int[Array, ""]:
         """The row of `Shards` that is this worker's: on a mesh, a device holds some shards only."""
-        return self.worker if self.row is None else self.row
+        return self.worker if self.shard_index is None else self.shard_index
 
 
-def shared_bernoulli(keys: Keys, probability: Float[Array | np.ndarray, ""]) -> Bool[Array, ""]:
+def shared_bernoulli(keys: RoundKeys, probability: Float[Array | np.ndarray, ""]) -> Bool[Array, ""]:
     """The coin of the round, the same for all workers; it always falls in round 0."""
-    return (keys.round == 0) | (jax.random.uniform(keys.shared, (), jnp.float32) < probability)
+    return (keys.round == 0) | (jax.random.uniform(keys.shared_key, (), jnp.float32) < probability)
 
 
 @dataclass(frozen=True)
-class Round:
+class RoundContext:
     """What a worker knows before its gradient; the server, which decides whom to ask, knows the same."""
 
     params: Float[Array, " p"]
-    keys: Keys  # with the numbers of the round and of the worker
+    keys: RoundKeys  # with the numbers of the round and of the worker
     lr: Float[Array, ""]
     num_workers: int
     # (params, full=False, when=True) -> gradient [p] at another model on the same rows, or on the full shard. Computed
@@ -116,7 +141,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Evidence(Round):
+class UploadContext(RoundContext):
     """What an upload rule decides on. Squares are squared Euclidean norms."""
 
     grad: Float[Array, " p"]
@@ -127,7 +152,7 @@ class Evidence(Round):
     error_sq: Float[Array, ""]  # of target - decoded
 
 
-class Step(NamedTuple):
+class ServerStep(NamedTuple):
     """What the server did in a round: what a rule's shared history may be made of."""
 
     before: Float[Array, " p"]  # the model that the workers had
@@ -137,14 +162,14 @@ class Step(NamedTuple):
     round: Int[Array, ""]
 
 
-class Worker(NamedTuple):
+class WorkerState(NamedTuple):
     """What a worker keeps; a state stacks M of them."""
 
     memory: Any  # the memory's own
     rule: Any  # the rule's own
 
 
-class State(NamedTuple):
+class AlgorithmState(NamedTuple):
     """All that the next round needs. A plain pytree; edit it freely between runs."""
 
     params: Float[Array, " p"]  # the model that the workers have; `alg.params(state)` is the pytree
@@ -153,20 +178,20 @@ class State(NamedTuple):
     optimizer: Any  # of optax
     rule: Any  # what the rule shares with all workers: a history, a snapshot
     downlink: Any  # what the server remembers of what it sent down
-    workers: Worker  # [M, ...]
+    workers: WorkerState  # [M, ...]
 
 
-class Upload(NamedTuple):
+class WorkerUpload(NamedTuple):
     """What a worker hands to the exchange: `payload` and `decoded` count only where `sent`."""
 
     payload: Any  # of the compressor
     decoded: Any  # [p], what it stands for
     sent: Bool[Array, ""]
-    asked: Bool[Array, ""]  # whether the worker took part in this round
+    selected: Bool[Array, ""]  # whether the worker took part in this round
     bytes: Int[Array, ""]  # of the message
 
 
-class Info(NamedTuple):
+class RoundInfo(NamedTuple):
     """Raw facts of a round, or of K rounds, one row a round. Row k belongs to the model *before* step k.
 
     `loss` is the mean over all M workers of the loss that each worker's oracle computed at that model, on the rows of the
@@ -176,7 +201,7 @@ class Info(NamedTuple):
     - With local steps and a sampler it is the loss on the rows of the first local step.
     - VR-MARINA reports the loss of the minibatch also in a round whose message is a full gradient.
 
-    Messages are counted in bytes (int32), since the bits of 2^26 float32 numbers exceed int32. `bits_up` and `bits_down`
+    Messages are counted in bytes (int32), since the bits of 2^26 float32 numbers exceed int32. `bits_up` and `downlink_bits`
     are 8 times that, in int64 on the host. Inside a program that JAX traces there are only bytes.
     """
 
@@ -205,14 +230,14 @@ class Info(NamedTuple):
         return _count_bits("bits_down", self.bytes_down)
 
 
-class Field(NamedTuple):
-    """A piece of a message: the entry `name` of `payload`, with `bits` for each number; see `laqjax.wire`."""
+class WireField(NamedTuple):
+    """A piece of a message: the entry `name` of `payload`, with `bits` for each number; see `laqjax.compressors`."""
 
     payload: dict[str, Any]
     name: str
     like: Any  # shape and dtype of the entry
     bits: Any  # 0: not there. Floats of their full width travel as they are, everything else as whole numbers
-    kept: Any = None  # a mask: only these
+    mask: Any = None  # a mask: only these
 
 
 # ---- parts (checkable at run time: the tests check every annotation) -------------------------------------------------
@@ -220,7 +245,7 @@ class Field(NamedTuple):
 
 @runtime_checkable
 class Oracle(Protocol):
-    """Loss and gradient of one worker on the flat vector; see `laqjax.oracle`."""
+    """Loss and gradient of one worker on the flat vector; see `laqjax.oracles`."""
 
     @property
     def size(self) -> int:
@@ -240,15 +265,15 @@ class Oracle(Protocol):
         """The vector as the pytree."""
         ...
 
-    def check(self, shards: Shards) -> None:
+    def validate(self, shards: Shards) -> None:
         """Raise ValueError where the loss does not fit the data."""
         ...
 
-    def working_bytes(self, shards: Shards) -> int:
+    def activation_bytes(self, shards: Shards) -> int:
         """Memory that one gradient needs beside parameters and gradient."""
         ...
 
-    def one_by_one(self, shards: Shards) -> bool:
+    def prefers_sequential(self, shards: Shards) -> bool:
         """Whether the points of a sweep run one after another, where that is faster than side by side."""
         ...
 
@@ -258,43 +283,43 @@ class Oracle(Protocol):
 
 
 @runtime_checkable
-class Exchange(Protocol):
-    """How the messages of workers that are spread over devices become one sum on each; see `laqjax.exchange`.
+class Collective(Protocol):
+    """How the messages of workers that are spread over devices become one sum on each; see `laqjax.sharding`.
 
-    adds: messages are added where they were made; else they are stacked for `total`.
+    accumulates_locally: messages are added where they were made; else they are stacked for `reduce`.
     """
 
     @property
-    def adds(self) -> bool: ...
+    def accumulates_locally(self) -> bool: ...
 
-    def workers(self, num_workers: int, shards: Shards) -> tuple[Any, int]:
+    def local_workers(self, num_workers: int, shards: Shards) -> tuple[Any, int]:
         """(number of the first, how many) of the workers whose shards are at hand; num_workers and above are padding."""
         ...
 
-    def message(self, alg: Any, upload: Upload) -> Any:
+    def worker_contribution(self, alg: Any, upload: WorkerUpload) -> Any:
         """What one worker contributes."""
         ...
 
-    def gather(self, facts: Any, num_workers: int) -> Any:
+    def gather_metrics(self, facts: Any, num_workers: int) -> Any:
         """[m, ...] of the workers at hand as [M, ...] of all."""
         ...
 
-    def total(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
+    def reduce(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
         """The sum of the messages of all senders."""
         ...
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Which rows of a shard a round uses; see `laqjax.oracle`."""
+    """Which rows of a shard a round uses; see `laqjax.oracles`."""
 
     @property
     def size(self) -> int:
         """Rows a round."""
         ...
 
-    def __call__(self, keys: Keys, shards: Shards) -> Any:
-        """The `oracle.Rows` of the worker and round of `keys`."""
+    def __call__(self, keys: RoundKeys, shards: Shards) -> Any:
+        """The `samplers.RowSelection` of the worker and round of `keys`."""
         ...
 
 
@@ -302,7 +327,7 @@ class Sampler(Protocol):
 class Compressor(Protocol):
     """A scheme; see `laqjax.compressors`."""
 
-    def encode(self, target: Float[Array, " p"], keys: Keys) -> dict[str, Any]:
+    def encode(self, target: Float[Array, " p"], keys: RoundKeys) -> dict[str, Any]:
         """The payload of a message."""
         ...
 
@@ -310,25 +335,25 @@ class Compressor(Protocol):
         """What the receiver takes it for; `like` has the shape and dtype of the target."""
         ...
 
-    def wire(self, payload: dict[str, Any], like: Any) -> Iterable[Field]:
-        """The fields that travel, in order; see `laqjax.wire`."""
+    def wire_fields(self, payload: dict[str, Any], like: Any) -> Iterable[WireField]:
+        """The fields that travel, in order; see `laqjax.compressors`."""
         ...
 
 
 @runtime_checkable
-class Rule(Protocol):
-    """When a worker sends; see `laqjax.rules`, whose `Rule` has all of this but `decide`.
+class UploadRule(Protocol):
+    """When a worker sends; see `laqjax.rules`, whose `UploadRule` has all of this but `should_send`.
 
-    may_skip: an asked worker may stay silent, and its silence means that the server's memory of it still stands.
-    server_decides: the server asks some workers only; the others neither get the model nor compute.
+    can_skip: an asked worker may stay silent, and its silence means that the server's memory of it still stands.
+    server_selects: the server asks some workers only; the others neither get the model nor compute.
     renews_in_silence: a worker that was asked and stays silent may change its state, apart from a count of silent rounds.
     """
 
     @property
-    def may_skip(self) -> bool: ...
+    def can_skip(self) -> bool: ...
 
     @property
-    def server_decides(self) -> bool: ...
+    def server_selects(self) -> bool: ...
 
     @property
     def renews_in_silence(self) -> bool: ...
@@ -337,15 +362,17 @@ class Rule(Protocol):
         """(what the rule shares with all, what each worker keeps of it) before round 0."""
         ...
 
-    def asked(self, shared: Any, own: Any, now: Round) -> Bool[Array, ""]:
+    def is_selected(self, shared_state: Any, worker_state: Any, context: RoundContext) -> Bool[Array, ""]:
         """Whether the server asks this worker."""
         ...
 
-    def decide(self, shared: Any, own: Any, now: Evidence) -> tuple[Bool[Array, ""], Any, Any]:
+    def should_send(
+        self, shared_state: Any, worker_state: Any, context: UploadContext
+    ) -> tuple[Bool[Array, ""], Any, Any]:
         """(whether a worker that was asked sends, what it keeps if it sends, what it keeps if not)."""
         ...
 
-    def observe(self, shared: Any, step: Step) -> Any:
+    def update(self, shared_state: Any, step: ServerStep) -> Any:
         """What is shared after the server's step."""
         ...
 
@@ -355,7 +382,7 @@ class Memory(Protocol):
     """What is compressed, what a worker remembers, and whether the server's aggregate persists; see `laqjax.memories`."""
 
     @property
-    def persists(self) -> bool:
+    def is_persistent(self) -> bool:
         """Whether the server's aggregate holds what silent workers sent before."""
         ...
 
@@ -363,15 +390,17 @@ class Memory(Protocol):
         """What a worker remembers before round 0."""
         ...
 
-    def target(self, own: Any, grad: Float[Array, " p"], now: Round) -> tuple[Float[Array, " p"], Any]:
+    def compression_target(
+        self, worker_state: Any, grad: Float[Array, " p"], context: RoundContext
+    ) -> tuple[Float[Array, " p"], Any]:
         """(what is compressed, what the worker remembers if it then stays silent)."""
         ...
 
-    def update(self, own: Any, grad: Any, target: Any, decoded: Float[Array, " p"]) -> Any:
-        """What the worker remembers if it sends; `own` is what `target` gave."""
+    def update(self, worker_state: Any, grad: Any, target: Any, decoded: Float[Array, " p"]) -> Any:
+        """What the worker remembers if it sends; `worker_state` is what `compression_target` gave."""
         ...
 
-    def aggregate(self, aggregate: Any, total: Float[Array, " p"]) -> tuple[Float[Array, " p"], Any]:
+    def update_aggregate(self, aggregate: Any, total: Float[Array, " p"]) -> tuple[Float[Array, " p"], Any]:
         """(direction for the optimizer, aggregate) after the sum `total` of the messages."""
         ...
 
@@ -384,13 +413,13 @@ class Downlink(Protocol):
         """What the server remembers of it."""
         ...
 
-    def send(
+    def broadcast(
         self,
-        own: Any,
+        server_state: Any,
         params: Float[Array, " p"],
         direction: Float[Array, " p"],
         optimize: Callable[..., Any],
-        keys: Keys,
+        keys: RoundKeys,
     ) -> tuple[Float[Array, " p"], Any, Any, Int[Array, ""]]:
         """(the workers' next model, own, optimizer state, bytes sent); `optimize(direction, params) -> (step, optimizer state)`."""
         ...

@@ -31,7 +31,15 @@ def typecheck(function):
 jaxtyping.install_import_hook("laqjax", "conftest.typecheck")
 
 from experiments import datasets  # noqa: E402
-from laqjax import Shards, loop, oracle, points, problems  # noqa: E402
+from laqjax import (  # noqa: E402
+    Shards,
+    oracles,
+    partition,
+)
+from laqjax._engine import (  # noqa: E402
+    loop,
+    sweep,
+)
 
 KEY = jax.random.key(0)
 
@@ -39,7 +47,7 @@ KEY = jax.random.key(0)
 class Toy(NamedTuple):
     """An oracle, a start and data: p = 63 (whole bytes for few b only), shards of unequal size with padding."""
 
-    oracle: oracle.TiledOracle
+    oracle: oracles.TiledOracle
     theta0: jax.Array
     shards: Shards
 
@@ -72,7 +80,7 @@ def make_toy(dtype: Any) -> Toy:
     for shared in (x, y, weight):
         shared.setflags(write=False)
     params = softmax_params(rng, 3, 20, dtype)
-    tiled = oracle.from_loss(softmax_loss, params, l2=0.01, tile=5)
+    tiled = oracles.from_loss(softmax_loss, params, l2=0.01, tile=5)
     return Toy(tiled, tiled.ravel(params), Shards(x, y, weight))
 
 
@@ -87,12 +95,12 @@ def make_quadratic() -> Toy:
     rng = np.random.default_rng(0)
     scale = np.array([1, 1.4, 1, 0.5])[:, None, None]
     x, y = scale * rng.normal(size=(4, 12, 5)), rng.normal(size=(4, 12))
-    return Toy(oracle.from_loss(square_loss, jnp.zeros(5), l2=0.1), jnp.zeros(5), Shards(x, y, np.ones((4, 12))))
+    return Toy(oracles.from_loss(square_loss, jnp.zeros(5), l2=0.1), jnp.zeros(5), Shards(x, y, np.ones((4, 12))))
 
 
 def programs() -> int:
     """How many programs the loops have compiled."""
-    chunks: list[Any] = [loop.compiled_chunk, points.compiled_chunk]
+    chunks: list[Any] = [loop.run_chunk, sweep.run_sweep_chunk]
     return sum(chunk._cache_size() for chunk in chunks)
 
 
@@ -139,4 +147,4 @@ def quadratic(x64) -> Toy:
 def mnist() -> Shards:
     """MNIST's training images in file order, 6000 for each of the 10 workers."""
     train = datasets.load("mnist")
-    return problems.partition(train.x, train.y, 10, "contiguous")
+    return partition.partition_data(train.x, train.y, 10, "contiguous")

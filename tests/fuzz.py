@@ -7,7 +7,8 @@ import atheris  # pyright: ignore[reportMissingModuleSource]
 with atheris.instrument_imports(include=["laqjax"]):  # pyright: ignore[reportAttributeAccessIssue]
     import jax.numpy as jnp
 
-    from laqjax import compressors, wire
+    from laqjax import compressors
+    from laqjax._core import wire_format
 
 LIKE = jnp.zeros(21)
 SCHEMES = [
@@ -18,8 +19,8 @@ SCHEMES = [
     compressors.sign(),
     compressors.natural(),
     compressors.top_k(5),
-    compressors.sampled(0.3),
-    compressors.coin(compressors.top_k(5), 0.5),
+    compressors.optimal_sparsifier(0.3),
+    compressors.bernoulli_full(compressors.top_k(5), 0.5),
     compressors.blockwise(compressors.grid(3), (4, 17)),
 ]
 
@@ -28,7 +29,7 @@ def one(data: bytes) -> None:
     """The first byte chooses the compressor."""
     scheme = SCHEMES[data[0] % len(SCHEMES) if data else 0]
     try:
-        decoded = wire.from_bytes(scheme, data[1:], LIKE)
+        decoded = wire_format.from_bytes(scheme, data[1:], LIKE)
     except ValueError:
         return
     assert decoded.shape == LIKE.shape

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 # the settings of the authors' program
-AUTHORS: dict[str, Any] = dict(lr=0.02, bits=4, xi=0.8, window=10, limit=100, ramp=True, first_upload="rule")
+AUTHORS: dict[str, Any] = dict(
+    lr=0.02, bits=4, xi=0.8, window=10, max_silence=100, rescale_short_history=True, force_first_upload=False
+)
 AUTHORS_L2 = 0.01
 
 
@@ -56,19 +58,19 @@ def run(
     bits: int = 4,
     xi: Any = 0.8,  # weights xi_d, or one number: the sum of equal ones
     window: int = 10,
-    limit: float = 100,
-    ramp: bool = False,
-    first_upload: str = "forced",
+    max_silence: float = 100,
+    rescale_short_history: bool = False,
+    force_first_upload: bool = True,
 ) -> History:
     num_workers = len(workers)
     memory = np.zeros((num_workers, theta.size))
     last_error_sq = np.zeros(num_workers)
-    silence = np.full(num_workers, limit if first_upload == "forced" else 0)
+    silence = np.full(num_workers, max_silence if force_first_upload else 0)
     weights = np.array(xi) if np.ndim(xi) else np.full(window, xi / window)
     motion: list[float] = []  # ||theta^{k+1-d} - theta^{k-d}||^2, d = 1 first
     losses, masks = [], []
     for k in range(rounds):
-        scale = window / np.clip(k, 1, window) if ramp else 1
+        scale = window / np.clip(k, 1, window) if rescale_short_history else 1
         recent = scale * sum(w * m for w, m in zip(weights, motion, strict=False)) / (lr * num_workers) ** 2
         loss, sent = np.zeros(num_workers), np.zeros(num_workers, bool)
         for m, (x, y) in enumerate(workers):
@@ -77,7 +79,7 @@ def run(
             innovation = quantized(target, bits) if quantize else target
             error_sq = np.sum((target - innovation) ** 2)
             worthwhile = np.sum(innovation**2) >= recent + 3 * (error_sq + last_error_sq[m])
-            sent[m] = not lazy or worthwhile or silence[m] >= limit
+            sent[m] = not lazy or worthwhile or silence[m] >= max_silence
             if sent[m]:
                 memory[m] += innovation
                 last_error_sq[m] = error_sq

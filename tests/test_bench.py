@@ -26,7 +26,7 @@ def shards(mnist):
 def run(shards, rounds):
     problem = laqjax.problems.Softmax(784, 10)
     alg = laqjax.algorithms.laq(problem.oracle(), lr=0.02, num_workers=10, bits=4)
-    return laqjax.run(alg, problem.start(0), shards, rounds, jax.random.key(0), chunk=rounds).info
+    return laqjax.run(alg, problem.init_params(0), shards, rounds, jax.random.key(0), chunk_size=rounds).info
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch"])

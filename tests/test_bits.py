@@ -34,13 +34,13 @@ def test_a_run_cut_streamed_or_looped_is_the_same_run(name: str, toy: Toy) -> No
             out = run(alg, start, toy.shards, rounds)
             start = out.state
             infos.append(out.info)
-        identical((laqjax.join(infos), start), tuple(straight))
+        identical((laqjax.concatenate_infos(infos), start), tuple(straight))
 
     infos, state = [], None
-    for out in laqjax.stream(alg, toy.theta0, toy.shards, ROUNDS, KEY, record=RECORD, chunk=CHUNK):
+    for out in laqjax.stream(alg, toy.theta0, toy.shards, ROUNDS, KEY, metrics=RECORD, chunk_size=CHUNK):
         infos.append(out.info)
         state = jax.tree.map(np.array, out.state)  # a copy: the next chunk consumes it
-    identical((laqjax.join(infos), state), tuple(straight))
+    identical((laqjax.concatenate_infos(infos), state), tuple(straight))
 
     shards = Shards(*map(jnp.asarray, toy.shards))
     closed_over = jax.jit(alg.step)
@@ -65,16 +65,17 @@ def test_a_scan_of_ones_own_is_the_same_run(toy: Toy) -> None:
 
 @pytest.mark.parametrize("name", SWEPT)
 def test_a_sweep_cut_anywhere_is_the_same_sweep(name: str, toy: Toy) -> None:
-    points, keys = laqjax.stack(points_of(name, toy)), jax.random.split(KEY, 5)
+    points, keys = laqjax.stack_algorithms(points_of(name, toy)), jax.random.split(KEY, 5)
 
-    def sweep(start: Any, rounds: int) -> laqjax.Output:
-        return laqjax.sweep(points, start, toy.shards, rounds, keys, batch=3, record=RECORD, chunk=CHUNK)
+    def sweep(start: Any, rounds: int) -> laqjax.RunResult:
+        return laqjax.sweep(points, start, toy.shards, rounds, keys, batch_size=3, metrics=RECORD, chunk_size=CHUNK)
 
     straight, first = sweep(toy.theta0, 23), sweep(toy.theta0, 9)
     rest = sweep(first.state, 14)
-    identical((laqjax.join([first.info, rest.info]), rest.state), tuple(straight))
+    identical((laqjax.concatenate_infos([first.info, rest.info]), rest.state), tuple(straight))
 
 
-@pytest.mark.parametrize("name", SWEPT)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ROWS)
 def test_a_sweep_is_a_loop_of_runs(name: str, quadratic: Toy) -> None:
     check_that_a_sweep_is_a_loop(name, quadratic)

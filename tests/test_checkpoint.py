@@ -10,7 +10,8 @@ import pytest
 from conftest import KEY, Toy, make_toy
 
 import laqjax
-from laqjax import algorithms, checkpoint, loop, mesh
+from laqjax import algorithms, sharding
+from laqjax._engine import checkpoint, loop
 
 ROUNDS, CHUNK = 40, 8
 
@@ -21,34 +22,38 @@ class Killed(Exception):
 
 def algorithm(toy: Toy, **options: Any) -> laqjax.Algorithm:
     return algorithms.slaq(
-        toy.oracle, num_workers=4, limit=5, sampler=laqjax.oracle.Blocks(4), **{"lr": 0.05, "bits": 4} | options
+        toy.oracle,
+        num_workers=4,
+        max_silence=5,
+        sampler=laqjax.samplers.BlockSampler(4),
+        **{"lr": 0.05, "bits": 4} | options,
     )
 
 
-def run(toy: Toy, folder: Path | None, rounds: int = ROUNDS, alg: Any = None, **options: Any) -> laqjax.Output:
+def run(toy: Toy, folder: Path | None, rounds: int = ROUNDS, alg: Any = None, **options: Any) -> laqjax.RunResult:
     given: Any = {
-        "chunk": CHUNK,
-        "checkpoint": folder,
-        "every": CHUNK if folder else None,
-        "record": ["grad"],
+        "chunk_size": CHUNK,
+        "checkpoint_dir": folder,
+        "checkpoint_every": CHUNK if folder else None,
+        "metrics": ["grad"],
     } | options
     return laqjax.run(alg or algorithm(toy), toy.theta0, toy.shards, rounds, KEY, **given)
 
 
-def same(one: laqjax.Output, two: laqjax.Output) -> None:
+def same(one: laqjax.RunResult, two: laqjax.RunResult) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(two))
 
 
 @pytest.fixture(scope="module")
-def straight() -> laqjax.Output:
+def straight() -> laqjax.RunResult:
     return run(make_toy(np.float32), None)
 
 
 @pytest.mark.parametrize("chunks", [0, 1, 3])
 def test_a_run_that_was_killed_goes_on(
-    toy: Toy, straight: laqjax.Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunks: int
+    toy: Toy, straight: laqjax.RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunks: int
 ) -> None:
-    ordinary, left = checkpoint.Checkpoints.save, [chunks]
+    ordinary, left = checkpoint.RunCheckpointer.save, [chunks]
 
     def save(self: Any, *args: Any) -> None:
         if not left[0]:
@@ -57,34 +62,36 @@ def test_a_run_that_was_killed_goes_on(
         ordinary(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Checkpoints, "save", save)
+        patch.setattr(checkpoint.RunCheckpointer, "save", save)
         with pytest.raises(Killed):
             run(toy, tmp_path / "run")
     computed: list[int] = []
     with monkeypatch.context() as patch:
-        head = loop.head
-        patch.setattr("laqjax.loop.head", lambda info, rounds: computed.append(rounds) or head(info, rounds))
+        head = loop.truncate_info
+        patch.setattr(
+            "laqjax._engine.loop.truncate_info", lambda info, rounds: computed.append(rounds) or head(info, rounds)
+        )
         same(run(toy, tmp_path / "run"), straight)
     assert sum(computed) == ROUNDS - chunks * CHUNK
 
 
 def test_more_rounds_go_on_and_the_same_are_there_already(
-    toy: Toy, straight: laqjax.Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy: Toy, straight: laqjax.RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(toy, tmp_path / "run", 20)
     same(run(toy, tmp_path / "run"), straight)
     with monkeypatch.context() as patch:
-        patch.setattr("laqjax.loop.compiled_chunk", None)
+        patch.setattr("laqjax._engine.loop.run_chunk", None)
         same(run(toy, tmp_path / "run"), straight)
     with pytest.raises(ValueError, match=r"rounds = 10: the checkpoints in .* have 36 and more"):
         run(toy, tmp_path / "run", 10)
 
 
-def test_a_mesh_goes_on_where_one_device_stopped(toy: Toy, straight: laqjax.Output, tmp_path: Path) -> None:
-    run(toy, tmp_path / "run", 16, workers_at_once=1)
-    out = run(toy, tmp_path / "run", mesh=mesh.make(), workers_at_once=1)
-    alone = run(toy, None, workers_at_once=1)
-    same(laqjax.Output(out.info, mesh.trim(out.state, 4)), alone)
+def test_a_mesh_goes_on_where_one_device_stopped(toy: Toy, straight: laqjax.RunResult, tmp_path: Path) -> None:
+    run(toy, tmp_path / "run", 16, worker_batch_size=1)
+    out = run(toy, tmp_path / "run", mesh=sharding.make_mesh(), worker_batch_size=1)
+    alone = run(toy, None, worker_batch_size=1)
+    same(laqjax.RunResult(out.info, sharding.unpad_state(out.state, 4)), alone)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +99,7 @@ def test_a_mesh_goes_on_where_one_device_stopped(toy: Toy, straight: laqjax.Outp
     [
         ("algorithm", {"alg": {"lr": 0.06}}),
         ("algorithm", {"alg": {"bits": 3}}),
-        ("record", {"record": []}),
+        ("metrics", {"metrics": []}),
     ],
 )
 def test_another_run_is_refused(toy: Toy, tmp_path: Path, name: str, change: dict[str, Any]) -> None:
@@ -105,7 +112,7 @@ def test_another_run_is_refused(toy: Toy, tmp_path: Path, name: str, change: dic
 def test_other_data_start_and_key_are_refused(toy: Toy, tmp_path: Path) -> None:
     run(toy, tmp_path / "run", CHUNK)
     shards = toy.shards._replace(y=1 - np.minimum(toy.shards.y, 1))
-    given: Any = {"chunk": CHUNK, "record": ["grad"], "checkpoint": tmp_path / "run"}
+    given: Any = {"chunk_size": CHUNK, "metrics": ["grad"], "checkpoint_dir": tmp_path / "run"}
     for start, data, key, name in (
         (toy.theta0 + 1, toy.shards, KEY, "start"),
         (toy.theta0, shards, KEY, "data"),
@@ -121,7 +128,7 @@ def test_a_folder_with_other_files_is_refused(toy: Toy, tmp_path: Path) -> None:
         run(toy, tmp_path)
 
 
-def test_a_damaged_checkpoint_falls_back(toy: Toy, straight: laqjax.Output, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_falls_back(toy: Toy, straight: laqjax.RunResult, tmp_path: Path) -> None:
     run(toy, tmp_path / "run", 3 * CHUNK)
     newest = tmp_path / "run" / str(3 * CHUNK)
     assert {path.name for path in newest.parent.iterdir()} == {"run.json", "16", "24"}
@@ -133,7 +140,7 @@ def test_a_damaged_checkpoint_falls_back(toy: Toy, straight: laqjax.Output, tmp_
 
 
 def test_a_full_disk_is_a_warning(
-    toy: Toy, straight: laqjax.Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy: Toy, straight: laqjax.RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import orbax.checkpoint
 
@@ -151,11 +158,13 @@ def test_a_full_disk_is_a_warning(
 def test_keys_in_a_state_are_kept(tmp_path: Path) -> None:
     """A rule may keep a key: it is saved as numbers and comes back as one."""
     some: Any = np.zeros(2, np.float32)
-    state: Any = laqjax.State(some, some, some, some, jax.random.key(3), None, laqjax.types.Worker(None, None))
-    store = checkpoint.Checkpoints(tmp_path / "keys", {})
+    state: Any = laqjax.AlgorithmState(
+        some, some, some, some, jax.random.key(3), None, laqjax.types.WorkerState(None, None)
+    )
+    store = checkpoint.RunCheckpointer(tmp_path / "keys", {})
     store.save(1, jax.tree.map(lambda a: a, state), {"loss": some})
     store.close()
-    done, back, _ = checkpoint.Checkpoints(tmp_path / "keys", {}).latest(state, 5)
+    done, back, _ = checkpoint.RunCheckpointer(tmp_path / "keys", {}).restore_latest(state, 5)
     assert done == 1
     assert jax.random.key_data(back.rule).tolist() == jax.random.key_data(state.rule).tolist()
     assert back.rule.dtype == state.rule.dtype

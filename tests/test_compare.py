@@ -134,6 +134,7 @@ def test_it_goes_on_where_it_was(whole: Path, home: Path, monkeypatch: pytest.Mo
     assert {path.name for path in whole.glob("*.png")} == {"bits.png", "fronts-4.png", "fronts-10.png"}
 
 
+@pytest.mark.long
 def test_it_goes_on_to_more_rounds_and_a_smaller_target(whole: Path, home: Path) -> None:
     """The tables of a straight run; what was chosen with fewer is set aside."""
     more = ["--rounds", "160", "--target", "10", "4", "2"]

@@ -11,12 +11,13 @@ from conftest import KEY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laqjax import compressors, types, wire
+from laqjax import compressors, types
+from laqjax._core import wire_format
 
 BITS = st.integers(1, 16)
 SIZES = [1, 7, 8, 63]
 vectors = st.tuples(st.integers(0, 2**32 - 1), st.sampled_from(SIZES), st.integers(-28, 28))
-KEYS = types.Keys(KEY, jax.random.key(1), KEY, jnp.int32(1), jnp.int32(0))
+KEYS = types.RoundKeys(KEY, jax.random.key(1), KEY, jnp.int32(1), jnp.int32(0))
 
 encode = jax.jit(lambda scheme, target, keys=KEYS: scheme.encode(target, keys))
 decode = jax.jit(lambda scheme, payload, like: scheme.decode(payload, like))
@@ -81,7 +82,7 @@ def test_the_grid_by_hand() -> None:
     payload = grid.encode(target, KEYS)
     np.testing.assert_array_equal(payload["codes"], [3, 0, 2, 2, 1, 2, 3, 1])
     np.testing.assert_array_equal(grid.decode(payload, target), [3, -3, 1, 1, -1, 1, 3, -1])
-    assert 8 * wire.message_bytes(grid.wire(payload, target)) == 32 + 16
+    assert 8 * wire_format.message_bytes(grid.wire_fields(payload, target)) == 32 + 16
 
 
 @given(vectors, st.integers(1, 16), st.integers(0, 15))
@@ -92,7 +93,9 @@ def test_the_adaptive_grid_chooses_between_its_bounds(drawn: Any, least: int, mo
     bits = int(payload["bits"])
     assert least <= bits <= most
     assert bits == least or target.any()
-    assert 8 * wire.message_bytes(scheme.wire(payload, target)) == -(-(8 + 32 + bits * target.size) // 8) * 8
+    assert (
+        8 * wire_format.message_bytes(scheme.wire_fields(payload, target)) == -(-(8 + 32 + bits * target.size) // 8) * 8
+    )
     np.testing.assert_array_equal(decode(scheme, payload, target), decode(compressors.grid(bits), payload, target))
 
 
@@ -112,7 +115,7 @@ UNBIASED: dict[str, tuple[Any, Any]] = {  # and omega: E ||decode - target||^2 <
     "ternary": (compressors.ternary(), None),
     "rand_k": (compressors.rand_k(4), P / 4 - 1),
     "natural": (compressors.natural(), 1 / 8),
-    "sampled": (compressors.sampled(0.3), None),
+    "sampled": (compressors.optimal_sparsifier(0.3), None),
     "blockwise": (compressors.blockwise(compressors.natural(), (4, 17)), 1 / 8),
 }
 DRAWS = 4000
@@ -123,7 +126,9 @@ def draws(scheme: Any, target: Any) -> Any:
     """Decoded messages of as many keys."""
     own = jax.random.split(KEY, DRAWS)
     return jax.vmap(
-        lambda key: scheme.decode(scheme.encode(target, types.Keys(key, key, key, jnp.int32(1), jnp.int32(0))), target)
+        lambda key: scheme.decode(
+            scheme.encode(target, types.RoundKeys(key, key, key, jnp.int32(1), jnp.int32(0))), target
+        )
     )(own)
 
 
@@ -197,13 +202,13 @@ def test_natural_gives_powers_of_two(drawn: Any) -> None:
 def test_sampled_keeps_about_its_share(seed: int) -> None:
     """On average the density, no matter how heavy the tail; the largest is not scaled down."""
     target = np.random.default_rng(seed).standard_t(3, P).astype(np.float32)
-    kept = np.asarray(draws(compressors.sampled(0.3), target)) != 0
+    kept = np.asarray(draws(compressors.optimal_sparsifier(0.3), target)) != 0
     assert abs(kept.sum(axis=1).mean() / (0.3 * P) - 1) < 0.15
 
 
 @jax.jit
-def chances(scheme: compressors.Sampled, target: jax.Array) -> jax.Array:
-    return scheme.chances(target)
+def chances(scheme: compressors.OptimalSparsifier, target: jax.Array) -> jax.Array:
+    return scheme.inclusion_probabilities(target)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.3, 0.6, 0.9])
@@ -211,7 +216,7 @@ def chances(scheme: compressors.Sampled, target: jax.Array) -> jax.Array:
 def test_the_chances_of_sampled_add_up_to_its_share(density: float, seed: int) -> None:
     """On heavy tails too, where most of the budget goes to coordinates that are certain."""
     target = jnp.asarray(np.random.default_rng(seed).standard_cauchy(200), jnp.float32)
-    chance = chances(compressors.sampled(density), target)
+    chance = chances(compressors.optimal_sparsifier(density), target)
     assert float(jnp.sum(chance)) == pytest.approx(density * 200, rel=1e-5)
     free = np.asarray(chance) < 1
     share = np.asarray(chance)[free] / np.abs(np.asarray(target))[free]
@@ -226,7 +231,7 @@ def test_each_block_has_its_own_radius() -> None:
     assert [float(payload[i]["radius"]) for i in ("0", "1")] == [1, 100]
     decoded = scheme.decode(payload, target)
     assert np.abs(decoded - target)[:3].max() <= 1 / 15 + 1e-6
-    assert 8 * wire.message_bytes(scheme.wire(payload, target)) == -(-(2 * 32 + 4 * 7) // 8) * 8
+    assert 8 * wire_format.message_bytes(scheme.wire_fields(payload, target)) == -(-(2 * 32 + 4 * 7) // 8) * 8
     with pytest.raises(ValueError, match=r"blockwise sizes = \(3, 3\) add up to 6: expected p = 7"):
         compressors.blockwise(compressors.grid(4), (3, 3)).encode(target, KEYS)
 
@@ -254,12 +259,12 @@ SCHEMES: dict[str, tuple[Any, Any]] = {  # and its bits before they are rounded 
     "natural": (compressors.natural(), lambda p, f: (9 if f == 32 else 12) * p),
     "top_k": (compressors.top_k(1), lambda p, f: f + max(int(np.ceil(np.log2(p))), 1)),
     "rand_k": (compressors.rand_k(1), lambda p, f: f + max(int(np.ceil(np.log2(p))), 1)),
-    "sampled": (compressors.sampled(0.3), None),
-    "coin-never": (compressors.coin(compressors.grid(3), 1e-9), lambda p, f: 1 + f + 3 * p),
-    "coin-always": (compressors.coin(compressors.grid(3), 1), lambda p, f: 1 + f * p),
-    "coin-natural": (compressors.coin(compressors.natural(), 1), lambda p, f: 1 + f * p),
-    "coin-top_k": (compressors.coin(compressors.top_k(1), 1), lambda p, f: 1 + f * p),
-    "coin-sampled": (compressors.coin(compressors.sampled(0.5), 1), lambda p, f: 1 + f * p),
+    "sampled": (compressors.optimal_sparsifier(0.3), None),
+    "coin-never": (compressors.bernoulli_full(compressors.grid(3), 1e-9), lambda p, f: 1 + f + 3 * p),
+    "coin-always": (compressors.bernoulli_full(compressors.grid(3), 1), lambda p, f: 1 + f * p),
+    "coin-natural": (compressors.bernoulli_full(compressors.natural(), 1), lambda p, f: 1 + f * p),
+    "coin-top_k": (compressors.bernoulli_full(compressors.top_k(1), 1), lambda p, f: 1 + f * p),
+    "coin-sampled": (compressors.bernoulli_full(compressors.optimal_sparsifier(0.5), 1), lambda p, f: 1 + f * p),
 }
 
 
@@ -273,12 +278,14 @@ def test_the_bytes_are_the_message(name: str, size: int, dtype: type) -> None:
         for like in (vector(3, size, 0, dtype), np.zeros(size, dtype)):
             target = jnp.asarray(like)
             payload = scheme.encode(target, KEYS)
-            data = wire.to_bytes(scheme, payload, target)
-            assert len(data) == wire.message_bytes(scheme.wire(payload, target))
+            data = wire_format.to_bytes(scheme, payload, target)
+            assert len(data) == wire_format.message_bytes(scheme.wire_fields(payload, target))
             if formula:
                 assert len(data) == -(-formula(size, 8 * like.itemsize) // 8)
             decoded = np.asarray(scheme.decode(payload, target))
-            np.testing.assert_array_equal(np.asarray(wire.from_bytes(scheme, data, target)), decoded, strict=True)
+            np.testing.assert_array_equal(
+                np.asarray(wire_format.from_bytes(scheme, data, target)), decoded, strict=True
+            )
             assert decoded.dtype == dtype
             assert np.all(np.isfinite(decoded))
             if not like.any() and name != "sign-alone":  # one bit has no zero
@@ -291,12 +298,12 @@ def test_other_bytes_are_refused_in_words(name: str, size: int, data: bytes) -> 
     """What is no message raises ValueError and nothing else."""
     scheme, like = SCHEMES[name][0], jnp.zeros(size)
     with contextlib.suppress(ValueError):
-        assert wire.from_bytes(scheme, data, like).shape == like.shape
+        assert wire_format.from_bytes(scheme, data, like).shape == like.shape
     target = jnp.asarray(vector(0, size, 0))
-    message = wire.to_bytes(scheme, scheme.encode(target, KEYS), target)
+    message = wire_format.to_bytes(scheme, scheme.encode(target, KEYS), target)
     for wrong in (message + b"\0", message[:-1]):
         with pytest.raises(ValueError, match="a message of"):
-            wire.from_bytes(scheme, wrong, like)
+            wire_format.from_bytes(scheme, wrong, like)
 
 
 class Fields:
@@ -308,9 +315,9 @@ class Fields:
     def encode(self, target: Any, keys: Any) -> Any:
         return {str(i): jnp.zeros(n, jnp.int32) for i, n in enumerate(self.counts)}
 
-    def wire(self, payload: Any, like: Any) -> Any:
+    def wire_fields(self, payload: Any, like: Any) -> Any:
         for i, (width, count) in enumerate(zip(self.widths, self.counts, strict=True)):
-            yield types.Field(payload, str(i), jax.ShapeDtypeStruct((count,), np.int32), width)
+            yield types.WireField(payload, str(i), jax.ShapeDtypeStruct((count,), np.int32), width)
 
     def decode(self, payload: Any, like: Any) -> Any:
         self.read = payload
@@ -324,40 +331,40 @@ def test_fields_stand_bit_by_bit(first: int) -> None:
     for width in range(1, 32):
         scheme = Fields((1, width, 3, 7), counts)
         numbers = {str(i): rng.integers(0, 2**w, n) for i, (w, n) in enumerate(zip(scheme.widths, counts, strict=True))}
-        data = wire.to_bytes(scheme, numbers, None)
+        data = wire_format.to_bytes(scheme, numbers, None)
         assert len(data) == -(-sum(w * n for w, n in zip(scheme.widths, counts, strict=True)) // 8)
-        wire.from_bytes(scheme, data, None)
+        wire_format.from_bytes(scheme, data, None)
         for name, expected in numbers.items():
             np.testing.assert_array_equal(scheme.read[name], expected)
 
 
 def test_a_sampled_message_bills_what_it_holds() -> None:
-    scheme, target = compressors.sampled(0.3), jnp.asarray(vector(0, 63, 0))
+    scheme, target = compressors.optimal_sparsifier(0.3), jnp.asarray(vector(0, 63, 0))
     bills = set()
     for key in jax.random.split(KEY, 6):
-        payload = encode(scheme, target, types.Keys(key, key, key, jnp.int32(1), jnp.int32(0)))
+        payload = encode(scheme, target, types.RoundKeys(key, key, key, jnp.int32(1), jnp.int32(0)))
         kept = int(np.sum(np.asarray(payload["kept"])))
-        bills.add(int(8 * wire.message_bytes(scheme.wire(payload, target))))
-        assert 8 * wire.message_bytes(scheme.wire(payload, target)) == 64 + 32 * kept
+        bills.add(int(8 * wire_format.message_bytes(scheme.wire_fields(payload, target))))
+        assert 8 * wire_format.message_bytes(scheme.wire_fields(payload, target)) == 64 + 32 * kept
     assert len(bills) > 1
 
 
 @pytest.mark.parametrize("size", [63, 7850])
 def test_nothing_is_sent_of_nothing(size: int) -> None:
     """A zero vector is its bitmap, a spike the bitmap and one number: what is certain leaves nothing to share out."""
-    scheme = compressors.sampled(0.3)
+    scheme = compressors.optimal_sparsifier(0.3)
     for target, kept in ((jnp.zeros(size), 0), (jnp.zeros(size).at[3].set(5), 1)):
         payload = scheme.encode(target, KEYS)
-        assert 8 * wire.message_bytes(scheme.wire(payload, target)) == -(-size // 8) * 8 + 32 * kept
+        assert 8 * wire_format.message_bytes(scheme.wire_fields(payload, target)) == -(-size // 8) * 8 + 32 * kept
         np.testing.assert_array_equal(scheme.decode(payload, target), target)
 
 
 def test_any_float_travels_as_it_is() -> None:
     target = jnp.asarray([1.5, 0.3, -7.0], jnp.bfloat16)
     scheme = compressors.identity()
-    data = wire.to_bytes(scheme, scheme.encode(target, KEYS), target)
+    data = wire_format.to_bytes(scheme, scheme.encode(target, KEYS), target)
     assert len(data) == 6
-    np.testing.assert_array_equal(wire.from_bytes(scheme, data, target), target)
+    np.testing.assert_array_equal(wire_format.from_bytes(scheme, data, target), target)
 
 
 def test_indices_are_billed() -> None:
@@ -365,4 +372,6 @@ def test_indices_are_billed() -> None:
     for size, width in ((16, 4), (17, 5), (7850, 13)):
         target = jnp.arange(1.0, size + 1)
         for scheme in (compressors.top_k(8), compressors.rand_k(8)):
-            assert 8 * wire.message_bytes(scheme.wire(scheme.encode(target, KEYS), target)) == 8 * (32 + width)
+            assert 8 * wire_format.message_bytes(scheme.wire_fields(scheme.encode(target, KEYS), target)) == 8 * (
+                32 + width
+            )

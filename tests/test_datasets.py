@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from experiments import datasets
 from experiments.datasets import Dataset, load, synthetic
-from laqjax.problems import partition
+from laqjax.partition import partition_data
 
 IDX_STEMS = (
     "train-images-idx3-ubyte",
@@ -271,7 +271,7 @@ def test_synthetic_has_the_condition_and_the_spread_asked_for(condition, heterog
     assert data.x.shape == (2000, 20)
     eigenvalues = np.linalg.eigvalsh(data.x.T @ data.x / 2000)
     np.testing.assert_allclose(eigenvalues, np.geomspace(1 / condition, 1, 20), rtol=1e-7)
-    of_worker = smoothness(partition(data.x, data.y, 10, "contiguous").x)
+    of_worker = smoothness(partition_data(data.x, data.y, 10, "contiguous").x)
     slope = np.polyfit(np.arange(10) / 9, np.log10(of_worker), 1)[0]
     assert slope == pytest.approx(heterogeneity, abs=0.2)
     if heterogeneity:
@@ -358,7 +358,7 @@ def numbered(n, num_classes=5):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_partition_deals_each_sample_at_most_once(scheme, n, num_workers, seed):
     x, y = numbered(n)
-    shards = partition(x, y, num_workers, scheme, seed)
+    shards = partition_data(x, y, num_workers, scheme, seed)
     assert shards.x.dtype == x.dtype
     assert shards.y.dtype == y.dtype
     assert shards.weight.dtype == np.float32
@@ -384,7 +384,7 @@ def test_partition_deals_each_sample_at_most_once(scheme, n, num_workers, seed):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_partition_is_a_function_of_the_seed(scheme):
     x, y = numbered(60)
-    first, again, other = (partition(x, y, 4, scheme, seed) for seed in (1, 1, 2))
+    first, again, other = (partition_data(x, y, 4, scheme, seed) for seed in (1, 1, 2))
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
     same = first.x.shape == other.x.shape and np.array_equal(first.x, other.x)
@@ -392,7 +392,7 @@ def test_partition_is_a_function_of_the_seed(scheme):
 
 
 def test_contiguous_is_a_view_in_file_order(mnist):
-    shards = partition(mnist.x, mnist.y, 10, "contiguous")
+    shards = partition_data(mnist.x, mnist.y, 10, "contiguous")
     assert shards.x.shape == (10, 6000, 784)
     assert np.shares_memory(shards.x, mnist.x)
     assert np.shares_memory(shards.y, mnist.y)
@@ -400,16 +400,16 @@ def test_contiguous_is_a_view_in_file_order(mnist):
     np.testing.assert_array_equal(shards.x[3, 17], mnist.x[3 * 6000 + 17])
     assert shards.weight.sum() == 60000
     x, y = numbered(11)
-    numbers = partition(x, y, 3, "contiguous").x[..., 0, 0]
+    numbers = partition_data(x, y, 3, "contiguous").x[..., 0, 0]
     assert numbers.tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
 
 
 def test_shuffled_mixes_and_sorted_is_stable():
     x, y = numbered(60)
-    shuffled = partition(x, y, 4, "shuffled", seed=3).x[..., 0, 0].reshape(-1)
+    shuffled = partition_data(x, y, 4, "shuffled", seed=3).x[..., 0, 0].reshape(-1)
     assert not np.array_equal(shuffled, x[:, 0, 0])
     assert abs(np.corrcoef(shuffled, x[:, 0, 0])[0, 1]) < 0.4
-    by_label = partition(x, y, 5, "sorted")
+    by_label = partition_data(x, y, 5, "sorted")
     assert by_label.y.tolist() == [[label] * 12 for label in range(5)]
     assert (np.diff(by_label.x[..., 0, 0], axis=1) > 0).all()
 
@@ -418,7 +418,7 @@ def test_dirichlet_skews_as_alpha_shrinks():
     x, y = numbered(6000, num_classes=10)
 
     def class_shares(alpha):
-        shards = partition(x, y, 6, f"dirichlet:{alpha}")
+        shards = partition_data(x, y, 6, f"dirichlet:{alpha}")
         counts = np.array(
             [np.bincount(own[w == 1], minlength=10) for own, w in zip(shards.y, shards.weight, strict=True)]
         )
@@ -434,19 +434,19 @@ def test_dirichlet_skews_as_alpha_shrinks():
 
 def test_dirichlet_leaves_nobody_empty():
     x, y = numbered(20, num_classes=1)
-    sizes = partition(x, y, 20, "dirichlet:0.001").weight.sum(axis=1)
+    sizes = partition_data(x, y, 20, "dirichlet:0.001").weight.sum(axis=1)
     assert sizes.tolist() == [1] * 20
-    sizes = partition(x, y, 4, "dirichlet:0.001").weight.sum(axis=1)
+    sizes = partition_data(x, y, 4, "dirichlet:0.001").weight.sum(axis=1)
     assert sorted(sizes) == [1, 1, 1, 17]
 
 
 def test_unequal_sizes_are_geometric():
     x, y = numbered(7000)
-    shards = partition(x, y, 3, "unequal:4", seed=2)
+    shards = partition_data(x, y, 3, "unequal:4", seed=2)
     assert shards.weight.sum(axis=1).tolist() == [1000, 2000, 4000]
     assert np.ptp(shards.x[0, :1000, 0, 0]) > 6000  # shuffled: the first worker sees both ends of the file
-    assert partition(x, y, 7, "unequal:1").weight.sum(axis=1).tolist() == [1000] * 7
-    assert partition(x, y, 1, "unequal:5").weight.sum() == 7000
+    assert partition_data(x, y, 7, "unequal:1").weight.sum(axis=1).tolist() == [1000] * 7
+    assert partition_data(x, y, 1, "unequal:5").weight.sum() == 7000
 
 
 @pytest.mark.parametrize(
@@ -474,16 +474,16 @@ def test_unequal_sizes_are_geometric():
 def test_partition_refuses(num_workers, scheme, message):
     x, y = numbered(12)
     with pytest.raises(ValueError, match=message):
-        partition(x, y, num_workers, scheme)
+        partition_data(x, y, num_workers, scheme)
 
 
 def test_partition_refuses_mismatched_and_unclassed_labels():
     x, y = numbered(12)
     with pytest.raises(ValueError, match=r"expected one label per row.*\(11,\)"):
-        partition(x, y[:11], 2, "contiguous")
+        partition_data(x, y[:11], 2, "contiguous")
     with pytest.raises(ValueError, match=r"y: dirichlet splits classes.*float64"):
-        partition(x, y.astype(np.float64), 2, "dirichlet:1")
-    partition(x, y.astype(np.float64), 2, "sorted")
+        partition_data(x, y.astype(np.float64), 2, "dirichlet:1")
+    partition_data(x, y.astype(np.float64), 2, "sorted")
 
 
 # TensorFlow Datasets: the sets are really prepared and read, offline and without TensorFlow

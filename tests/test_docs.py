@@ -24,7 +24,8 @@ import tyro
 
 import laqjax
 from experiments import terminal
-from laqjax import types, wire
+from laqjax import types
+from laqjax._core import wire_format
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {path.name: path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
@@ -104,11 +105,13 @@ def test_your_own_method(used: dict[str, Any]) -> None:
     like = names["oracle"].ravel(names["start"])
     assert set(one.info.bits_up[one.info.sent]) == {16 * like.size}
     key = jax.random.key(0)
-    keys = types.Keys(key, key, key, jax.numpy.int32(1), jax.numpy.int32(0))
+    keys = types.RoundKeys(key, key, key, jax.numpy.int32(1), jax.numpy.int32(0))
     payload = alg.compressor.encode(like, keys)
-    data = wire.to_bytes(alg.compressor, payload, like)
-    assert len(data) == wire.message_bytes(alg.compressor.wire(payload, like)) == 2 * like.size
-    np.testing.assert_array_equal(wire.from_bytes(alg.compressor, data, like), alg.compressor.decode(payload, like))
+    data = wire_format.to_bytes(alg.compressor, payload, like)
+    assert len(data) == wire_format.message_bytes(alg.compressor.wire_fields(payload, like)) == 2 * like.size
+    np.testing.assert_array_equal(
+        wire_format.from_bytes(alg.compressor, data, like), alg.compressor.decode(payload, like)
+    )
 
 
 ON_FOUR_DEVICES = """
@@ -123,7 +126,7 @@ def test_many_devices(tmp_path: Path) -> None:
     """The examples of docs/mesh.md on four devices: the first example's run of one device, and a message of each device."""
     script = tmp_path / "script.py"
     first = block("own.md", "datasets.load").replace("rounds=200", "rounds=5") + "alone = out.state\n"
-    mesh, lazy = block("mesh.md", "laqjax.mesh.make"), block("mesh.md", "lazy_aggregate")
+    mesh, lazy = block("mesh.md", "laqjax.sharding.make_mesh"), block("mesh.md", "lazy_aggregate")
     script.write_text(first + mesh + ON_FOUR_DEVICES + lazy)
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, script], env=os.environ | flags, capture_output=True, text=True, check=False)
@@ -133,14 +136,16 @@ def test_many_devices(tmp_path: Path) -> None:
 
 def test_a_federation(used: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("flwr")
-    from laqjax import loopback
+    from laqjax.federation import testing
 
     monkeypatch.chdir(tmp_path)
     Path("results").mkdir()
     names = dict(used)
-    text = block("federation.md", "flower.client_app").replace("rounds=100", "rounds=3")
-    exec(text.replace(', programs=Path("results/programs")', ""), names)  # JAX's cache is one for the whole process
-    grid = loopback.Loopback(names["client"], range(10))
+    text = block("federation.md", "federation.client_app").replace("rounds=100", "rounds=3")
+    exec(
+        text.replace(', compilation_cache_dir=Path("results/programs")', ""), names
+    )  # JAX's cache is one for the whole process
+    grid = testing.InProcessGrid(names["client"], range(10))
     names["server"](grid, grid.contexts[100])
     assert Path("results/server.npz").exists()
 

@@ -11,14 +11,14 @@ from conftest import KEY, Toy, make_quadratic
 from test_laws import BLOCKS, EACH, EPOCHS, LAZY_KNOBS, identical, keys_of, make, run
 
 import laqjax
-from laqjax import Algorithm, algorithms, compressors, memories, types
+from laqjax import Algorithm, algorithms, compressors, downlinks, types
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROUNDS = 40
 TOP, IDENTITY = compressors.top_k(3), compressors.identity()
 
 
-def same(one: Algorithm, other: Algorithm, toy: Toy, *, bills: bool = True, rtol: float = 1e-10) -> laqjax.Info:
+def same(one: Algorithm, other: Algorithm, toy: Toy, *, bills: bool = True, rtol: float = 1e-10) -> laqjax.RoundInfo:
     """Two float64 runs that differ in rounding only; the first one's info."""
     a, b = (run(alg, toy.theta0, toy.shards, ROUNDS).info for alg in (one, other))
     np.testing.assert_array_equal(a.sent, b.sent)
@@ -41,7 +41,7 @@ def some_silence(alg: Algorithm, toy: Toy) -> None:
 @pytest.mark.parametrize(
     ("name", "knobs"),
     [
-        ("lag_wk", dict(xi=0, limit=None)),
+        ("lag_wk", dict(xi=0, max_silence=None)),
         ("ef21", dict(compressor=IDENTITY)),
         ("diana", dict(compressor=IDENTITY, damping=0.3)),
         ("clag", dict(compressor=IDENTITY, zeta=0)),
@@ -78,8 +78,8 @@ def test_ef21_on_the_grid_is_qgd(quadratic: Toy) -> None:
 
 
 def test_laq_of_no_patience_is_qgd(quadratic: Toy) -> None:
-    """A worker is never silent in two rounds running: limit = 1 sends every second round at least, xi = 0 and b = 16 always."""
-    sent = run(make("laq", quadratic, xi=1e9, limit=1), quadratic.theta0, quadratic.shards, ROUNDS).info.sent
+    """A worker is never silent in two rounds running: max_silence = 1 sends every second round at least, xi = 0 and b = 16 always."""
+    sent = run(make("laq", quadratic, xi=1e9, max_silence=1), quadratic.theta0, quadratic.shards, ROUNDS).info.sent
     assert np.all(sent[1:] | sent[:-1])
     same(make("laq", quadratic, xi=0, bits=16), make("qgd", quadratic, bits=16), quadratic, rtol=1e-9)
 
@@ -95,15 +95,15 @@ def test_qsgd_of_many_levels_is_nearly_sgd(quadratic: Toy) -> None:
 
 def test_sgd_on_all_rows_is_gd(quadratic: Toy) -> None:
     """One epoch a round, in a new order each: only the order of the sum differs."""
-    for sampler in (laqjax.oracle.Blocks(12), laqjax.oracle.Epochs(12)):
+    for sampler in (laqjax.samplers.BlockSampler(12), laqjax.samplers.ShuffleSampler(12)):
         same(make("sgd", quadratic, sampler=sampler), make("gd", quadratic), quadratic)
 
 
 def test_minibatches_without_replacement_see_every_row_once_an_epoch(toy: Toy) -> None:
     """12 rows, 4 a round; the first shard has 5 rows only: one round is its epoch, and padding is never drawn."""
-    sampler = laqjax.oracle.Epochs(4)
+    sampler = laqjax.samplers.ShuffleSampler(4)
     shards = jax.tree.map(jnp.asarray, toy.shards)
-    draw = jax.jit(lambda m, k: sampler(types.Keys(KEY, KEY, KEY, k, m), shards).index)
+    draw = jax.jit(lambda m, k: sampler(types.RoundKeys(KEY, KEY, KEY, k, m), shards).index)
     for epoch in (0, 1):
         rows = [np.asarray(draw(np.int32(1), np.int32(3 * epoch + k))) for k in range(3)]
         np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(12))
@@ -113,9 +113,9 @@ def test_minibatches_without_replacement_see_every_row_once_an_epoch(toy: Toy) -
 
 
 def test_minibatches_of_blocks_are_runs_of_the_shard(toy: Toy) -> None:
-    sampler = laqjax.oracle.Blocks(4)
+    sampler = laqjax.samplers.BlockSampler(4)
     shards = jax.tree.map(jnp.asarray, toy.shards)
-    draw = jax.jit(lambda key, m: sampler(types.Keys(key, key, key, jnp.int32(0), m), shards).start)
+    draw = jax.jit(lambda key, m: sampler(types.RoundKeys(key, key, key, jnp.int32(0), m), shards).start)
     keys = jax.random.split(KEY, 60)
     assert {int(draw(key, np.int32(1))) for key in keys} == {0, 4, 8}
     assert {int(draw(key, np.int32(0))) for key in keys} == {0}
@@ -132,7 +132,7 @@ def test_laq_with_the_identity_is_lag(toy: Toy) -> None:
 
 
 def test_two_laq_with_nothing_lost_on_the_way_down_is_laq(quadratic: Toy) -> None:
-    two = replace(make("two_laq", quadratic), downlink=memories.StepDown(IDENTITY))
+    two = replace(make("two_laq", quadratic), downlink=downlinks.CompressedStep(IDENTITY))
     same(two, make("laq", quadratic), quadratic)
     # and what is lost changes the run: the grid has an even number of points
     outs = [run(make(name, quadratic), quadratic.theta0, quadratic.shards, 3).info for name in ("laq", "two_laq")]
@@ -173,7 +173,7 @@ def test_lasg_wk2_without_noise_is_lag(quadratic: Toy) -> None:
 
 def test_lasg_wk1_by_hand(quadratic: Toy) -> None:
     """g_m(theta) - g_m(snapshot) against its value at the last upload; the snapshot is renewed every 5 rounds."""
-    alg = make("lasg_wk1", quadratic, sampler=None, limit=None)
+    alg = make("lasg_wk1", quadratic, sampler=None, max_silence=None)
     info = run(alg, quadratic.theta0, quadratic.shards, ROUNDS).info
     params, grads = info.extra["params"], info.extra["grad"]
     period, lr, last = 5, 0.05, np.zeros((4, 5))
@@ -193,7 +193,7 @@ def test_lasg_wk1_by_hand(quadratic: Toy) -> None:
 @pytest.mark.parametrize("name", ["cada1", "cada2"])
 def test_cada_by_hand(name: str, quadratic: Toy) -> None:
     """Its threshold is c / D sum_d motion_d, whatever lr and M."""
-    alg = make(name, quadratic, sampler=None, limit=None, c=20)
+    alg = make(name, quadratic, sampler=None, max_silence=None, c=20)
     info = run(alg, quadratic.theta0, quadratic.shards, ROUNDS).info
     grads, sent = info.extra["grad"], np.zeros((ROUNDS, 4), bool)
     last = np.zeros((4, 5))
@@ -211,8 +211,8 @@ def test_cada_by_hand(name: str, quadratic: Toy) -> None:
 
 def test_lag_ps_by_hand(quadratic: Toy) -> None:
     """L_m^2 ||theta - theta_hat_m||^2 against the recent motion; only who is asked gets the model and computes."""
-    alg = make("lag_ps", quadratic, limit=None)
-    out = laqjax.run(alg, quadratic.theta0, quadratic.shards, ROUNDS, KEY, record=["gradients", "params", "step_sq"])
+    alg = make("lag_ps", quadratic, max_silence=None)
+    out = laqjax.run(alg, quadratic.theta0, quadratic.shards, ROUNDS, KEY, metrics=["gradients", "params", "step_sq"])
     params, each = out.info.extra["params"], np.array(EACH["smoothness"])
     stale, sent = np.zeros((4, 5)), []
     for k in range(ROUNDS):
@@ -250,7 +250,7 @@ def test_computed_gradients_are_counted(quadratic: Toy) -> None:
     """Rules that look at a second model compute a second gradient."""
     for name, each in (("laq", 1), ("lasg_wk1", 2), ("lasg_wk2", 2), ("cada1", 2), ("clag", 1)):
         alg = make(name, quadratic)
-        out = laqjax.run(alg, quadratic.theta0, quadratic.shards, 2, KEY, record=["gradients"], chunk=2)
+        out = laqjax.run(alg, quadratic.theta0, quadratic.shards, 2, KEY, metrics=["gradients"], chunk_size=2)
         np.testing.assert_array_equal(out.info.extra["gradients"], np.full((2, 4), each))
 
 

@@ -170,7 +170,7 @@ def ended(words: list[str], signalled: int | None = None) -> tuple[int, str]:
 
 @pytest.mark.distributed
 def test_three_nodes_with_tls_are_the_loopback(tmp_path: Path) -> None:
-    words = ["--algorithm", "laq", "--rounds", "5", "--limit", "3"]
+    words = ["--algorithm", "laq", "--rounds", "5", "--max-silence", "3"]
     status, said = ended(command(tmp_path / "real", *words))
     assert status == 0, said
     here = federated.run(settings(*words, "--out", str(tmp_path / "loopback")))

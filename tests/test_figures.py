@@ -36,7 +36,7 @@ class Run:
     every: int = 1
     start: float = 1.0
     bits: int | None = None
-    limit: int | None = None
+    max_silence: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Case:
 
 
 GRID = tuple(
-    Run("laq", 0.85 + 0.01 * i, 10 * b, every=1 + i, bits=b, limit=c)
+    Run("laq", 0.85 + 0.01 * i, 10 * b, every=1 + i, bits=b, max_silence=c)
     for i, (b, c) in enumerate(itertools.product((2, 4), (5, 50)))
 )
 LONG = "my_project_with_a_long_name.py:quantized_gradients_with_server_momentum_and_restarts"
@@ -59,7 +59,7 @@ CASES = {
     "eight decades": Case(
         tuple(Run(name, 0.6, 10 ** (2 * i + 1), start=10.0**i) for i, name in enumerate(KINDS)), (1e-1, 1e-5)
     ),
-    "one setting": Case((Run("laq", 0.9, bits=4, limit=5),), seeds=1),
+    "one setting": Case((Run("laq", 0.9, bits=4, max_silence=5),), seeds=1),
     "one missed": Case((Run("gd", 0.8), Run("laq", 0.85, 40), Run("mine", 0.9999, 30)), seeds=1),
     "none reached": Case((Run("gd", 0.999), Run("laq", 0.9985, 40), Run("mine", 0.9999))),
     "long names": Case((Run("gd", 0.8), Run(LONG, 0.85, 40), Run(f"{LONG}_twice", 0.9, 20))),
@@ -67,7 +67,7 @@ CASES = {
     "zeros": Case((Run("gd", 0.8), Run("laq", 0.0, 40), Run("mine", 0.8, start=0.3)), seeds=1),
     "many": Case(
         (
-            *(Run("laq", 0.8 + 0.002 * i, 40 - i, bits=i, limit=5) for i in range(24)),
+            *(Run("laq", 0.8 + 0.002 * i, 40 - i, bits=i, max_silence=5) for i in range(24)),
             *(Run(f"method_{i}", 0.9 + 0.001 * i, 10 * i + 50) for i in range(12)),
         ),
         seeds=1,
@@ -95,7 +95,7 @@ def make_tables(case: Case) -> dict[str, pl.DataFrame]:
     grid = any(run.bits for run in case.runs)
     labels = [
         {"point": i, "algorithm": run.algorithm}
-        | ({"bits": run.bits, "limit": run.limit, "window": run.bits and 1} if grid else {})
+        | ({"bits": run.bits, "max_silence": run.max_silence, "window": run.bits and 1} if grid else {})
         | {"seed": seed}
         for i, (run, seed) in enumerate(runs)
     ]
@@ -131,7 +131,7 @@ def drawn(command: str, name: str) -> dict[str, Figure]:
         trials = summary.select("goal", bits_up=f"bits_up_{target}", target=pl.lit(float(target)))
         tables = {"trials": trials.with_row_index("trial")}
     elif command == "methods":
-        points = tables["points"].rename({"algorithm": "method"}).drop("bits", "limit", "window", strict=False)
+        points = tables["points"].rename({"algorithm": "method"}).drop("bits", "max_silence", "window", strict=False)
         tables["points"] = points.insert_column(2, (pl.col("point") % 2).cast(pl.String).alias("data"))
 
     def keep(figure: Figure, path: Path) -> None:

@@ -23,8 +23,8 @@ from laqjax import algorithms, compressors
 pytest.importorskip("flwr")
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from laqjax import federation, flower, messages
-from laqjax.loopback import Loopback
+from laqjax.federation import _client, _protocol, _server
+from laqjax.federation.testing import InProcessGrid
 
 L2 = 0.01
 
@@ -35,8 +35,8 @@ def loader(shards: laqjax.Shards) -> Callable[[int], laqjax.Shards]:
 
 def federated(alg: Any, start: Any, shards: laqjax.Shards, rounds: int, **options: Any) -> Any:
     """(facts of all rounds, server, grid)."""
-    grid = Loopback(flower.client_app(alg, loader(shards)), range(alg.num_workers))
-    server = federation.Federation(alg, start, KEY, **options)
+    grid = InProcessGrid(_client.client_app(alg, loader(shards)), range(alg.num_workers))
+    server = _server.FederatedServer(alg, start, KEY, **options)
     return list(server.run(grid, rounds)), server, grid
 
 
@@ -51,22 +51,24 @@ SMOOTH = np.array([3.0, 1.0, 2.0, 2.0])
 METHODS: dict[str, Callable[[Any], Any]] = {
     "gd": lambda o: algorithms.gd(o, **RULE),
     "qgd": lambda o: algorithms.qgd(o, bits=3, **RULE),
-    "laq": lambda o: algorithms.laq(o, bits=3, limit=7, **RULE),
+    "laq": lambda o: algorithms.laq(o, bits=3, max_silence=7, **RULE),
     "laq, Adam": lambda o: algorithms.laq(o, bits=3, optimizer=laqjax.algorithms.amsgrad, **RULE),
     "laq_adaptive": lambda o: algorithms.laq_adaptive(o, **RULE),
     "two_laq": lambda o: algorithms.two_laq(o, bits=6, **RULE),
     "lag_wk": lambda o: algorithms.lag_wk(o, **RULE),
-    "lag_ps": lambda o: algorithms.lag_ps(o, smoothness=SMOOTH, limit=5, **RULE),
+    "lag_ps": lambda o: algorithms.lag_ps(o, smoothness=SMOOTH, max_silence=5, **RULE),
     "iag_random": lambda o: algorithms.iag_random(o, smoothness=SMOOTH, **RULE),
     "ef21": lambda o: algorithms.ef21(o, compressor=compressors.top_k(6), **RULE),
-    "ef21_p": lambda o: algorithms.ef21_p(o, compressor=compressors.top_k(6), down=compressors.top_k(9), **RULE),
+    "ef21_p": lambda o: algorithms.ef21_p(
+        o, compressor=compressors.top_k(6), downlink_compressor=compressors.top_k(9), **RULE
+    ),
     "marina": lambda o: algorithms.marina(o, compressor=compressors.rand_k(9), probability=0.3, **RULE),
     "diana": lambda o: algorithms.diana(o, compressor=compressors.natural(), damping=0.5, **RULE),
     "sign_sgd": lambda o: algorithms.sign_sgd(o, lr=1e-3, num_workers=4),
     "dgc": lambda o: algorithms.dgc(o, k=6, momentum=0.5, **RULE),
-    "lasg_wk1": lambda o: algorithms.lasg_wk1(o, sampler=laqjax.oracle.Blocks(3), period=4, **RULE),
+    "lasg_wk1": lambda o: algorithms.lasg_wk1(o, sampler=laqjax.samplers.BlockSampler(3), period=4, **RULE),
     "ssgd": lambda o: algorithms.ssgd(o, density=0.3, **RULE),
-    "fedlaq": lambda o: algorithms.fedlaq(o, num_workers=4, steps=2, local_lr=0.05, participants=2),
+    "fedlaq": lambda o: algorithms.fedlaq(o, num_workers=4, num_local_steps=2, local_lr=0.05, num_participants=2),
 }
 
 
@@ -89,7 +91,7 @@ LONG = (
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in METHODS])
 def test_it_is_the_simulation(name: str, toy: Toy, quick_compilation: None) -> None:
     alg = METHODS[name](toy.oracle)
-    out = laqjax.run(alg, toy.theta0, toy.shards, 12, KEY, record=["gradients"])
+    out = laqjax.run(alg, toy.theta0, toy.shards, 12, KEY, metrics=["gradients"])
     facts, server, _ = federated(alg, toy.theta0, toy.shards, 12)
     np.testing.assert_array_equal(column(facts, "sent"), out.info.sent)
     np.testing.assert_array_equal(column(facts, "bits_up"), out.info.bits_up)
@@ -100,6 +102,7 @@ def test_it_is_the_simulation(name: str, toy: Toy, quick_compilation: None) -> N
         np.testing.assert_allclose(column(facts, "loss"), out.info.loss, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_the_reference_problem(mnist: laqjax.Shards) -> None:
     """60 rounds: the masks of the simulation, and of the authors' program as far as the simulation has them."""
     import reference
@@ -108,7 +111,7 @@ def test_the_reference_problem(mnist: laqjax.Shards) -> None:
     out = authors_run(mnist, np.float32, 60)
     theta0 = jnp.asarray(flat(GOLDEN["theta0"]), np.float32)
     params = {"bias": theta0[:10], "weight": theta0[10:].reshape(10, 784)}
-    oracle = laqjax.oracle.from_loss(softmax_loss, params, l2=reference.AUTHORS_L2)
+    oracle = laqjax.oracles.from_loss(softmax_loss, params, l2=reference.AUTHORS_L2)
     alg = algorithms.laq(oracle, num_workers=10, **reference.AUTHORS)
     facts, _, grid = federated(alg, theta0, mnist, 60)
     sent, payload = column(facts, "sent"), column(facts, "payload_up")
@@ -118,7 +121,7 @@ def test_the_reference_problem(mnist: laqjax.Shards) -> None:
     # what is billed is what is sent, and the rest is heads: Flower's, and ours of a fixed size
     np.testing.assert_array_equal(8 * payload, out.info.bits_up)
     heads = column(facts, "bytes_up") - payload
-    own = messages.HEADS[messages.Up].size
+    own = _protocol.HEADER_STRUCTS[_protocol.ReplyHeader].size
     assert own <= heads.min() <= heads.max() <= own + 120
     hello = grid.bytes_up - column(facts, "bytes_up").sum()
     assert 0 < hello <= 10 * 80  # one reply of each node to the question who it is
@@ -150,15 +153,15 @@ def test_who_is_not_asked_gets_nothing(toy: Toy) -> None:
 def test_a_model_that_did_not_change_is_not_sent_again(toy: Toy) -> None:
     """A round that is repeated, since nobody's reply came through."""
     alg = METHODS["laq"](toy.oracle)
-    grid = Loopback(flower.client_app(alg, loader(toy.shards)), range(4))
-    server = federation.Federation(alg, toy.theta0, KEY)
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4))
+    server = _server.FederatedServer(alg, toy.theta0, KEY)
     list(server.run(grid, 3))
-    server.holds = [3] * 4  # as if they had answered in round 3
+    server.model_rounds = [3] * 4  # as if they had answered in round 3
     before = {node: context.state for node, context in grid.contexts.items()}
     assert before
-    message = server.broadcast(100, b"")
-    assert messages.opened(messages.Down, message)[0].model == messages.SAME
-    assert "body" not in message.content[messages.NAME]
+    message = server._make_broadcast(100, b"")
+    assert _protocol.parse_message(_protocol.BroadcastHeader, message)[0].model == _protocol.MODEL_UNCHANGED
+    assert "body" not in message.content[_protocol.RECORD_KEY]
 
 
 # ---- faults ------------------------------------------------------------------------------------------------------
@@ -167,13 +170,13 @@ def test_a_model_that_did_not_change_is_not_sent_again(toy: Toy) -> None:
 def damaged(message: Message, place: int) -> Message:
     """One byte of what it carries is another."""
     content = {}
-    whole = message.content.config_records.get(messages.NAME, {})
+    whole = message.content.config_records.get(_protocol.RECORD_KEY, {})
     for name, value in whole.items():
         data = bytearray(value) if isinstance(value, bytes) else None
         if data and len(whole) > 0 and sorted(whole)[place % len(whole)] == name:
             data[place % len(data)] ^= 1 + place % 255
         content[name] = value if data is None else bytes(data)
-    message.content[messages.NAME] = ConfigRecord(content)
+    message.content[_protocol.RECORD_KEY] = ConfigRecord(content)
     return message
 
 
@@ -217,31 +220,33 @@ class Faulty:
     def __init__(self, alg: Any, toy: Toy, folder: Path) -> None:
         self.alg, self.toy, self.folder = alg, toy, folder
         self.weather = Weather()
-        self.grid = Loopback(flower.client_app(alg, loader(toy.shards)), range(4), self.weather.down, self.weather.up)
-        self.client = flower.Client(alg, loader(toy.shards))
+        self.grid = InProcessGrid(
+            _client.client_app(alg, loader(toy.shards)), range(4), self.weather.down, self.weather.up
+        )
+        self.client = _client.FederatedClient(alg, loader(toy.shards))
         self.file = folder / "checkpoint.npz"
         self.file.unlink(missing_ok=True)
-        self.server = federation.Federation(alg, toy.theta0, KEY, checkpoint=self.file)
+        self.server = _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=self.file)
         self.server.save(self.file)
         self.backups = [self.file.read_bytes()]
 
     def round(self, plan: dict[tuple[str, int], tuple[str, int]], reorder: bool = False) -> Any:
         self.weather.plan = plan
         late, held = self.weather.released()
-        self.grid.waiting = [] if reorder else late
+        self.grid.pending_replies = [] if reorder else late
         for message in held if reorder else []:  # an old broadcast, before the new one or after it
             self.grid.deliver(message)
-        facts = self.server.round(self.grid)
+        facts = self.server.run_round(self.grid)
         for message in [] if reorder else held:
             self.grid.deliver(message)
-        self.grid.waiting += late if reorder else []
+        self.grid.pending_replies += late if reorder else []
         if facts is not None:
             self.backups.append(self.file.read_bytes())
         return facts
 
     def restart(self, age: int) -> None:
         self.file.write_bytes(self.backups[-1 - age % len(self.backups)])
-        self.server = federation.Federation(self.alg, self.toy.theta0, KEY, checkpoint=self.file)
+        self.server = _server.FederatedServer(self.alg, self.toy.theta0, KEY, checkpoint_path=self.file)
 
     def check(self) -> int:
         """Check that the aggregate is the sum of what the workers remember, as the server will tell each of them.
@@ -251,7 +256,7 @@ class Faulty:
         """
         server, total = self.server, np.zeros(63)
         assert np.all(np.isfinite(np.asarray(server.state.params)))
-        if not self.alg.memory.persists:  # nothing is summed up: a message that is lost is missing from its round
+        if not self.alg.memory.is_persistent:  # nothing is summed up: a message that is lost is missing from its round
             return 0
         compared = 0
         for worker in range(4):
@@ -322,10 +327,10 @@ class Federated(RuleBasedStateMachine):
             elif state == "old":
                 old, self.old = getattr(self, "old", {}), {**getattr(self, "old", {}), context.node_id: context.state}
                 context.state = old.get(context.node_id, RecordDict())
-            elif messages.NAME in context.state:
-                parts = dict(context.state.config_records[messages.NAME])
+            elif _protocol.RECORD_KEY in context.state:
+                parts = dict(context.state.config_records[_protocol.RECORD_KEY])
                 parts["before"] = parts["before"][:-1]  # pyright: ignore[reportIndexIssue]
-                context.state = RecordDict({messages.NAME: ConfigRecord(parts)})
+                context.state = RecordDict({_protocol.RECORD_KEY: ConfigRecord(parts)})
 
     @rule(node=nodes, with_state=st.booleans())
     def move(self, node: int, with_state: bool) -> None:
@@ -369,7 +374,9 @@ def test_the_aggregate_is_the_sum_of_the_memories_whatever_happens(tmp_path: Pat
     assert seen["compared"] > seen["checks"] > 300  # more than one worker in step at a check, between all these faults
 
 
-@pytest.mark.parametrize("name", ["laq", "two_laq", pytest.param("gd", marks=pytest.mark.long), "dgc"])
+@pytest.mark.parametrize(
+    "name", ["laq", *(pytest.param(name, marks=pytest.mark.long) for name in ("two_laq", "gd", "dgc"))]
+)
 def test_it_converges_through_faults(name: str, tmp_path: Path, toy: Toy, caplog: Any) -> None:
     """Every message meets a fault with probability 0.3, and every tenth round a client or the server loses its state.
 
@@ -388,27 +395,27 @@ def test_it_converges_through_faults(name: str, tmp_path: Path, toy: Toy, caplog
             list(faulty.grid.contexts.values())[rng.integers(4)].state = RecordDict()
         if rng.random() < 0.05:
             faulty.restart(int(rng.integers(3)))
-    assert not alg.memory.persists or np.mean(compared) > 3  # of the four
+    assert not alg.memory.is_persistent or np.mean(compared) > 3  # of the four
     calm = laqjax.run(alg, toy.theta0, toy.shards, 150, KEY).info.loss
-    assert np.mean(losses[-5:]) < calm[-1] + (0.05 if alg.memory.persists else 0.3) * (calm[0] - calm[-1])
+    assert np.mean(losses[-5:]) < calm[-1] + (0.05 if alg.memory.is_persistent else 0.3) * (calm[0] - calm[-1])
 
 
 def test_a_restarted_server_goes_on_as_if_it_had_not_stopped(tmp_path: Path, toy: Toy) -> None:
     alg = METHODS["laq"](toy.oracle)
     straight, server, _ = federated(alg, toy.theta0, toy.shards, 14)
-    grid = Loopback(flower.client_app(alg, loader(toy.shards)), range(4))
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4))
     facts = []
     for end in (5, 9, 14):  # a new process each time
-        again = federation.Federation(alg, toy.theta0, KEY, checkpoint=tmp_path / "state.npz")
+        again = _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
         facts += list(again.run(grid, end))
     np.testing.assert_array_equal(column(facts, "sent"), column(straight, "sent"))
     np.testing.assert_array_equal(column(facts, "loss"), column(straight, "loss"))
     np.testing.assert_array_equal(again.state.params, server.state.params)  # pyright: ignore[reportPossiblyUnboundVariable]
     with pytest.raises(ValueError, match="of another algorithm, model or key"):
-        federation.Federation(METHODS["qgd"](toy.oracle), toy.theta0, KEY, checkpoint=tmp_path / "state.npz")
+        _server.FederatedServer(METHODS["qgd"](toy.oracle), toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
     (tmp_path / "state.npz").write_bytes(b"no")
     with pytest.raises(ValueError, match="is damaged"):
-        federation.Federation(alg, toy.theta0, KEY, checkpoint=tmp_path / "state.npz")
+        _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
 
 
 def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:
@@ -416,7 +423,7 @@ def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:
     alg = METHODS["laq"](toy.oracle)
     _, server, grid = federated(alg, toy.theta0, toy.shards, 6)
     grid.contexts[102].state = RecordDict()
-    first, second, third = (server.round(grid) for _ in range(3))
+    first, second, third = (server.run_round(grid) for _ in range(3))
     assert not first.answered[2]  # it has no model to begin with
     assert first.answered.sum() == 3
     assert second.bits_up[2] == 32 * 63
@@ -426,8 +433,8 @@ def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:
 
 def test_a_worker_that_joins_late(toy: Toy) -> None:
     alg = METHODS["laq"](toy.oracle)
-    grid = Loopback(flower.client_app(alg, loader(toy.shards)), range(3))
-    server = federation.Federation(alg, toy.theta0, KEY)
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(3))
+    server = _server.FederatedServer(alg, toy.theta0, KEY)
     facts = list(server.run(grid, 5, workers=3))
     grid.join(3)
     facts += list(server.run(grid, 10, workers=3))
@@ -440,20 +447,20 @@ def test_a_worker_that_joins_late(toy: Toy) -> None:
 def test_a_round_without_an_answer_comes_again(toy: Toy) -> None:
     weather = Weather()
     alg = METHODS["laq"](toy.oracle)
-    grid = Loopback(flower.client_app(alg, loader(toy.shards)), range(4), weather.down, weather.up)
-    server = federation.Federation(alg, toy.theta0, KEY)
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), weather.down, weather.up)
+    server = _server.FederatedServer(alg, toy.theta0, KEY)
     list(server.run(grid, 3))
     weather.plan = {("up", 100 + m): ("lost", 0) for m in range(4)}
     before = server.state
-    assert server.round(grid) is None
+    assert server.run_round(grid) is None
     assert server.state is before
     with pytest.raises(RuntimeError, match="nobody answered in round 3, 2 times"):
-        list(server.run(grid, 9, patience=2))
+        list(server.run(grid, 9, max_missed_rounds=2))
     weather.plan = {}
     assert [facts.round for facts in server.run(grid, 5)] == [3, 4]
-    empty = Loopback(flower.client_app(alg, loader(toy.shards)), [])
+    empty = InProcessGrid(_client.client_app(alg, loader(toy.shards)), [])
     with pytest.raises(RuntimeError, match="0 workers came: expected 4"):
-        list(federation.Federation(alg, toy.theta0, KEY, deadline=0.01).run(empty, 1, patience=1))
+        list(_server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.01).run(empty, 1, max_missed_rounds=1))
 
 
 # ---- hostile input -----------------------------------------------------------------------------------------------
@@ -461,18 +468,18 @@ def test_a_round_without_an_answer_comes_again(toy: Toy) -> None:
 
 def forged(reply: Message, head: dict[str, Any] | None = None, name: bool = True, **parts: Any) -> Message:
     """A reply with other contents, its head consistent again: billed bits and digest fit the body unless `name` is False."""
-    up, there = messages.opened(messages.Up, reply)
+    up, there = _protocol.parse_message(_protocol.ReplyHeader, reply)
     there = {**there, **parts}
     if name and "body" in parts:
         base = up.base, up.base_digest
-        up = up._replace(size=len(there["body"]), digest=messages.name_of(there["body"], up.round, base)[1])
+        up = up._replace(size=len(there["body"]), digest=_protocol.upload_id(there["body"], up.round, base)[1])
     up = up._replace(**head or {})
-    reply.content = messages.record(up, **there)
+    reply.content = _protocol.make_record(up, **there)
     return reply
 
 
 def body_of(reply: Message) -> bytes:
-    return messages.opened(messages.Up, reply)[1]["body"]
+    return _protocol.parse_message(_protocol.ReplyHeader, reply)[1]["body"]
 
 
 def grid_message(bits: int, value: float, size: int = 63, dtype: Any = np.float32) -> bytes:
@@ -481,7 +488,7 @@ def grid_message(bits: int, value: float, size: int = 63, dtype: Any = np.float3
         target = jnp.asarray(np.linspace(-value, value, size), dtype)
         scheme = compressors.grid(bits)
         keys: Any = None
-        return laqjax.wire.to_bytes(scheme, scheme.encode(target, keys), target)
+        return laqjax.compressors.to_bytes(scheme, scheme.encode(target, keys), target)
 
 
 HOSTILE: dict[str, tuple[Callable[[Message], Message], str]] = {
@@ -507,7 +514,7 @@ HOSTILE: dict[str, tuple[Callable[[Message], Message], str]] = {
     "a forged digest": (lambda r: forged(r, {"digest": bytes(8)}), "expected what was billed, and its digest"),
     "another size billed": (lambda r: forged(r, {"size": 1}), "billed as 1: "),
     "another kind": (lambda r: forged(r, {"kind": 77}), "kind 77"),
-    "everything, too short": (lambda r: forged(r, {"kind": messages.FULL}), "expected 32 bits for each of 63"),
+    "everything, too short": (lambda r: forged(r, {"kind": _protocol.REPLY_FULL}), "expected 32 bits for each of 63"),
     "no loss": (lambda r: forged(r, {"loss": float("nan")}), "a finite loss"),
     "no head": (lambda r: with_content(r, {}), "expected a head"),
     "a short head": (lambda r: with_content(r, {"head": b"short"}), "expected a head"),
@@ -522,7 +529,7 @@ HOSTILE: dict[str, tuple[Callable[[Message], Message], str]] = {
 
 
 def with_content(reply: Message, parts: Any) -> Message:
-    reply.content = RecordDict({messages.NAME: ConfigRecord(parts)})
+    reply.content = RecordDict({_protocol.RECORD_KEY: ConfigRecord(parts)})
     return reply
 
 
@@ -557,12 +564,12 @@ def test_what_is_hostile_is_refused(name: str, toy: Toy, caplog: Any) -> None:
     servers = []
     for fault in (up, silent):
         at_work.clear()
-        grid = Loopback(flower.client_app(alg, loader(toy.shards)), range(4), up=fault)
-        server = federation.Federation(alg, toy.theta0, KEY)
+        grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), uplink_fault=fault)
+        server = _server.FederatedServer(alg, toy.theta0, KEY)
         list(server.run(grid, 3))
         at_work.append(True)
         caplog.clear()
-        facts = server.round(grid)
+        facts = server.run_round(grid)
         assert facts is not None
         assert list(facts.answered) == [True, False, True, True]
         assert facts.sent[2:].all()
@@ -576,14 +583,14 @@ def test_what_is_hostile_is_refused(name: str, toy: Toy, caplog: Any) -> None:
     np.testing.assert_array_equal(servers[0].state.aggregate, servers[1].state.aggregate)
     at_work.clear()
     server, grid = servers[1], grid  # pyright: ignore[reportPossiblyUnboundVariable]
-    assert server.round(grid).answered.all()
+    assert server.run_round(grid).answered.all()
 
 
 def test_a_repeated_reply_counts_once(toy: Toy, caplog: Any) -> None:
     alg = algorithms.gd(toy.oracle, **RULE)
-    app = flower.client_app(alg, loader(toy.shards))
-    once, twice = (Loopback(app, range(4), up=fault) for fault in (lambda m: [m], lambda m: [m, m]))
-    servers = [federation.Federation(alg, toy.theta0, KEY) for _ in range(2)]
+    app = _client.client_app(alg, loader(toy.shards))
+    once, twice = (InProcessGrid(app, range(4), uplink_fault=fault) for fault in (lambda m: [m], lambda m: [m, m]))
+    servers = [_server.FederatedServer(alg, toy.theta0, KEY) for _ in range(2)]
     for server, grid in zip(servers, (once, twice), strict=True):
         list(server.run(grid, 3))
     np.testing.assert_array_equal(servers[0].state.params, servers[1].state.params)
@@ -597,20 +604,20 @@ def test_a_worker_believes_no_forged_acknowledgement(toy: Toy) -> None:
 
     def down(message: Message) -> list[Message]:
         if at_work and message.metadata.dst_node_id == 101:
-            head, parts = messages.opened(messages.Down, message)
-            message.content = messages.record(head._replace(digest=b"8 bytes!"), **parts)
+            head, parts = _protocol.parse_message(_protocol.BroadcastHeader, message)
+            message.content = _protocol.make_record(head._replace(digest=b"8 bytes!"), **parts)
         return [message]
 
-    grid = Loopback(flower.client_app(alg, loader(toy.shards)), range(4), down=down)
-    server = federation.Federation(alg, toy.theta0, KEY)
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), downlink_fault=down)
+    server = _server.FederatedServer(alg, toy.theta0, KEY)
     list(server.run(grid, 3))
     at_work.append(True)
-    facts = server.round(grid)
+    facts = server.run_round(grid)
     assert facts is not None
     assert facts.bits_up[1] == 32 * 63
     at_work.clear()
     for _ in range(3):
-        facts = server.round(grid)
+        facts = server.run_round(grid)
         assert facts is not None
         assert facts.answered.all()
     np.testing.assert_allclose(server.state.aggregate, server.sum_of_memories(), rtol=1e-5, atol=1e-6)
@@ -618,10 +625,10 @@ def test_a_worker_believes_no_forged_acknowledgement(toy: Toy) -> None:
 
 def test_a_node_that_says_it_is_somebody_else(toy: Toy, caplog: Any) -> None:
     alg = algorithms.gd(toy.oracle, **RULE)
-    grid = Loopback(flower.client_app(alg, loader(toy.shards)), range(4))
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4))
     grid.join(1, node=500)  # a second worker 1
     grid.join(7, node=501)
-    server = federation.Federation(alg, toy.theta0, KEY)
+    server = _server.FederatedServer(alg, toy.theta0, KEY)
     facts = list(server.run(grid, 3))
     assert sorted(server.nodes) == [100, 101, 102, 103]
     assert column(facts, "answered").all()
@@ -641,9 +648,9 @@ def test_a_node_that_fails_to_say_who_it_is_is_asked_again(toy: Toy, caplog: Any
         return [failed(message)] if first else [message, message]
 
     alg = algorithms.gd(toy.oracle, **RULE)
-    grid = Loopback(flower.client_app(alg, loader(toy.shards)), range(4), up=up)
-    server = federation.Federation(alg, toy.theta0, KEY, deadline=0.01)
-    server.gather(grid, 4, 1000)
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), uplink_fault=up)
+    server = _server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.01)
+    server.wait_for_workers(grid, 4, 1000)
     assert sorted(server.nodes) == [100, 101, 102, 103]
     assert [line.getMessage() for line in caplog.records] == [
         "worker ? (node 101) refused: its app failed: out of memory"
@@ -654,10 +661,10 @@ def test_ten_thousand_replies_at_random(toy: Toy) -> None:
     """No crash but the word that it is refused, and nothing that is taken is other than finite."""
     alg = algorithms.qgd(toy.oracle, bits=3, **RULE)
     _, server, grid = federated(alg, toy.theta0, toy.shards, 3)
-    sent = server.broadcasts()[0]
+    sent = server._make_broadcasts()[0]
     replies = [grid.client(message, grid.contexts[node]) for node, message in sent.items()]
     rng, state, taken = np.random.default_rng(0), server.state, 0
-    contents = [messages.opened(messages.Up, reply) for reply in replies]
+    contents = [_protocol.parse_message(_protocol.ReplyHeader, reply) for reply in replies]
     for case in range(10_000):
         reply, (up, parts) = replies[case % 4], contents[case % 4]
         body = bytearray(parts["body"])
@@ -666,18 +673,18 @@ def test_ten_thousand_replies_at_random(toy: Toy) -> None:
         cut = rng.integers(-3, 4) if rng.random() < 0.3 else 0
         body = bytes(body[:cut] if cut < 0 else body + bytes(rng.integers(0, 256, cut, np.uint8)))
         if rng.random() < 0.9:  # as its sender would sign it
-            up = up._replace(size=len(body), digest=messages.name_of(body, up.round, (up.base, up.base_digest))[1])
+            up = up._replace(size=len(body), digest=_protocol.upload_id(body, up.round, (up.base, up.base_digest))[1])
         if rng.random() < 0.2:
             place = list(up._fields)[rng.integers(len(up))]
             value = getattr(up, place)
             up = up._replace(**{place: bytes(8) if isinstance(value, bytes) else type(value)(rng.integers(0, 100))})
-        reply.content = messages.record(up, body=body)
+        reply.content = _protocol.make_record(up, body=body)
         if rng.random() < 0.1:
-            head = bytearray(reply.content.config_records[messages.NAME]["head"])  # pyright: ignore[reportArgumentType]
+            head = bytearray(reply.content.config_records[_protocol.RECORD_KEY]["head"])  # pyright: ignore[reportArgumentType]
             head[rng.integers(len(head))] ^= 1 << rng.integers(8)
             with_content(reply, {"head": bytes(head), "body": body})
         try:
-            _, _, decoded = server.take(reply, sent, {})
+            _, _, decoded = server._validate_reply(reply, sent, {})
         except ValueError:
             continue
         taken += 1

@@ -24,15 +24,15 @@ def flat(theta: np.ndarray) -> np.ndarray:
     return np.concatenate([theta[7840:], theta[:7840].reshape(784, 10).T.ravel()])
 
 
-def authors_run(mnist: laqjax.Shards, dtype, rounds: int) -> laqjax.Output:
+def authors_run(mnist: laqjax.Shards, dtype, rounds: int) -> laqjax.RunResult:
     theta0 = jnp.asarray(flat(GOLDEN["theta0"]), dtype)
     params = {"bias": theta0[:10], "weight": theta0[10:].reshape(10, 784)}
-    oracle = laqjax.oracle.from_loss(softmax_loss, params, l2=reference.AUTHORS_L2)
+    oracle = laqjax.oracles.from_loss(softmax_loss, params, l2=reference.AUTHORS_L2)
     alg = algorithms.laq(oracle, num_workers=10, **reference.AUTHORS)
-    return laqjax.run(alg, theta0, mnist, rounds, KEY, record=["direction_sq"], chunk=rounds)
+    return laqjax.run(alg, theta0, mnist, rounds, KEY, metrics=["direction_sq"], chunk_size=rounds)
 
 
-def check_golden(out: laqjax.Output) -> None:
+def check_golden(out: laqjax.RunResult) -> None:
     info = out.info
     np.testing.assert_array_equal(info.sent[:50], GOLDEN["sent"][:50])
     np.testing.assert_allclose(
@@ -65,10 +65,18 @@ def test_the_authors_trajectory_in_float64_and_the_twin(mnist: laqjax.Shards, x6
 TWINS = {
     "gd": (algorithms.gd, dict(quantize=False, lazy=False), {}),
     "qgd": (algorithms.qgd, dict(lazy=False), dict(bits=3)),
-    "lag_wk": (algorithms.lag_wk, dict(quantize=False), dict(xi=0.3, limit=9)),
+    "lag_wk": (algorithms.lag_wk, dict(quantize=False), dict(xi=0.3, max_silence=9)),
     "laq": (algorithms.laq, {}, dict(bits=3)),
-    "laq-ramp-rule": (algorithms.laq, {}, dict(bits=8, limit=7, ramp=True, first_upload="rule")),
-    "laq-weights": (algorithms.laq, {}, dict(bits=4, xi=[0.0, 0.1, 0.6], window=3, limit=1000, ramp=True)),
+    "laq-ramp-rule": (
+        algorithms.laq,
+        {},
+        dict(bits=8, max_silence=7, rescale_short_history=True, force_first_upload=False),
+    ),
+    "laq-weights": (
+        algorithms.laq,
+        {},
+        dict(bits=4, xi=[0.0, 0.1, 0.6], window=3, max_silence=1000, rescale_short_history=True),
+    ),
 }
 
 
@@ -78,13 +86,13 @@ def test_the_twin_on_the_toy(name: str, toy64: Toy) -> None:
     weight = np.asarray(toy64.shards.weight) > 0
     workers = [(x[own] / 255, y[own]) for x, y, own in zip(toy64.shards.x, toy64.shards.y, weight, strict=True)]
     # the same program for every window
-    padded = {"max_window": 10} if named is algorithms.laq else {}
+    padded = {"padded_window": 10} if named is algorithms.laq else {}
     alg = named(toy64.oracle, lr=0.05, num_workers=4, **knobs, **padded)
     out = laqjax.run(alg, toy64.theta0, toy64.shards, 80, KEY)
     same_run(out, reference.run(np.array(toy64.theta0), workers, 80, lr=0.05, classes=3, **switches, **knobs))
 
 
-def same_run(out: laqjax.Output, twin: reference.History) -> None:
+def same_run(out: laqjax.RunResult, twin: reference.History) -> None:
     np.testing.assert_array_equal(out.info.sent, twin.sent)
     np.testing.assert_allclose(out.info.loss, twin.loss, rtol=1e-12)
     params = jax.device_get(out.state.params)

@@ -18,7 +18,9 @@ import pytest
 from conftest import KEY, Toy, programs, softmax_loss
 
 import laqjax
-from laqjax import algorithms, checks, oracle, rules
+from laqjax import algorithms, oracles, rules
+from laqjax._core import validation
+from laqjax.algorithms import _shared
 
 
 @pytest.fixture(autouse=True)
@@ -38,24 +40,24 @@ def refused(call: Callable[[], Any], message: str) -> None:
 
 
 def test_a_close_name_is_suggested() -> None:
-    assert checks.suggest("mesages", ["sums", "messages"]) == "; did you mean 'messages'?"
-    assert checks.suggest("hope", ["sums", "messages"]) == ""
-    assert checks.suggest(3, {"sums": 1}) == ""
+    assert validation.suggest("mesages", ["sums", "messages"]) == "; did you mean 'messages'?"
+    assert validation.suggest("hope", ["sums", "messages"]) == ""
+    assert validation.suggest(3, {"sums": 1}) == ""
 
 
 KNOBS: list[Any] = [
     *(("bits", bad, "expected one whole number and >= 1 and <= 16") for bad in (0, 17, 2.5, True, None, [4, 4])),
     *(("lr", bad, "expected one finite number and > 0") for bad in (0, -1, np.nan, np.inf, "fast", [0.1, 0.1])),
     *(("num_workers", bad, "expected one whole number and >= 1") for bad in (0, -4, 1.5)),
-    *(("limit", bad, "expected one whole number and >= 1") for bad in (0, -1, 2.5, np.nan, True)),
+    *(("max_silence", bad, "expected one whole number and >= 1") for bad in (0, -1, 2.5, np.nan, True)),
     *(("window", bad, "expected one whole number and >= 1") for bad in (0, -1, 2.5)),
-    *(("max_window", bad, "expected one whole number and >= 10") for bad in (0, 9, 10.5)),
+    *(("padded_window", bad, "expected one whole number and >= 10") for bad in (0, 9, 10.5)),
     *(("xi", bad, "expected one number >= 0") for bad in (-0.1, np.nan, np.inf, "much", [0.1] * 9, [[0.1] * 10])),
     ("xi", [0.1] * 9 + [-0.1], "expected one number >= 0"),
     ("xi", [0.1] * 9 + [np.nan], "expected one number >= 0"),
     ("bits", np.True_, "expected one whole number and >= 1 and <= 16"),
-    ("first_upload", "maybe", "expected 'forced' or 'rule'"),
-    ("ramp", "no", "expected True or False"),
+    ("force_first_upload", "maybe", "expected True or False"),
+    ("rescale_short_history", "no", "expected True or False"),
     ("bits", "4", "expected one whole number and >= 1 and <= 16"),
 ]
 
@@ -86,11 +88,11 @@ def test_an_oracle_is_no_problem_and_no_loss(name: str) -> None:
     assert len(factories()) == 34
     make, problem = factories()[name], laqjax.problems.Softmax(20, 3)
     needed = [key for key, p in inspect.signature(make).parameters.items() if p.default is p.empty and key != "oracle"]
-    given = {key: eval(algorithms.EXAMPLES[key]) for key in needed}
+    given = {key: eval(_shared.EXAMPLE_ARGUMENTS[key]) for key in needed}
     refused(lambda: make(problem, **given), f"oracle = {problem!r}: must be an oracle; pass problem.oracle()")
-    message = f"oracle = {softmax_loss!r}: must be an oracle; pass laqjax.oracle.from_loss(loss_fn, params)"
+    message = f"oracle = {softmax_loss!r}: must be an oracle; pass laqjax.oracles.from_loss(loss_fn, params)"
     refused(lambda: make(softmax_loss, **given), message)
-    refused(lambda: make(laqjax.problems.Softmax, **given), "must be an oracle; pass laqjax.oracle.from_loss")
+    refused(lambda: make(laqjax.problems.Softmax, **given), "must be an oracle; pass laqjax.oracles.from_loss")
     assert make(problem.oracle(), **given).num_workers == 4
 
 
@@ -127,9 +129,9 @@ def test_knobs(knob: str, bad: Any, expected: str, toy: Toy) -> None:
 
 
 def test_patience_may_be_zero_but_not_less() -> None:
-    rule = algorithms.lazy(rules.history(0.8, 10, np.float32), rules.InnovationChange())
-    rules.max_silence(rule, 0)
-    refused(lambda: rules.max_silence(rule, -1), "limit = -1: expected one whole number and >= 0")
+    rule = _shared.make_lazy_rule(rules.make_history(0.8, 10, np.float32), rules.InnovationChange())
+    rules.limit_silence(rule, 0)
+    refused(lambda: rules.limit_silence(rule, -1), "max_silence = -1: expected one whole number and >= 0")
 
 
 ORACLE: list[tuple[dict[str, Any], str]] = [
@@ -145,7 +147,7 @@ ORACLE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("wrong", "message"), ORACLE)
 def test_the_oracle(wrong: dict[str, Any], message: str) -> None:
-    refused(lambda: oracle.from_loss(softmax_loss, jnp.zeros(3), **wrong), message)
+    refused(lambda: oracles.from_loss(softmax_loss, jnp.zeros(3), **wrong), message)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,9 @@ def test_the_oracle(wrong: dict[str, Any], message: str) -> None:
     ],
 )
 def test_the_parameters_dtype(params: Any, got: str) -> None:
-    refused(lambda: oracle.from_loss(softmax_loss, params), f"params: expected arrays of one floating dtype, got {got}")
+    refused(
+        lambda: oracles.from_loss(softmax_loss, params), f"params: expected arrays of one floating dtype, got {got}"
+    )
 
 
 def labelled(labels: Any, index: Any, value: int) -> np.ndarray:
@@ -192,7 +196,7 @@ SHARDS: list[Any] = [
     (lambda s: s._replace(y=np.asarray(s.y).astype(str)), "as np.unique(y, return_inverse=True)[1]"),
     (lambda s: tuple(s), "shards of type tuple: must be laqjax.Shards(x, y, weight)"),
     (lambda s: (s.x, s.y), "shards of type tuple: must be laqjax.Shards(x, y, weight)"),
-    (lambda s: s._asdict(), "as laqjax.problems.partition(x, y, num_workers, scheme)"),
+    (lambda s: s._asdict(), "as laqjax.partition_data(x, y, num_workers, scheme)"),
     (lambda s: s._replace(weight=np.asarray(s.weight) > 0), "shards.weight of dtype bool: expected numbers"),
     (lambda s: s._replace(y=np.asarray(s.y).astype(object)), "shards.y of dtype object: expected numbers"),
 ]  # fmt: skip
@@ -203,10 +207,12 @@ def test_the_shards(wrong: Callable[[laqjax.Shards], laqjax.Shards], message: st
     alg = algorithms.laq(toy.oracle, lr=0.1, num_workers=4)
     shards = wrong(toy.shards)
     refused(lambda: laqjax.run(alg, toy.theta0, shards, 3, KEY), message)
-    refused(lambda: laqjax.init(alg, toy.theta0, shards), message)
-    state = laqjax.init(alg, toy.theta0, toy.shards)
+    refused(lambda: laqjax.check_inputs(alg, toy.theta0, shards), message)
+    state = alg.init(toy.theta0)
     refused(lambda: laqjax.run(alg, state, shards, 3, KEY), message)
-    refused(lambda: laqjax.sweep(laqjax.stack([alg]), toy.theta0, shards, 3, jax.random.split(KEY, 1)), message)
+    refused(
+        lambda: laqjax.sweep(laqjax.stack_algorithms([alg]), toy.theta0, shards, 3, jax.random.split(KEY, 1)), message
+    )
 
 
 def every_start(alg: Any, start: Any, shards: Any, **more: Any) -> list[Callable[[], Any]]:
@@ -216,14 +222,14 @@ def every_start(alg: Any, start: Any, shards: Any, **more: Any) -> list[Callable
     return [
         lambda: laqjax.run(alg, start, shards, **one),
         lambda: next(laqjax.stream(alg, start, shards, **one)),
-        lambda: laqjax.sweep(laqjax.stack([alg]), start, shards, **many),
-        lambda: next(laqjax.sweep_stream(laqjax.stack([alg]), start, shards, **many)),
+        lambda: laqjax.sweep(laqjax.stack_algorithms([alg]), start, shards, **many),
+        lambda: next(laqjax.stream_sweep(laqjax.stack_algorithms([alg]), start, shards, **many)),
     ]
 
 
 PROBLEMS: dict[str, Any] = {
     "softmax": laqjax.problems.Softmax(20, 3),
-    "network": laqjax.problems.Network(20, 3, hidden=2),
+    "network": laqjax.problems.TwoLayerNetwork(20, 3, hidden=2),
     "logistic": laqjax.problems.Logistic(20),
     "ridge": laqjax.problems.Ridge(20),
 }
@@ -247,12 +253,12 @@ LABELS: list[Any] = [
 def test_data_fit_the_problem(name: str, wrong: Any, message: str, toy: Toy) -> None:
     problem, shards = PROBLEMS[name], wrong(toy.shards)
     alg = algorithms.laq(problem.oracle(), lr=0.1, num_workers=4)
-    for call in every_start(alg, problem.start(0), shards):
+    for call in every_start(alg, problem.init_params(0), shards):
         refused(call, message)
-    refused(lambda: laqjax.init(alg, problem.start(0), shards), message)
+    refused(lambda: laqjax.check_inputs(alg, problem.init_params(0), shards), message)
     refused(
-        lambda: laqjax.batch_size(
-            laqjax.algorithms.fedavg(problem.oracle(), num_workers=4, steps=2, local_lr=0.1), shards
+        lambda: laqjax.max_batch_size(
+            laqjax.algorithms.fedavg(problem.oracle(), num_workers=4, num_local_steps=2, local_lr=0.1), shards
         ),
         message,
     )
@@ -264,12 +270,12 @@ def test_labels_that_are_right_are_taken(toy: Toy) -> None:
     padding = np.where(weight > 0, toy.shards.y, 99)
     for name in BOTH:
         for y in (toy.shards.y, padding, padding.astype(np.float32), jnp.asarray(padding, np.uint8)):
-            PROBLEMS[name].oracle().check(toy.shards._replace(y=y))
+            PROBLEMS[name].oracle().validate(toy.shards._replace(y=y))
     for y in (padding % 2, np.linspace(-1, 1, 48).reshape(4, 12), toy.shards.y == 1):
-        PROBLEMS["logistic"].oracle().check(toy.shards._replace(y=np.where(weight > 0, y, y.dtype.type(9))))
-    PROBLEMS["ridge"].oracle().check(toy.shards)
+        PROBLEMS["logistic"].oracle().validate(toy.shards._replace(y=np.where(weight > 0, y, y.dtype.type(9))))
+    PROBLEMS["ridge"].oracle().validate(toy.shards)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), toy.shards)
-    PROBLEMS["softmax"].oracle().check(shapes)
+    PROBLEMS["softmax"].oracle().validate(shapes)
 
 
 def test_bool_labels_of_logistic_regression_are_classes(toy: Toy) -> None:
@@ -309,15 +315,18 @@ def test_one_key_is_not_many(toy: Toy) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("mesages", "exchange = 'mesages': expected one of ['chunked', 'messages', 'sums']; did you mean 'messages'?"),
-        (3, "exchange = 3: expected one of ['chunked', 'messages', 'sums'], or"),
-        (laqjax.exchange.Sums, "expected one of ['chunked', 'messages', 'sums'], or"),
+        (
+            "all_gathr",
+            "collective = 'all_gathr': expected one of ['all_gather', 'all_reduce', 'all_to_all']; did you mean 'all_gather'?",
+        ),
+        (3, "collective = 3: expected one of ['all_gather', 'all_reduce', 'all_to_all'], or"),
+        (laqjax.sharding.AllReduce, "expected one of ['all_gather', 'all_reduce', 'all_to_all'], or"),
     ],
 )
-def test_the_exchange(bad: Any, message: str, toy: Toy) -> None:
+def test_the_collective(bad: Any, message: str, toy: Toy) -> None:
     """Also where no mesh needs one."""
     alg = algorithms.laq(toy.oracle, lr=0.1, num_workers=4)
-    for call in every_start(alg, toy.theta0, toy.shards, exchange=bad):
+    for call in every_start(alg, toy.theta0, toy.shards, collective=bad):
         refused(call, message)
 
 
@@ -340,15 +349,16 @@ def test_every_point_has_its_schedule(toy: Toy) -> None:
     schedule = jax.tree_util.Partial(lambda lr, k: lr * jnp.ones_like(k, jnp.float32), 0.1)
     algs = [algorithms.gd(toy.oracle, lr=jax.tree_util.Partial(schedule.func, lr), num_workers=4) for lr in (0.1, -0.2)]
     refused(
-        lambda: laqjax.sweep(laqjax.stack(algs), toy.theta0, toy.shards, 3, jax.random.split(KEY, 2)), "lr = -0.2 in"
+        lambda: laqjax.sweep(laqjax.stack_algorithms(algs), toy.theta0, toy.shards, 3, jax.random.split(KEY, 2)),
+        "lr = -0.2 in",
     )
 
 
 def test_a_schedule_may_end_at_zero(toy: Toy) -> None:
-    checks.check_schedule(algorithms.gd(toy.oracle, lr=optax.cosine_decay_schedule(0.1, 99), num_workers=4), 0, 100)
+    validation.check_schedule(algorithms.gd(toy.oracle, lr=optax.cosine_decay_schedule(0.1, 99), num_workers=4), 0, 100)
     late = algorithms.gd(toy.oracle, lr=optax.linear_schedule(0.1, -0.1, 100), num_workers=4)
-    checks.check_schedule(late, 0, 51)
-    state = laqjax.init(late, toy.theta0, toy.shards)._replace(round=jnp.int32(50))
+    validation.check_schedule(late, 0, 51)
+    state = late.init(toy.theta0)._replace(round=jnp.int32(50))
     for call in every_start(late, state, toy.shards, rounds=2)[:2]:
         refused(call, "lr = -0.002 in round 51")
 
@@ -372,7 +382,7 @@ def test_the_start(wrong: Any, got: str, toy: Toy) -> None:
 
 def test_a_state_of_another_window(toy: Toy) -> None:
     short, long = (algorithms.laq(toy.oracle, lr=0.1, num_workers=4, window=window) for window in (5, 10))
-    state = laqjax.init(long, toy.theta0, toy.shards)
+    state = long.init(toy.theta0)
     refused(
         lambda: laqjax.run(short, state, toy.shards, 3, KEY), "state: expected one that `init` makes for this algorithm"
     )
@@ -380,8 +390,8 @@ def test_a_state_of_another_window(toy: Toy) -> None:
 
 RUN: list[tuple[dict[str, Any], str]] = [
     *((dict(rounds=bad), f"rounds = {bad!r}: expected one whole number and >= 1") for bad in (0, -1, 2.5, None, True)),
-    *((dict(chunk=bad), f"chunk = {bad!r}: expected one whole number and >= 1") for bad in (0, 2.5)),
-    (dict(workers_at_once=0), "workers_at_once = 0: expected one whole number and >= 1"),
+    *((dict(chunk_size=bad), f"chunk_size = {bad!r}: expected one whole number and >= 1") for bad in (0, 2.5)),
+    (dict(worker_batch_size=0), "worker_batch_size = 0: expected one whole number and >= 1"),
 ]
 
 
@@ -396,9 +406,9 @@ def test_an_unknown_record(toy: Toy) -> None:
     # found while tracing: only there is it known what this algorithm has to tell
     alg = algorithms.laq(toy.oracle, lr=0.1, num_workers=4)
     with pytest.raises(
-        ValueError, match=r"record = \['hope', 'pain'\]: expected names among .*'grad', .*'innovation_sq'"
+        ValueError, match=r"metrics = \['hope', 'pain'\]: expected names among .*'grad', .*'innovation_sq'"
     ):
-        laqjax.run(alg, toy.theta0, toy.shards, 3, KEY, record=["pain", "grad", "hope"])
+        laqjax.run(alg, toy.theta0, toy.shards, 3, KEY, metrics=["pain", "grad", "hope"])
 
 
 @pytest.mark.parametrize(
@@ -418,22 +428,25 @@ def test_the_loss(wrong: Any, message: str, toy: Toy) -> None:
     alg = algorithms.laq(replace(toy.oracle, loss_fn=loss_fn), lr=0.1, num_workers=4)
     for call in every_start(alg, toy.theta0, toy.shards):
         refused(call, message)
-    refused(lambda: laqjax.batch_size(alg, toy.shards), message)
-    refused(lambda: laqjax.sweep(laqjax.stack([alg]), toy.theta0, toy.shards, 3, KEY[None], batch=1), message)
+    refused(lambda: laqjax.max_batch_size(alg, toy.shards), message)
+    refused(
+        lambda: laqjax.sweep(laqjax.stack_algorithms([alg]), toy.theta0, toy.shards, 3, KEY[None], batch_size=1),
+        message,
+    )
     # before any check, and on whole tiles
     everywhere = message.replace("[2]", "[")[: message.index("[2]") + 1] if "[2]" in message else message
     refused(lambda: jax.eval_shape(alg.oracle, toy.theta0, toy.shards, jnp.int32(0)), everywhere)
-    refused(lambda: alg.oracle.one_by_one(toy.shards), message)
-    refused(lambda: alg.oracle.working_bytes(toy.shards), everywhere)
+    refused(lambda: alg.oracle.prefers_sequential(toy.shards), message)
+    refused(lambda: alg.oracle.activation_bytes(toy.shards), everywhere)
 
 
 def test_a_diverging_run_says_where(toy: Toy) -> None:
     """Twice the largest stable step: losses grow a hundredfold a round, until float32 overflows."""
-    flat = oracle.from_loss(lambda params, x, y: 1e3 * params[0] ** 2 + 0 * y.astype(np.float32), jnp.ones(1))
+    flat = oracles.from_loss(lambda params, x, y: 1e3 * params[0] ** 2 + 0 * y.astype(np.float32), jnp.ones(1))
     alg = algorithms.gd(flat, lr=0.01, num_workers=4)
     theta0 = jnp.ones(1)
-    with pytest.raises(laqjax.Diverged) as whole:
-        laqjax.run(alg, theta0, toy.shards, 50, KEY, chunk=4)
+    with pytest.raises(laqjax.DivergenceError) as whole:
+        laqjax.run(alg, theta0, toy.shards, 50, KEY, chunk_size=4)
     stop = whole.value.round
     assert 4 < stop < 50
     assert f"from round {stop} on, after it had grown; a smaller lr" in str(whole.value)
@@ -442,18 +455,18 @@ def test_a_diverging_run_says_where(toy: Toy) -> None:
     assert whole.value.info.sent.shape == (stop, 4)
     assert np.all(np.isfinite(losses))
     # every round before is good, the round itself is not
-    good = laqjax.run(alg, theta0, toy.shards, stop, KEY, chunk=4)
+    good = laqjax.run(alg, theta0, toy.shards, stop, KEY, chunk_size=4)
     np.testing.assert_array_equal(good.info.loss, losses)
     # rounds are counted from the very start, infos from the start of the call
-    state = laqjax.run(alg, theta0, toy.shards, 3, KEY, chunk=4).state
-    with pytest.raises(laqjax.Diverged) as resumed:
-        laqjax.run(alg, state, toy.shards, 50, KEY, chunk=4)
+    state = laqjax.run(alg, theta0, toy.shards, 3, KEY, chunk_size=4).state
+    with pytest.raises(laqjax.DivergenceError) as resumed:
+        laqjax.run(alg, state, toy.shards, 50, KEY, chunk_size=4)
     assert resumed.value.round == stop
     np.testing.assert_array_equal(resumed.value.info.loss, losses[3:])
 
 
 def test_a_loss_that_is_nan_is_no_step_too_large(toy: Toy) -> None:
-    zero_by_zero = oracle.from_loss(lambda params, x, y: params[0] * 0 / (0 * y.astype(np.float32)), jnp.ones(1))
+    zero_by_zero = oracles.from_loss(lambda params, x, y: params[0] * 0 / (0 * y.astype(np.float32)), jnp.ones(1))
     alg = algorithms.gd(zero_by_zero, lr=0.01, num_workers=4)
-    with pytest.raises(laqjax.Diverged, match="not finite in round 0, and had not grown before: a 0 / 0"):
-        laqjax.run(alg, jnp.ones(1), toy.shards, 5, KEY, chunk=4)
+    with pytest.raises(laqjax.DivergenceError, match="not finite in round 0, and had not grown before: a 0 / 0"):
+        laqjax.run(alg, jnp.ones(1), toy.shards, 5, KEY, chunk_size=4)

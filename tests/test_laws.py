@@ -14,7 +14,9 @@ import pytest
 from conftest import KEY, Toy, programs
 
 import laqjax
-from laqjax import Algorithm, Shards, algorithms, checks, compressors, memories, oracle, rules, types, wire
+from laqjax import Algorithm, Shards, algorithms, compressors, downlinks, memories, rules, samplers, types
+from laqjax._core import validation, wire_format
+from laqjax.algorithms import _shared
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -31,9 +33,9 @@ LR = {"lr": (0.03, np.float64(0.01), np.float32(0.07), jnp.float32(0.02), 1)}
 BITS = {"bits": (2, np.int64(5), np.uint8(16), jnp.int32(1), 7)}
 MOTION = {
     "window": (2, np.int64(4), 3, 6, jnp.int32(5)),
-    "limit": (3, np.int32(9), jnp.int32(4), None, 1),
-    "ramp": (True, False, np.bool_(True), False, True),
-    "first_upload": ("rule", "forced", "rule", "rule", "forced"),
+    "max_silence": (3, np.int32(9), jnp.int32(4), None, 1),
+    "rescale_short_history": (True, False, np.bool_(True), False, True),
+    "force_first_upload": (False, True, False, False, True),
 }
 LAZY = MOTION | {"xi": (0.5, np.float64(0.1), np.ones(3) / 10, [0.1, 0, 0.2, 0, 0.3, 0], jnp.float32(0.3))}
 CADA = MOTION | {"c": (0.5, np.float64(0.1), 0, np.int32(1), jnp.float32(0.3))}
@@ -42,12 +44,12 @@ SHARE = {"probability": (0.1, np.float64(0.2), np.float32(0.3), jnp.float32(0.4)
 DAMPING = {"damping": SHARE["probability"]}
 ZETA = {"zeta": (0, np.float64(0.2), np.float32(0.3), jnp.float32(4), 1)}
 PERIOD = {"period": BITS["bits"]}
-LAZY_KNOBS = dict(xi=0.4, window=4, limit=6, max_window=6)
-CADA_KNOBS = dict(c=0.5, window=4, limit=6, max_window=6)
+LAZY_KNOBS = dict(xi=0.4, window=4, max_silence=6, padded_window=6)
+CADA_KNOBS = dict(c=0.5, window=4, max_silence=6, padded_window=6)
 EACH = dict(smoothness=[1.0, 2.0, 0.5, 1.5])
-BLOCKS, EPOCHS = dict(sampler=oracle.Blocks(4)), dict(sampler=oracle.Epochs(4))
+BLOCKS, EPOCHS = dict(sampler=samplers.BlockSampler(4)), dict(sampler=samplers.ShuffleSampler(4))
 TOP, RANDOM = dict(compressor=compressors.top_k(3)), dict(compressor=compressors.rand_k(3))
-LOCAL = dict(steps=2, local_lr=0.1)
+LOCAL = dict(num_local_steps=2, local_lr=0.1)
 ROWS = {
     "gd": Row(algorithms.gd, {}, LR),
     "qgd": Row(algorithms.qgd, dict(bits=3), LR | BITS),
@@ -56,7 +58,7 @@ ROWS = {
     "iag_cyclic": Row(algorithms.iag_cyclic, {}, LR),
     "iag_random": Row(algorithms.iag_random, EACH, LR | SMOOTH),
     "laq": Row(algorithms.laq, LAZY_KNOBS | dict(bits=3), LR | BITS | LAZY),
-    "two_laq": Row(algorithms.two_laq, LAZY_KNOBS | dict(bits=3, bits_down=5), LR | BITS | LAZY),
+    "two_laq": Row(algorithms.two_laq, LAZY_KNOBS | dict(bits=3, downlink_bits=5), LR | BITS | LAZY),
     "laq_adaptive": Row(algorithms.laq_adaptive, LAZY_KNOBS, LR | {"min_bits": BITS["bits"]} | LAZY),
     "ef21": Row(algorithms.ef21, TOP, LR),
     "clag": Row(algorithms.clag, TOP | dict(zeta=200.0), LR | ZETA),
@@ -65,10 +67,16 @@ ROWS = {
     "marina_natural": Row(algorithms.marina, dict(compressor=compressors.natural(), probability=0.4), LR | SHARE),
     "vr_marina": Row(algorithms.marina, EPOCHS | RANDOM | dict(probability=0.4), LR | SHARE),
     "ef21_sgdm": Row(algorithms.ef21_sgdm, BLOCKS | TOP | dict(eta=0.3), LR | {"eta": SHARE["probability"]}),
-    "ef21_p": Row(algorithms.ef21_p, TOP | dict(down=compressors.top_k(4)), LR),
+    "ef21_p": Row(algorithms.ef21_p, TOP | dict(downlink_compressor=compressors.top_k(4)), LR),
     "ef_bv": Row(algorithms.ef_bv, TOP | dict(damping=0.5, scaling=0.8), LR | DAMPING),
-    "dasha": Row(algorithms.dasha, RANDOM | dict(a=0.2), LR | {"a": SHARE["probability"]}),
-    "dasha_mvr": Row(algorithms.dasha, EPOCHS | RANDOM | dict(a=0.2, b=0.3), LR | {"b": SHARE["probability"]}),
+    "dasha": Row(
+        algorithms.dasha, RANDOM | dict(estimate_momentum=0.2), LR | {"estimate_momentum": SHARE["probability"]}
+    ),
+    "dasha_mvr": Row(
+        algorithms.dasha,
+        EPOCHS | RANDOM | dict(estimate_momentum=0.2, mvr_momentum=0.3),
+        LR | {"mvr_momentum": SHARE["probability"]},
+    ),
     "sgd": Row(algorithms.sgd, BLOCKS, LR),
     "qsgd": Row(algorithms.qsgd, EPOCHS | dict(levels=5), LR | {"levels": BITS["bits"]}),
     "terngrad": Row(algorithms.terngrad, BLOCKS, LR),
@@ -81,7 +89,7 @@ ROWS = {
     ),
     "fedavg": Row(algorithms.fedavg, LOCAL, LR | {"local_lr": LR["lr"]}),
     "fedpaq": Row(algorithms.fedpaq, EPOCHS | LOCAL | dict(levels=5), LR | {"levels": BITS["bits"]}),
-    "fedlaq": Row(algorithms.fedlaq, LAZY_KNOBS | LOCAL | dict(participants=3), LR | BITS | LAZY),
+    "fedlaq": Row(algorithms.fedlaq, LAZY_KNOBS | LOCAL | dict(num_participants=3), LR | BITS | LAZY),
     "slaq": Row(algorithms.slaq, EPOCHS | LAZY_KNOBS, LR | BITS | LAZY),
     "lasg_wk1": Row(algorithms.lasg_wk1, BLOCKS | LAZY_KNOBS | dict(period=5), LR | LAZY | PERIOD),
     "lasg_wk2": Row(algorithms.lasg_wk2, EPOCHS | LAZY_KNOBS, LR | LAZY),
@@ -129,9 +137,9 @@ def make(name: str, toy: Toy, **knobs: Any) -> Algorithm:
     return row.factory(toy.oracle, **{"lr": 0.05, "num_workers": 4, **row.knobs, **knobs})
 
 
-def run(alg: Algorithm, start: Any, shards: Shards, rounds: int, key: jax.Array = KEY) -> laqjax.Output:
+def run(alg: Algorithm, start: Any, shards: Shards, rounds: int, key: jax.Array = KEY) -> laqjax.RunResult:
     """All tests use one chunk and one record, so that each algorithm compiles once."""
-    return laqjax.run(alg, start, shards, rounds, key, record=RECORD, chunk=CHUNK)
+    return laqjax.run(alg, start, shards, rounds, key, metrics=RECORD, chunk_size=CHUNK)
 
 
 def identical(a: Any, b: Any) -> None:
@@ -148,12 +156,11 @@ def avals(tree: Any) -> list[Any]:
 # ---- the contract of every named algorithm ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("dtype", ["toy", "toy64"])
+@pytest.mark.parametrize(("dtype", "name"), [*both("toy"), *both("toy64")])
 def test_the_state_is_a_fixed_point(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
     toy: Toy = request.getfixturevalue(dtype)
     alg = make(name, toy)
-    state = laqjax.init(alg, toy.theta0, toy.shards)
+    state = alg.init(toy.theta0)
     after, _ = jax.eval_shape(alg.step, state, Shards(*map(jnp.asarray, toy.shards)), KEY)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert avals(after) == avals(state)
@@ -181,14 +188,23 @@ def points_of(name: str, toy: Toy) -> list[Algorithm]:
 @pytest.mark.parametrize("name", FEW)
 def test_a_sweep_is_a_loop(name: str, quadratic: Toy) -> None:
     algs, keys, shards = points_of(name, quadratic), jax.random.split(KEY, 5), quadratic.shards
-    sweep = laqjax.sweep(laqjax.stack(algs), quadratic.theta0, shards, CHUNK, keys, batch=3, record=RECORD, chunk=CHUNK)
+    sweep = laqjax.sweep(
+        laqjax.stack_algorithms(algs),
+        quadratic.theta0,
+        shards,
+        CHUNK,
+        keys,
+        batch_size=3,
+        metrics=RECORD,
+        chunk_size=CHUNK,
+    )
     for i, alg in enumerate(algs):
         info, state = run(alg, quadratic.theta0, shards, CHUNK, keys[i])
         np.testing.assert_array_equal(sweep.info.sent[:, i], info.sent)
         np.testing.assert_array_equal(sweep.info.bits_up[:, i], info.bits_up)
         np.testing.assert_array_equal(sweep.info.bits_down[:, i], info.bits_down)
         np.testing.assert_allclose(sweep.info.loss[:, i], info.loss, rtol=1e-12)
-        point = laqjax.take(sweep.state, i)
+        point = laqjax.select_points(sweep.state, i)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), point, state)
 
 
@@ -197,7 +213,7 @@ def test_memories(name: str, dtype: str, rounding: float, request: pytest.Fixtur
     """Silence changes nothing at a worker but its count, and the server's aggregate is the sum of the memories."""
     toy: Toy = request.getfixturevalue(dtype)
     alg = make(name, toy)
-    state = laqjax.init(alg, toy.theta0, toy.shards)
+    state = alg.init(toy.theta0)
     silent = 0
     for _ in range(12):
         before = jax.device_get(state.workers)
@@ -207,17 +223,17 @@ def test_memories(name: str, dtype: str, rounding: float, request: pytest.Fixtur
             np.testing.assert_array_equal(workers.rule[0], np.where(sent, 0, before.rule[0] + 1))
             workers, before = (w._replace(rule=w.rule[1]) for w in (workers, before))
         if isinstance(
-            alg.rule, rules.Participation
+            alg.rule, rules.PartialParticipation
         ):  # it has asked some of the silent ones, whose silence is longer now
             workers, before = (w._replace(rule=None) for w in (workers, before))
         kept = [w.memory if alg.rule.renews_in_silence else w for w in (before, workers)]
         identical(*([leaf[~sent] for leaf in jax.tree.leaves(w)] for w in kept))
-        if alg.memory.persists:
+        if alg.memory.is_persistent:
             memory = workers.memory[0] if isinstance(workers.memory, tuple) else workers.memory
             error = np.abs(np.asarray(state.aggregate) - memory.sum(axis=0)).max()
             assert error <= rounding * np.abs(memory).max()
         silent += np.sum(~sent)
-    assert (silent > 0) == alg.rule.may_skip
+    assert (silent > 0) == alg.rule.can_skip
 
 
 @pytest.mark.parametrize(("dtype", "name"), [*both("toy"), *both("quadratic")])
@@ -225,43 +241,50 @@ def test_billed_bits_are_bytes(name: str, dtype: str, request: pytest.FixtureReq
     """Every message of a run, made again from the state: its bytes are what was billed, and decode to what it meant."""
     toy: Toy = request.getfixturevalue(dtype)
     alg = make(name, toy)
-    state: Any = laqjax.init(alg, toy.theta0, toy.shards)
+    state: Any = alg.init(toy.theta0)
     for k in range(4):
         before, state_before = jax.device_get(state.workers), state
         info, state = run(alg, state, toy.shards, 1)
         for m in range(4):
             keys, grad = keys_of(k, m), info.extra["grad"][0, m]
             memory = jax.tree.map(lambda leaf: leaf[m], before.memory)  # noqa: B023
-            now: Any = types.Round(
-                state_before.params, keys, alg.step_size(k), 4, gradient_at=partial(looked, alg, toy, keys)
+            now: Any = types.RoundContext(
+                state_before.params, keys, alg.learning_rate_at(k), 4, gradient_at=partial(looked, alg, toy, keys)
             )
-            target = jnp.asarray(alg.memory.target(memory, grad, now)[0])
+            target = jnp.asarray(alg.memory.compression_target(memory, grad, now)[0])
             payload = alg.compressor.encode(target, keys)
-            data = wire.to_bytes(alg.compressor, payload, target)
-            assert len(data) == wire.message_bytes(alg.compressor.wire(payload, target))
+            data = wire_format.to_bytes(alg.compressor, payload, target)
+            assert len(data) == wire_format.message_bytes(alg.compressor.wire_fields(payload, target))
             assert info.bits_up[0, m] == (8 * len(data) if info.sent[0, m] else 0)
-            back = wire.from_bytes(alg.compressor, data, target)
+            back = wire_format.from_bytes(alg.compressor, data, target)
             identical(np.asarray(back), np.asarray(alg.compressor.decode(payload, target)))
         down = 8 * toy.theta0.nbytes
-        if isinstance(alg.downlink, memories.StepDown | memories.ModelDown | memories.DirectionDown):
+        if isinstance(
+            alg.downlink, downlinks.CompressedStep | downlinks.CompressedModel | downlinks.CompressedDirection
+        ):
             payload = alg.downlink.compressor.encode(jnp.ones_like(toy.theta0), keys_of(k, 4))
-            down = 8 * len(wire.to_bytes(alg.downlink.compressor, payload, toy.theta0))
+            down = 8 * len(wire_format.to_bytes(alg.downlink.compressor, payload, toy.theta0))
         asked = info.extra["gradients"][0] > 0
-        assert info.bits_down == down * (asked.sum() if alg.rule.server_decides else 1)
+        assert info.bits_down == down * (asked.sum() if alg.rule.server_selects else 1)
 
 
-def looked(alg: Algorithm, toy: Toy, keys: types.Keys, params: Any, full: bool = False, when: Any = True) -> Any:
+def looked(alg: Algorithm, toy: Toy, keys: types.RoundKeys, params: Any, full: bool = False, when: Any = True) -> Any:
     """The gradient of a worker at another model on the rows of its round."""
     shards = jax.tree.map(jnp.asarray, toy.shards)
-    rows = None if full or alg.sampler is None else alg.sampler(keys, shards)
-    return alg.oracle(jnp.asarray(params), shards, keys.worker, rows)[1]
+    return gradient(alg.oracle, None if full else alg.sampler, jnp.asarray(params), shards, keys)
 
 
-def keys_of(round: int, worker: int, workers: int = 4) -> types.Keys:
+@jax.jit
+def gradient(oracle: Any, sampler: Any, params: Any, shards: Shards, keys: types.RoundKeys) -> Any:
+    """The gradient of the worker of `keys`, compiled once for each sampler."""
+    return oracle(params, shards, keys.worker, sampler and sampler(keys, shards))[1]
+
+
+def keys_of(round: int, worker: int, workers: int = 4) -> types.RoundKeys:
     """The draws of a worker in a round, as they are documented."""
     key = jax.random.fold_in(KEY, round)
     own, shared = (jax.random.fold_in(key, index) for index in (worker, workers))
-    return types.Keys(own, shared, KEY, jnp.int32(round), jnp.int32(worker))
+    return types.RoundKeys(own, shared, KEY, jnp.int32(round), jnp.int32(worker))
 
 
 @pytest.mark.parametrize("name", MANY)
@@ -274,12 +297,14 @@ def test_a_run_cut_anywhere_is_the_same_run(name: str, toy: Toy) -> None:
             out = run(alg, start, toy.shards, rounds)
             start = out.state
             infos.append(out.info)
-        identical((laqjax.join(infos), start), tuple(straight))
+        identical((laqjax.concatenate_infos(infos), start), tuple(straight))
 
 
 def test_workers_side_by_side_are_workers_in_turn(toy64: Toy) -> None:
     alg = make("laq", toy64)
-    one, three = (laqjax.run(alg, toy64.theta0, toy64.shards, 30, KEY, chunk=30, workers_at_once=n) for n in (1, 3))
+    one, three = (
+        laqjax.run(alg, toy64.theta0, toy64.shards, 30, KEY, chunk_size=30, worker_batch_size=n) for n in (1, 3)
+    )
     np.testing.assert_array_equal(three.info.sent, one.info.sent)
     np.testing.assert_allclose(three.info.loss, one.info.loss, rtol=1e-12)
 
@@ -288,7 +313,7 @@ def test_workers_side_by_side_are_workers_in_turn(toy64: Toy) -> None:
 def test_the_callers_arrays_survive(name: str, toy: Toy) -> None:
     alg = make(name, toy)
     shards = Shards(*map(jnp.asarray, toy.shards))
-    state = laqjax.init(alg, toy.theta0, shards)
+    state = alg.init(toy.theta0)
     # the caller's vector stands in two places: neither is donated
     state = state._replace(params=toy.theta0, optimizer=jax.tree.map(lambda a: a, state.optimizer))
     given = alg, toy.theta0, state, shards
@@ -322,9 +347,9 @@ def test_the_history_is_made_of_the_steps_really_taken(name: str, toy: Toy) -> N
 
 
 def test_parts_of_one_shape_are_not_one_structure(toy: Toy) -> None:
-    """`jax.jit` tells programs apart by comparing structures, and so does `stack`."""
+    """`jax.jit` tells programs apart by comparing structures, and so does `stack_algorithms`."""
     pairs = [
-        (oracle.Blocks(4), oracle.Epochs(4)),
+        (samplers.BlockSampler(4), samplers.ShuffleSampler(4)),
         (compressors.identity(), compressors.ternary()),
         (memories.NoMemory(), memories.ErrorFeedback()),
         (rules.Always(), rules.Cyclic()),
@@ -333,16 +358,16 @@ def test_parts_of_one_shape_are_not_one_structure(toy: Toy) -> None:
     for one, other in pairs:
         assert jax.tree.structure(one) != jax.tree.structure(other)
     with pytest.raises(ValueError, match="algorithm 1 has another structure"):
-        laqjax.stack([make("sgd", toy), make("sgd", toy, sampler=oracle.Epochs(4))])
+        laqjax.stack_algorithms([make("sgd", toy), make("sgd", toy, sampler=samplers.ShuffleSampler(4))])
 
 
 # ---- rules, memories, servers -------------------------------------------------------------------------------------------------
 
 
 def test_patience_of_zero_always_sends(toy64: Toy) -> None:
-    laq = make("laq", toy64, first_upload="rule")
+    laq = make("laq", toy64, force_first_upload=False)
     rule: Any = laq.rule
-    eager = replace(laq, rule=rules.max_silence(rule.rule, 0))
+    eager = replace(laq, rule=rules.limit_silence(rule.rule, 0))
     assert not run(laq, toy64.theta0, toy64.shards, 50).info.sent.all()
     laq, qgd = (run(alg, toy64.theta0, toy64.shards, 50).info for alg in (eager, make("qgd", toy64)))
     assert laq.sent.all()
@@ -352,9 +377,9 @@ def test_patience_of_zero_always_sends(toy64: Toy) -> None:
 @pytest.mark.parametrize("name", LAZY_ROWS)
 def test_patience_counts_the_silent_rounds(name: str, toy: Toy) -> None:
     # with these weights no innovation outweighs the motion, once there is any: only patience sends
-    for first_upload, rounds in (("forced", [0, 5, 10, 15]), ("rule", [4, 9, 14, 19])):
-        alg = make(name, toy, xi=1e20, limit=4, first_upload=first_upload)
-        state = laqjax.init(alg, toy.theta0, toy.shards)
+    for force_first_upload, rounds in ((True, [0, 5, 10, 15]), (False, [4, 9, 14, 19])):
+        alg = make(name, toy, xi=1e20, max_silence=4, force_first_upload=force_first_upload)
+        state = alg.init(toy.theta0)
         info = run(alg, state._replace(rule=(jnp.ones(6), None)), toy.shards, 20).info
         np.testing.assert_array_equal(info.sent.T, [np.isin(np.arange(20), rounds)] * 4)
 
@@ -362,14 +387,14 @@ def test_patience_counts_the_silent_rounds(name: str, toy: Toy) -> None:
 @pytest.mark.parametrize("name", LAZY_ROWS)
 def test_a_tie_is_sent(name: str, quadratic: Toy) -> None:
     still = quadratic.shards._replace(y=np.zeros((4, 12)))
-    assert run(make(name, quadratic, first_upload="rule"), quadratic.theta0, still, 1).info.sent.all()
+    assert run(make(name, quadratic, force_first_upload=False), quadratic.theta0, still, 1).info.sent.all()
 
 
 @pytest.mark.parametrize("name", LAZY_ROWS)
 def test_the_forced_first_upload(name: str, toy: Toy) -> None:
     # the rule alone: LAG's sends, there being neither motion nor error; LAQ's 1-bit grid is too coarse to be worth it
     knobs = {"bits": 1} if name == "laq" else {}
-    algs = [make(name, toy, first_upload=first, **knobs) for first in ("forced", "rule")]
+    algs = [make(name, toy, force_first_upload=first, **knobs) for first in (True, False)]
     forced, rule = (run(alg, toy.theta0, toy.shards, 1).info.sent for alg in algs)
     assert forced.all()
     assert rule.any() == rule.all() == (name == "lag_wk")
@@ -377,8 +402,8 @@ def test_the_forced_first_upload(name: str, toy: Toy) -> None:
 
 @pytest.mark.parametrize("memory", [memories.NoMemory(), memories.ErrorFeedback()])
 def test_a_rule_that_skips_needs_a_memory_that_persists(memory: types.Memory, toy: Toy) -> None:
-    lazy = algorithms.lazy(rules.history(0.8, 10, np.float32), rules.InnovationChange())
-    for trigger in (lazy, rules.max_silence(lazy, 100)):
+    lazy = _shared.make_lazy_rule(rules.make_history(0.8, 10, np.float32), rules.InnovationChange())
+    for trigger in (lazy, rules.limit_silence(lazy, 100)):
         with pytest.raises(ValueError, match=f"memory {type(memory).__name__} does not persist"):
             laqjax.assemble(toy.oracle, compressors.identity(), trigger, memory, lr=0.1, num_workers=4)
     laqjax.assemble(toy.oracle, compressors.identity(), rules.Always(), memory, lr=0.1, num_workers=4)
@@ -387,7 +412,7 @@ def test_a_rule_that_skips_needs_a_memory_that_persists(memory: types.Memory, to
 def test_the_server_can_be_adam(toy64: Toy) -> None:
     """The aggregate is what the optimizer gets, and what the rule watches: Adam's steps have another scale."""
     alg, adam = make("laq", toy64, optimizer=optax.adam), optax.adam(0.05)
-    state = laqjax.init(alg, toy64.theta0, toy64.shards)
+    state = alg.init(toy64.theta0)
     params: Any = toy64.theta0
     memory = adam.init(params)
     uploads = 0
@@ -410,14 +435,14 @@ def test_bits_beyond_int32_are_counted(factory: Any, toy: Toy) -> None:
     most = (2**31 - 1) // 4 // workers
     for size, fits in ((most, True), (most + 1, False)):
         given = jax.ShapeDtypeStruct((size,), np.float32)
-        wide = laqjax.oracle.from_loss(lambda params, x, y: params[0] * y.astype(np.float32), given)
+        wide = laqjax.oracles.from_loss(lambda params, x, y: params[0] * y.astype(np.float32), given)
         alg = factory(wide, lr=0.1, num_workers=4)
         payload: dict[str, Any] = {}
-        assert int(wire.message_bytes(alg.compressor.wire(payload, given))) == 4 * size
+        assert int(wire_format.message_bytes(alg.compressor.wire_fields(payload, given))) == 4 * size
         with nullcontext() if fits else pytest.raises(ValueError, match=f"expected at most {most}"):
-            checks.run_arguments(alg, given, toy.shards)
+            validation.check_run_inputs(alg, given, toy.shards)
     sizes = np.full((3, 4), 4 * most, np.int32)
-    info = laqjax.Info(np.zeros(3), sizes > 0, sizes, sizes[:, 0], {})
+    info = laqjax.RoundInfo(np.zeros(3), sizes > 0, sizes, sizes[:, 0], {})
     assert info.bits_up.dtype == info.bits_down.dtype == np.int64
     assert info.bits_up.sum() == 4 * info.bits_down.sum() == 3 * 4 * 32 * most
     with pytest.raises(TypeError, match="read bytes_up"):
@@ -425,7 +450,7 @@ def test_bits_beyond_int32_are_counted(factory: Any, toy: Toy) -> None:
 
 
 def test_a_sweep_of_many_chunks_is_one_program(toy: Toy) -> None:
-    algs = laqjax.stack([make("laq", toy), make("laq", toy, bits=5)])
+    algs = laqjax.stack_algorithms([make("laq", toy), make("laq", toy, bits=5)])
     before = programs()
-    laqjax.sweep(algs, toy.theta0, toy.shards, 21, jax.random.split(KEY, 2), chunk=7)
+    laqjax.sweep(algs, toy.theta0, toy.shards, 21, jax.random.split(KEY, 2), chunk_size=7)
     assert programs() == before + 1

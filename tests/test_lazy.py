@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import laqjax
 from laqjax import algorithms, compressors
-from laqjax.oracle import Blocks
+from laqjax.samplers import BlockSampler
 
 PARAMS = {"b": jnp.zeros(6), "w": jnp.ones((8, 6))}
 WHOLE = P()
@@ -26,17 +26,21 @@ TOP = compressors.top_k(3)
     [
         (algorithms.laq, {"bits": 0}, "bits = 0: "),
         (algorithms.laq, {"bits": "4"}, "bits = '4': "),
-        (algorithms.laq, {"limit": -1}, "limit = -1: "),
-        (algorithms.laq, {"blocks": "layers"}, "blocks = 'layers': must be None, 'leaf', or a sequence"),
-        (algorithms.laq, {"blocks": (54, 0)}, "blocks = (54, 0): must be"),
-        (algorithms.laq, {"blocks": (27.0, 27.0)}, "blocks = (27.0, 27.0): must be"),
-        (algorithms.laq, {"blocks": ()}, "blocks = (): must be"),
-        (algorithms.laq, {"blocks": 54}, "blocks = 54: must be"),
-        (algorithms.laq, {"exchange": "mesages"}, "exchange = 'mesages': must be one of"),
-        (algorithms.laq, {"exchange": "mesages"}, "did you mean 'messages'?"),
+        (algorithms.laq, {"max_silence": -1}, "max_silence = -1: "),
+        (
+            algorithms.laq,
+            {"quantizer_blocks": "layers"},
+            "quantizer_blocks = 'layers': must be None, 'leaf', or a sequence",
+        ),
+        (algorithms.laq, {"quantizer_blocks": (54, 0)}, "quantizer_blocks = (54, 0): must be"),
+        (algorithms.laq, {"quantizer_blocks": (27.0, 27.0)}, "quantizer_blocks = (27.0, 27.0): must be"),
+        (algorithms.laq, {"quantizer_blocks": ()}, "quantizer_blocks = (): must be"),
+        (algorithms.laq, {"quantizer_blocks": 54}, "quantizer_blocks = 54: must be"),
+        (algorithms.laq, {"collective": "all_gathr"}, "collective = 'all_gathr': expected one of"),
+        (algorithms.laq, {"collective": "all_gathr"}, "did you mean 'all_gather'?"),
         (algorithms.laq, {"bit": 4}, "lazy_aggregate(bit=...) with laq: must be one of bits, xi,"),
         (algorithms.laq, {"bit": 4}, "did you mean 'bits'?"),
-        (algorithms.laq, {"exchnge": "sums"}, "did you mean 'exchange'?"),
+        (algorithms.laq, {"colective": "all_reduce"}, "did you mean 'collective'?"),
         (algorithms.laq, {"lr": 0.1}, "lazy_aggregate(lr=...): must not be given"),
         (algorithms.laq, {"optimizer": optax.adam}, "lazy_aggregate(optimizer=...): must not be given"),
         (algorithms.laq, {"oracle": None}, "lazy_aggregate(oracle=...): must not be given"),
@@ -45,9 +49,9 @@ TOP = compressors.top_k(3)
             {},
             "lazy_aggregate with ef21 but without compressor: must be given, for example compressor=",
         ),
-        ("laq", {}, "method = 'laq': must be a function, such as laqjax.algorithms.laq"),
+        ("laq", {}, "algorithm = 'laq': must be a function, such as laqjax.algorithms.laq"),
         ("ef21", {}, "such as laqjax.algorithms.ef21"),
-        (None, {}, "method = None: must be a function"),
+        (None, {}, "algorithm = None: must be a function"),
     ],
 )
 def test_arguments_are_checked_in_the_constructor(method: Any, settings: Any, message: str) -> None:
@@ -72,7 +76,7 @@ def traced(
 ) -> Any:
     """Shapes after an update inside `jax.shard_map`, on devices that need not exist."""
     state = jax.eval_shape(tx.init if init is None else init, params)
-    specs = laqjax.lazy.specs(state, "data") if specs is None else specs
+    specs = laqjax.aggregation.partition_specs(state, "data") if specs is None else specs
     mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,)) if mesh is None else mesh
     options: Any = {"check_vma": False} | given
     step: Any = jax.shard_map(tx.update, mesh=mesh, in_specs=(split, specs, split), out_specs=(split, specs), **options)
@@ -87,20 +91,23 @@ TWO_AXES = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) *
     [
         (laqjax.lazy_aggregate("data", 4, bits=4), {}),
         (laqjax.lazy_aggregate("data", 4, fraction), {}),
-        (laqjax.lazy_aggregate("data", 4, partial(algorithms.ef21, compressor=TOP), blocks=[27, 27]), {}),
-        (laqjax.lazy_aggregate("data", 4, algorithms.ef21, compressor=compressors.sampled(0.2)), {"mesh": TWO_AXES}),
+        (laqjax.lazy_aggregate("data", 4, partial(algorithms.ef21, compressor=TOP), quantizer_blocks=[27, 27]), {}),
+        (
+            laqjax.lazy_aggregate("data", 4, algorithms.ef21, compressor=compressors.optimal_sparsifier(0.2)),
+            {"mesh": TWO_AXES},
+        ),
     ],
     ids=["laq", "k of p", "partial", "two manual axes"],
 )
 def test_what_can_work_is_not_refused(tx: Any, options: Any) -> None:
     direction, state = traced(tx, **options)
     assert jax.tree.map(jnp.shape, direction) == jax.tree.map(jnp.shape, PARAMS)
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(state.laq.workers)} == {4}
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(state.algorithm_state.workers)} == {4}
 
 
 LAQ = laqjax.lazy_aggregate("data", 4)
-SAMPLED = laqjax.lazy_aggregate("data", 4, algorithms.ef21, compressor=compressors.sampled(0.2))
-OTHER = laqjax.lazy_aggregate("data", 4, algorithms.lasg_wk2, sampler=Blocks(10))
+SAMPLED = laqjax.lazy_aggregate("data", 4, algorithms.ef21, compressor=compressors.optimal_sparsifier(0.2))
+OTHER = laqjax.lazy_aggregate("data", 4, algorithms.lasg_wk2, sampler=BlockSampler(10))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +124,7 @@ OTHER = laqjax.lazy_aggregate("data", 4, algorithms.lasg_wk2, sampler=Blocks(10)
         ),
         (laqjax.lazy_aggregate("data", 8), {}, "num_workers = 8 on the axis 'data' of 4 devices"),
         (OTHER, {}, "a method that asks for gradients at other models"),
-        (laqjax.lazy_aggregate("data", 4, blocks=(1, 2)), {}, "expected p = 54"),
+        (laqjax.lazy_aggregate("data", 4, quantizer_blocks=(1, 2)), {}, "expected p = 54"),
     ],
 )
 def test_an_update_that_cannot_work_is_refused(tx: Any, options: Any, message: str) -> None:
@@ -129,4 +136,4 @@ def test_an_update_outside_of_shard_map_is_refused() -> None:
     with pytest.raises(ValueError, match=r"axis 'data', which is not bound here: update must be called inside"):
         jax.jit(LAQ.update)(PARAMS, LAQ.init(PARAMS), PARAMS)
     with pytest.raises(TypeError, match="axis"):  # no default: a wrong axis would be found late, or never
-        laqjax.lazy.specs(LAQ.init(PARAMS))  # pyright: ignore[reportCallIssue]
+        laqjax.aggregation.partition_specs(LAQ.init(PARAMS))  # pyright: ignore[reportCallIssue]

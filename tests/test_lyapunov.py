@@ -40,8 +40,8 @@ def cases(draw: st.DrawFn) -> tuple[int, float, dict[str, Any], float, list[int]
     shape = draw(st.lists(st.integers(0, 5), min_size=window, max_size=window).filter(any))
     knobs = dict(
         window=window,
-        limit=draw(st.sampled_from([None, 3, 20])),
-        first_upload=draw(st.sampled_from(["forced", "rule"])),
+        max_silence=draw(st.sampled_from([None, 3, 20])),
+        force_first_upload=draw(st.sampled_from([True, False])),
     )
     return draw(st.integers(0, 999)), draw(st.floats(0.05, 0.9)), knobs, draw(st.floats(0, 1)), shape
 
@@ -68,11 +68,11 @@ def check_descent(
         # of f, a sum over workers of means over examples
         hessian = CURVATURE[loss] * np.einsum("mni,mnj->ij", x, x) / N + M * L2 * np.eye(P)
         lr = float(lr_times_l / np.linalg.norm(hessian, 2))
-        xi = np.array(shape) / sum(shape) * share * theory.sum_of_xi(lr, lr_times_l / lr)
-        oracle = laqjax.oracle.from_loss(loss, jnp.zeros(P), l2=L2)
-        alg: Algorithm = factory(oracle, lr=lr, num_workers=M, xi=xi, max_window=WINDOW, **knobs, **bits)
+        xi = np.array(shape) / sum(shape) * share * theory.max_xi_sum(lr, lr_times_l / lr)
+        oracle = laqjax.oracles.from_loss(loss, jnp.zeros(P), l2=L2)
+        alg: Algorithm = factory(oracle, lr=lr, num_workers=M, xi=xi, padded_window=WINDOW, **knobs, **bits)
         record = ["worker_loss", "grad", "error_sq", "step_sq"]
-        out = laqjax.run(alg, jnp.asarray(rng.normal(size=P)), shards, ROUNDS, KEY, record=record, chunk=ROUNDS)
+        out = laqjax.run(alg, jnp.asarray(rng.normal(size=P)), shards, ROUNDS, KEY, metrics=record, chunk_size=ROUNDS)
     facts = out.info.extra
     # motion[k, d - 1] is the squared step from theta^{k-d} to theta^{k-d+1}
     motion = np.zeros((ROUNDS, len(xi)))

@@ -17,7 +17,8 @@ from conftest import KEY, Toy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laqjax import algorithms, compressors, exchange, mesh, types
+from laqjax import algorithms, compressors, distributed, types
+from laqjax._engine import collectives
 
 HERE = Path(__file__).parent
 # JAX in its optimised form rounds the gradients of these otherwise when a round is compiled for a mesh: two gradients, or a
@@ -51,7 +52,7 @@ def test_four_devices_are_one(tmp_path: Path) -> None:
 
 
 def test_points_and_workers_are_spread_at_once(tmp_path: Path) -> None:
-    assert on_devices("swept", tmp_path, 4) == {"swept-messages": "", "swept-chunked": ""}
+    assert on_devices("swept", tmp_path, 4) == {"swept-all_gather": "", "swept-all_to_all": ""}
 
 
 def test_what_a_mesh_cannot_do_is_refused(tmp_path: Path) -> None:
@@ -59,9 +60,9 @@ def test_what_a_mesh_cannot_do_is_refused(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in lines] == [
         "mesh with axes ('model',)",
         "shards of 3 workers for an algorithm of num_workers = 4",
-        "exchange = 'gossip'",
+        "collective = 'gossip'",
         "messages of 3, 4, 5, 6 bits per number of 'codes' in one sweep",
-        "chunked exchange of Sparse messages",
+        "all_to_all of Sparse messages",
         "mesh of 1 x 3 devices",
         "shards.weight of worker 0 sums to 0",
     ]
@@ -69,7 +70,7 @@ def test_what_a_mesh_cannot_do_is_refused(tmp_path: Path) -> None:
 
 def test_a_loop_of_ones_own_sends_what_a_run_sends(tmp_path: Path) -> None:
     results = on_devices("lazy", tmp_path, 4)
-    assert results == {"lazy-messages": "", "lazy-chunked": ""}
+    assert results == {"lazy-all_gather": "", "lazy-all_to_all": ""}
 
 
 def test_parameters_split_over_a_second_axis_do_not_deadlock(tmp_path: Path) -> None:
@@ -138,26 +139,26 @@ def test_processes_that_disagree_stop_before_the_first_round(tmp_path: Path) -> 
 
 def test_a_coordinator_that_does_not_answer_is_named() -> None:
     with pytest.raises(TimeoutError, match=r"no answer from the coordinator 127\.0\.0\.1:1 within 0\.1 s"):
-        mesh.initialize("127.0.0.1:1", 2, 1, timeout=0.1)  # pyright: ignore[reportArgumentType]
+        distributed.initialize_distributed("127.0.0.1:1", 2, 1, timeout=0.1)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="expected host:port"):
-        mesh.initialize("here", 2, 1)
+        distributed.initialize_distributed("here", 2, 1)
     with pytest.raises(ValueError, match="expected all three"):
-        mesh.initialize("127.0.0.1:1")
+        distributed.initialize_distributed("127.0.0.1:1")
 
 
 @given(bits=st.integers(1, 32), codes=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=70))
 def test_packing_loses_nothing_and_wastes_less_than_a_group(bits: int, codes: list[int]) -> None:
     values = np.array(codes, np.uint32) & np.uint32(2**bits - 1)
-    words = exchange.pack(jnp.asarray(values), bits)
-    np.testing.assert_array_equal(exchange.unpack(words, bits, values), values)
-    assert words.size == exchange.packed_words(values, bits)
+    words = collectives.pack(jnp.asarray(values), bits)
+    np.testing.assert_array_equal(collectives.unpack(words, bits, values), values)
+    assert words.size == collectives.num_packed_words(values, bits)
     assert 32 * words.size < bits * (len(codes) + 32)
 
 
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int32, np.float32, np.float64])
 def test_facts_of_every_dtype_come_back_from_words(x64, dtype: Any) -> None:
     values = jnp.asarray(np.arange(-3, 21).reshape(4, 3, 2) % 5 - 2).astype(dtype)
-    back = exchange.of_words(exchange.to_words(values), values)
+    back = collectives.from_words(collectives.to_words(values), values)
     assert back.dtype == values.dtype
     np.testing.assert_array_equal(back, values)
 
@@ -171,7 +172,7 @@ SCHEMES = {
     "top_k": (compressors.top_k(7), (6, 32), False),
     "blockwise": (compressors.blockwise(compressors.grid(5), (20, 43)), (32, 5, 32, 5), False),
     "adaptive": (compressors.adaptive_grid(), None, True),
-    "sampled": (compressors.sampled(0.3), None, True),
+    "sampled": (compressors.optimal_sparsifier(0.3), None, True),
 }
 
 
@@ -179,15 +180,15 @@ SCHEMES = {
 def test_a_packed_message_decodes_to_what_was_sent(toy: Toy, name: str) -> None:
     compressor, widths, in_chunks = SCHEMES[name]
     alg = algorithms.ef21(toy.oracle, lr=0.1, num_workers=4, compressor=compressor)
-    assert exchange.widths(alg) == widths
-    keys = types.Keys(KEY, KEY, KEY, jnp.int32(1), jnp.int32(0))
+    assert collectives.field_widths(alg) == widths
+    keys = types.RoundKeys(KEY, KEY, KEY, jnp.int32(1), jnp.int32(0))
     target = jax.random.normal(KEY, toy.theta0.shape)
     payload = compressor.encode(target, keys)
     decoded = compressor.decode(payload, target)
-    upload = types.Upload(payload, decoded, jnp.asarray(True), jnp.asarray(True), jnp.int32(0))
-    words = exchange.pack_message(exchange.numbers_of(compressor, upload, widths), widths)
-    assert words.size == exchange.message_words(alg, 63, widths)
-    np.testing.assert_array_equal(exchange.unpack_message(compressor, words, target, widths), decoded)
+    upload = types.WorkerUpload(payload, decoded, jnp.asarray(True), jnp.asarray(True), jnp.int32(0))
+    words = collectives.pack_message(collectives.field_values(compressor, upload, widths), widths)
+    assert words.size == collectives.num_message_words(alg, 63, widths)
+    np.testing.assert_array_equal(collectives.unpack_message(compressor, words, target, widths), decoded)
     if not in_chunks:
         with pytest.raises(ValueError, match="expected a compressor with a code for each coordinate"):
-            exchange.chunked(alg)
+            collectives.all_to_all(alg)

@@ -20,7 +20,7 @@ import pytest
 
 import laqjax
 from laqjax import compressors, rules
-from laqjax.step import worker_step
+from laqjax._core.round import worker_step
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "experiments" / "laqjax_colab.py"
@@ -141,15 +141,15 @@ def test_figures_are_inline(ran: Ran) -> None:
 
 def test_code_shown_is_the_library_s(ran: Ran) -> None:
     shown = [output.data.get("text/markdown", "") for cell in ran.cells for output in cell.outputs if "data" in output]
-    for piece in (compressors.Grid.encode, rules.Lazy.decide, worker_step):
+    for piece in (compressors.Grid.encode, rules.LazyRule.should_send, worker_step):
         assert any(textwrap.dedent(inspect.getsource(piece)) in text for text in shown)
 
 
 def test_what_it_says_of_laq_and_gd_is_what_run_gives(ran: Ran, mnist: laqjax.Shards) -> None:
     shards, rounds = laqjax.Shards(*(array[:, : ran.settings["ROWS"]] for array in mnist)), ran.settings["ROUNDS"]
     problem = laqjax.problems.Softmax(784, 10)
-    oracle, start, key = problem.oracle(), problem.start(0), jax.random.key(0)
-    laq = laqjax.algorithms.laq(oracle, lr=0.02, num_workers=10, bits=4, limit=100, window=10, xi=0.8)
+    oracle, start, key = problem.oracle(), problem.init_params(0), jax.random.key(0)
+    laq = laqjax.algorithms.laq(oracle, lr=0.02, num_workers=10, bits=4, max_silence=100, window=10, xi=0.8)
     info = laqjax.run(laq, start, shards, rounds, key).info
     sent, message = info.sent.sum(), 32 + 4 * 7850
     assert 10 <= sent < 0.5 * info.sent.size
@@ -162,7 +162,9 @@ def test_what_it_says_of_laq_and_gd_is_what_run_gives(ran: Ran, mnist: laqjax.Sh
     said = ran.printed("nanargmin")
     (found,) = re.findall(r"at loss (.*?) within .*\n.*b = (\d+), C = (\d+), D = (\d+) with (.*?) Mbit", said)
     goal, b, c, d, mbit = map(float, found)
-    best = laqjax.algorithms.laq(oracle, lr=0.02, num_workers=10, bits=int(b), limit=int(c), window=int(d), xi=0.8)
+    best = laqjax.algorithms.laq(
+        oracle, lr=0.02, num_workers=10, bits=int(b), max_silence=int(c), window=int(d), xi=0.8
+    )
     info = laqjax.run(best, start, shards, rounds, key).info
     spent = info.bits_up[: np.argmax(info.loss <= goal)].sum(dtype="int64") / 1e6
     assert mbit == pytest.approx(spent, rel=0.1)

@@ -12,7 +12,8 @@ from conftest import KEY, Toy, softmax_loss
 from flax import linen, nnx
 
 import laqjax
-from laqjax import Shards, kernels, oracle
+from laqjax import Shards, oracles, samplers
+from laqjax._core import cpu_layouts
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -28,11 +29,11 @@ def plain(loss_fn: Any, reduction: str, params: Any, x: Any, y: Any, weight: Any
 
 
 @jax.jit
-def tiled(tiled: oracle.TiledOracle, theta: Any, shards: Shards, worker: Any) -> tuple[Any, Any]:
+def tiled(tiled: oracles.TiledOracle, theta: Any, shards: Shards, worker: Any) -> tuple[Any, Any]:
     return tiled(theta, shards, worker)
 
 
-def check(given: oracle.TiledOracle, params: Any, shards: Shards, workers: int = 4) -> None:
+def check(given: oracles.TiledOracle, params: Any, shards: Shards, workers: int = 4) -> None:
     for worker in range(workers):
         loss, grad = tiled(given, given.ravel(params), shards, np.int32(worker))
         own = np.asarray(shards.weight[worker]) > 0
@@ -48,7 +49,7 @@ def check(given: oracle.TiledOracle, params: Any, shards: Shards, workers: int =
 )  # of shards of 12 rows
 def test_any_tile_gives_the_whole_shard(tile: int | None, reduction: str, toy64: Toy) -> None:
     params = toy64.oracle.unravel(toy64.theta0)
-    check(oracle.from_loss(softmax_loss, params, l2=0.3, reduction=reduction, tile=tile), params, toy64.shards)
+    check(oracles.from_loss(softmax_loss, params, l2=0.3, reduction=reduction, tile=tile), params, toy64.shards)
 
 
 def test_weights_count_the_examples(toy64: Toy) -> None:
@@ -69,9 +70,9 @@ def test_weights_count_the_examples(toy64: Toy) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_minibatches_estimate_the_whole_shard(reduction: str, toy64: Toy) -> None:
     """The mean over the blocks of a shard is the shard itself: data and l2 in the shares that they have there."""
-    given = oracle.from_loss(softmax_loss, toy64.oracle.unravel(toy64.theta0), l2=0.3, reduction=reduction)
+    given = oracles.from_loss(softmax_loss, toy64.oracle.unravel(toy64.theta0), l2=0.3, reduction=reduction)
     one = jnp.int32(1)
-    draw = jax.jit(lambda start: given(toy64.theta0, toy64.shards, one, oracle.Rows(4, start=start)))
+    draw = jax.jit(lambda start: given(toy64.theta0, toy64.shards, one, samplers.RowSelection(4, start=start)))
     parts = [draw(np.int32(start)) for start in (0, 4, 8)]
     loss, grad = tiled(given, toy64.theta0, toy64.shards, np.int32(1))
     np.testing.assert_allclose(np.mean([part[0] for part in parts]), loss, rtol=1e-12)
@@ -97,7 +98,7 @@ def test_data_are_cast_from_any_storage(stored: type, toy64: Toy) -> None:
 
 def test_unravel_is_the_inverse_of_ravel(toy: Toy) -> None:
     params = {"a": jnp.arange(6.0).reshape(2, 3), "b": [jnp.float32(7), jnp.arange(8.0, 10)], "c": ()}
-    given = oracle.from_loss(softmax_loss, params)
+    given = oracles.from_loss(softmax_loss, params)
     theta = given.ravel(params)
     np.testing.assert_array_equal(theta, np.arange(10.0)[[0, 1, 2, 3, 4, 5, 7, 8, 9]])
     back = given.unravel(theta)
@@ -137,7 +138,7 @@ def test_every_framework_gives_the_same_oracle(toy: Toy) -> None:
     expected, gradient = tiled(toy.oracle, toy.theta0, toy.shards, np.int32(1))
     gradient = toy.oracle.unravel(gradient)
     for loss_fn, params in models.values():
-        given = oracle.from_loss(loss_fn, params, l2=0.01, tile=5)
+        given = oracles.from_loss(loss_fn, params, l2=0.01, tile=5)
         assert given.size == 63
         loss, grad = tiled(given, given.ravel(params), toy.shards, np.int32(1))
         np.testing.assert_allclose(loss, expected, rtol=1e-6)
@@ -175,7 +176,10 @@ def test_gradients_in_the_form_of_the_fast_kernels_are_the_gradients(toy: Toy) -
             return jnp.sum(jax.nn.logsumexp(logits, axis=-1))
 
         both = jax.value_and_grad(loss)
-        expected, given = both(params, x), jax.jit(lambda p, x: kernels.canonical(both, p, x))(params, x)
+        expected, given = (
+            both(params, x),
+            jax.jit(lambda p, x: cpu_layouts.with_canonical_layouts(both, p, x))(params, x),
+        )
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), given, expected)
         found: list[Any] = []
 
@@ -184,10 +188,10 @@ def test_gradients_in_the_form_of_the_fast_kernels_are_the_gradients(toy: Toy) -
                 if eqn.primitive is jax.lax.conv_general_dilated_p:
                     found.append(eqn.params["dimension_numbers"])
                 for value in eqn.params.values():
-                    for inner in kernels._jaxprs(value):
+                    for inner in cpu_layouts._sub_jaxprs(value):
                         collect(inner)
 
-        collect(jax.make_jaxpr(lambda p, x: kernels.canonical(both, p, x))(params, x).jaxpr)
+        collect(jax.make_jaxpr(lambda p, x: cpu_layouts.with_canonical_layouts(both, p, x))(params, x).jaxpr)
     assert len(found) >= 7  # forward and backward ones
     assert {(n.lhs_spec, n.rhs_spec, n.out_spec) for n in found} == {((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))}
 
@@ -204,14 +208,16 @@ def test_points_of_convolutions_run_in_turn() -> None:
             logits: Any = model.apply(params, x)
             return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)[:, 0]
 
-        given = oracle.from_loss(loss, params)
-        assert given.one_by_one(shards)
+        given = oracles.from_loss(loss, params)
+        assert given.prefers_sequential(shards)
         algs = [laqjax.algorithms.laq(given, lr=0.1, num_workers=3, bits=bits) for bits in (2, 4)]
-        many = laqjax.sweep(laqjax.stack(algs), params, shards, 8, jax.random.split(KEY, 2))
+        many = laqjax.sweep(laqjax.stack_algorithms(algs), params, shards, 8, jax.random.split(KEY, 2))
         for i, key in enumerate(jax.random.split(KEY, 2)):
             one = laqjax.run(algs[i], params, shards, 8, key)
             np.testing.assert_array_equal(one.info.sent, many.info.sent[:, i])
-            np.testing.assert_allclose(one.state.params, laqjax.take(many.state, i).params, rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(
+                one.state.params, laqjax.select_points(many.state, i).params, rtol=1e-5, atol=1e-7
+            )
 
 
 @pytest.mark.parametrize(("backend", "loops"), [("cpu", 2), ("gpu", 0)])
@@ -224,7 +230,7 @@ def test_a_round_on_an_accelerator_has_no_loop_over_workers_or_tiles(
     alg = laqjax.algorithms.laq(problem.oracle(), lr=0.02, num_workers=10)
     shapes = [((10, 6000, 784), np.uint8), ((10, 6000), np.int32), ((10, 6000), np.float32)]
     shards = laqjax.Shards(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
-    state = jax.eval_shape(alg.init, problem.start(0))
+    state = jax.eval_shape(alg.init, problem.init_params(0))
     platforms = ["cpu" if backend == "cpu" else "cuda"]
     exported = jax.export.export(jax.jit(alg.step), platforms=platforms)(state, shards, jax.random.key(0))
     text = exported.mlir_module()
@@ -236,7 +242,7 @@ def test_a_round_on_an_accelerator_has_no_loop_over_workers_or_tiles(
 @pytest.mark.parametrize("rows", [2, 50])  # images fewer than outputs, and more
 @pytest.mark.parametrize("name", ["softmax", "network"])
 def test_bytes_are_pixels_in_0_to_1_however_few_they_are(name: str, rows: int) -> None:
-    problems = {"softmax": laqjax.problems.Softmax(7, 3), "network": laqjax.problems.Network(7, 3, hidden=5)}
+    problems = {"softmax": laqjax.problems.Softmax(7, 3), "network": laqjax.problems.TwoLayerNetwork(7, 3, hidden=5)}
     problem: Any = problems[name]
     rng = np.random.default_rng(rows)
     x, y = rng.integers(0, 256, (1, rows, 7)).astype(np.uint8), rng.integers(0, 3, (1, rows)).astype(np.int32)
@@ -249,7 +255,7 @@ def test_bytes_are_pixels_in_0_to_1_however_few_they_are(name: str, rows: int) -
 
 @pytest.mark.parametrize(("size", "rows", "at_once"), [(10**5, 2, 8), (10**6, 2, 1), (10**7, 2, 8), (10**3, 100, 1)])
 def test_workers_take_turns_where_their_data_or_vectors_leave_the_cache(size: int, rows: int, at_once: int) -> None:
-    given = oracle.from_loss(lambda params, x, y: x[:, 0] * params[0], jnp.zeros(size))
+    given = oracles.from_loss(lambda params, x, y: x[:, 0] * params[0], jnp.zeros(size))
     alg = laqjax.algorithms.laq(given, lr=0.1, num_workers=8)
     x, row = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((8, rows, 1000), (8, rows)))
-    assert alg.workers_at_once(Shards(x, row, row)) == at_once
+    assert alg.default_worker_batch_size(Shards(x, row, row)) == at_once

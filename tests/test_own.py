@@ -27,7 +27,7 @@ def make(data):
             lambda w, x, y: jnp.mean(margin(w, x, y) > 0))
 
 def slow(oracle, *, lr, num_workers, patience=3, sampler=None):
-    return laqjax.algorithms.laq(oracle, lr=lr, num_workers=num_workers, limit=patience, window=1)
+    return laqjax.algorithms.laq(oracle, lr=lr, num_workers=num_workers, max_silence=patience, window=1)
 
 class Net(nn.Module):
     @nn.compact
@@ -108,7 +108,7 @@ def test_data_problem_and_algorithm_of_ones_own(own: Path) -> None:
         (["--problem", "{}:nothing"], "{}:nothing: {} has no function nothing"),
         (["--problem", "none.py:make"], "none.py is missing: expected FILE.py:NAME"),
         (["--algorithm", "{}:slow", "--set", "pace", "3"], "--set pace: expected an argument of {}:slow"),
-        (["--algorithm", "{}:slow", "--set", "patience", "-3"], "{}:slow: ValueError: limit = -3: expected"),
+        (["--algorithm", "{}:slow", "--set", "patience", "-3"], "{}:slow: ValueError: max_silence = -3: expected"),
         (["--dataset", "{}:slow"], "{}:slow: TypeError: slow() missing 1 required positional argument: 'oracle'"),
         (["--dataset", "{}:nothing"], "{}:nothing: {} has no function nothing"),
     ],
@@ -153,6 +153,7 @@ def test_npz_and_csv(tmp_path: Path) -> None:
         datasets.load(f"csv:{tmp_path / 'b.csv'}")
 
 
+@pytest.mark.long
 def test_a_flax_cnn_in_sweep_tune_and_compare(
     own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from test_public import MODULES
 
 import laqjax
 
@@ -93,7 +94,8 @@ def test_the_library_needs_nothing_else(installed: Path) -> None:
     ]
     assert {"beartype", "hypothesis", "pytest"} <= set(absent)
     first = f"import sys; sys.modules.update(dict.fromkeys({[*absent, 'experiments']!r}))\n"
-    check = f"\nassert laqjax.__file__.startswith({str(installed)!r})"
+    public = [name for name in MODULES if not name.startswith("laqjax.federation")]  # with the extra `[flower]`
+    check = f"\nassert laqjax.__file__.startswith({str(installed)!r})\nimport importlib\nlist(map(importlib.import_module, {public}))"
     run(sys.executable, first + README_BLOCK + check, installed, PYTHONPATH=str(installed))
 
 

@@ -91,13 +91,13 @@ def test_the_heat_map_and_the_tables_hold_all(swept: Path, page: str) -> None:
     summary = pl.read_parquet(swept / "summary.parquet")
     heat = next(figure for figure in figures(page) if "z" in figure)
     cheapest = {row["bits"]: [] for row in summary.sort("bits").iter_rows(named=True)}
-    for row in summary.sort("bits", "limit").iter_rows(named=True):
+    for row in summary.sort("bits", "max_silence").iter_rows(named=True):
         cheapest[row["bits"]].append(row["bits_up_5"] / 1e6)
     assert (heat["x"], heat["y"], heat["z"]) == ([5, 50], [2, 4], list(cheapest.values()))
     rows = tables(page)["Settings"]
     assert len(rows) == len(summary) == 4
     for row, known in zip(rows, summary.sort("bits_up_5").iter_rows(named=True), strict=True):
-        assert (int(row["b"]), int(row["C"])) == (known["bits"], known["limit"])
+        assert (int(row["b"]), int(row["C"])) == (known["bits"], known["max_silence"])
         names = {"bits up to 5": "bits_up_5", "bits up to 5 ±": "bits_up_5_ci95", "final loss": "final_loss"}
         for head, name in (names | {"rounds to 10": "rounds_10"}).items():
             assert float(row[head]) == known[name]

@@ -16,7 +16,8 @@ import pytest
 import laqjax
 from experiments import compare, plots, reproduce, terminal
 from experiments.reproduce import family, lag, laq
-from laqjax import algorithms, rules, types
+from laqjax import rules, types
+from laqjax.algorithms import _shared
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIZES = {"linear": (7, 10, 13), "logistic": (9, 6, 8)}  # rows of the three sets
@@ -67,7 +68,7 @@ def test_nobody_uploads_in_the_first_ten_rounds(folder: Path, x64: None) -> None
     algs = lag.algorithms_of("logistic", shards)
     for name in ("LAG-WK", "LAG-PS"):
         alg, state = algs[name]
-        info = laqjax.run(alg, state, shards, 14, jax.random.key(0), record=["params"], chunk=14).info
+        info = laqjax.run(alg, state, shards, 14, jax.random.key(0), metrics=["params"], chunk_size=14).info
         assert not info.sent[:10].any()
         assert info.sent[10:].any()
         expected = -float(alg.lr) * 9 * np.arange(11)[:, None] * np.ones(34)
@@ -180,9 +181,9 @@ def test_heterogeneity(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_half_the_errors_is_between_the_rule_and_none() -> None:
     one, zeros, key = jnp.float32(1), jnp.zeros(1), jax.random.key(0)
     make = partial(
-        types.Evidence,
+        types.UploadContext,
         params=zeros,
-        keys=types.Keys(key, key, key, jnp.int32(5), jnp.int32(0)),
+        keys=types.RoundKeys(key, key, key, jnp.int32(5), jnp.int32(0)),
         lr=jnp.float32(0.1),
         num_workers=2,
         gradient_at=lambda *given, **more: zeros,
@@ -192,12 +193,12 @@ def test_half_the_errors_is_between_the_rule_and_none() -> None:
         target_sq=jnp.float32(5),
         error_sq=one,
     )
-    rule = algorithms.lazy(rules.history(0.8, 1, np.float32), rules.InnovationChange())
+    rule = _shared.make_lazy_rule(rules.make_history(0.8, 1, np.float32), rules.InnovationChange())
     # the paper's rule asks for 3 (1 + 1) = 6, the half for 3
     for change, sends in ((7, (True, True)), (4, (False, True)), (2, (False, False))):
         evidence = make(innovation_sq=jnp.float32(change))
         decided = [
-            r.decide((zeros, None), (one, None), evidence)[0]
+            r.should_send((zeros, None), (one, None), evidence)[0]
             for r in (rule, replace(rule, errors=np.asarray(1.5, np.float32)))
         ]
         assert tuple(map(bool, decided)) == sends

@@ -153,7 +153,7 @@ def test_quick_run(tmp_path):
     moved = pl.read_parquet(tmp_path / "bytes.parquet").row(0, named=True)
     words = 983  # of a message: 7850 codes of 4 bits in whole words of 32, and a radius
     assert moved["skipped"] == 10 * words * 4 / 2
-    assert moved["an exchange / float32"] < 0.14
+    assert moved["an collective / float32"] < 0.14
     if moved["loopback MB"] is not None:
         assert moved["loopback MB"] > 0.8 * moved["moved MB"]
     messages = moved["uploads"]
@@ -181,7 +181,7 @@ def test_example_of_hosts():
     assert [process.returncode for process in pair] == [0, 0]
     problem, data = laqjax.problems.Softmax(784, 10), datasets.load("mnist")
     alg = laqjax.algorithms.laq(problem.oracle(), lr=0.02, num_workers=10, bits=4)
-    shards = laqjax.problems.partition(data.x[:600], data.y[:600], 10, "contiguous")
-    info = laqjax.run(alg, problem.start(0), shards, 20, jax.random.key(0), workers_at_once=1).info
+    shards = laqjax.partition_data(data.x[:600], data.y[:600], 10, "contiguous")
+    info = laqjax.run(alg, problem.init_params(0), shards, 20, jax.random.key(0), worker_batch_size=1).info
     assert f"f = {info.loss[-1]:.9g} after 20 rounds, {info.sent.sum()} uploads" in said[0][0]
     assert "uploads" not in "".join(said[1])

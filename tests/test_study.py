@@ -19,7 +19,7 @@ from experiments import files, ledger, problems, study
 from experiments.ledger import Link, Targets
 from experiments.study import Budget, Point
 from laqjax import algorithms
-from laqjax.oracle import Blocks
+from laqjax.samplers import BlockSampler
 
 DATA = "synthetic-logistic?workers=4&samples=30&features=10"
 LINK = Link(compute_ms=1.0)
@@ -43,7 +43,7 @@ def chosen() -> list[Point]:
     """Two structures, one with a sampler; three points of the first."""
     mine, server = case(), dict[str, Any](num_workers=4)
     laq: Any = [algorithms.laq(mine.oracle, lr=lr, **server) for lr in (0.01, 0.02, 0.05)]
-    sgd: Any = algorithms.sgd(mine.oracle, lr=0.01, sampler=Blocks(5), **server)
+    sgd: Any = algorithms.sgd(mine.oracle, lr=0.01, sampler=BlockSampler(5), **server)
     points = [Point(alg, mine, 0, {"method": f"LAQ {i}"}) for i, alg in enumerate(laq)]
     return [*points, Point(sgd, mine, 1, {"method": "SGD", "rows": 5})]
 
@@ -93,9 +93,9 @@ def test_the_chosen_interval_costs_few_rows() -> None:
     residuals, shares = Targets((1.0,)), Targets((0.6, 0.8), accuracy=True)
     assert [interval(rows, shares) for rows in (12, 72, 73, 3600)] == [4, 10, 11, 50]
     assert interval(72, residuals) == 50  # the loss is known in every round
-    assert interval(0, residuals, Blocks(25)) == 20  # 120 rows scored for 300 * 2 %
-    assert interval(60, residuals, Blocks(25)) == 30
-    assert interval(0, residuals, Blocks(5)) == 50
+    assert interval(0, residuals, BlockSampler(25)) == 20  # 120 rows scored for 300 * 2 %
+    assert interval(60, residuals, BlockSampler(25)) == 30
+    assert interval(0, residuals, BlockSampler(5)) == 50
     assert [interval(72, shares, **given) for given in ({"every": 7}, {"longest": 8}, {"longest": 2})] == [7, 8, 2]
 
 
@@ -227,7 +227,7 @@ def test_a_state_of_other_points_is_set_aside(tmp_path: Path) -> None:
 
 def test_the_loss_of_local_steps_is_that_of_the_model_before_them() -> None:
     mine = case()
-    alg = algorithms.fedavg(mine.oracle, num_workers=4, steps=3, local_lr=0.01)
+    alg = algorithms.fedavg(mine.oracle, num_workers=4, num_local_steps=3, local_lr=0.01)
     info = laqjax.run(alg, mine.start(1), mine.on_device, 1, jax.random.key(0)).info
     np.testing.assert_allclose(info.loss[0], mine.losses(mine.start(1)[None])[0], rtol=1e-6)
 
@@ -267,7 +267,7 @@ def uneven() -> list[Point]:
     """Points that are done early, late, never, and one that diverges; and minibatches, with which another batch begins."""
     mine, server = case(), dict[str, Any](num_workers=4)
     laq: Any = [algorithms.laq(mine.oracle, lr=lr, **server) for lr in (0.1, 0.1, 0.08, 0.05, 0.01, 1e38)]
-    sgd: Any = [algorithms.sgd(mine.oracle, lr=lr, sampler=Blocks(5), **server) for lr in (0.1, 0.03)]
+    sgd: Any = [algorithms.sgd(mine.oracle, lr=lr, sampler=BlockSampler(5), **server) for lr in (0.1, 0.03)]
     return [Point(alg, mine, i, {"method": f"{i}"}) for i, alg in enumerate([*laq, *sgd])]
 
 
@@ -278,13 +278,13 @@ def asked(out: Path, rounds: int, targets: tuple[float, ...], short: int = NEVER
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """The rounds at which points begin, a row a call of the engine."""
-    stream, seen = laqjax.sweep_stream, []
+    stream, seen = laqjax.stream_sweep, []
 
     def seeing(algs: Any, state: Any, *given: Any, **more: Any) -> Any:
         seen.append(np.asarray(state.round))
         return stream(algs, state, *given, **more)
 
-    monkeypatch.setattr(laqjax, "sweep_stream", seeing)
+    monkeypatch.setattr(laqjax, "stream_sweep", seeing)
     return seen
 
 

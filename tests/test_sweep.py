@@ -20,8 +20,8 @@ from polars.testing import assert_frame_equal
 
 import laqjax
 from experiments import files, ledger, plots, points, problems, study, sweep, teams
-from laqjax import loop
-from laqjax import points as many
+from laqjax._engine import loop
+from laqjax._engine import sweep as many
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -30,7 +30,18 @@ TASK = ["--dataset", DATA, "--problem", "logistic", "--workers", "4", "--compute
 TASK += ["--target", "10", "5", "3", "--rounds", "100"]
 GRID = ["-b", "2", "4", "8", "-C", "10", "100", "-D", "1", "5", "--lr", "0.05", "0.1"]  # 24 points
 EIGHT = ["-b", "4", *GRID[4:]]
-EARLY = ["point", "bits", "limit", "window", "lr", "rounds_10", "uploads_10", "bits_up_10", "rounds_5", "diverged"]
+EARLY = [
+    "point",
+    "bits",
+    "max_silence",
+    "window",
+    "lr",
+    "rounds_10",
+    "uploads_10",
+    "bits_up_10",
+    "rounds_5",
+    "diverged",
+]
 
 
 @pytest.fixture(scope="module")
@@ -151,20 +162,21 @@ def test_filled_up_batches_give_every_point_once(whole: Path) -> None:
     assert files.read_json(whole / "plan.json")["batch"] == [5]
     for name in ("points", "masks"):
         assert rows(whole, name)["point"].to_list() == list(range(24))
-    assert rows(whole).select("bits", "limit", "window", "lr").n_unique() == 24
+    assert rows(whole).select("bits", "max_silence", "window", "lr").n_unique() == 24
     assert rows(whole, "curves")["point"].unique().sort().to_list() == list(range(24))
     assert len(rows(whole, "summary")) == 24
 
 
+@pytest.mark.long
 def test_compaction_changes_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    stream = laqjax.sweep_stream
+    stream = laqjax.stream_sweep
 
     def counted(algs: Any, state: Any, shards: Any, rounds: int, keys: Any, **given: Any) -> Any:
         sizes.append(len(keys))
         return stream(algs, state, shards, rounds, keys, **given)
 
-    monkeypatch.setattr(laqjax, "sweep_stream", counted)
+    monkeypatch.setattr(laqjax, "stream_sweep", counted)
     given = ["--batch", "8", *EIGHT, "--rounds", "300", "--target", "10", "5", "3", "2"]
     straight = run(*given, "--every", "300", out=tmp_path / "straight")
     assert sizes == [8]
@@ -192,7 +204,7 @@ def test_four_devices(whole: Path, tmp_path: Path) -> None:
     subprocess.run(command(*given, out=tmp_path), env=env, check=True, stdout=subprocess.DEVNULL)
     assert files.read_json(tmp_path / "plan.json") == {"batch": [8], "every": [50], "compute_ms": [1.0], "devices": 4}
     mine = rows(whole)["bits"] == 4
-    early = ["limit", "window", "lr", "rounds_10", "uploads_10", "bits_up_10"]
+    early = ["max_silence", "window", "lr", "rounds_10", "uploads_10", "bits_up_10"]
     assert_frame_equal(rows(whole).filter(mine).select(early), rows(tmp_path).select(early))
     here = [mask for mask, is_mine in zip(masks(whole), mine, strict=True) if is_mine]
     for left, right in zip(here, masks(tmp_path), strict=True):
@@ -350,9 +362,9 @@ def test_another_sweep_is_refused(whole: Path) -> None:
 def test_all_bad_points_are_named_before_anything_is_compiled() -> None:
     before = programs()
     said = refusal("-b", "4", "0", "99", "-C", "10", "20", "-1", "-D", "1", out=Path("bad"))
-    limit, low, high, count = said.splitlines()  # what is wrong is said once, before the points
-    assert limit.startswith("error: limit = -1: expected ")
-    assert limit.endswith(" (points 2, 5, 8)")
+    max_silence, low, high, count = said.splitlines()  # what is wrong is said once, before the points
+    assert max_silence.startswith("error: max_silence = -1: expected ")
+    assert max_silence.endswith(" (points 2, 5, 8)")
     assert low.startswith("bits = 0: expected ")
     assert low.endswith(" (points 3-4)")
     assert high.startswith("bits = 99: expected ")
@@ -408,11 +420,17 @@ def test_a_loss_that_averages_is_named(tmp_path: Path) -> None:
         (["--dataset", "syntetic-logistic?workers=4"], "; did you mean 'synthetic-logistic'?"),
         (["--dataset", "synthetic-logistic?sample=4"], "; did you mean 'samples'?"),
         (["--algorithm", "dgc", "--set", "moment", "0.5"], "; did you mean 'momentum'?"),
-        (["-C", "10", "--set", "limit", "3"], "--set limit: expected --limit, the option that gives it"),
+        (
+            ["-C", "10", "--set", "max_silence", "3"],
+            "--set max_silence: expected --max-silence, the option that gives it",
+        ),
         (["--set", "min_bits", "3"], "--set min_bits: expected --min-bits, the option that gives it"),
         (["--set", "num_workers", "5"], "--set num_workers: expected --workers, the option that gives it"),
-        (["--set", "max_window", "5"], "--set max_window: expected --window, the option that gives it"),
-        (["--set", "first_upload", "rule", "--set", "first_upload", "forced"], "--set first_upload is given twice"),
+        (["--set", "padded_window", "5"], "--set padded_window: expected --window, the option that gives it"),
+        (
+            ["--set", "force_first_upload", "False", "--set", "force_first_upload", "True"],
+            "--set force_first_upload is given twice",
+        ),
         (["--algorithm", "gd", "-b", "2", "4"], "--bits 2 4: gd has no argument bits; leave the option out, or add an"),
         (["--algorithm", "gd", "sgd", "--k", "2"], "--k 2: gd, sgd has no argument k; leave the option out"),
         (["--target-accuracy", "0.5"], "target_accuracy: expected a problem with an accuracy, and data with test rows"),
@@ -440,8 +458,8 @@ def test_random_points() -> None:
     assert len(table) == 200
     assert set(table["bits"]) == set(range(2, 9))
     assert set(table["window"]) == {1, 4, 9}
-    assert table["limit"].is_between(1, 200).all()
-    assert table["limit"].dtype == pl.Int64
+    assert table["max_silence"].is_between(1, 200).all()
+    assert table["max_silence"].dtype == pl.Int64
     assert table["lr"].is_between(0.001, 0.1).all()
     assert table.filter(pl.col("lr") < 0.01).height == pytest.approx(100, abs=25)  # a log scale
     assert select(settings) == table.to_dicts()
@@ -450,10 +468,10 @@ def test_random_points() -> None:
 
 def test_knobs_that_an_algorithm_lacks_collapse(tmp_path: Path) -> None:
     axes = ["--algorithm", "gd", "qgd", "laq", "-b", "2", "4", "-C", "10", "20", "-D", "1", "--lr", "0.1"]
-    table = pl.DataFrame(select(parsed(*axes))).sort("algorithm", "bits", "limit")
+    table = pl.DataFrame(select(parsed(*axes))).sort("algorithm", "bits", "max_silence")
     assert table["algorithm"].to_list() == ["gd", *["laq"] * 4, "qgd", "qgd"]
     assert table["bits"].to_list() == [None, 2, 2, 4, 4, 2, 4]
-    assert table["limit"].to_list() == [None, 10, 20, 10, 20, None, None]
+    assert table["max_silence"].to_list() == [None, 10, 20, 10, 20, None, None]
     out = run("--algorithm", "gd", "--lr", "0.1", "--rounds", "20", out=tmp_path / "out")
     (gd,) = rows(out).iter_rows(named=True)
     assert gd["uploads_10"] == 4 * gd["rounds_10"]
@@ -478,10 +496,10 @@ def ranges(name: str) -> list[str]:
 def test_every_member_is_one_structure_for_all_values(name: str) -> None:
     made = chosen("--algorithm", name, *ranges(name))
     assert len(made) == 3
-    stacked = laqjax.stack([point.algorithm for point in made])  # refuses another structure
+    stacked = laqjax.stack_algorithms([point.algorithm for point in made])  # refuses another structure
     changed = [leaf for leaf in jax.tree.leaves(stacked) if len(np.unique(leaf, axis=0)) > 1]
     swept = points.arguments(name) & {word[2:].replace("-", "_") for word in ranges(name) if word[:2] == "--"}
-    # what is a structure or a start besides: the window is in the weights too, the limit in the first silence
+    # what is a structure or a start besides: the window is in the weights too, the bound in the first silence
     assert len(changed) >= len(swept)
 
 
@@ -523,8 +541,8 @@ def test_config_files_are_the_command_line(tmp_path: Path) -> None:
 
 
 def test_names_are_choices_and_other_folders_are_no_sweeps(tmp_path: Path) -> None:
-    settings = parsed("--set", "first_upload", "forced", "rule", "--random", "9", "--random-seed", "1")
-    assert {row["first_upload"] for row in select(settings)} == {"forced", "rule"}
+    settings = parsed("--set", "force_first_upload", "True", "False", "--random", "9", "--random-seed", "1")
+    assert {row["force_first_upload"] for row in select(settings)} == {True, False}
     (tmp_path / "a.yaml").write_text("set: [[momentum, 0.5]]\n")
     assert "set = [['momentum', 0.5]]: expected names with" in refusal("--config", str(tmp_path / "a.yaml"))
     (tmp_path / "a.yaml").write_text("set: {momentum: [0.5, 0.9]}\nalgorithm: dgc\n")
@@ -536,7 +554,7 @@ def test_names_are_choices_and_other_folders_are_no_sweeps(tmp_path: Path) -> No
 
 
 def test_what_is_refused_while_it_compiles_leaves_the_folder_free(tmp_path: Path) -> None:
-    given = ["--algorithm", "fedavg", "--minibatch", "4", "--lr", "0.1", "--rounds", "5", "--set", "steps"]
+    given = ["--algorithm", "fedavg", "--minibatch", "4", "--lr", "0.1", "--rounds", "5", "--set", "num_local_steps"]
     assert "multiple" in refusal(*given, "3", out=tmp_path / "out")
     assert len(rows(run(*given, "2", out=tmp_path / "out"))) == 1
 
@@ -713,6 +731,7 @@ print("grew", peak() - before)
 """
 
 
+@pytest.mark.long
 def test_the_memory_budget_holds(tmp_path: Path) -> None:
     """48 points of 39 thousand parameters on 4 workers would take 0.3 GiB at once."""
     done = subprocess.run(
@@ -726,7 +745,7 @@ def test_the_memory_budget_holds(tmp_path: Path) -> None:
 
 def test_less_memory_is_a_smaller_batch() -> None:
     point = chosen(*GRID)[0]
-    sizes = [laqjax.batch_size(point.algorithm, point.case.on_device, memory) for memory in (2**20, 2**21, 2**24)]
+    sizes = [laqjax.max_batch_size(point.algorithm, point.case.on_device, memory) for memory in (2**20, 2**21, 2**24)]
     assert 1 <= sizes[0] < sizes[1] < sizes[2]
 
 
@@ -749,12 +768,12 @@ def test_figures_from_files_alone(whole: Path, tmp_path: Path, capsys: pytest.Ca
 def test_the_program_lowers_for_every_platform(count: int | None) -> None:
     alg = laqjax.algorithms.laq(laqjax.problems.Ridge(10).oracle(), bits=4, lr=0.01, num_workers=4)
     shards, key = laqjax.Shards(*map(jnp.ones, ((4, 30, 10), (4, 30), (4, 30)))), jax.random.key(0)
-    given: dict[str, Any] = {"length": 5, "record": (), "workers_at_once": 4}
-    chunk: Any = loop.compiled_chunk
+    given: dict[str, Any] = {"length": 5, "metrics": (), "worker_batch_size": 4}
+    chunk: Any = loop.run_chunk
     state: Any = alg.init(jnp.zeros(10))
     if count:
-        alg, key = laqjax.stack([alg] * count), jax.random.split(key, count)
-        chunk, state = many.compiled_chunk, jax.vmap(laqjax.Algorithm.init)(alg, jnp.zeros((count, 10)))
+        alg, key = laqjax.stack_algorithms([alg] * count), jax.random.split(key, count)
+        chunk, state = many.run_sweep_chunk, jax.vmap(laqjax.Algorithm.init)(alg, jnp.zeros((count, 10)))
         given["mesh"] = jax.make_mesh((1,), ("sweep",), axis_types=(jax.sharding.AxisType.Auto,))
     platforms = ("cpu", "cuda", "tpu")
     exported = jax.export.export(chunk, platforms=platforms)(alg, state, shards, key, np.int32(3), **given)
@@ -816,7 +835,7 @@ def test_minibatches_are_judged_on_all_data(tmp_path: Path) -> None:
     (point,) = chosen(*given)
     (row,) = rows(out).iter_rows(named=True)
     start, key = point.begin(), jax.random.key(0)
-    info = laqjax.run(point.algorithm, start, point.case.on_device, 100, key, record=["params"]).info
+    info = laqjax.run(point.algorithm, start, point.case.on_device, 100, key, metrics=["params"]).info
     loss = jax.jit(problems.full_loss(point.case.oracle, point.case.on_device))
     whole = np.array([float(loss(jnp.asarray(params))) for params in info.extra["params"][[0, 50]]])
     assert rows(out, "curves")["round"].to_list()[:2] == [0, 50]

@@ -33,8 +33,8 @@ def run(out: Path, *more: str) -> pl.DataFrame:
 def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calm = run(tmp_path / "calm", "--trials", "11")
     assert calm["trial"].to_list() == list(range(11))
-    assert calm.select("bits", "limit", "window", "xi", "lr").row(0) == (4, 100, 10, 0.8, 0.05)
-    assert calm.select("bits", "limit", "window", "xi", "lr").n_unique() == 11
+    assert calm.select("bits", "max_silence", "window", "xi", "lr").row(0) == (4, 100, 10, 0.8, 0.05)
+    assert calm.select("bits", "max_silence", "window", "xi", "lr").n_unique() == 11
     assert calm["bits"].is_between(2, 8).all()
     assert calm["lr"].is_between(0.05, 0.1).all()
     best = json.loads((tmp_path / "calm" / "best.json").read_text())
@@ -79,17 +79,18 @@ def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         run(out, "--trials", "11", "--rounds", "80")
 
 
+@pytest.mark.long
 def test_a_trial_costs_what_the_sweep_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two seeds; choices that leave out the paper's b, of which one never gets there."""
     axes = ["-b", "3", "-C", "10", "20", "30", "-D", "1", "--xi", "0.8", "--seeds", "0", "1"]
     table = run(tmp_path / "tune", *axes, "--lr", "1e-9", "0.05", "0.1", "--batch", "2", "--trials", "9")
-    assert table.select("bits", "limit", "window", "lr").row(0) == (4, 100, 10, 0.02)
+    assert table.select("bits", "max_silence", "window", "lr").row(0) == (4, 100, 10, 0.02)
     assert set(table["lr"][1:]) <= {1e-9, 0.05, 0.1}
     assert table["bits_up"].is_null().any()
     best = json.loads((tmp_path / "tune" / "best.json").read_text())["best"]
     assert best["reached"] == 2
     monkeypatch.setattr(sweep, "report", lambda folder, console: None)
-    axes = ["-b", "3", "-C", str(best["limit"]), "-D", "1", "--xi", "0.8", "--seeds", "0", "1"]
+    axes = ["-b", "3", "-C", str(best["max_silence"]), "-D", "1", "--xi", "0.8", "--seeds", "0", "1"]
     sweep.main([*TASK, *axes, "--lr", str(best["lr"]), "--out", str(tmp_path / "sweep")])
     (row,) = pl.read_parquet(tmp_path / "sweep" / "summary.parquet").iter_rows(named=True)
     for name in ("rounds", "uploads", "bits_up"):

@@ -19,14 +19,14 @@ from conftest import KEY, Toy
 from test_laws import keys_of
 
 import laqjax
-from laqjax import Shards, algorithms, compressors, oracle, rules, types
+from laqjax import Shards, algorithms, compressors, memories, rules, samplers, types
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROUNDS, WORKERS, LR = 60, 3, 0.05
 EACH = [1.0, 2.0, 0.5]
 TOP, TWIN_TOP = compressors.top_k(7), twins.top_k(7)
-LAZY: dict[str, Any] = dict(xi=0.07, window=4, limit=9)
-CADA: dict[str, Any] = dict(window=4, limit=10)
+LAZY: dict[str, Any] = dict(xi=0.07, window=4, max_silence=9)
+CADA: dict[str, Any] = dict(window=4, max_silence=10)
 SHARE = 0.3  # of the rounds of MARINA's coin
 
 
@@ -64,13 +64,13 @@ MEMBERS: dict[str, tuple[Call, Call]] = {
     "iag_cyclic": (algorithms.iag_cyclic, twins.iag_cyclic),
     "laq": (partial(algorithms.laq, bits=3, **LAZY), partial(twins.laq, bits=3, **LAZY)),
     "two_laq": (
-        partial(algorithms.two_laq, bits=3, bits_down=5, **LAZY),
+        partial(algorithms.two_laq, bits=3, downlink_bits=5, **LAZY),
         partial(twins.two_laq, bits=3, bits_down=5, **LAZY),
     ),
     "slaq": (partial(algorithms.slaq, **LAZY), partial(twins.slaq, bits=3, **LAZY)),
     "laq_ramp_rule": (
-        partial(algorithms.laq, bits=8, ramp=True, first_upload="rule", **LAZY),
-        partial(twins.laq, bits=8, ramp=True, first_upload="rule", **LAZY),
+        partial(algorithms.laq, bits=8, rescale_short_history=True, force_first_upload=False, **LAZY),
+        partial(twins.laq, bits=8, rescale_short_history=True, force_first_upload=False, **LAZY),
     ),
     "ef21": (partial(algorithms.ef21, compressor=TOP), partial(twins.ef21, compressor=TWIN_TOP)),
     "clag": (partial(algorithms.clag, compressor=TOP, zeta=30), partial(twins.clag, compressor=TWIN_TOP, zeta=30)),
@@ -87,11 +87,11 @@ MEMBERS: dict[str, tuple[Call, Call]] = {
         partial(twins.ef21_sgdm, compressor=TWIN_TOP, momentum=0.3),
     ),
     "ef21_p": (
-        partial(algorithms.ef21_p, compressor=TOP, down=compressors.top_k(11)),
+        partial(algorithms.ef21_p, compressor=TOP, downlink_compressor=compressors.top_k(11)),
         partial(twins.ef21_p, compressor=TWIN_TOP, down=twins.top_k(11)),
     ),
     "dasha_mvr": (
-        partial(algorithms.dasha, compressor=TOP, a=0.4, b=0.3),
+        partial(algorithms.dasha, compressor=TOP, estimate_momentum=0.4, mvr_momentum=0.3),
         partial(twins.dasha, compressor=TWIN_TOP, a=0.4, momentum=0.3),
     ),
     "sign_sgd": (partial(algorithms.sign_sgd), twins.sign_sgd),
@@ -118,16 +118,19 @@ MEMBERS: dict[str, tuple[Call, Call]] = {
         ),
     ),
     "fedavg": (
-        lambda oracle, lr, **k: algorithms.fedavg(oracle, steps=2, local_lr=lr, **k),
+        lambda oracle, lr, **k: algorithms.fedavg(oracle, num_local_steps=2, local_lr=lr, **k),
         lambda *a, lr: twins.fedavg(*a, steps=2, local_lr=lr),
     ),
     "fedlaq": (
-        partial(algorithms.fedlaq, steps=2, local_lr=0.1, bits=4, **LAZY),
+        partial(algorithms.fedlaq, num_local_steps=2, local_lr=0.1, bits=4, **LAZY),
         partial(twins.fedlaq, steps=2, local_lr=0.1, bits=4, **LAZY),
     ),
 }
 FULL_ONLY = {
-    "dasha": (partial(algorithms.dasha, compressor=TOP, a=0.4), partial(twins.dasha, compressor=TWIN_TOP, a=0.4))
+    "dasha": (
+        partial(algorithms.dasha, compressor=TOP, estimate_momentum=0.4),
+        partial(twins.dasha, compressor=TWIN_TOP, a=0.4),
+    )
 }
 LAZY_MEMBERS = [name for name in MEMBERS if name.startswith(("la", "slaq", "two", "cada", "clag", "fedlaq"))]
 
@@ -138,7 +141,7 @@ def agree(toy: Toy, ours: Any, twin: Any, sampler: Any = None, lr: Any = LR, twi
     alg = ours(
         toy.oracle, lr=lr, num_workers=WORKERS, sampler=sampler, **{k: v for k, v in server.items() if k != "server"}
     )
-    out = laqjax.run(alg, toy.theta0, shards, ROUNDS, KEY, record=["params"], chunk=ROUNDS)
+    out = laqjax.run(alg, toy.theta0, shards, ROUNDS, KEY, metrics=["params"], chunk_size=ROUNDS)
     kept = {"server": server["server"]} if "server" in server else {}
     history = twin(problem_of(toy, sampler), ROUNDS, lr=lr if twin_lr is None else twin_lr, **kept)
     np.testing.assert_array_equal(out.info.sent, history.sent)
@@ -150,12 +153,12 @@ def agree(toy: Toy, ours: Any, twin: Any, sampler: Any = None, lr: Any = LR, twi
 
 
 def check_that_the_rule_decides(name: str, sent: np.ndarray) -> None:
-    """Check that a mask has silence, and uploads that come before the limit forces them: 5 % of each after round 0."""
-    limit = getattr(MEMBERS[name][1], "keywords", {}).get("limit", ROUNDS)
+    """Check that a mask has silence, and uploads that come before the bound forces them: 5 % of each after round 0."""
+    max_silence = getattr(MEMBERS[name][1], "keywords", {}).get("max_silence", ROUNDS)
     early = 0
     for worker in sent.T:
         rounds = np.flatnonzero(worker)
-        early += np.sum(np.diff(rounds) <= limit)
+        early += np.sum(np.diff(rounds) <= max_silence)
     share = early / sent[1:].size
     assert share > 0.05, f"{share:.3f} of the mask are uploads that the rule asked for"
     assert sent[1:].mean() < 0.95
@@ -172,7 +175,7 @@ def in_turn(members: Iterable[str], kinds: Sequence[str]) -> list[Any]:
 
 @pytest.mark.parametrize(("name", "rows"), in_turn(MEMBERS, ["full", "blocks", "epochs"]))
 def test_the_twin(name: str, rows: str, toy64: Toy) -> None:
-    sampler = {"full": None, "blocks": oracle.Blocks(4), "epochs": oracle.Epochs(4)}[rows]
+    sampler = {"full": None, "blocks": samplers.BlockSampler(4), "epochs": samplers.ShuffleSampler(4)}[rows]
     out = agree(toy64, *MEMBERS[name], sampler)
     if name in LAZY_MEMBERS:
         check_that_the_rule_decides(name, out.info.sent)
@@ -215,22 +218,26 @@ def test_the_twin_on_a_schedule(name: str, toy64: Toy) -> None:
 
 @pytest.mark.parametrize("member", ["laq", "gd"])
 def test_the_twin_of_partial_participation(member: str, toy64: Toy) -> None:
-    knobs: dict[str, Any] = LAZY | dict(limit=3) if member == "laq" else {}
+    knobs: dict[str, Any] = LAZY | dict(max_silence=3) if member == "laq" else {}
 
     def ours(given: Any, sampler: Any, **server: Any) -> laqjax.Algorithm:
         inner: Any = rules.Always()
         if member == "laq":
             inner = algorithms.laq(given, bits=3, **knobs, **server).rule
-        rule = rules.participation(inner, WORKERS, count=2)
+        rule = rules.partial_participation(inner, WORKERS, count=2)
         scheme = compressors.grid(3) if member == "laq" else compressors.identity()
-        return laqjax.assemble(given, scheme, rule, algorithms.innovation(given), **server)
+        return laqjax.assemble(given, scheme, rule, memories.make_innovation_memory(given), **server)
 
-    rule = rules.participation(rules.Always(), WORKERS, count=2)
+    rule = rules.partial_participation(rules.Always(), WORKERS, count=2)
     nothing: Any = None
     asked = np.array(
         [
             [
-                bool(rule.drawn(types.Round(nothing, keys_of(k, m, WORKERS), nothing, WORKERS, nothing)))
+                bool(
+                    rule.is_participating(
+                        types.RoundContext(nothing, keys_of(k, m, WORKERS), nothing, WORKERS, nothing)
+                    )
+                )
                 for m in range(WORKERS)
             ]
             for k in range(ROUNDS)

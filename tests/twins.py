@@ -200,8 +200,8 @@ class LazyRule:
     """Who uploads, and the last D squared steps that the answer rests on.
 
     xi: a number is the sum of the weights, an array holds xi_d itself, newest step first; or c, exactly one of the two.
-    window: D. limit: rounds of silence after which a worker is forced to send; None: never. ramp: before round D a number
-    xi is shared among the k steps there are. first_upload: "forced": a worker's first upload does not ask the rule.
+    window: D. max_silence: rounds of silence after which a worker is forced to send; None: never. rescale_short_history: before round D a number
+    xi is shared among the k steps there are. force_first_upload: True: a worker's first upload does not ask the rule.
 
     xi: change >= sum_d xi_d ||theta^{k+1-d} - theta^{k-d}||^2 / (lr^2 M^2) + errors      (LAG 15, LAQ 7)
     c:  change >= (c / D) sum_d ||theta^{k+1-d} - theta^{k-d}||^2                         (LASG, CADA)
@@ -218,18 +218,24 @@ class LazyRule:
         window: int,
         xi: Any = None,
         c: float | None = None,
-        limit: int | None = None,
-        ramp: bool = False,
-        first_upload: str = "forced",
+        max_silence: int | None = None,
+        rescale_short_history: bool = False,
+        force_first_upload: bool = True,
     ) -> None:
         if (xi is None) == (c is None):
             raise ValueError("the rule takes exactly one of xi and c")
-        if first_upload not in ("forced", "rule"):
-            raise ValueError(first_upload)
-        if ramp and np.ndim(xi) > 0:
-            raise ValueError("ramp shares out a number xi; an array already says every weight")
-        self.xi, self.c, self.window, self.limit, self.ramp = xi, c, window, limit, ramp
-        self.forced_first = first_upload == "forced"
+        if not isinstance(force_first_upload, bool | np.bool_):
+            raise ValueError(force_first_upload)
+        if rescale_short_history and np.ndim(xi) > 0:
+            raise ValueError("rescale_short_history shares out a number xi; an array already says every weight")
+        self.xi, self.c, self.window, self.max_silence, self.rescale_short_history = (
+            xi,
+            c,
+            window,
+            max_silence,
+            rescale_short_history,
+        )
+        self.forced_first = force_first_upload
         # With plain SGD and a constant lr, step / lr is the direction; otherwise the direction itself is measured.
         self.constant_lr = lr if server is None and not callable(lr) else None
         self.num_workers = problem.num_workers
@@ -244,16 +250,16 @@ class LazyRule:
         if np.ndim(self.xi) > 0:
             weights = np.asarray(self.xi, dtype=np.float64)
         else:
-            weights = self.xi / (min(max(k, 1), self.window) if self.ramp else self.window)
+            weights = self.xi / (min(max(k, 1), self.window) if self.rescale_short_history else self.window)
         return np.sum(weights * motions) / self.num_workers**2
 
-    def decide(
+    def should_send(
         self, k: int, change: np.ndarray, errors: float | np.ndarray = 0.0, asked: np.ndarray | None = None
     ) -> np.ndarray:
         """Who sends in round k [M]. Workers that are not asked stay as they are."""
         sent = change >= self.threshold(k) + errors
-        if self.limit is not None:
-            sent = sent | (self.silence >= self.limit)
+        if self.max_silence is not None:
+            sent = sent | (self.silence >= self.max_silence)
         if self.forced_first:
             sent = sent | ~self.ever_sent
         asked = np.ones(self.num_workers, dtype=bool) if asked is None else asked
@@ -305,7 +311,7 @@ def lag_wk(problem: Problem, rounds: int, *, lr: Rate, server: Server = None, **
     h = trace.zeros
     for k in range(rounds):
         loss, g = gradients(problem, trace.theta, draw(problem, k))
-        sent = lazy.decide(k, square(g - h))
+        sent = lazy.should_send(k, square(g - h))
         h = keep(sent, g, h)
         step = trace.advance(k, loss, sent, h.sum(axis=0))
         lazy.remember(h.sum(axis=0), step)
@@ -324,7 +330,7 @@ def lag_ps(
     h, theta_hat = trace.zeros, trace.theta + trace.zeros
     for k in range(rounds):
         loss, g = gradients(problem, trace.theta, draw(problem, k))
-        sent = lazy.decide(k, np.asarray(smoothness) ** 2 * square(theta_hat - trace.theta))
+        sent = lazy.should_send(k, np.asarray(smoothness) ** 2 * square(theta_hat - trace.theta))
         h, theta_hat = keep(sent, g, h), keep(sent, trace.theta, theta_hat)
         step = trace.advance(k, loss, sent, h.sum(axis=0))
         lazy.remember(h.sum(axis=0), step)
@@ -376,7 +382,9 @@ def lazy_quantized(
         innovation = each(grid(bits), g - h)
         error_sq = square(g - h - innovation)
         errors = 3 * (error_sq + last_error_sq)
-        sent = lazy.decide(k, square(innovation), errors, None if asked is None else np.asarray(asked[k], dtype=bool))
+        sent = lazy.should_send(
+            k, square(innovation), errors, None if asked is None else np.asarray(asked[k], dtype=bool)
+        )
         h = keep(sent, h + innovation, h)
         last_error_sq = np.where(sent, error_sq, last_error_sq)
         direction = h.sum(axis=0)
@@ -443,7 +451,7 @@ def lasg_wk1(problem: Problem, rounds: int, *, lr: Rate, period: int, server: Se
     """LASG-WK1 (Chen, Sun, Yin 2020): the variance-reduced difference to a snapshot, renewed every `period` rounds.
 
     delta_m^k = g_m(theta^k; rows) - g_m(snapshot; rows), change = ||delta_m^k - delta_m at m's last upload||^2
-    The authors' program makes everybody send when the snapshot is renewed; here only the limit forces.
+    The authors' program makes everybody send when the snapshot is renewed; here only the bound forces.
     """
     trace, lazy = Trace(problem, lr, server), LazyRule(problem, lr, server, **rule)
     h, delta_hat, snapshot = trace.zeros, trace.zeros, trace.theta
@@ -453,7 +461,7 @@ def lasg_wk1(problem: Problem, rounds: int, *, lr: Rate, period: int, server: Se
         rows = draw(problem, k)
         loss, g = gradients(problem, trace.theta, rows)
         delta = g - gradients(problem, snapshot, rows)[1]
-        sent = lazy.decide(k, square(delta - delta_hat))
+        sent = lazy.should_send(k, square(delta - delta_hat))
         h, delta_hat = keep(sent, g, h), keep(sent, delta, delta_hat)
         step = trace.advance(k, loss, sent, h.sum(axis=0))
         lazy.remember(h.sum(axis=0), step)
@@ -467,7 +475,7 @@ def lasg_wk2(problem: Problem, rounds: int, *, lr: Rate, server: Server = None, 
     for k in range(rounds):
         rows = draw(problem, k)
         loss, g = gradients(problem, trace.theta, rows)
-        sent = lazy.decide(k, square(g - gradients_apart(problem, theta_hat, rows)))
+        sent = lazy.should_send(k, square(g - gradients_apart(problem, theta_hat, rows)))
         h, theta_hat = keep(sent, g, h), keep(sent, trace.theta, theta_hat)
         step = trace.advance(k, loss, sent, h.sum(axis=0))
         lazy.remember(h.sum(axis=0), step)
@@ -723,9 +731,9 @@ def dgc(problem: Problem, rounds: int, *, lr: Rate, k: int, momentum: float, ser
 def pseudo_gradients(
     problem: Problem, steps: int, local_lr: float
 ) -> Callable[[int, np.ndarray], tuple[float, np.ndarray]]:
-    """g_m = (theta - theta_local) / (steps local_lr) after `steps` local gradient steps from theta.
+    """g_m = (theta - theta_local) / (steps local_lr) after `num_local_steps` local gradient steps from theta.
 
-    The round's rows are cut into `steps` equal parts in order, one a step. The loss is that of the first step.
+    The round's rows are cut into `num_local_steps` equal parts in order, one a step. The loss is that of the first step.
     """
 
     def measure(k: int, theta: np.ndarray) -> tuple[float, np.ndarray]:

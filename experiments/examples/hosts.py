@@ -12,31 +12,38 @@ import tyro
 
 import laqjax
 from experiments import datasets, files
-from laqjax import mesh as meshes
+from laqjax import distributed, sharding
 
 
 def main(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    exchange: Literal["messages", "chunked", "sums"] = "messages",
+    collective: Literal["all_gather", "all_to_all", "all_reduce"] = "all_gather",
     workers: int = 10,
     rows: int = 6000,
     rounds: int = 200,
 ) -> None:
     with files.refusing():
-        meshes.initialize(coordinator, num_processes, process_id)  # before anything else of JAX
-        data, mesh = datasets.load("mnist"), meshes.make()
+        distributed.initialize_distributed(coordinator, num_processes, process_id)  # before anything else of JAX
+        data, mesh = datasets.load("mnist"), sharding.make_mesh()
 
         def load(first: int, last: int) -> laqjax.Shards:  # a process asks for its own workers only
             part = slice(first * rows, last * rows)
-            return laqjax.problems.partition(data.x[part], data.y[part], last - first, "contiguous")
+            return laqjax.partition_data(data.x[part], data.y[part], last - first, "contiguous")
 
         problem = laqjax.problems.Softmax(784, 10)
         alg = laqjax.algorithms.laq(problem.oracle(), lr=0.2 / workers, num_workers=workers, bits=4)
-        shards = meshes.load(mesh, workers, load)
+        shards = sharding.load_local_shards(mesh, workers, load)
         out = laqjax.run(
-            alg, problem.start(0), shards, rounds, jax.random.key(0), mesh=mesh, exchange=exchange, workers_at_once=1
+            alg,
+            problem.init_params(0),
+            shards,
+            rounds,
+            jax.random.key(0),
+            mesh=mesh,
+            collective=collective,
+            worker_batch_size=1,
         )
         if jax.process_index() == 0:  # one of them speaks and writes
             uploads, bits = int(out.info.sent.sum()), int(out.info.bits_up.sum(dtype=np.int64))

@@ -25,8 +25,8 @@ from jax.sharding import PartitionSpec as P
 
 import laqjax
 from experiments import datasets, files
+from laqjax import check_number
 from laqjax.algorithms import topk_ef
-from laqjax.checks import number
 
 DEVICES = 4
 model = nn.Sequential([nn.Dense(1024), nn.relu, nn.Dense(1024), nn.relu, nn.Dense(1024), nn.relu, nn.Dense(10)])
@@ -39,7 +39,7 @@ def loss(params, x, y):
 
 def trainer(tx, params, mesh):
     """(step, state): the loop's own step; only `tx` knows how gradients travel."""
-    specs = laqjax.lazy.specs(jax.eval_shape(tx.init, params), "data")
+    specs = laqjax.aggregation.partition_specs(jax.eval_shape(tx.init, params), "data")
     state = jax.jit(tx.init, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))(params)
 
     def step(params, state, x, y):
@@ -73,7 +73,7 @@ def milliseconds(ways, start, mesh, row, turns=20):
 
 
 def main(steps: int = 300, batch: int = 1024, lr: float = 0.1, out: Path = Path("results/parallel")) -> None:
-    number("steps", steps, np.int32, least=1)
+    check_number("steps", steps, np.int32, minimum=1)
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     data, rng = datasets.load("mnist"), np.random.default_rng(0)
     start = model.init(jax.random.key(0), jnp.zeros((1, 784)))
@@ -82,7 +82,7 @@ def main(steps: int = 300, batch: int = 1024, lr: float = 0.1, out: Path = Path(
     ways = {
         "pmean": mean,
         # on minibatches the noise alone is change: who skips is brought back soon (C), or the loss suffers
-        "LAQ, b = 4": laqjax.lazy_aggregate("data", DEVICES, bits=4, xi=10, limit=2, blocks="leaf"),
+        "LAQ, b = 4": laqjax.lazy_aggregate("data", DEVICES, bits=4, xi=10, max_silence=2, quantizer_blocks="leaf"),
         "top 1 % with error feedback": laqjax.lazy_aggregate("data", DEVICES, topk_ef, k=size // 100),
     }
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
@@ -96,8 +96,8 @@ def main(steps: int = 300, batch: int = 1024, lr: float = 0.1, out: Path = Path(
             losses.append(float(value))
             times.append(time.perf_counter() - began)
             # what each device receives; a ring's all-reduce for pmean
-            lazy = isinstance(state[0], laqjax.lazy.LazyState)
-            moved.append(int(state[0].bytes) if lazy else 2 * 4 * size * (DEVICES - 1) // DEVICES)
+            lazy = isinstance(state[0], laqjax.aggregation.LazyAggregateState)
+            moved.append(int(state[0].bytes_received) if lazy else 2 * 4 * size * (DEVICES - 1) // DEVICES)
         smooth = smoothed(losses)
         left.semilogy(np.arange(len(smooth)), smooth, label=name)
         right.semilogy(np.cumsum(moved)[-len(smooth) :] / 1e6, smooth)
@@ -110,7 +110,7 @@ def main(steps: int = 300, batch: int = 1024, lr: float = 0.1, out: Path = Path(
     out.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "svg"):
         figure.savefig(out / f"parallel.{suffix}", dpi=150)
-    never = laqjax.lazy_aggregate("data", DEVICES, bits=4, xi=1e6, first_upload="rule", blocks="leaf")
+    never = laqjax.lazy_aggregate("data", DEVICES, bits=4, xi=1e6, force_first_upload=False, quantizer_blocks="leaf")
     for examples in (batch, 4 * batch):  # what it adds is the same, whatever the batch
         row = rng.integers(0, len(data.y), examples)
         said = milliseconds({"pmean": mean, "lazy_aggregate": never}, start, mesh, (data.x[row], data.y[row]))

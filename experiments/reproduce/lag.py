@@ -21,7 +21,7 @@ from experiments.problems import Case
 from experiments.reproduce import finish, methods
 from experiments.study import Budget, Point
 from laqjax import algorithms
-from laqjax.rules import Rule
+from laqjax.rules import BaseUploadRule
 from laqjax.types import register_dataclass
 
 SETS = {"linear": (28, 29, 30), "logistic": (2, 9, 11)}
@@ -38,29 +38,29 @@ RECOMPUTED = {  # uploads, from the authors' rules and data
 
 @register_dataclass
 @dataclass(frozen=True)
-class After(Rule):
+class After(BaseUploadRule):
     """`rule`, but nobody uploads in the first rounds: the authors' LAGs begin with a full history of ten steps."""
 
     rule: Any
     rounds: Any
 
     @property
-    def server_decides(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.rule.server_decides
+    def server_selects(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.rule.server_selects
 
     def init(self, params):
         return self.rule.init(params)
 
-    def asked(self, shared, own, now):
-        asked = self.rule.asked(shared, own, now)
-        return asked & (now.keys.round >= self.rounds) if self.server_decides else asked
+    def is_selected(self, shared_state, worker_state, context):
+        asked = self.rule.is_selected(shared_state, worker_state, context)
+        return asked & (context.keys.round >= self.rounds) if self.server_selects else asked
 
-    def decide(self, shared, own, now):
-        send, sent, silent = self.rule.decide(shared, own, now)
-        return send & (now.keys.round >= self.rounds), sent, silent
+    def should_send(self, shared_state, worker_state, context):
+        send, sent, silent = self.rule.should_send(shared_state, worker_state, context)
+        return send & (context.keys.round >= self.rounds), sent, silent
 
-    def observe(self, shared, step):
-        return self.rule.observe(shared, step)
+    def update(self, shared_state, step):
+        return self.rule.update(shared_state, step)
 
 
 def read(folder: Path, problem: str, parts: int) -> laqjax.Shards:
@@ -89,15 +89,15 @@ def model_of(problem: str) -> laqjax.problems.Problem:
     return (laqjax.problems.Logistic if problem == "logistic" else laqjax.problems.Ridge)(FEATURES[problem])
 
 
-def algorithms_of(problem: str, shards: laqjax.Shards) -> dict[str, tuple[laqjax.Algorithm, laqjax.State]]:
+def algorithms_of(problem: str, shards: laqjax.Shards) -> dict[str, tuple[laqjax.Algorithm, laqjax.AlgorithmState]]:
     """Each method with the state before the round that the authors' program counts as its first."""
     workers = shards.x.shape[0]
     model = model_of(problem)
     oracle = model.oracle(np.float64)
-    each, smooth = model.smoothness(shards)
+    each, smooth = model.smoothness_constants(shards)
     smooth -= (workers - 1) * model.l2  # the authors add lambda once
     lags: dict[str, Any] = {"lr": 1 / smooth, "num_workers": workers}
-    lags |= {"window": 10, "limit": None, "first_upload": "rule"}
+    lags |= {"window": 10, "max_silence": None, "force_first_upload": False}
     late = lambda alg: replace(alg, rule=After(alg.rule, np.int32(10)))  # noqa: E731
     algs: dict[str, laqjax.Algorithm] = {
         "GD": algorithms.gd(oracle, lr=1 / smooth, num_workers=workers),
@@ -111,10 +111,10 @@ def algorithms_of(problem: str, shards: laqjax.Shards) -> dict[str, tuple[laqjax
     return {name: (alg, start(name, alg, shards, workers)) for name, alg in algs.items()}
 
 
-def start(name: str, alg: laqjax.Algorithm, shards: laqjax.Shards, workers: int) -> laqjax.State:
+def start(name: str, alg: laqjax.Algorithm, shards: laqjax.Shards, workers: int) -> laqjax.AlgorithmState:
     """Zero parameters and memories of ones. GD and the IAGs have already stepped along these ones when their counting begins."""
     zero = jnp.zeros(alg.oracle.size)
-    state, ones = laqjax.init(alg, zero, shards), jnp.ones_like(zero)
+    state, ones = alg.init(zero), jnp.ones_like(zero)
     if name == "GD":
         return state._replace(params=-alg.lr * ones)
     if name.endswith("IAG"):
@@ -160,7 +160,7 @@ def table(data: Path, out: Path = Path("results/lag")) -> None:
             shards = read(data, problem, parts)
             algs = algorithms_of(problem, shards)
             with console.status(f"f* of {problem}, M = {len(shards.x)}, by GD"):
-                gd = laqjax.run(*algs["GD"], shards, OPTIMUM_AFTER[problem], jax.random.key(0), chunk=1000)
+                gd = laqjax.run(*algs["GD"], shards, OPTIMUM_AFTER[problem], jax.random.key(0), chunk_size=1000)
             case = Case(model_of(problem), shards, None, np.float64, float(gd.info.loss[-1]))
             for name, (alg, state) in algs.items():
                 label = {"problem": problem, "workers": len(shards.x), "method": name}

@@ -14,9 +14,8 @@ from experiments import ledger, points, problems, terminal
 from experiments.ledger import Targets
 from experiments.reproduce import beside, finish, methods
 from experiments.study import Budget, Point
-from laqjax import algorithms
-from laqjax.checks import number
-from laqjax.oracle import Blocks
+from laqjax import algorithms, check_number
+from laqjax.samplers import BlockSampler
 
 TARGETS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 # values read off the published figures, good to about 2 %
@@ -78,12 +77,12 @@ def compare(name: str, settings: Settings, bits: int, rounds: int, published: An
     rounds = (200 if settings.smoke else rounds) if settings.rounds is None else settings.rounds
     starts = (3 if convex else 1) if settings.starts is None else settings.starts
     budget = Budget(rounds, every=100, keep=1000)
-    number("starts", starts, np.int32, least=1)
+    check_number("starts", starts, np.int32, minimum=1)
     with jax.enable_x64(settings.float64):
         case = problems.case("softmax" if convex else "network", "mnist", rows=600 if settings.smoke else None)
         case = replace(case, dtype=np.float64 if settings.float64 else np.float32)
         server: dict[str, Any] = {"lr": 0.02, "num_workers": 10}
-        authors: dict[str, Any] = {"ramp": True, "first_upload": "rule"}
+        authors: dict[str, Any] = {"rescale_short_history": True, "force_first_upload": False}
         algs = {
             "LAQ": algorithms.laq(case.oracle, bits=bits, **server, **authors),
             "TWO-LAQ": algorithms.two_laq(case.oracle, bits=bits, **server, **authors),
@@ -96,7 +95,7 @@ def compare(name: str, settings: Settings, bits: int, rounds: int, published: An
         chosen = [  # whoever always sends counts the same from every start: 12 rounds of 2800 apart, over three
             Point(alg, case, seed, {"method": m}, begin[seed])
             for m, alg in algs.items()
-            for seed in range(starts if alg.rule.may_skip else 1)
+            for seed in range(starts if alg.rule.can_skip else 1)
         ]
         identity = {"name": name, "starts": starts, "smoke": settings.smoke, "float64": settings.float64}
         summary = methods(identity, chosen, Targets(TARGETS if convex else ()), out, budget, console)
@@ -146,8 +145,8 @@ def stochastic(oracle: Any, network: bool) -> dict[str, Any]:
     C forces, and the model suffers. Half of the error terms (as in the authors' script), or b = 4, gives their picture.
     signSGD and CADA have another scale of step: 1e-3, the best of a few on softmax regression.
     """
-    each: dict[str, Any] = {"num_workers": 10, "lr": 0.008, "sampler": Blocks(500)}
-    authors: dict[str, Any] = {"ramp": True, "first_upload": "rule"}
+    each: dict[str, Any] = {"num_workers": 10, "lr": 0.008, "sampler": BlockSampler(500)}
+    authors: dict[str, Any] = {"rescale_short_history": True, "force_first_upload": False}
     a: Any = algorithms
     slaq = a.slaq(oracle, bits=3, **each, **authors)
     lazy = replace(slaq.rule.rule, errors=np.asarray(1.5, oracle.dtype))  # 3 in the paper

@@ -15,8 +15,8 @@ from jax.core import Tracer
 from laqjax.types import Shards
 
 
-def number(
-    name: str, value: Any, dtype: Any, *, least: float = -np.inf, above: float = -np.inf, most: float = np.inf
+def check_number(
+    name: str, value: Any, dtype: Any, *, minimum: float = -np.inf, above: float = -np.inf, maximum: float = np.inf
 ) -> Any:
     """`value` as a NumPy scalar array of `dtype`, so that Python, NumPy and JAX numbers trace alike.
 
@@ -28,21 +28,21 @@ def number(
         given = np.asarray(np.nan if isinstance(value, str | bytes) else value, np.float64)
     except (TypeError, ValueError):
         given = np.asarray(np.nan)
-    if whole and most == np.inf and np.any(given > np.iinfo(dtype).max):  # said only where it matters
-        most = np.iinfo(dtype).max
+    if whole and maximum == np.inf and np.any(given > np.iinfo(dtype).max):  # said only where it matters
+        maximum = np.iinfo(dtype).max
     bounds = (
-        [f">= {least:g}"] * (least > -np.inf)
+        [f">= {minimum:g}"] * (minimum > -np.inf)
         + [f"> {above:g}"] * (above > -np.inf)
-        + [f"<= {most:.10g}"] * (most < np.inf)
+        + [f"<= {maximum:.10g}"] * (maximum < np.inf)
     )
     expected = " and ".join([f"one {'whole' if whole else 'finite'} number", *bounds])
-    valid = given.shape == () and np.isfinite(given) and least <= given <= most and given > above
+    valid = given.shape == () and np.isfinite(given) and minimum <= given <= maximum and given > above
     if not valid or isinstance(value, bool | np.bool_) or (whole and given != np.floor(given)):
         raise ValueError(f"{name} = {value!r}: expected {expected}")
     return np.asarray(given, dtype)
 
 
-def numbers(name: str, value: Any, dtype: Any, shapes: Any, expected: str) -> np.ndarray:
+def check_nonnegative_array(name: str, value: Any, dtype: Any, shapes: Any, expected: str) -> np.ndarray:
     """A checked array of finite numbers >= 0 of one of the shapes (None: any vector).
 
     Raises:
@@ -58,14 +58,14 @@ def numbers(name: str, value: Any, dtype: Any, shapes: Any, expected: str) -> np
     return array
 
 
-def step_size(value: Any, dtype: Any) -> Any:
+def as_schedule(value: Any, dtype: Any) -> Any:
     """A step size > 0, or a schedule: a function of the round that is a pytree, its numbers of `dtype` as leaves.
 
     Raises:
         ValueError: for anything else.
     """
     if not callable(value):
-        return number("lr", value, dtype, above=0.0)
+        return check_number("lr", value, dtype, above=0.0)
     if jax.tree_util.all_leaves([value]):
         value = jax.tree_util.Partial(value)
     return jax.tree.map(
@@ -73,14 +73,14 @@ def step_size(value: Any, dtype: Any) -> Any:
     )
 
 
-def server_optimizer(value: Any) -> Callable[[Any], Any]:
+def as_optimizer_factory(value: Any) -> Callable[[Any], Any]:
     """A factory `lr -> optax transformation`; a transformation itself stands for the factory that always gives it.
 
     Raises:
         ValueError: for anything else.
     """
     if isinstance(value, optax.GradientTransformation):
-        return Given(value)
+        return _ConstantFactory(value)
     if not callable(value):
         raise ValueError(
             f"optimizer = {value!r}: expected a function of the step size that gives an optax transformation, as "
@@ -90,7 +90,7 @@ def server_optimizer(value: Any) -> Callable[[Any], Any]:
 
 
 @dataclass(frozen=True)
-class Given:
+class _ConstantFactory:
     """The factory that always gives this transformation; equal ones are equal, so they are one compiled program."""
 
     transformation: optax.GradientTransformation
@@ -120,18 +120,18 @@ def oracle_dtype(oracle: Any) -> np.dtype:
     """
     if isinstance(oracle, type) or not all(hasattr(oracle, name) for name in ("size", "dtype", "ravel", "unravel")):
         problem = hasattr(oracle, "oracle") and not isinstance(oracle, type)
-        how = "problem.oracle()" if problem else "laqjax.oracle.from_loss(loss_fn, params)"
+        how = "problem.oracle()" if problem else "laqjax.oracles.from_loss(loss_fn, params)"
         raise ValueError(f"oracle = {oracle!r}: must be an oracle; pass {how}")
     return oracle.dtype
 
 
-def part(name: str, value: Any, methods: tuple[str, ...], expected: str) -> None:
+def check_implements(name: str, value: Any, methods: tuple[str, ...], expected: str) -> None:
     """Raise ValueError unless `value` is an instance (not a class) with these methods."""
     if isinstance(value, type) or not all(callable(getattr(value, method, None)) for method in methods):
         raise ValueError(f"{name} = {value!r}: expected {expected}")
 
 
-def no_tracers(*trees: Any) -> None:
+def check_not_traced(*trees: Any) -> None:
     """Raise ValueError when called while JAX traces: a run is a loop on the host."""
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
         raise ValueError(
@@ -166,7 +166,7 @@ def check_schedule(alg: Any, first: int, rounds: int, *, points: bool = False) -
     if not callable(alg.lr):
         return
     at = np.unique(np.linspace(first, first + rounds - 1, 102).astype(np.int32))
-    sizes = np.asarray(_step_sizes(alg, at, points=points))
+    sizes = np.asarray(_learning_rates(alg, at, points=points))
     bad = ~(np.isfinite(sizes) & (sizes >= 0))
     if np.any(bad):
         where = tuple(np.argwhere(bad)[0])
@@ -177,34 +177,36 @@ def check_schedule(alg: Any, first: int, rounds: int, *, points: bool = False) -
 
 
 @partial(jax.jit, static_argnames="points")
-def _step_sizes(alg: Any, rounds: Any, *, points: bool) -> Any:
+def _learning_rates(alg: Any, rounds: Any, *, points: bool) -> Any:
     """Return the step sizes of an algorithm [rounds], or of a stack of them [rounds, S]."""
     if points:
-        return jax.vmap(lambda round: jax.vmap(lambda one: one.step_size(round))(alg))(rounds)
-    return jax.vmap(alg.step_size)(rounds)
+        return jax.vmap(lambda round: jax.vmap(lambda one: one.learning_rate_at(round))(alg))(rounds)
+    return jax.vmap(alg.learning_rate_at)(rounds)
 
 
-def run_arguments(alg: Any, params: Any, shards: Shards, rows: int = 0) -> None:
+def check_run_inputs(alg: Any, params: Any, shards: Shards, rows: int = 0) -> None:
     """Raise ValueError when parameters, data and algorithm do not fit; only shapes and finiteness are looked at.
 
     rows: of the shards, where padding workers are allowed.
     """
     p, m = alg.oracle.size, alg.num_workers
     if not callable(alg.lr) and np.ndim(alg.lr):
-        raise ValueError("an algorithm of many points (`stack`): expected one algorithm; run it with `sweep`")
+        raise ValueError(
+            "an algorithm of many points (`stack_algorithms`): expected one algorithm; run it with `sweep`"
+        )
     if np.shape(params) != (p,) or getattr(params, "dtype", None) != alg.oracle.dtype:
         raise ValueError(
             f"params = {getattr(params, 'dtype', type(params))}{list(np.shape(params))}: expected {alg.oracle.dtype}[{p}], "
             "a vector from oracle.ravel(params), or the pytree itself"
         )
-    most = np.iinfo(np.int32).max // max(m if alg.rule.server_decides else 1, 2) // alg.oracle.dtype.itemsize
+    most = np.iinfo(np.int32).max // max(m if alg.rule.server_selects else 1, 2) // alg.oracle.dtype.itemsize
     if p > most:  # a message may be longer than the vector (indices), a server that asks sends one to each worker
         raise ValueError(f"params of {p} parameters: expected at most {most}, a round's bytes are counted in int32")
     check_shards(shards, m, rows)
     if alg.sampler is not None and not 1 <= alg.sampler.size <= shards.weight.shape[1]:
         rows = shards.weight.shape[1]
         raise ValueError(f"sampler of {alg.sampler.size} rows for shards of {rows}: expected 1 to {rows}")
-    alg.oracle.check(shards)
+    alg.oracle.validate(shards)
 
 
 def check_type(shards: Any) -> None:
@@ -212,7 +214,7 @@ def check_type(shards: Any) -> None:
     if not isinstance(shards, Shards):
         raise ValueError(
             f"shards of type {type(shards).__name__}: must be laqjax.Shards(x, y, weight), where weight [M, N] is 1 for rows "
-            "that count and 0 for padding; build them as laqjax.problems.partition(x, y, num_workers, scheme) does"
+            "that count and 0 for padding; build them as laqjax.partition_data(x, y, num_workers, scheme) does"
         )
 
 
@@ -268,3 +270,17 @@ def _check_weights(weight: np.ndarray) -> None:
             f"shards.weight of worker {worker} is 0 at row {row} and not after it: expected padding at the end of a shard; "
             "move the rows that count to the front"
         )
+
+
+def check_inputs(alg: Any, params: Any, shards: Shards) -> None:
+    """Raise ValueError unless the algorithm, its parameters and the data fit each other.
+
+    Args:
+        alg: the algorithm.
+        params: the model, a pytree or a flat vector [p].
+        shards: the data of the workers; only shapes and finiteness are checked.
+
+    Raises:
+        ValueError: parameters, data and algorithm do not fit each other.
+    """
+    check_run_inputs(alg, alg.oracle.ravel(params), shards)

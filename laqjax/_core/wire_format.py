@@ -1,6 +1,6 @@
 """Bits and bytes of a message.
 
-A compressor's `wire(payload, like)` yields what travels as `Field`s: the bill of a message, its bytes and how they are
+A compressor's `wire_fields(payload, like)` yields what travels as `WireField`s: the bill of a message, its bytes and how they are
 read all come from that one list, so nothing is billed that is not sent. A field may depend on those before it: a reader
 fills the payload on the way. Bits are rounded up to a byte once per message. `to_bytes` and `from_bytes` run on the host.
 """
@@ -13,17 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from laqjax.types import Compressor, Field
+from laqjax.types import Compressor, WireField
 
 
-def message_bytes(fields: Iterable[Field]) -> Int[Array, ""]:
+def message_bytes(fields: Iterable[WireField]) -> Int[Array, ""]:
     """Count the bytes of a message on the wire: the bits of its fields, rounded up to whole bytes once.
 
     Counted in bytes, because the bits of a message of 2^26 float32 numbers exceed int32.
     """
     whole, rest = jnp.int32(0), jnp.int32(0)
     for piece in fields:
-        count = piece.like.size if piece.kept is None else jnp.sum(piece.kept, dtype=jnp.int32)
+        count = piece.like.size if piece.mask is None else jnp.sum(piece.mask, dtype=jnp.int32)
         count, bits = jnp.asarray(count, jnp.int32), jnp.asarray(piece.bits, jnp.int32)
         odd = count % 8 * bits
         whole += count // 8 * bits + odd // 8
@@ -32,14 +32,14 @@ def message_bytes(fields: Iterable[Field]) -> Int[Array, ""]:
 
 
 def to_bytes(compressor: Compressor, payload: Any, like: Any) -> bytes:
-    """The message as it would travel; its length is what `message_bytes` counted."""
+    """The message as it would travel; its length is what `serialized_size` counted."""
     stream, filled = np.zeros(1, np.uint8), 0  # filled: bits of the last byte that are taken
-    for field in compressor.wire(payload, like):
+    for field in compressor.wire_fields(payload, like):
         values = np.asarray(field.payload[field.name], field.like.dtype).reshape(-1)
-        values, width = values[_transmitted(field)].view(_pattern(field)), int(field.bits)
+        values, width = values[_sent_mask(field)].view(_wire_dtype(field)), int(field.bits)
         if not values.size * width:
             continue
-        piece = _packed(values, width)
+        piece = _pack_bits(values, width)
         if filled:
             piece = np.append(piece, np.uint8(0))
             carried = piece >> (8 - filled)
@@ -60,10 +60,10 @@ def from_bytes(compressor: Compressor, data: bytes, like: Any) -> Float[Array, "
         ValueError: these bytes are no message of the compressor: too many, too few, or bits set behind the last field.
     """
     stream, at, payload = np.append(np.frombuffer(data, np.uint8), np.uint8(0)), 0, {}
-    for field in compressor.wire(payload, like):
+    for field in compressor.wire_fields(payload, like):
         values = np.zeros(field.like.size, field.like.dtype)
-        there, width = _transmitted(field), int(field.bits)
-        count, pattern = values[there].size, _pattern(field)
+        there, width = _sent_mask(field), int(field.bits)
+        count, pattern = values[there].size, _wire_dtype(field)
         if width > 64 or at + width * count > 8 * len(data):
             raise ValueError(
                 f"a message of {len(data)} bytes: expected {width} bits for each of {count} numbers of its field "
@@ -73,7 +73,9 @@ def from_bytes(compressor: Compressor, data: bytes, like: Any) -> Float[Array, "
             last = -(-(at + width * count) // 8)
             piece = stream[at // 8 : last + 1]
             piece = piece[:-1] >> at % 8 | piece[1:] << 8 - at % 8 if at % 8 else piece[:-1]
-            values[there] = _unpacked(piece, count, width, pattern).view(field.like.dtype if _full(field) else pattern)
+            values[there] = _unpack_bits(piece, count, width, pattern).view(
+                field.like.dtype if _is_raw_float(field) else pattern
+            )
         at += count * width
         field.payload[field.name] = jnp.asarray(values.reshape(field.like.shape))
     if -(-at // 8) != len(data) or (at % 8 and data[-1] >> at % 8):
@@ -87,7 +89,7 @@ def from_bytes(compressor: Compressor, data: bytes, like: Any) -> Float[Array, "
 # numbers in r bytes; the least significant bit first. Eight numbers move at once, in the bytes of a 64-bit word.
 
 
-def _packed(values: np.ndarray, width: int) -> np.ndarray:
+def _pack_bits(values: np.ndarray, width: int) -> np.ndarray:
     """The bytes of numbers of `width` bits each; the bits behind the last one are zero."""
     whole, rest = divmod(width, 8)
     if not whole and values.dtype != np.bool_:
@@ -101,14 +103,14 @@ def _packed(values: np.ndarray, width: int) -> np.ndarray:
     words = np.zeros(-(-values.size // 8), "<u8")
     words.view(np.uint8)[: values.size] = each[:, whole]
     for size in (8, 16, 32):  # pairs of bytes, of pairs, of fours
-        lower, bits = _lower(rest, size), size // 8 * rest
+        lower, bits = _lane_mask(rest, size), size // 8 * rest
         words = words & lower | words >> np.uint64(size - bits) & lower << np.uint64(bits)
     upper = words.view(np.uint8).reshape(-1, 8)[:, :rest].reshape(-1)
     return np.concatenate([low, upper[: -(-values.size * rest // 8)]])
 
 
-def _unpacked(data: np.ndarray, count: int, width: int, pattern: np.dtype) -> np.ndarray:
-    """The inverse of `_packed`, of the type `pattern`; bits behind the last number are not looked at."""
+def _unpack_bits(data: np.ndarray, count: int, width: int, pattern: np.dtype) -> np.ndarray:
+    """The inverse of `_pack_bits`, of the type `pattern`; bits behind the last number are not looked at."""
     whole, rest = divmod(width, 8)
     kind = np.dtype(f"u{next(size for size in (1, 2, 4, 8) if 8 * size >= width)}")
     values = np.zeros(count, kind)
@@ -121,32 +123,32 @@ def _unpacked(data: np.ndarray, count: int, width: int, pattern: np.dtype) -> np
         padded[: -(-count * rest // 8)] = upper[: -(-count * rest // 8)]
         words.view(np.uint8).reshape(-1, 8)[:, :rest] = padded.reshape(-1, rest)
         for size in (32, 16, 8):
-            lower, bits = _lower(rest, size), size // 8 * rest
+            lower, bits = _lane_mask(rest, size), size // 8 * rest
             words = words & lower | words << np.uint64(size - bits) & lower << np.uint64(size)
         each[:, whole] = words.view(np.uint8)[:count]
     return values.astype(pattern, copy=False)
 
 
-def _lower(rest: int, size: int) -> np.uint64:
+def _lane_mask(rest: int, size: int) -> np.uint64:
     """Of each pair of `size` bits in a 64-bit word, what the lower one carries where a byte carries `rest` bits."""
     return np.uint64(sum((2 ** (size // 8 * rest) - 1) << place for place in range(0, 64, 2 * size)))
 
 
-def _transmitted(field: Field) -> Any:
+def _sent_mask(field: WireField) -> Any:
     """Which of a field's numbers travel."""
-    return slice(None) if field.kept is None else np.asarray(field.kept)
+    return slice(None) if field.mask is None else np.asarray(field.mask)
 
 
-def _full(field: Field) -> bool:
+def _is_raw_float(field: WireField) -> bool:
     """Whether it is of floats of their full width, which travel as bit patterns; everything else as whole numbers."""
     dtype = np.dtype(field.like.dtype)
     return jnp.issubdtype(dtype, jnp.floating) and int(field.bits) == 8 * dtype.itemsize
 
 
-def _pattern(field: Field) -> np.dtype:
+def _wire_dtype(field: WireField) -> np.dtype:
     """The type in which its numbers travel."""
     dtype = np.dtype(field.like.dtype)
-    return np.dtype(f"u{dtype.itemsize}") if _full(field) else dtype
+    return np.dtype(f"u{dtype.itemsize}") if _is_raw_float(field) else dtype
 
 
 # ---- pieces of messages ----------------------------------------------------------------------------------------
@@ -157,12 +159,12 @@ def float_bits(like: Any) -> int:
     return 8 * like.dtype.itemsize
 
 
-def scalar(dtype: Any) -> jax.ShapeDtypeStruct:
+def scalar_struct(dtype: Any) -> jax.ShapeDtypeStruct:
     """A single number."""
     return jax.ShapeDtypeStruct((), dtype)
 
 
-def flags(like: Any) -> jax.ShapeDtypeStruct:
+def bool_struct(like: Any) -> jax.ShapeDtypeStruct:
     """A yes or no for each coordinate."""
     return jax.ShapeDtypeStruct(like.shape, np.bool_)
 

@@ -17,12 +17,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from laqjax import mesh as meshes
+from laqjax import distributed, sharding
 
-KEEP = 2  # the newest may be damaged
+MAX_TO_KEEP = 2  # the newest may be damaged
 
 
-class Checkpoints:
+class RunCheckpointer:
     """The checkpoints of one run in a folder of its own, a folder each, named after the rounds done.
 
     Each is written under another name and renamed when it is whole, in the background, while the next chunk runs. Of several
@@ -34,7 +34,7 @@ class Checkpoints:
         folder: str | Path,
         contents: dict[str, Any],
         *,
-        alone: bool = False,
+        single_process: bool = False,
         warn: Callable[[str], None] = warnings.warn,
     ):
         """Open or make the folder.
@@ -42,7 +42,7 @@ class Checkpoints:
         Args:
             folder: for the checkpoints of this run and nothing else.
             contents: what the run is made of, by name; a folder of another run is refused, saying what differs.
-            alone: the run is this process's, of many; otherwise all of them do it together.
+            single_process: the run is this process's, of many; otherwise all of them do it together.
             warn: told what could not be read or written.
 
         Raises:
@@ -54,24 +54,27 @@ class Checkpoints:
         except ImportError:
             raise ImportError("checkpoints need orbax: pip install 'laqjax[checkpoint]'") from None
         self.folder, self.warn, me = Path(folder).absolute(), warn, jax.process_index()
-        self.leads, self.shared = alone or me == 0, not alone and jax.process_count() > 1
+        self.leads, self.shared = single_process or me == 0, not single_process and jax.process_count() > 1
         one = {"primary_host": me, "active_processes": {me}, "barrier_sync_key_prefix": f"process-{me}"}
-        processes = orbax.options.MultiprocessingOptions(**(one if alone else {}))
+        processes = orbax.options.MultiprocessingOptions(**(one if single_process else {}))
         # the thread that would make a folder is waited for under a name that all processes of JAX share
-        threads = orbax.options.AsyncOptions(create_directories_asynchronously=not alone)
+        threads = orbax.options.AsyncOptions(create_directories_asynchronously=not single_process)
         self.writer = orbax.StandardCheckpointer(async_options=threads, multiprocessing_options=processes)
         self.remover = ThreadPoolExecutor(1)
-        logging.getLogger("absl").addFilter(_worth_saying)
-        path, mine = self.folder / "run.json", {name: meshes.digest(value) for name, value in contents.items()}
+        logging.getLogger("absl").addFilter(_drop_orbax_merge_warning)
+        path, mine = (
+            self.folder / "run.json",
+            {name: distributed.fingerprint(value) for name, value in contents.items()},
+        )
         if self.folder.exists() and any(self.folder.iterdir()) and not path.exists():
             raise ValueError(
-                f"checkpoint = {folder}: expected a new folder, or one of checkpoints; this one holds other files"
+                f"checkpoint_dir = {folder}: expected a new folder, or one of checkpoints; this one holds other files"
             )
         there = json.loads(path.read_text()) if path.exists() else mine
         differs = [name for name in mine if there.get(name) != mine[name]]
         if differs:
             raise ValueError(
-                f"checkpoint = {folder} is of another run: {', '.join(differs)} differs; expected the same arguments, another "
+                f"checkpoint_dir = {folder} is of another run: {', '.join(differs)} differs; expected the same arguments, another "
                 "folder, or this one removed"
             )
         self._wait("looked at")  # before one writes: a folder that is being made is no stranger's
@@ -89,11 +92,11 @@ class Checkpoints:
         if self.shared:
             multihost_utils.sync_global_devices(f"{self.folder} {name}")
 
-    def rounds(self) -> list[int]:
+    def saved_rounds(self) -> list[int]:
         """Of the whole checkpoints, the latest first."""
         return sorted((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), reverse=True)
 
-    def latest(self, like: Any, rounds: float = math.inf, mesh: Mesh | None = None) -> tuple[int, Any, Any]:
+    def restore_latest(self, like: Any, rounds: float = math.inf, mesh: Mesh | None = None) -> tuple[int, Any, Any]:
         """(rounds done, state, facts) of the latest checkpoint that can be read, (0, None, None) without one.
 
         A damaged one is passed over with a warning.
@@ -104,9 +107,9 @@ class Checkpoints:
             mesh: where the state is read to.
 
         Raises:
-            ValueError: all have more than `rounds` rounds.
+            ValueError: all have more than `saved_rounds` rounds.
         """
-        there = self.rounds()
+        there = self.saved_rounds()
         within = [done for done in there if done <= rounds]
         if there and not within:
             raise ValueError(
@@ -118,17 +121,19 @@ class Checkpoints:
                 return done, *self._read(self.folder / str(done), like, mesh)
             except Exception as problem:  # orbax and its storage raise many kinds
                 path = self.folder / str(done)
-                self.warn(f"the checkpoint {path} cannot be read ({_line(problem)}); going on from the one before")
+                self.warn(
+                    f"the checkpoint {path} cannot be read ({_first_line(problem)}); going on from the one before"
+                )
         return 0, None, None
 
     def save(self, done: int, state: Any, facts: dict[str, Any]) -> None:
         """State and facts, arrays; returns before they are on the disk, and they may change. A warning where they cannot be."""
-        content = {"state": _own(_data(state)), "facts": facts}
-        self._careful(lambda: self.writer.save(self.folder / str(done), content, force=True))
+        content = {"state": _snapshot(_unwrap_prng_keys(state)), "facts": facts}
+        self._write_or_warn(lambda: self.writer.save(self.folder / str(done), content, force=True))
 
     def close(self) -> None:
         """Wait until all is on the disk."""
-        self._careful(lambda: None)
+        self._write_or_warn(lambda: None)
         self.writer.close()
         self.remover.shutdown()
 
@@ -136,7 +141,7 @@ class Checkpoints:
         leaves, structure = jax.tree.flatten(like)
         metadata: Any = self.writer.metadata(path)
         shapes = metadata.item_metadata.tree
-        places = _places(like, shapes["state"], mesh)
+        places = _restore_shardings(like, shapes["state"], mesh)
         empty = lambda shape: np.empty(shape.shape, shape.dtype)  # noqa: E731
         target = {
             "state": [
@@ -148,36 +153,36 @@ class Checkpoints:
             "facts": jax.tree.map(empty, shapes["facts"]),
         }
         saved: Any = self.writer.restore(path, target)
-        return jax.tree.unflatten(structure, _keys(saved["state"], leaves)), saved["facts"]
+        return jax.tree.unflatten(structure, _rewrap_prng_keys(saved["state"], leaves)), saved["facts"]
 
-    def _careful(self, write: Callable[[], None]) -> None:
+    def _write_or_warn(self, write: Callable[[], None]) -> None:
         try:
             self.writer.wait_until_finished()
             write()
-            for old in self.rounds()[KEEP:] if self.leads else ():
+            for old in self.saved_rounds()[MAX_TO_KEEP:] if self.leads else ():
                 self.remover.submit(shutil.rmtree, self.folder / str(old), ignore_errors=True)
         except Exception as problem:
             self.warn(
-                f"a checkpoint in {self.folder} was not written ({_line(problem)}); the run goes on, and the one before stands"
+                f"a checkpoint in {self.folder} was not written ({_first_line(problem)}); the run goes on, and the one before stands"
             )
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
+def _drop_orbax_merge_warning(record: logging.LogRecord) -> bool:
     """All but orbax's warning that a checkpoint is of NumPy arrays alone."""
     return "Skipping merge of OCDBT" not in str(record.msg)
 
 
-def _line(problem: Exception) -> str:
+def _first_line(problem: Exception) -> str:
     return f"{type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
 
 
-def _places(like: Any, shapes: list[Any], mesh: Mesh | None) -> list[Any]:
+def _restore_shardings(like: Any, shapes: list[Any], mesh: Mesh | None) -> list[Any]:
     """Where each leaf is read to: what was padded for another number of devices whole, the run spreads it again."""
     if mesh is None:
         return [SingleDeviceSharding(jax.local_devices()[0])] * len(shapes)
     own = [False] * len(jax.tree.leaves(like[:-1])) + [True] * len(jax.tree.leaves(like.workers))
-    devices = mesh.shape.get(meshes.WORKERS, 1)
-    split, whole = meshes.spec(mesh, meshes.WORKERS), PartitionSpec()
+    devices = mesh.shape.get(sharding.WORKER_AXIS, 1)
+    split, whole = sharding.partition_spec(mesh, sharding.WORKER_AXIS), PartitionSpec()
     return [
         NamedSharding(mesh, split if worker and shape.shape[0] % devices == 0 else whole)
         for worker, shape in zip(own, shapes, strict=True)
@@ -188,24 +193,24 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _data(tree: Any) -> list[Any]:
+def _unwrap_prng_keys(tree: Any) -> list[Any]:
     """The leaves as numbers."""
     return [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)]
 
 
-_copied = jax.jit(partial(jax.tree.map, jnp.copy))
+_copy_on_device = jax.jit(partial(jax.tree.map, jnp.copy))
 
 
-def _own(leaves: list[Any]) -> list[Any]:
+def _snapshot(leaves: list[Any]) -> list[Any]:
     """A copy, since the next chunk consumes the state: on the host (a third less work for orbax), unless processes share it."""
     whole = all(isinstance(leaf, np.ndarray) or leaf.is_fully_addressable for leaf in leaves)
     if not whole:
-        return _copied(leaves)
+        return _copy_on_device(leaves)
     return [leaf if isinstance(leaf, np.ndarray) else np.array(leaf) for leaf in leaves]  # orbax copies what is NumPy
 
 
-def _keys(data: list[Any], like: list[Any]) -> list[Any]:
-    """The inverse of `_data`."""
+def _rewrap_prng_keys(data: list[Any], like: list[Any]) -> list[Any]:
+    """The inverse of `_unwrap_prng_keys`."""
     return [
         jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(kind)) if _is_key(kind) else leaf
         for leaf, kind in zip(data, like, strict=True)

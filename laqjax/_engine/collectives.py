@@ -25,21 +25,21 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, UInt32
 
-from laqjax.checks import suggest
-from laqjax.types import Compressor, Exchange, Keys, Shards, Upload
+from laqjax._core.validation import suggest
+from laqjax.types import Collective, Compressor, RoundKeys, Shards, WorkerUpload
 
-WORD = 32
+WORD_BITS = 32
 
 
 @dataclass(frozen=True)
-class Sums:
+class AllReduce:
     """Partial sums by an all-reduce, and what all exchanges share: which workers are here, and the gathering of facts."""
 
     axis: str
-    points: str | None = None  # the axis of a sweep's points, mapped over: they skip together
-    adds = True
+    vmap_axis: str | None = None  # the axis of a sweep's points, mapped over: they skip together
+    accumulates_locally = True
 
-    def workers(self, num_workers: int, shards: Shards) -> tuple[Any, int]:
+    def local_workers(self, num_workers: int, shards: Shards) -> tuple[Any, int]:
         """(number of the first, how many) of this device's workers; the numbers from num_workers on are padding."""
         count = shards.weight.shape[0]
         slots = count * lax.axis_size(self.axis)
@@ -50,123 +50,123 @@ class Sums:
             )
         return count * lax.axis_index(self.axis).astype(jnp.int32), count
 
-    def message(self, alg: Any, upload: Upload) -> Any:
+    def worker_contribution(self, alg: Any, upload: WorkerUpload) -> Any:
         """What one worker contributes."""
         return upload.decoded
 
-    def gather(self, facts: Any, num_workers: int) -> Any:
+    def gather_metrics(self, facts: Any, num_workers: int) -> Any:
         """[m, ...] of this device's workers as [M, ...] of all, by one all-gather."""
         leaves, tree = jax.tree.flatten(facts)
         words = [to_words(leaf) for leaf in leaves]
         every = lax.all_gather(jnp.concatenate(words, axis=1), self.axis, tiled=True)[:num_workers]
         parts = jnp.split(every, np.cumsum([part.shape[1] for part in words])[:-1], axis=1)
-        return jax.tree.unflatten(tree, [of_words(part, leaf) for part, leaf in zip(parts, leaves, strict=True)])
+        return jax.tree.unflatten(tree, [from_words(part, leaf) for part, leaf in zip(parts, leaves, strict=True)])
 
-    def total(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
+    def reduce(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
         """The sum of what all workers sent; nothing moves where nobody sent."""
         some = jnp.any(sent)
-        if self.points is not None:
-            some = lax.psum(some.astype(jnp.int32), self.points) > 0
-        return lax.cond(some, lambda: self.moved(alg, messages, sent, like), lambda: jnp.zeros_like(like))
+        if self.vmap_axis is not None:
+            some = lax.psum(some.astype(jnp.int32), self.vmap_axis) > 0
+        return lax.cond(some, lambda: self._reduce(alg, messages, sent, like), lambda: jnp.zeros_like(like))
 
-    def moved(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
+    def _reduce(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
         """`total` in a round in which somebody sent."""
         return lax.psum(messages, self.axis)
 
-    def received(self, alg: Any, devices: int) -> int:
+    def bytes_received(self, alg: Any, devices: int) -> int:
         """Bytes that `moved` brings to a device with one worker on each: of a ring, which adds and hands on both halves."""
         return 2 * alg.oracle.size * alg.oracle.dtype.itemsize * (devices - 1) // devices
 
 
 @dataclass(frozen=True)
-class Messages(Sums):
+class AllGather(AllReduce):
     """The packed messages by an all-gather; every device decodes and adds all of them, in worker order."""
 
     widths: tuple[int, ...] | None = None  # bits of each field; None: messages move as what they decode to
-    adds = False
+    accumulates_locally = False
 
-    def message(self, alg: Any, upload: Upload) -> tuple[Bool[Array, ""], list[Array]]:
+    def worker_contribution(self, alg: Any, upload: WorkerUpload) -> tuple[Bool[Array, ""], list[Array]]:
         """Whether it is sent, and its numbers."""
-        return upload.sent, numbers_of(alg.compressor, upload, self.widths)
+        return upload.sent, field_values(alg.compressor, upload, self.widths)
 
-    def words(self, numbers: list[Array]) -> UInt32[Array, " words"]:
+    def _pack(self, numbers: list[Array]) -> UInt32[Array, " words"]:
         """What travels of a message."""
         return pack_message(numbers, self.widths)
 
-    def packed(self, messages: tuple[Bool[Array, " m"], list[Array]]) -> UInt32[Array, "m words"]:
+    def _pack_all(self, messages: tuple[Bool[Array, " m"], list[Array]]) -> UInt32[Array, "m words"]:
         """Of the workers here, zeros where nothing was sent."""
 
         def one(message: Any) -> Array:
             sent, numbers = message
             if automatic_axes():
-                return self.words(numbers)
-            return lax.cond(sent, lambda: self.words(numbers), lambda: jnp.zeros_like(self.words(numbers)))
+                return self._pack(numbers)
+            return lax.cond(sent, lambda: self._pack(numbers), lambda: jnp.zeros_like(self._pack(numbers)))
 
         return lax.map(one, messages)
 
-    def moved(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
-        every = lax.all_gather(self.packed(messages), self.axis, tiled=True)[: sent.shape[0]]
-        return added(lambda words: unpack_message(alg.compressor, words, like, self.widths), every, sent, like)
+    def _reduce(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
+        every = lax.all_gather(self._pack_all(messages), self.axis, tiled=True)[: sent.shape[0]]
+        return sum_messages(lambda words: unpack_message(alg.compressor, words, like, self.widths), every, sent, like)
 
-    def received(self, alg: Any, devices: int) -> int:
+    def bytes_received(self, alg: Any, devices: int) -> int:
         """Bytes that `moved` brings to a device with one worker on each."""
-        return 4 * message_words(alg, alg.oracle.size, self.widths) * (devices - 1)
+        return 4 * num_message_words(alg, alg.oracle.size, self.widths) * (devices - 1)
 
 
 @dataclass(frozen=True)
-class Chunked(Messages):
+class AllToAll(AllGather):
     """Each device gets its part of every message by an all-to-all, decodes and adds it; the parts of the sum are gathered."""
 
-    def words(self, numbers: list[Array]) -> UInt32[Array, "devices words"]:
+    def _pack(self, numbers: list[Array]) -> UInt32[Array, "devices words"]:
         """What travels of a message to each device."""
         devices = lax.axis_size(self.axis)
 
         def cut(values: Array) -> Array:
             if values.ndim == 0:
                 return jnp.broadcast_to(values, (devices,))
-            length = self.length(values.shape[0])
+            length = self._chunk_size(values.shape[0])
             return jnp.pad(values, (0, devices * length - values.shape[0])).reshape(devices, length)
 
-        return jax.vmap(super().words)([cut(values) for values in numbers])
+        return jax.vmap(super()._pack)([cut(values) for values in numbers])
 
-    def length(self, size: int) -> int:
+    def _chunk_size(self, size: int) -> int:
         """Coordinates of a part: whole words of them, whatever b."""
-        return WORD * math.ceil(size / (WORD * lax.axis_size(self.axis)))
+        return WORD_BITS * math.ceil(size / (WORD_BITS * lax.axis_size(self.axis)))
 
-    def moved(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
-        packed = self.packed(messages)
+    def _reduce(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
+        packed = self._pack_all(messages)
         mine = lax.all_to_all(packed, self.axis, split_axis=1, concat_axis=0, tiled=True)[: sent.shape[0], 0]
-        part = jax.ShapeDtypeStruct((self.length(like.shape[0]),), like.dtype)
-        total = added(lambda words: unpack_message(alg.compressor, words, part, self.widths), mine, sent, part)
+        part = jax.ShapeDtypeStruct((self._chunk_size(like.shape[0]),), like.dtype)
+        total = sum_messages(lambda words: unpack_message(alg.compressor, words, part, self.widths), mine, sent, part)
         return lax.all_gather(total, self.axis, tiled=True)[: like.shape[0]]
 
-    def received(self, alg: Any, devices: int) -> int:
+    def bytes_received(self, alg: Any, devices: int) -> int:
         """Bytes that `moved` brings to a device with one worker on each."""
-        length = WORD * math.ceil(alg.oracle.size / (WORD * devices))
-        words = message_words(alg, length, self.widths)
+        length = WORD_BITS * math.ceil(alg.oracle.size / (WORD_BITS * devices))
+        words = num_message_words(alg, length, self.widths)
         return (4 * words + length * alg.oracle.dtype.itemsize) * (devices - 1)
 
 
-def sums(alg: Any, axis: str = "workers") -> Sums:
+def all_reduce(alg: Any, axis: str = "workers") -> AllReduce:
     """Partial sums; any algorithm."""
-    return Sums(axis)
+    return AllReduce(axis)
 
 
-def messages(alg: Any, axis: str = "workers") -> Messages:
+def all_gather(alg: Any, axis: str = "workers") -> AllGather:
     """Packed messages.
 
     Args:
-        alg: an algorithm with concrete numbers: a message's shape is compiled in, so b must be known. Of a `stack`, all
+        alg: an algorithm with concrete numbers: a message's shape is compiled in, so b must be known. Of a `stack_algorithms`, all
             points must have one b.
         axis: of the mesh.
 
     Raises:
         ValueError: the points of a stack differ in the width of their messages.
     """
-    return Messages(axis, widths=widths(alg))
+    return AllGather(axis, widths=field_widths(alg))
 
 
-def chunked(alg: Any, axis: str = "workers") -> Chunked:
+def all_to_all(alg: Any, axis: str = "workers") -> AllToAll:
     """Packed messages in parts.
 
     Args:
@@ -176,39 +176,43 @@ def chunked(alg: Any, axis: str = "workers") -> Chunked:
     Raises:
         ValueError: as `messages`, or the compressor does not work coordinate by coordinate.
     """
-    known = widths(alg)
+    known = field_widths(alg)
     compressor = jax.tree.map(lambda number: np.ravel(number)[0], alg.compressor)  # that of the first point
-    if known is not None and not _by_coordinate(compressor, alg.oracle.dtype):
+    if known is not None and not _is_coordinatewise(compressor, alg.oracle.dtype):
         raise ValueError(
-            f"chunked exchange of {type(alg.compressor).__name__} messages: expected a compressor with a code for each "
-            "coordinate, such as a grid; use exchange='messages'"
+            f"all_to_all of {type(alg.compressor).__name__} messages: expected a compressor with a code for each "
+            "coordinate, such as a grid; use collective='all_gather'"
         )
-    return Chunked(axis, widths=known)
+    return AllToAll(axis, widths=known)
 
 
-EXCHANGES = {"messages": messages, "sums": sums, "chunked": chunked}
+COLLECTIVES = {"all_gather": all_gather, "all_reduce": all_reduce, "all_to_all": all_to_all}
 
 
-def named(exchange: str | Sums, alg: Any, axis: str = "workers") -> Sums:
-    """The exchange of this name for `alg`, or `exchange` itself.
+def resolve_collective(collective: str | AllReduce, alg: Any, axis: str = "workers") -> AllReduce:
+    """The exchange of this name for `alg`, or `collective` itself.
 
     Raises:
         ValueError: there is none of that name.
     """
-    check_exchange(exchange)
-    if not isinstance(exchange, str):
-        return exchange
+    check_collective(collective)
+    if not isinstance(collective, str):
+        return collective
     with jax.ensure_compile_time_eval():  # the caller may be traced, the numbers of the algorithm are not
-        return EXCHANGES[exchange](alg, axis)
+        return COLLECTIVES[collective](alg, axis)
 
 
-def check_exchange(exchange: Any) -> None:
-    """Raise ValueError unless this is the name of an exchange, or an exchange itself."""
-    if isinstance(exchange, str) and exchange not in EXCHANGES:
-        raise ValueError(f"exchange = {exchange!r}: expected one of {sorted(EXCHANGES)}{suggest(exchange, EXCHANGES)}")
-    if not isinstance(exchange, str) and (isinstance(exchange, type) or not isinstance(exchange, Exchange)):
-        known = sorted(EXCHANGES)
-        raise ValueError(f"exchange = {exchange!r}: expected one of {known}, or an instance of laqjax.types.Exchange")
+def check_collective(collective: Any) -> None:
+    """Raise ValueError unless `collective` is the name of a collective, or a collective itself."""
+    if isinstance(collective, str) and collective not in COLLECTIVES:
+        raise ValueError(
+            f"collective = {collective!r}: expected one of {sorted(COLLECTIVES)}{suggest(collective, COLLECTIVES)}"
+        )
+    if not isinstance(collective, str) and (isinstance(collective, type) or not isinstance(collective, Collective)):
+        known = sorted(COLLECTIVES)
+        raise ValueError(
+            f"collective = {collective!r}: expected one of {known}, or an instance of laqjax.types.Collective"
+        )
 
 
 def automatic_axes() -> tuple[str, ...]:
@@ -220,19 +224,19 @@ def automatic_axes() -> tuple[str, ...]:
     return tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes and mesh.shape[axis] > 1)
 
 
-def beside_points(exchange: Sums | None, points: str) -> Sums | None:
-    """`exchange` for points that are mapped over under the axis name `points`: they skip rounds together."""
-    return None if exchange is None else dataclasses.replace(exchange, points=points)
+def with_vmap_axis(collective: AllReduce | None, axis: str) -> AllReduce | None:
+    """`collective` for points that are mapped over under the axis name `axis`: they skip rounds together."""
+    return None if collective is None else dataclasses.replace(collective, vmap_axis=axis)
 
 
 # ---- messages as words ------------------------------------------------------------------------------------------
 
 
-def widths(alg: Any) -> tuple[int, ...] | None:
+def field_widths(alg: Any) -> tuple[int, ...] | None:
     """Bits of each number of each field of a message, in order; None where only the run knows them."""
     like = jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)
     try:
-        fields = list(alg.compressor.wire({}, like))
+        fields = list(alg.compressor.wire_fields({}, like))
     except KeyError:  # a width, or which numbers travel, is said in the message itself
         return None
     bits = [np.unique(np.asarray(field.bits)) for field in fields]
@@ -240,19 +244,19 @@ def widths(alg: Any) -> tuple[int, ...] | None:
         if values.size > 1:
             raise ValueError(
                 f"messages of {', '.join(map(str, values))} bits per number of '{field.name}' in one sweep: expected one, "
-                "since the shape of a message is compiled in; use exchange='sums', or a sweep for each b"
+                "since the shape of a message is compiled in; use collective='all_reduce', or a sweep for each b"
             )
     return tuple(int(values[0]) for values in bits)
 
 
-def numbers_of(compressor: Compressor, upload: Upload, widths: tuple[int, ...] | None) -> list[Array]:
+def field_values(compressor: Compressor, upload: WorkerUpload, widths: tuple[int, ...] | None) -> list[Array]:
     """The numbers of each field of a message, or what it decodes to where widths are not known.
 
     In one or two bytes where they fit: they are written to memory before it is known whether they are sent.
     """
     if widths is None:
         return [upload.decoded]
-    fields = compressor.wire(upload.payload, jax.ShapeDtypeStruct(upload.decoded.shape, upload.decoded.dtype))
+    fields = compressor.wire_fields(upload.payload, jax.ShapeDtypeStruct(upload.decoded.shape, upload.decoded.dtype))
     numbers = [field.payload[field.name] for field in fields]
     narrow = [jnp.uint8 if bits <= 8 else jnp.uint16 if bits <= 16 else None for bits in widths]
     return [values if dtype is None else values.astype(dtype) for values, dtype in zip(numbers, narrow, strict=True)]
@@ -271,30 +275,31 @@ def unpack_message(
     """What the receiver decodes of a packed message."""
     like = jax.ShapeDtypeStruct(like.shape, like.dtype)
     if widths is None:
-        return of_words(words[None], jax.ShapeDtypeStruct((1, *like.shape), like.dtype))[0]
+        return from_words(words[None], jax.ShapeDtypeStruct((1, *like.shape), like.dtype))[0]
     payload: dict[str, Any] = {}
-    for field, bits in zip(compressor.wire(payload, like), widths, strict=True):
-        size = packed_words(field.like, bits)
+    for field, bits in zip(compressor.wire_fields(payload, like), widths, strict=True):
+        size = num_packed_words(field.like, bits)
         field.payload[field.name] = unpack(words[:size], bits, field.like)
         words = words[size:]
     return compressor.decode(payload, like)
 
 
-def packed_words(like: Any, bits: int) -> int:
+def num_packed_words(like: Any, bits: int) -> int:
     """Words that `pack` makes."""
-    if bits >= WORD:
-        return like.size * bits // WORD
-    group = WORD // math.gcd(bits, WORD)
-    return -(-like.size // group) * group * bits // WORD
+    if bits >= WORD_BITS:
+        return like.size * bits // WORD_BITS
+    group = WORD_BITS // math.gcd(bits, WORD_BITS)
+    return -(-like.size // group) * group * bits // WORD_BITS
 
 
-def message_words(alg: Any, size: int, widths: tuple[int, ...] | None) -> int:
+def num_message_words(alg: Any, size: int, widths: tuple[int, ...] | None) -> int:
     """Words of a packed message of `size` coordinates."""
     like = jax.ShapeDtypeStruct((size,), alg.oracle.dtype)
     if widths is None:
         return size * like.dtype.itemsize // 4
     return sum(
-        packed_words(field.like, bits) for field, bits in zip(alg.compressor.wire({}, like), widths, strict=True)
+        num_packed_words(field.like, bits)
+        for field, bits in zip(alg.compressor.wire_fields({}, like), widths, strict=True)
     )
 
 
@@ -304,30 +309,30 @@ def pack(values: Array, bits: int) -> UInt32[Array, " words"]:
     Floats of their full width as bit patterns, all else as whole numbers. The numbers of a group lie apart, g rows of
     neighbours, so that every row is moved as a vector.
     """
-    if bits >= WORD:
+    if bits >= WORD_BITS:
         return to_words(values.reshape(1, -1))[0]
-    rows, words = WORD // math.gcd(bits, WORD), bits // math.gcd(bits, WORD)
+    rows, words = WORD_BITS // math.gcd(bits, WORD_BITS), bits // math.gcd(bits, WORD_BITS)
     codes = jnp.pad(values.reshape(-1).astype(jnp.uint32), (0, -values.size % rows)).reshape(rows, -1)
     packed = [jnp.zeros(codes.shape[1:], jnp.uint32)] * words
     for row in range(rows):
-        first, offset = divmod(row * bits, WORD)
+        first, offset = divmod(row * bits, WORD_BITS)
         packed[first] = packed[first] | codes[row] << np.uint32(offset)
-        if offset + bits > WORD:
-            packed[first + 1] = packed[first + 1] | codes[row] >> np.uint32(WORD - offset)
+        if offset + bits > WORD_BITS:
+            packed[first + 1] = packed[first + 1] | codes[row] >> np.uint32(WORD_BITS - offset)
     return jnp.concatenate(packed)
 
 
 def unpack(words: UInt32[Array, " words"], bits: int, like: Any) -> Array:
     """The numbers of `pack`, with the shape and dtype of `like`."""
-    if bits >= WORD:
-        return of_words(words[None], jax.ShapeDtypeStruct((1, *like.shape), like.dtype))[0]
-    rows, count = WORD // math.gcd(bits, WORD), bits // math.gcd(bits, WORD)
+    if bits >= WORD_BITS:
+        return from_words(words[None], jax.ShapeDtypeStruct((1, *like.shape), like.dtype))[0]
+    rows, count = WORD_BITS // math.gcd(bits, WORD_BITS), bits // math.gcd(bits, WORD_BITS)
     packed, codes = words.reshape(count, -1), []
     for row in range(rows):
-        first, offset = divmod(row * bits, WORD)
+        first, offset = divmod(row * bits, WORD_BITS)
         code = packed[first] >> np.uint32(offset)
-        if offset + bits > WORD:
-            code = code | packed[first + 1] << np.uint32(WORD - offset)
+        if offset + bits > WORD_BITS:
+            code = code | packed[first + 1] << np.uint32(WORD_BITS - offset)
         codes.append(code & np.uint32(2**bits - 1))
     return jnp.concatenate(codes)[: like.size].reshape(like.shape).astype(like.dtype)
 
@@ -338,7 +343,7 @@ def to_words(values: Array) -> UInt32[Array, "m words"]:
     return lax.bitcast_convert_type(wide, jnp.uint32).reshape(values.shape[0], -1)
 
 
-def of_words(words: UInt32[Array, "m words"], like: Any) -> Array:
+def from_words(words: UInt32[Array, "m words"], like: Any) -> Array:
     """The rows of `to_words`, with the shape of a row and the dtype of `like`."""
     shape = (words.shape[0], *like.shape[1:])
     if like.dtype.itemsize < 4:
@@ -346,7 +351,7 @@ def of_words(words: UInt32[Array, "m words"], like: Any) -> Array:
     return lax.bitcast_convert_type(words.reshape(shape if like.dtype.itemsize == 4 else (*shape, 2)), like.dtype)
 
 
-def added(decode: Any, messages: Array, sent: Bool[Array, " M"], like: Any) -> Array:
+def sum_messages(decode: Any, messages: Array, sent: Bool[Array, " M"], like: Any) -> Array:
     """The sum of the messages sent, in worker order, as one device adds them; others are not decoded."""
 
     def add(total: Array, message: Any) -> Any:
@@ -356,10 +361,10 @@ def added(decode: Any, messages: Array, sent: Bool[Array, " M"], like: Any) -> A
     return lax.scan(add, jnp.zeros(like.shape, like.dtype), (messages, sent))[0]
 
 
-def _by_coordinate(compressor: Compressor, dtype: Any) -> bool:
+def _is_coordinatewise(compressor: Compressor, dtype: Any) -> bool:
     """Whether half of a message decodes to half of the vector; tried on a small one."""
     key = jax.random.key(0)
-    keys = Keys(key, key, key, jnp.int32(1), jnp.int32(0))
+    keys = RoundKeys(key, key, key, jnp.int32(1), jnp.int32(0))
     target = jax.random.normal(key, (8,), dtype)
     try:
         payload = compressor.encode(target, keys)

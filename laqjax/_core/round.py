@@ -19,33 +19,40 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from laqjax.checks import number, oracle_dtype, part, server_optimizer, step_size, suggest
-from laqjax.memories import Model
+from laqjax._core.validation import (
+    as_optimizer_factory,
+    as_schedule,
+    check_implements,
+    check_number,
+    oracle_dtype,
+    suggest,
+)
+from laqjax._core.wire_format import message_bytes
+from laqjax.downlinks import FullModelDownlink
 from laqjax.types import (
+    AlgorithmState,
+    Collective,
     Compressor,
     Downlink,
-    Evidence,
-    Exchange,
-    Info,
-    Keys,
     Memory,
     Oracle,
-    Round,
-    Rule,
+    RoundContext,
+    RoundInfo,
+    RoundKeys,
     Sampler,
+    ServerStep,
     Shards,
-    State,
-    Step,
-    Upload,
-    Worker,
+    UploadContext,
+    UploadRule,
+    WorkerState,
+    WorkerUpload,
     register_dataclass,
-    square,
-    static,
+    squared_norm,
+    static_field,
 )
-from laqjax.wire import message_bytes
 
-SMALL_BYTES = 2**21  # of all data
-LARGE_BYTES = 16 * 2**20  # of vectors of the model
+CACHE_RESIDENT_DATA_BYTES = 2**21  # of all data
+CACHE_RESIDENT_PARAMS_BYTES = 16 * 2**20  # of vectors of the model
 
 
 @register_dataclass
@@ -58,15 +65,15 @@ class Algorithm:
 
     oracle: Oracle
     compressor: Compressor
-    rule: Rule
+    rule: UploadRule
     memory: Memory
     lr: Any
-    num_workers: int = static()
-    optimizer: Callable[[Any], optax.GradientTransformation] = static()
+    num_workers: int = static_field()
+    optimizer: Callable[[Any], optax.GradientTransformation] = static_field()
     sampler: Sampler | None = None  # None: the whole shard
-    downlink: Downlink = Model()
+    downlink: Downlink = FullModelDownlink()
 
-    def init(self, params: Any) -> State:
+    def init(self, params: Any) -> AlgorithmState:
         """The state before round 0.
 
         Args:
@@ -77,12 +84,12 @@ class Algorithm:
         """
         params = jnp.asarray(self.oracle.ravel(params))
         shared, own = self.rule.init(params)
-        worker = Worker(self.memory.init(params), own)
-        return State(
+        worker = WorkerState(self.memory.init(params), own)
+        return AlgorithmState(
             params=params,
             round=jnp.zeros((), jnp.int32),
-            aggregate=jnp.zeros_like(params) if self.memory.persists else None,
-            optimizer=self.optimizer(self.step_size(jnp.int32(0))).init(params),
+            aggregate=jnp.zeros_like(params) if self.memory.is_persistent else None,
+            optimizer=self.optimizer(self.learning_rate_at(jnp.int32(0))).init(params),
             rule=shared,
             downlink=self.downlink.init(params),
             workers=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.num_workers, *leaf.shape)), worker),
@@ -90,32 +97,32 @@ class Algorithm:
 
     def step(
         self,
-        state: State,
+        state: AlgorithmState,
         shards: Shards,
         key: PRNGKeyArray,
         *,
-        record: Sequence[str] = (),
-        workers_at_once: int | None = None,
-        exchange: Exchange | None = None,
-    ) -> tuple[State, Info]:
+        metrics: Sequence[str] = (),
+        worker_batch_size: int | None = None,
+        collective: Collective | None = None,
+    ) -> tuple[AlgorithmState, RoundInfo]:
         """One round of all workers and the server: pure, to be jitted, vmapped, scanned and exported by its caller.
 
         Args:
             state: from `init` or from the step before.
-            shards: the workers' data, as JAX arrays under jit; not checked here, see `laqjax.init`.
+            shards: the workers' data, as JAX arrays under jit; not checked here, see `laqjax.check_inputs`.
             key: of the run, the same in every round.
-            record: facts of the round to keep in `info.extra`: "grad", "target_sq", "innovation_sq", "error_sq",
+            metrics: facts of the round to keep in `info.extra`: "grad", "target_sq", "innovation_sq", "error_sq",
                 "worker_loss", "gradients" (how many a worker computed) of each worker [M, ...], and "params",
                 "direction_sq", "step_sq" of the server.
-            workers_at_once: workers whose gradients are computed side by side (None: see the method of that name).
-            exchange: inside `jax.shard_map`, how the devices' messages become one sum, see `laqjax.exchange`; `shards` and
+            worker_batch_size: workers whose gradients are computed side by side (None: see the method of that name).
+            collective: inside `jax.shard_map`, how the devices' messages become one sum, see `laqjax.sharding`; `shards` and
                 `state.workers` are then those of this device. None: all workers are here.
 
         Returns:
             The state after the round, and its raw facts, each without the axis of rounds.
 
         Raises:
-            ValueError: `record` names something else.
+            ValueError: `metrics` names something else.
         """
 
         # A caller may close over `self`: XLA then knows its numbers while it compiles, turns a division by such a number into
@@ -128,31 +135,33 @@ class Algorithm:
         round_key = jax.random.fold_in(key, state.round)
         shared_key = jax.random.fold_in(round_key, alg.num_workers)
 
-        exchange = exchange or Here()
-        first, count = exchange.workers(alg.num_workers, shards)
+        collective = collective or LocalCollective()
+        first, count = collective.local_workers(alg.num_workers, shards)
 
-        def one(row: Array, worker: Worker) -> Any:
+        def one(row: Array, worker: WorkerState) -> Any:
             index = first + row
-            keys = Keys(jax.random.fold_in(round_key, index), shared_key, key, state.round, index, row)
+            keys = RoundKeys(jax.random.fold_in(round_key, index), shared_key, key, state.round, index, row)
             worker, upload, facts = worker_step(alg, worker, state, shards, keys)
             real = index < alg.num_workers
-            upload = upload._replace(sent=upload.sent & real, asked=upload.asked & real)
-            kept = {name: fact for name, fact in facts.items() if name in record}
+            upload = upload._replace(sent=upload.sent & real, selected=upload.selected & real)
+            kept = {name: fact for name, fact in facts.items() if name in metrics}
             bare = upload._replace(payload=None, decoded=None)
-            return worker, exchange.message(alg, upload), (bare, kept, facts["loss"])
+            return worker, collective.worker_contribution(alg, upload), (bare, kept, facts["loss"])
 
-        at_once = workers_at_once or alg.workers_at_once(shards)
-        workers, messages, rest = over_workers(one, state, count, at_once, exchange.adds)
-        uploads, facts, losses = exchange.gather(rest, alg.num_workers)
-        total = exchange.total(alg, messages, uploads.sent, state.params)
-        keys = Keys(shared_key, shared_key, key, state.round, jnp.int32(alg.num_workers))
-        after, bytes_down, server_facts = server_step(alg, state, total, jnp.sum(uploads.asked, dtype=jnp.int32), keys)
-        facts |= {name: fact for name, fact in server_facts.items() if name in record}
-        unknown = sorted(set(record) - set(facts))
+        at_once = worker_batch_size or alg.default_worker_batch_size(shards)
+        workers, messages, rest = map_workers(one, state, count, at_once, collective.accumulates_locally)
+        uploads, facts, losses = collective.gather_metrics(rest, alg.num_workers)
+        total = collective.reduce(alg, messages, uploads.sent, state.params)
+        keys = RoundKeys(shared_key, shared_key, key, state.round, jnp.int32(alg.num_workers))
+        after, bytes_down, server_facts = server_step(
+            alg, state, total, jnp.sum(uploads.selected, dtype=jnp.int32), keys
+        )
+        facts |= {name: fact for name, fact in server_facts.items() if name in metrics}
+        unknown = sorted(set(metrics) - set(facts))
         if unknown:
-            known = sorted({*WORKER_FACTS, *server_facts})
-            raise ValueError(f"record = {unknown}: expected names among {known}{suggest(unknown[0], known)}")
-        info = Info(
+            known = sorted({*WORKER_METRICS, *server_facts})
+            raise ValueError(f"metrics = {unknown}: expected names among {known}{suggest(unknown[0], known)}")
+        info = RoundInfo(
             loss=jnp.mean(losses),
             sent=uploads.sent,
             bytes_up=jnp.where(uploads.sent, uploads.bytes, 0),
@@ -161,7 +170,7 @@ class Algorithm:
         )
         return after._replace(workers=workers), info
 
-    def workers_at_once(self, shards: Shards) -> int:
+    def default_worker_batch_size(self, shards: Shards) -> int:
         """How many workers run side by side: all of them on GPU and TPU.
 
         On the CPU one after another, where each tile, or what is done to a worker's vectors, then stays in cache; but all
@@ -170,15 +179,17 @@ class Algorithm:
         """
         data = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shards))
         vector = self.oracle.size * self.oracle.dtype.itemsize
-        medium = vector < LARGE_BYTES and (data > SMALL_BYTES or self.num_workers * vector > LARGE_BYTES)
-        alone = jax.default_backend() == "cpu" and (medium or self.oracle.one_by_one(shards))
+        medium = vector < CACHE_RESIDENT_PARAMS_BYTES and (
+            data > CACHE_RESIDENT_DATA_BYTES or self.num_workers * vector > CACHE_RESIDENT_PARAMS_BYTES
+        )
+        alone = jax.default_backend() == "cpu" and (medium or self.oracle.prefers_sequential(shards))
         return 1 if alone else self.num_workers
 
-    def params(self, state: State) -> Any:
+    def params(self, state: AlgorithmState) -> Any:
         """The model of a state as the pytree that the oracle knows."""
         return self.oracle.unravel(state.params)
 
-    def step_size(self, round: Any) -> Float[Array, ""]:
+    def learning_rate_at(self, round: Any) -> Float[Array, ""]:
         """The step size in a round: server and rule see the same."""
         with jax.numpy_dtype_promotion("standard"):  # schedules mix the round with their numbers
             return jnp.asarray(self.lr(round) if callable(self.lr) else self.lr, self.oracle.dtype)
@@ -187,7 +198,7 @@ class Algorithm:
 def assemble(
     oracle: Oracle,
     compressor: Compressor,
-    rule: Rule,
+    rule: UploadRule,
     memory: Memory,
     *,
     lr: Any,
@@ -199,7 +210,7 @@ def assemble(
     """Put parts together.
 
     Args:
-        oracle: loss and gradient of a worker, from `oracle.from_loss`.
+        oracle: loss and gradient of a worker, from `oracles.from_loss`.
         compressor: of what goes up, see `laqjax.compressors`.
         rule: when a worker sends, see `laqjax.rules`.
         memory: what is compressed and what is remembered, see `laqjax.memories`.
@@ -208,22 +219,29 @@ def assemble(
         num_workers: M.
         optimizer: a function of the step size that gives the server's optax transformation, or a transformation, which
             then has a step size of its own.
-        sampler: minibatches, `oracle.Blocks(size)` or `oracle.Epochs(size)`; None: the whole shard.
+        sampler: minibatches, `samplers.BlockSampler(size)` or `samplers.ShuffleSampler(size)`; None: the whole shard.
         downlink: how the model comes down, see `laqjax.memories`; None: as it is.
 
     Raises:
         ValueError: a number, a part, or a combination of parts cannot work.
     """
-    part("compressor", compressor, ("encode", "decode", "wire"), "a compressor, as laqjax.compressors.top_k(10)")
+    check_implements(
+        "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, as laqjax.compressors.top_k(10)"
+    )
     if sampler is not None:
-        part("sampler", sampler, ("__call__",), "oracle.Blocks(size), oracle.Epochs(size), or None for the whole shard")
-        number("sampler.size", sampler.size, np.int32, least=1)
-    if rule.may_skip and not memory.persists:
+        check_implements(
+            "sampler",
+            sampler,
+            ("__call__",),
+            "samplers.BlockSampler(size), samplers.ShuffleSampler(size), or None for the whole shard",
+        )
+        check_number("sampler.size", sampler.size, np.int32, minimum=1)
+    if rule.can_skip and not memory.is_persistent:
         raise ValueError(
             f"rule {type(rule).__name__} lets workers stay silent, but memory {type(memory).__name__} does not persist: a "
             "silent worker's gradient would be dropped; use an Innovation memory or a rule that always sends"
         )
-    if rule.server_decides and not isinstance(downlink, Model | None):
+    if rule.server_selects and not isinstance(downlink, FullModelDownlink | None):
         raise ValueError(
             f"rule {type(rule).__name__} sends the model to some workers only, but downlink {type(downlink).__name__} sends "
             "changes, which the others would miss: use no downlink"
@@ -233,36 +251,38 @@ def assemble(
         compressor=compressor,
         rule=rule,
         memory=memory,
-        lr=step_size(lr, oracle_dtype(oracle)),
-        num_workers=int(number("num_workers", num_workers, np.int32, least=1)),
-        optimizer=server_optimizer(optimizer),
+        lr=as_schedule(lr, oracle_dtype(oracle)),
+        num_workers=int(check_number("num_workers", num_workers, np.int32, minimum=1)),
+        optimizer=as_optimizer_factory(optimizer),
         sampler=sampler,
-        downlink=Model() if downlink is None else downlink,
+        downlink=FullModelDownlink() if downlink is None else downlink,
     )
 
 
-class Here:
+class LocalCollective:
     """All workers are on this device: their messages are added as they come."""
 
-    adds = True
+    accumulates_locally = True
 
-    def workers(self, num_workers: int, shards: Shards) -> tuple[Any, int]:
+    def local_workers(self, num_workers: int, shards: Shards) -> tuple[Any, int]:
         return 0, num_workers
 
-    def message(self, alg: Algorithm, upload: Upload) -> Any:
+    def worker_contribution(self, alg: Algorithm, upload: WorkerUpload) -> Any:
         return upload.decoded
 
-    def gather(self, facts: Any, num_workers: int) -> Any:
+    def gather_metrics(self, facts: Any, num_workers: int) -> Any:
         return facts
 
-    def total(self, alg: Algorithm, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Any:
+    def reduce(self, alg: Algorithm, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Any:
         return messages
 
 
-def over_workers(one: Callable[..., Any], state: State, count: int, at_once: int, adds: bool) -> Any:
+def map_workers(
+    one: Callable[..., Any], state: AlgorithmState, count: int, batch_size: int, accumulates_locally: bool
+) -> Any:
     """(workers, messages, the rest for each) of `one(row, worker) -> (worker, message, rest)`: a worker becomes `count`.
 
-    `adds`: `messages` is the sum [p] of what was sent, else they are stacked; `rest` begins with an upload, which says who
+    `accumulates_locally`: `messages` is the sum [p] of what was sent, else they are stacked; `rest` begins with an upload, which says who
     sent.
     """
     rows = jnp.arange(count, dtype=jnp.int32)
@@ -276,38 +296,38 @@ def over_workers(one: Callable[..., Any], state: State, count: int, at_once: int
         def put(rows: Array, new: Array, old: Array) -> Array:
             return rows if new is old else jax.lax.dynamic_update_index_in_dim(rows, new, row, 0)
 
-        if adds:
+        if accumulates_locally:
             total, message = total + jnp.where(rest[0].sent, message, 0), None
         return (jax.tree.map(put, workers, after, before), total), (message, rest)
 
-    if at_once == 1:
+    if batch_size == 1:
         (workers, total), (messages, rest) = jax.lax.scan(in_turn, (state.workers, jnp.zeros_like(state.params)), rows)
-        return workers, total if adds else messages, rest
-    side_by_side = jax.vmap(one) if at_once >= count else partial(_mapped, one, at_once)
+        return workers, total if accumulates_locally else messages, rest
+    side_by_side = jax.vmap(one) if batch_size >= count else partial(_map_in_batches, one, batch_size)
     workers, messages, rest = side_by_side(rows, state.workers)
-    if adds:  # a product: XLA on the CPU sums over a leading axis many times slower
+    if accumulates_locally:  # a product: XLA on the CPU sums over a leading axis many times slower
         messages = jnp.matmul(rest[0].sent.astype(messages.dtype), messages, precision="highest")
     return workers, messages, rest
 
 
-def _mapped(one: Callable[..., Any], at_once: int, rows: Array, workers: Worker) -> Any:
-    return jax.lax.map(lambda pair: one(*pair), (rows, workers), batch_size=at_once)
+def _map_in_batches(one: Callable[..., Any], batch_size: int, rows: Array, workers: WorkerState) -> Any:
+    return jax.lax.map(lambda pair: one(*pair), (rows, workers), batch_size=batch_size)
 
 
-def choose(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:
+def tree_where(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:
     """`yes` or `no`, leaf by leaf; nothing is to be chosen where both are the same array."""
     return jax.tree.map(lambda a, b: a if a is b else jnp.where(condition, a, b), yes, no)
 
 
 # ---- one worker, and the server ---------------------------------------------------------------------------------
 
-SQUARES = ("target_sq", "innovation_sq", "error_sq")
-WORKER_FACTS = ("grad", *SQUARES, "worker_loss", "gradients")
+NORM_METRICS = ("target_sq", "innovation_sq", "error_sq")
+WORKER_METRICS = ("grad", *NORM_METRICS, "worker_loss", "gradients")
 
 
 def worker_step(
-    alg: Algorithm, worker: Worker, state: State, shards: Shards, keys: Keys
-) -> tuple[Worker, Upload, dict[str, Array]]:
+    alg: Algorithm, worker: WorkerState, state: AlgorithmState, shards: Shards, keys: RoundKeys
+) -> tuple[WorkerState, WorkerUpload, dict[str, Array]]:
     """One round of the worker of `keys`: gradient, message, decision, memory.
 
     Args:
@@ -318,7 +338,7 @@ def worker_step(
         keys: its draws.
 
     Returns:
-        What it keeps, its message, and the raw facts of its round ("loss" and `WORKER_FACTS`).
+        What it keeps, its message, and the raw facts of its round ("loss" and `WORKER_METRICS`).
     """
     rows = alg.sampler(keys, shards) if alg.sampler else None
     counted: list[Any] = [1]
@@ -330,32 +350,34 @@ def worker_step(
         counted.append(jnp.asarray(when, jnp.int32))
         return there(params) if when is True else jax.lax.cond(when, there, jnp.zeros_like, params)
 
-    now = Round(state.params, keys, alg.step_size(state.round), alg.num_workers, gradient_at)
-    asked = alg.rule.asked(state.rule, worker.rule, now)
+    now = RoundContext(state.params, keys, alg.learning_rate_at(state.round), alg.num_workers, gradient_at)
+    asked = alg.rule.is_selected(state.rule, worker.rule, now)
     loss, grad = alg.oracle(state.params, shards, keys.shard, rows)
-    target, silent = alg.memory.target(worker.memory, grad, now)
+    target, silent = alg.memory.compression_target(worker.memory, grad, now)
     payload = alg.compressor.encode(target, keys)
     decoded = alg.compressor.decode(payload, target)
-    squares = square(target), square(decoded), square(target - decoded)
+    squares = squared_norm(target), squared_norm(decoded), squared_norm(target - decoded)
     known: dict[str, Any] = vars(now)
-    evidence = Evidence(**known, grad=grad, target=target, decoded=decoded, **dict(zip(SQUARES, squares, strict=True)))
-    send, sent_rule, silent_rule = alg.rule.decide(state.rule, worker.rule, evidence)
+    evidence = UploadContext(
+        **known, grad=grad, target=target, decoded=decoded, **dict(zip(NORM_METRICS, squares, strict=True))
+    )
+    send, sent_rule, silent_rule = alg.rule.should_send(state.rule, worker.rule, evidence)
     sent = asked & send
 
     # a worker that is not asked sees nothing of the round: its memory stays, and its rule has decided what it keeps
-    silent_memory = choose(asked, silent, worker.memory)
-    memory = choose(sent, alg.memory.update(silent, grad, target, decoded), silent_memory)
-    worker = Worker(memory, choose(sent, sent_rule, silent_rule))
-    upload = Upload(payload, decoded, sent, asked, message_bytes(alg.compressor.wire(payload, target)))
+    silent_memory = tree_where(asked, silent, worker.memory)
+    memory = tree_where(sent, alg.memory.update(silent, grad, target, decoded), silent_memory)
+    worker = WorkerState(memory, tree_where(sent, sent_rule, silent_rule))
+    upload = WorkerUpload(payload, decoded, sent, asked, message_bytes(alg.compressor.wire_fields(payload, target)))
     # a worker that the server does not ask computes nothing
     gradients = jnp.where(asked, jnp.asarray(sum(counted), jnp.int32), 0)
     facts = {"loss": loss, "worker_loss": loss, "grad": grad, "gradients": gradients}
-    return worker, upload, facts | dict(zip(SQUARES, squares, strict=True))
+    return worker, upload, facts | dict(zip(NORM_METRICS, squares, strict=True))
 
 
 def server_step(
-    alg: Algorithm, state: State, total: Float[Array, " p"], asked: Int[Array, ""], keys: Keys
-) -> tuple[State, Int[Array, ""], dict[str, Array]]:
+    alg: Algorithm, state: AlgorithmState, total: Float[Array, " p"], asked: Int[Array, ""], keys: RoundKeys
+) -> tuple[AlgorithmState, Int[Array, ""], dict[str, Array]]:
     """One round of the server.
 
     Args:
@@ -368,17 +390,19 @@ def server_step(
     Returns:
         The state with a new model (its workers as they were), the bytes sent down, and the raw facts of the round.
     """
-    direction, aggregate = alg.memory.aggregate(state.aggregate, total)
+    direction, aggregate = alg.memory.update_aggregate(state.aggregate, total)
 
     def optimize(direction: Any, params: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):  # optax mixes float and int
-            return alg.optimizer(alg.step_size(state.round)).update(direction, state.optimizer, params)
+            return alg.optimizer(alg.learning_rate_at(state.round)).update(direction, state.optimizer, params)
 
-    params, downlink, optimizer, sent_down = alg.downlink.send(state.downlink, state.params, direction, optimize, keys)
-    step = Step(state.params, params, square(direction), square(params - state.params), state.round)
-    after = State(
-        params, state.round + 1, aggregate, optimizer, alg.rule.observe(state.rule, step), downlink, state.workers
+    params, downlink, optimizer, sent_down = alg.downlink.broadcast(
+        state.downlink, state.params, direction, optimize, keys
+    )
+    step = ServerStep(state.params, params, squared_norm(direction), squared_norm(params - state.params), state.round)
+    after = AlgorithmState(
+        params, state.round + 1, aggregate, optimizer, alg.rule.update(state.rule, step), downlink, state.workers
     )
     facts = {"direction_sq": step.direction_sq, "step_sq": step.step_sq, "params": state.params}
     # one broadcast to all, or a message to each worker that was asked
-    return after, sent_down * (asked if alg.rule.server_decides else 1), facts
+    return after, sent_down * (asked if alg.rule.server_selects else 1), facts

@@ -17,22 +17,22 @@ from jax import lax
 from jax.extend import core
 
 
-def contains(jaxpr: core.Jaxpr, *primitives: core.Primitive) -> bool:
+def contains_primitive(jaxpr: core.Jaxpr, *primitives: core.Primitive) -> bool:
     """Whether one of the primitives is in it, or in what it calls."""
     return any(
         eqn.primitive in primitives
-        or any(contains(inner, *primitives) for value in eqn.params.values() for inner in _jaxprs(value))
+        or any(contains_primitive(inner, *primitives) for value in eqn.params.values() for inner in _sub_jaxprs(value))
         for eqn in jaxpr.eqns
     )
 
 
-def canonical(function: Callable[..., Any], *args: Any) -> Any:
+def with_canonical_layouts(function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)`, with its convolutions in NHWC, HWIO -> NHWC, and products apart from their transpositions."""
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-    return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed, jax.tree.leaves(args)))
+    return jax.tree.unflatten(jax.tree.structure(shape), _eval_canonical_jaxpr(closed, jax.tree.leaves(args)))
 
 
-def _jaxprs(value: Any) -> Iterator[core.Jaxpr]:
+def _sub_jaxprs(value: Any) -> Iterator[core.Jaxpr]:
     """The jaxprs in a parameter of an equation."""
     if isinstance(value, core.ClosedJaxpr):
         yield value.jaxpr
@@ -40,10 +40,10 @@ def _jaxprs(value: Any) -> Iterator[core.Jaxpr]:
         yield value
     elif isinstance(value, tuple | list):
         for inner in value:
-            yield from _jaxprs(inner)
+            yield from _sub_jaxprs(inner)
 
 
-def _evaluate(closed: core.ClosedJaxpr, args: Any) -> list[Any]:
+def _eval_canonical_jaxpr(closed: core.ClosedJaxpr, args: Any) -> list[Any]:
     """What the jaxpr computes, equation by equation."""
     values: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     values |= zip(closed.jaxpr.invars, args, strict=True)
@@ -56,9 +56,9 @@ def _evaluate(closed: core.ClosedJaxpr, args: Any) -> list[Any]:
     for eqn in closed.jaxpr.eqns:
         inputs: Any = [read(variable) for variable in eqn.invars]
         if eqn.primitive is lax.conv_general_dilated_p:
-            outputs = [_convolution(*inputs, **eqn.params)]
+            outputs = [_bind_nhwc_conv(*inputs, **eqn.params)]
         else:
-            params = {name: _rewritten(value) for name, value in eqn.params.items()}
+            params = {name: _canonicalize_param(value) for name, value in eqn.params.items()}
             params: Any = eqn.primitive.get_bind_params(params)
             functions, params = params if isinstance(params, tuple) else ((), params)  # a pair before JAX 0.9.2
             outputs: Any = eqn.primitive.bind(*functions, *inputs, **params)
@@ -69,19 +69,19 @@ def _evaluate(closed: core.ClosedJaxpr, args: Any) -> list[Any]:
     return [read(variable) for variable in closed.jaxpr.outvars]
 
 
-def _rewritten(value: Any) -> Any:
+def _canonicalize_param(value: Any) -> Any:
     """A parameter of an equation, its jaxprs in canonical form."""
     changes = lax.conv_general_dilated_p, lax.dot_general_p
-    if isinstance(value, core.ClosedJaxpr) and contains(value.jaxpr, *changes):
-        return jax.make_jaxpr(lambda *args: _evaluate(value, args))(*[v.aval for v in value.jaxpr.invars])
-    if isinstance(value, core.Jaxpr) and contains(value, *changes):
-        return _rewritten(core.ClosedJaxpr(value, ())).jaxpr
+    if isinstance(value, core.ClosedJaxpr) and contains_primitive(value.jaxpr, *changes):
+        return jax.make_jaxpr(lambda *args: _eval_canonical_jaxpr(value, args))(*[v.aval for v in value.jaxpr.invars])
+    if isinstance(value, core.Jaxpr) and contains_primitive(value, *changes):
+        return _canonicalize_param(core.ClosedJaxpr(value, ())).jaxpr
     if type(value) is tuple:  # the branches of a cond; not the named tuples of a gather
-        return tuple(_rewritten(inner) for inner in value)
+        return tuple(_canonicalize_param(inner) for inner in value)
     return value
 
 
-def _convolution(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> Any:
+def _bind_nhwc_conv(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> Any:
     left, right, out = dimension_numbers
     spatial = tuple(range(1, lhs.ndim - 1))
     last = lhs.ndim - 1

@@ -14,22 +14,31 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-Fault = Callable[[Message], Iterable[Message]]
+__all__ = ["FaultInjector", "InProcessGrid", "no_fault"]
 
 
-def as_it_is(message: Message) -> list[Message]:
+FaultInjector = Callable[[Message], Iterable[Message]]
+
+
+def no_fault(message: Message) -> list[Message]:
     """No fault."""
     return [message]
 
 
-class Loopback(Grid):
+class InProcessGrid(Grid):
     """Nodes in this process, worker m at node 100 + m; `contexts` is what they keep."""
 
-    def __init__(self, client: ClientApp, workers: Iterable[int], down: Fault = as_it_is, up: Fault = as_it_is) -> None:
-        self.client, self.down, self.up = client, down, up
+    def __init__(
+        self,
+        client: ClientApp,
+        workers: Iterable[int],
+        downlink_fault: FaultInjector = no_fault,
+        uplink_fault: FaultInjector = no_fault,
+    ) -> None:
+        self.client, self.downlink_fault, self.uplink_fault = client, downlink_fault, uplink_fault
         self.contexts: dict[int, Context] = {}
         self.bytes_down = self.bytes_up = 0  # serialised, of all messages
-        self.waiting: list[Message] = []
+        self.pending_replies: list[Message] = []
         self.count = 0
         for worker in workers:
             self.join(worker)
@@ -71,7 +80,7 @@ class Loopback(Grid):
             message.metadata.__dict__["_message_id"] = ids[-1]
             data = message_to_proto(message).SerializeToString()
             self.bytes_down += len(data)
-            for arrived in self.down(message_from_proto(Serialised.FromString(data))):
+            for arrived in self.downlink_fault(message_from_proto(Serialised.FromString(data))):
                 self.deliver(arrived)
         return ids
 
@@ -86,11 +95,11 @@ class Loopback(Grid):
             reply = Message(Error(0, f"{type(error).__name__}: {error}"), reply_to=message)
         data = message_to_proto(reply).SerializeToString()
         self.bytes_up += len(data)
-        self.waiting += self.up(message_from_proto(Serialised.FromString(data)))
+        self.pending_replies += self.uplink_fault(message_from_proto(Serialised.FromString(data)))
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """All that has arrived, late ones too: a server must know them by itself."""
-        arrived, self.waiting = self.waiting, []
+        arrived, self.pending_replies = self.pending_replies, []
         return arrived
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:

@@ -20,23 +20,26 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from laqjax import algorithms, kernels
-from laqjax import exchange as exchanges
-from laqjax.algorithms import laq
-from laqjax.checks import number, suggest
+from laqjax import algorithms
+from laqjax._core import cpu_layouts
+from laqjax._core.round import Algorithm, worker_step
+from laqjax._core.validation import check_number, suggest
+from laqjax._engine import collectives
+from laqjax.algorithms import _shared, laq
 from laqjax.compressors import blockwise
-from laqjax.step import Algorithm, worker_step
-from laqjax.types import Keys, Shards, State, _count_bits, register_dataclass, static
+from laqjax.types import AlgorithmState, RoundKeys, Shards, _count_bits, register_dataclass, static_field
+
+__all__ = ["LazyAggregateState", "lazy_aggregate", "partition_specs"]
 
 
-class LazyState(NamedTuple):
+class LazyAggregateState(NamedTuple):
     """The state of `lazy_aggregate`: what the algorithm remembers, and what the last update sent."""
 
-    laq: State  # its workers [M, ...] are spread over the axis, all else is the same on every device; no params, no optimizer
+    algorithm_state: AlgorithmState  # its workers [M, ...] are spread over the axis, all else is the same on every device; no params, no optimizer
     sent: Bool[Array | np.ndarray, " M"]
     bytes_up: Int[Array | np.ndarray, " M"]  # of each device's message, as a server would receive it; 0 without one
-    bytes: Int[Array, ""]  # that the exchange moved to each device; 0 where nobody sent
-    uploads: Int[Array, ""]  # messages so far
+    bytes_received: Int[Array, ""]  # that the exchange moved to each device; 0 where nobody sent
+    total_uploads: Int[Array, ""]  # messages so far
 
     @property
     def bits_up(self) -> Int[np.ndarray, " M"]:
@@ -46,11 +49,11 @@ class LazyState(NamedTuple):
 
 @register_dataclass
 @dataclass(frozen=True)
-class Given:
+class _PrecomputedGradient:
     """An oracle whose data is the gradient: `shards.x` [m, p], and `shards.y`, the model it belongs to."""
 
-    size: int = static()
-    dtype: np.dtype = static()
+    size: int = static_field()
+    dtype: np.dtype = static_field()
 
     def ravel(self, params: Any) -> Float[Array, " p"]:
         """The pytree as one vector, whatever floating dtypes its leaves have."""
@@ -61,14 +64,14 @@ class Given:
         """The vector itself."""
         return params
 
-    def check(self, shards: Shards) -> None:
+    def validate(self, shards: Shards) -> None:
         """Any gradient is right."""
 
-    def working_bytes(self, shards: Shards) -> int:
+    def activation_bytes(self, shards: Shards) -> int:
         """It computes nothing."""
         return 0
 
-    def one_by_one(self, shards: Shards) -> bool:
+    def prefers_sequential(self, shards: Shards) -> bool:
         """No convolutions here."""
         return False
 
@@ -83,7 +86,7 @@ class Given:
 
 
 # the server's optimizer: it moves nothing and hands over the direction, in its state, for what stands behind
-HAND_OVER = optax.GradientTransformation(
+_PASS_DIRECTION = optax.GradientTransformation(
     lambda params: (),
     lambda direction, state, params=None: (jnp.zeros_like(direction), direction),  # pyright: ignore[reportArgumentType]
 )
@@ -92,10 +95,10 @@ HAND_OVER = optax.GradientTransformation(
 def lazy_aggregate(
     axis: str,
     num_workers: int,
-    method: Callable[..., Algorithm] = laq,
+    algorithm: Callable[..., Algorithm] = laq,
     *,
-    blocks: str | Sequence[int] | None = None,
-    exchange: str = "messages",
+    quantizer_blocks: str | Sequence[int] | None = None,
+    collective: str = "all_gather",
     mean: bool = True,
     seed: int = 0,
     **settings: Any,
@@ -107,73 +110,79 @@ def lazy_aggregate(
             replicated parameters by itself). The mesh may have further axes, over which the compiler splits the parameters
             (`axis_names={axis}`); then messages are packed in silent rounds too.
         num_workers: M, the devices along that axis: one worker each.
-        method: of `laqjax.algorithms`, one that needs no other gradients than those it is given.
-        blocks: None: one radius for the whole message; "leaf": one for each leaf of the parameters; or the sizes of
+        algorithm: of `laqjax.algorithms`, one that needs no other gradients than those it is given.
+        quantizer_blocks: None: one radius for the whole message; "leaf": one for each leaf of the parameters; or the sizes of
             consecutive blocks, which add up to p.
-        exchange: "messages", "chunked" or "sums", see `laqjax.exchange`.
+        collective: "all_gather", "all_to_all" or "all_reduce", see `laqjax.sharding`.
         mean: the direction is the mean over the devices; else the sum, as in the papers.
         seed: of the draws of random compressors.
-        **settings: arguments of `method`, such as bits, xi, window, limit. Its lr and optimizer are not to be given: the
+        **settings: arguments of `algorithm`, such as bits, xi, window, max_silence. Its lr and optimizer are not to be given: the
             lazy rules compare with the direction, whatever makes steps of it (`rules.History`).
 
     Returns:
-        `init(params)`, outside of the `shard_map`: a `LazyState` with rows for all M workers, to be spread by `specs`.
+        `init(params)`, outside of the `shard_map`: a `LazyAggregateState` with rows for all M workers, to be spread by `partition_specs`.
         `update(gradients, state, params)`, inside: pytrees of any floating dtypes; the direction has the same. The
         algorithm's numbers are kept in float32, or float64 where there is a leaf of it.
 
     Raises:
         ValueError: an argument is wrong (here), or, in `update`: the method needs other gradients, the axis has another size or
-            is not one of an enclosing `jax.shard_map`, check_vma is True, the state is not spread by `specs`, or the method
+            is not one of an enclosing `jax.shard_map`, check_vma is True, the state is not spread by `partition_specs`, or the method
             may deadlock beside an axis of the compiler.
 
     Example:
         >>> import jax.numpy as jnp, optax, laqjax
         >>> tx = optax.chain(laqjax.lazy_aggregate("data", 4, bits=4), optax.adam(1e-3))
         >>> state = tx.init({"w": jnp.zeros((3, 2))})
-        >>> laqjax.lazy.specs(state, "data")[0].laq.workers.memory
+        >>> laqjax.aggregation.partition_specs(state, "data")[0].algorithm_state.workers.memory
         P('data',)
     """
-    number("num_workers", num_workers, np.int32, least=1)
-    _check_arguments(method, settings, blocks)
-    exchanges.check_exchange(exchange)
+    check_number("num_workers", num_workers, np.int32, minimum=1)
+    _check_arguments(algorithm, settings, quantizer_blocks)
+    collectives.check_collective(collective)
 
     def build(sizes: list[int], dtype: Any) -> Algorithm:
-        alg = method(Given(sum(sizes), dtype), lr=1.0, num_workers=num_workers, optimizer=HAND_OVER, **settings)
-        if blocks is None:
+        alg = algorithm(
+            _PrecomputedGradient(sum(sizes), dtype),
+            lr=1.0,
+            num_workers=num_workers,
+            optimizer=_PASS_DIRECTION,
+            **settings,
+        )
+        if quantizer_blocks is None:
             return alg
-        return dataclasses.replace(alg, compressor=blockwise(alg.compressor, sizes if blocks == "leaf" else blocks))  # pyright: ignore[reportArgumentType]
+        return dataclasses.replace(alg, compressor=blockwise(alg.compressor, sizes if quantizer_blocks == "leaf" else quantizer_blocks))  # pyright: ignore[reportArgumentType]  # fmt: skip
 
     # check the settings here, where they are given; p is large, since a method may derive k from p
     build([10**6], np.dtype(np.float32))
 
-    def algorithm(params: Any) -> Algorithm:
+    def make_algorithm(params: Any) -> Algorithm:
         leaves = jax.tree.leaves(params)
         dtype = np.dtype(np.float64 if any(leaf.dtype == np.float64 for leaf in leaves) else np.float32)
         return build([math.prod(leaf.shape) for leaf in leaves], dtype)
 
-    def init(params: Any) -> LazyState:
-        alg = algorithm(params)
+    def init(params: Any) -> LazyAggregateState:
+        alg = make_algorithm(params)
         state = alg.init(params)
         nothing = jnp.zeros((num_workers,), jnp.int32)
-        return LazyState(state._replace(params=None), nothing > 0, nothing, jnp.int32(0), jnp.int32(0))
+        return LazyAggregateState(state._replace(params=None), nothing > 0, nothing, jnp.int32(0), jnp.int32(0))
 
-    def update(gradients: Any, state: LazyState, params: Any = None) -> tuple[Any, LazyState]:
+    def update(gradients: Any, state: LazyAggregateState, params: Any = None) -> tuple[Any, LazyAggregateState]:
         if params is None:
             raise ValueError("lazy_aggregate: update(gradients, state) without params: expected the parameters too")
         _check_axis(axis, num_workers)
         _check_state(state, jax.eval_shape(init, params))
-        alg = algorithm(params)
-        here, how = alg.oracle.ravel(params), exchanges.named(exchange, alg, axis)
+        alg = make_algorithm(params)
+        here, how = alg.oracle.ravel(params), collectives.resolve_collective(collective, alg, axis)
         shards = Shards(alg.oracle.ravel(gradients)[None], here, jnp.ones((1, 1), alg.oracle.dtype))
-        before, key = state.laq._replace(params=here), jax.random.key(seed)
+        before, key = state.algorithm_state._replace(params=here), jax.random.key(seed)
         _check_branches(alg, before, shards, key)
-        after, info = alg.step(before, shards, key, workers_at_once=1, exchange=how)
+        after, info = alg.step(before, shards, key, worker_batch_size=1, collective=how)
         direction = after.optimizer / num_workers if mean else after.optimizer
-        received = jnp.where(jnp.any(info.sent), how.received(alg, num_workers), 0).astype(jnp.int32)
-        uploads = state.uploads + jnp.sum(info.sent, dtype=jnp.int32)
+        received = jnp.where(jnp.any(info.sent), how.bytes_received(alg, num_workers), 0).astype(jnp.int32)
+        uploads = state.total_uploads + jnp.sum(info.sent, dtype=jnp.int32)
         rest = after._replace(params=None, optimizer=())
-        kept = LazyState(rest, info.sent, info.bytes_up, received, uploads)
-        return like(direction, gradients), kept
+        kept = LazyAggregateState(rest, info.sent, info.bytes_up, received, uploads)
+        return _unravel_like(direction, gradients), kept
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
@@ -184,7 +193,7 @@ def _unsharded(leaf: Any) -> Any:
     return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, P())) if any(sharding.spec) else leaf
 
 
-def like(vector: Float[Array, " p"], tree: Any) -> Any:
+def _unravel_like(vector: Float[Array, " p"], tree: Any) -> Any:
     """A vector as a pytree with the shapes and dtypes of another."""
     leaves, structure = jax.tree.flatten(tree)
     parts = jnp.split(vector, np.cumsum([leaf.size for leaf in leaves])[:-1])
@@ -193,8 +202,8 @@ def like(vector: Float[Array, " p"], tree: Any) -> Any:
     )
 
 
-def specs(state: Any, axis: str) -> Any:
-    """Return the partition specs of an optimizer's state that holds a `LazyState`.
+def partition_specs(state: Any, axis: str) -> Any:
+    """Return the partition specs of an optimizer's state that holds a `LazyAggregateState`.
 
     Args:
         state: of `tx.init(params)`, or its shapes from `jax.eval_shape`.
@@ -206,25 +215,25 @@ def specs(state: Any, axis: str) -> Any:
     """
 
     def one(node: Any) -> Any:
-        if not isinstance(node, LazyState):
+        if not isinstance(node, LazyAggregateState):
             return P()
         whole = jax.tree.map(lambda leaf: P(), node)
-        workers = jax.tree.map(lambda leaf: P(axis), node.laq.workers)
-        return whole._replace(laq=whole.laq._replace(workers=workers))
+        workers = jax.tree.map(lambda leaf: P(axis), node.algorithm_state.workers)
+        return whole._replace(algorithm_state=whole.algorithm_state._replace(workers=workers))
 
-    return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, LazyState))
+    return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, LazyAggregateState))
 
 
 # ---- what was given, in one sentence each -------------------------------------------------------------------------
 
 
-def _check_arguments(method: Any, settings: dict[str, Any], blocks: Any) -> None:
-    """Raise ValueError unless `method` is a function that can be called with these settings, and `blocks` are some."""
-    if not callable(method):
-        name = method if isinstance(method, str) and callable(getattr(algorithms, method, None)) else "laq"
-        raise ValueError(f"method = {method!r}: must be a function, such as laqjax.algorithms.{name}")
-    name = getattr(method, "__name__", str(method))
-    _, *parameters = inspect.signature(method).parameters.values()  # the first one is the oracle
+def _check_arguments(algorithm: Any, settings: dict[str, Any], quantizer_blocks: Any) -> None:
+    """Raise ValueError unless `algorithm` can be called with these settings and `quantizer_blocks` is valid."""
+    if not callable(algorithm):
+        name = algorithm if isinstance(algorithm, str) and callable(getattr(algorithms, algorithm, None)) else "laq"
+        raise ValueError(f"algorithm = {algorithm!r}: must be a function, such as laqjax.algorithms.{name}")
+    name = getattr(algorithm, "__name__", str(algorithm))
+    _, *parameters = inspect.signature(algorithm).parameters.values()  # the first one is the oracle
     own = {"oracle", "lr", "optimizer"}
     for given in own & set(settings):
         raise ValueError(
@@ -235,22 +244,22 @@ def _check_arguments(method: Any, settings: dict[str, Any], blocks: Any) -> None
     others = [known for known in names if known not in own | {"num_workers"}]
     unknown = [given for given in settings if given not in names]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        hint = suggest(unknown[0], [*others, "blocks", "exchange", "mean", "seed"])
+        hint = suggest(unknown[0], [*others, "quantizer_blocks", "collective", "mean", "seed"])
         raise ValueError(f"lazy_aggregate({unknown[0]}=...) with {name}: must be one of {', '.join(others)}{hint}")
     for parameter in parameters:
         missing = parameter.name in others and parameter.name not in settings and parameter.default is parameter.empty
         if missing:
-            example = algorithms.EXAMPLES.get(parameter.name, "...")
+            example = _shared.EXAMPLE_ARGUMENTS.get(parameter.name, "...")
             raise ValueError(
                 f"lazy_aggregate with {name} but without {parameter.name}: must be given, for example "
                 f"{parameter.name}={example}"
             )
-    if blocks is None or (isinstance(blocks, str) and blocks == "leaf"):
+    if quantizer_blocks is None or (isinstance(quantizer_blocks, str) and quantizer_blocks == "leaf"):
         return
-    sizes = [] if isinstance(blocks, str) or not np.iterable(blocks) else list(blocks)
+    sizes = [] if isinstance(quantizer_blocks, str) or not np.iterable(quantizer_blocks) else list(quantizer_blocks)
     if not sizes or any(isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1 for size in sizes):
         raise ValueError(
-            f"blocks = {blocks!r}: must be None, 'leaf', or a sequence of whole sizes >= 1 that add up to p"
+            f"quantizer_blocks = {quantizer_blocks!r}: must be None, 'leaf', or a sequence of whole sizes >= 1 that add up to p"
         )
 
 
@@ -276,16 +285,18 @@ def _check_axis(axis: Any, num_workers: int) -> None:
         )
 
 
-def _check_state(state: LazyState, expected: LazyState) -> None:
+def _check_state(state: LazyAggregateState, expected: LazyAggregateState) -> None:
     """Raise ValueError unless a device holds one row of the workers' state, of the shapes that `init` gives."""
-    for leaf in jax.tree.leaves(state.laq.workers):
+    for leaf in jax.tree.leaves(state.algorithm_state.workers):
         if np.shape(leaf)[:1] != (1,):
             raise ValueError(
                 f"lazy_aggregate with an array {list(np.shape(leaf))} of the workers' state on each device: must be one row "
-                "[1, ...]; use laqjax.lazy.specs(state, axis), not P(), in in_specs and out_specs and to place a restored state"
+                "[1, ...]; use laqjax.aggregation.partition_specs(state, axis), not P(), in in_specs and out_specs and to place a restored state"
             )
-    row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), expected.laq.workers)
-    expected = expected._replace(laq=expected.laq._replace(workers=row))
+    row = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), expected.algorithm_state.workers
+    )
+    expected = expected._replace(algorithm_state=expected.algorithm_state._replace(workers=row))
     if jax.tree.structure(state) != jax.tree.structure(expected):
         raise ValueError(
             "lazy_aggregate with the state of another method or other settings: must be the state of its own init"
@@ -299,22 +310,22 @@ def _check_state(state: LazyState, expected: LazyState) -> None:
             )
 
 
-def _check_branches(alg: Algorithm, state: State, shards: Shards, key: Any) -> None:
+def _check_branches(alg: Algorithm, state: AlgorithmState, shards: Shards, key: Any) -> None:
     """Raise ValueError where workers may branch apart on a mesh whose other axes the compiler uses.
 
     It may place collectives over those axes in the branch, where they wait forever for devices that took the other one.
     """
-    axes = exchanges.automatic_axes()
+    axes = collectives.automatic_axes()
     if not axes:
         return
     zero: Any = jnp.int32(0)
 
     def step(alg: Algorithm, worker: Any) -> Any:
-        return worker_step(alg, worker, state, shards, Keys(key, key, key, state.round, zero, zero))
+        return worker_step(alg, worker, state, shards, RoundKeys(key, key, key, state.round, zero, zero))
 
     worker = jax.tree.map(lambda leaf: leaf[0], state.workers)
-    if kernels.contains(jax.make_jaxpr(step)(alg, worker).jaxpr, jax.lax.cond_p, jax.lax.while_p):
+    if cpu_layouts.contains_primitive(jax.make_jaxpr(step)(alg, worker).jaxpr, jax.lax.cond_p, jax.lax.while_p):
         raise ValueError(
             f"lazy_aggregate on a mesh with the axes {axes} beside: expected a method without lax.cond and lax.while_loop, which "
-            "may deadlock there (compressors.sampled has one); use another method or compressor, or a mesh without them"
+            "may deadlock there (compressors.optimal_sparsifier has one); use another method or compressor, or a mesh without them"
         )

@@ -13,36 +13,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
-from laqjax import kernels
-from laqjax.checks import check_type, number, oracle_dtype, suggest
-from laqjax.types import Keys, Oracle, Shards, register_dataclass, static
+from laqjax._core import cpu_layouts
+from laqjax._core.validation import check_number, check_type, oracle_dtype, suggest
+from laqjax.samplers import RowSelection
+from laqjax.types import Oracle, Shards, register_dataclass, static_field
+
+__all__ = ["LocalSgdOracle", "PytreeLayout", "TiledOracle", "from_loss", "with_local_steps"]
+
 
 # of one tile in the parameters' dtype, on the CPU: in the second-level caches of two cores together, above that in the third
-TILE_BYTES = 4 * 2**20
+_CPU_TILE_BYTES = 4 * 2**20
 # of the tiles of all workers, elsewhere: whole shards, mostly, so that a round is a handful of kernels
-ACCELERATOR_BYTES = 2**30
+_ACCELERATOR_TILE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class Rows:
-    """`size` rows of a shard: a run from `start`, or those of `index` [size]."""
-
-    size: int
-    start: Int[Array, ""] | None = None
-    index: Int[Array, " size"] | None = None
-
-    def part(self, t: Any, size: int) -> "Rows":
-        """The `size` of them from t size on."""
-        if self.index is None:
-            assert self.start is not None
-            return Rows(size, start=self.start + t * size)
-        return Rows(size, index=jax.lax.dynamic_slice(self.index, (t * size,), (size,)))
-
-
-@dataclass(frozen=True)
-class Layout:
+class PytreeLayout:
     """How a pytree of arrays of one dtype lies in a vector. Equal layouts are equal, so they are one compiled program."""
 
     tree: Any  # structure
@@ -89,11 +77,11 @@ class TiledOracle:
     """`oracle(params, shards, worker) -> (loss, grad)`; build it with `from_loss`."""
 
     l2: Float[Array, ""]
-    loss_fn: Callable[..., Array] = static()
-    layout: Layout = static()
-    reduction: str = static()
-    tile: int | None = static()
-    precision: str = static()
+    loss_fn: Callable[..., Array] = static_field()
+    layout: PytreeLayout = static_field()
+    reduction: str = static_field()
+    tile: int | None = static_field()
+    precision: str = static_field()
 
     @property
     def size(self) -> int:
@@ -114,15 +102,15 @@ class TiledOracle:
         return self.layout.unravel(params)
 
     def rows_per_tile(self, shards: Shards) -> int:
-        """The tile asked for, or equal tiles of about `TILE_BYTES` on the CPU, larger ones elsewhere; at most a shard."""
+        """The tile asked for, or equal tiles of about `_CPU_TILE_BYTES` on the CPU, larger ones elsewhere; at most a shard."""
         workers, rows = shards.weight.shape
-        size = TILE_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_BYTES // workers
+        size = _CPU_TILE_BYTES if jax.default_backend() == "cpu" else _ACCELERATOR_TILE_BYTES // workers
         numbers = sum(math.prod(a.shape[2:]) for a in jax.tree.leaves(shards.x))
         tiles = -(-rows * numbers * self.dtype.itemsize // size)
         return min(self.tile or -(-rows // max(tiles, 1)), rows)
 
     def __call__(
-        self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""], rows: Rows | None = None
+        self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""], rows: RowSelection | None = None
     ) -> tuple[Float[Array, ""], Float[Array, " p"]]:
         """Loss and gradient of worker `worker` at `params`: reduction over its rows + (l2 / 2) ||params||^2.
 
@@ -133,17 +121,17 @@ class TiledOracle:
         tile = min(self.rows_per_tile(shards), size)
 
         def part(start: Any, count: int) -> tuple[Array, Array, Any]:
-            x, y, weight = jax.tree.map(lambda a: cut(a, worker, rows, start, count), shards)
+            x, y, weight = jax.tree.map(lambda a: _slice_rows(a, worker, rows, start, count), shards)
             weight = weight.astype(self.dtype)
             value_and_grad = jax.value_and_grad(lambda tree, x, y: jnp.vdot(self._losses(tree, x, y), weight))
             if jax.default_backend() == "cpu":
-                loss, grad = kernels.canonical(value_and_grad, tree, x, y)
+                loss, grad = cpu_layouts.with_canonical_layouts(value_and_grad, tree, x, y)
             else:
                 loss, grad = value_and_grad(tree, x, y)
             return loss, jnp.sum(weight), grad
 
         with jax.default_matmul_precision(self.precision):
-            loss, weight, grad = tiled(part, size, tile)
+            loss, weight, grad = _sum_over_tiles(part, size, tile)
         grad = self.ravel(grad)
         if self.reduction == "mean" or rows:
             loss, grad = loss / weight, grad / weight
@@ -152,7 +140,7 @@ class TiledOracle:
             loss, grad = loss * whole_shard, grad * whole_shard
         return loss + self.l2 / 2 * jnp.sum(params * params), grad + self.l2 * params
 
-    def check(self, shards: Shards) -> None:
+    def validate(self, shards: Shards) -> None:
         """Raise ValueError unless the loss takes these shards and gives one loss per example (traced only).
 
         A loss that is an object with a method `check_shards`, as a `laqjax.problems.Problem`, says itself what it takes.
@@ -161,7 +149,7 @@ class TiledOracle:
         own = getattr(self.loss_fn, "check_shards", None)
         if callable(own):
             own(shards)
-        jax.eval_shape(self._losses, self._tree(), *_examples(shards, 2))
+        jax.eval_shape(self._losses, self._params_struct(), *_example_structs(shards, 2))
 
     def _losses(self, tree: Any, x: Any, y: Any) -> Array:
         """Return the losses of n examples. ValueError unless they are [n] and of the parameters' dtype."""
@@ -178,33 +166,33 @@ class TiledOracle:
             )
         return losses
 
-    def working_bytes(self, shards: Shards) -> int:
+    def activation_bytes(self, shards: Shards) -> int:
         """Bytes that the forward pass of one tile keeps for the backward pass (traced only)."""
-        x, y = _examples(shards, self.rows_per_tile(shards))
+        x, y = _example_structs(shards, self.rows_per_tile(shards))
 
         def forward(tree: Any, x: Any, y: Any) -> Any:
             return jax.vjp(lambda tree: self._losses(tree, x, y), tree)[1]
 
-        kept = jax.eval_shape(forward, self._tree(), x, y)
+        kept = jax.eval_shape(forward, self._params_struct(), x, y)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
-    def one_by_one(self, shards: Shards) -> bool:
+    def prefers_sequential(self, shards: Shards) -> bool:
         """Whether the points of a sweep run one after another: convolutions with many kernels are slow on the CPU."""
         if jax.default_backend() != "cpu":
             return False
-        loss = jax.make_jaxpr(self._losses)(self._tree(), *_examples(shards, 2))
-        return kernels.contains(loss.jaxpr, jax.lax.conv_general_dilated_p)
+        loss = jax.make_jaxpr(self._losses)(self._params_struct(), *_example_structs(shards, 2))
+        return cpu_layouts.contains_primitive(loss.jaxpr, jax.lax.conv_general_dilated_p)
 
-    def _tree(self) -> Any:
+    def _params_struct(self) -> Any:
         return jax.eval_shape(self.unravel, jax.ShapeDtypeStruct((self.size,), self.dtype))
 
 
-def _examples(shards: Shards, count: int) -> Any:
+def _example_structs(shards: Shards, count: int) -> Any:
     """Shapes and dtypes of x and y of `count` examples."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape[2:]), a.dtype), (shards.x, shards.y))
 
 
-def cut(a: Any, worker: Any, rows: Rows | None, start: Any, count: int) -> Array:
+def _slice_rows(a: Any, worker: Any, rows: RowSelection | None, start: Any, count: int) -> Array:
     """`count` rows from `start` on, of the worker's shard or of `rows` of it."""
     if rows and rows.index is not None:
         return a[worker, jax.lax.dynamic_slice(rows.index, (start,), (count,))]
@@ -213,7 +201,7 @@ def cut(a: Any, worker: Any, rows: Rows | None, start: Any, count: int) -> Array
     return jax.lax.dynamic_slice(a, at, (1, count, *a.shape[2:]))[0]
 
 
-def tiled(part: Callable[[Any, int], Any], size: int, tile: int) -> Any:
+def _sum_over_tiles(part: Callable[[Any, int], Any], size: int, tile: int) -> Any:
     """Sum of `part(start, count)` over the tiles of `size` rows; one tile needs no loop."""
     # summed as a pytree and made flat once: slices of the flat vector inside the loop cost half of the speed
     whole = size - size % tile
@@ -254,7 +242,7 @@ def from_loss(
 
     Example:
         >>> import jax.numpy as jnp, laqjax
-        >>> oracle = laqjax.oracle.from_loss(lambda w, x, y: (x @ w - y) ** 2 / 2, jnp.zeros(3))
+        >>> oracle = laqjax.oracles.from_loss(lambda w, x, y: (x @ w - y) ** 2 / 2, jnp.zeros(3))
         >>> oracle.size
         3
     """
@@ -264,9 +252,9 @@ def from_loss(
         raise ValueError(f"params: expected arrays of one floating dtype, got {sorted(map(str, dtypes))}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction = {reduction!r}: expected 'mean' or 'sum'{suggest(reduction, ('mean', 'sum'))}")
-    layout = Layout(tree, tuple(np.shape(leaf) for leaf in leaves), dtypes.pop())
-    strength = number("l2", l2, layout.dtype, least=0)
-    tile = None if tile is None else int(number("tile", tile, np.int32, least=1))
+    layout = PytreeLayout(tree, tuple(np.shape(leaf) for leaf in leaves), dtypes.pop())
+    strength = check_number("l2", l2, layout.dtype, minimum=0)
+    tile = None if tile is None else int(check_number("tile", tile, np.int32, minimum=1))
     return TiledOracle(strength, loss_fn, layout, reduction, tile, precision)
 
 
@@ -275,12 +263,12 @@ def from_loss(
 
 @register_dataclass
 @dataclass(frozen=True)
-class LocalSteps:
-    """The "gradient" is (params - params after `steps` local gradient steps of size lr) / (steps lr); see `local_steps`."""
+class LocalSgdOracle:
+    """The "gradient" is (params - params after `num_local_steps` local gradient steps of size lr) / (steps lr); see `with_local_steps`."""
 
     oracle: Oracle
     lr: Float[Array, ""]
-    steps: int = static()
+    num_local_steps: int = static_field()
 
     @property
     def size(self) -> int:
@@ -300,29 +288,29 @@ class LocalSteps:
         """The vector as the pytree."""
         return self.oracle.unravel(params)
 
-    def check(self, shards: Shards) -> None:
+    def validate(self, shards: Shards) -> None:
         """Raise ValueError where the loss does not fit the data."""
-        self.oracle.check(shards)
+        self.oracle.validate(shards)
 
-    def working_bytes(self, shards: Shards) -> int:
+    def activation_bytes(self, shards: Shards) -> int:
         """Memory of one of its gradients."""
-        return self.oracle.working_bytes(shards)
+        return self.oracle.activation_bytes(shards)
 
-    def one_by_one(self, shards: Shards) -> bool:
+    def prefers_sequential(self, shards: Shards) -> bool:
         """Whether the points of a sweep run one after another."""
-        return self.oracle.one_by_one(shards)
+        return self.oracle.prefers_sequential(shards)
 
     def __call__(
-        self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""], rows: Rows | None = None
+        self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""], rows: RowSelection | None = None
     ) -> tuple[Float[Array, ""], Float[Array, " p"]]:
         """The loss at `params` (on the rows of the first local step), and the mean of the local gradients."""
-        if rows and rows.size % self.steps:
+        if rows and rows.size % self.num_local_steps:
             raise ValueError(
-                f"minibatches of {rows.size} rows for steps = {self.steps}: expected a multiple, every local step uses its own part"
+                f"minibatches of {rows.size} rows for num_local_steps = {self.num_local_steps}: expected a multiple, every local step uses its own part"
             )
 
         def gradient(t: Any, local: Any) -> Any:
-            part = rows.part(t, rows.size // self.steps) if rows else None
+            part = rows.slice(t, rows.size // self.num_local_steps) if rows else None
             return self.oracle(local, shards, worker, part)
 
         def local_step(local: Any, t: Any) -> Any:
@@ -330,65 +318,23 @@ class LocalSteps:
 
         loss, grad = gradient(jnp.int32(0), params)
         first = params - self.lr * grad
-        last, _ = jax.lax.scan(local_step, first, jnp.arange(1, self.steps, dtype=jnp.int32))
-        return loss, grad if self.steps == 1 else (params - last) / (self.steps * self.lr)
+        last, _ = jax.lax.scan(local_step, first, jnp.arange(1, self.num_local_steps, dtype=jnp.int32))
+        return loss, grad if self.num_local_steps == 1 else (params - last) / (self.num_local_steps * self.lr)
 
 
-def local_steps(oracle: Oracle, steps: int, lr: float) -> LocalSteps:
-    """`oracle`, but its gradient is that of `steps` local steps: FedAvg is `gd` on it, FedPAQ `qsgd`, lazy FedAvg `laq`.
+def with_local_steps(oracle: Oracle, num_local_steps: int, lr: float) -> LocalSgdOracle:
+    """`oracle`, but its gradient is that of `num_local_steps` local steps: FedAvg is `gd` on it, FedPAQ `qsgd`, lazy FedAvg `laq`.
 
     Args:
         oracle: of the local steps.
-        steps: local gradient steps a round; a minibatch (a sampler's size) is cut into as many parts, one a step.
+        num_local_steps: local gradient steps a round; a minibatch (a sampler's size) is cut into as many parts, one a step.
         lr: the local step size.
 
     Raises:
-        ValueError: steps < 1 or lr <= 0.
+        ValueError: num_local_steps < 1 or lr <= 0.
     """
-    return LocalSteps(
-        oracle, number("local_lr", lr, oracle_dtype(oracle), above=0), int(number("steps", steps, np.int32, least=1))
+    return LocalSgdOracle(
+        oracle,
+        check_number("local_lr", lr, oracle_dtype(oracle), above=0),
+        int(check_number("num_local_steps", num_local_steps, np.int32, minimum=1)),
     )
-
-
-# ---- minibatches ------------------------------------------------------------------------------------------------
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class Blocks:
-    """Minibatches as the authors draw them: one of the shard's fixed runs of `size` rows, at random, every round."""
-
-    size: int = static()
-
-    def __call__(self, keys: Keys, shards: Shards) -> Rows:
-        blocks = jnp.maximum(_rows(shards, keys.shard) // self.size, 1)
-        return Rows(self.size, start=self.size * jax.random.randint(_sample(keys.own), (), 0, blocks, jnp.int32))
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class Epochs:
-    """Minibatches without replacement: the shard in a new random order each epoch, `size` rows a round."""
-
-    size: int = static()
-
-    def __call__(self, keys: Keys, shards: Shards) -> Rows:
-        rows = _rows(shards, keys.shard)
-        rounds = jnp.maximum(rows // self.size, 1)
-        key = jax.random.fold_in(jax.random.fold_in(_sample(keys.run), keys.round // rounds), keys.worker)
-        length = shards.weight.shape[1]
-        place = jnp.where(
-            jnp.arange(length, dtype=jnp.int32) < rows, jax.random.uniform(key, (length,), jnp.float32), 2
-        )
-        order = jnp.argsort(place)  # padding comes last
-        return Rows(self.size, index=jax.lax.dynamic_slice(order, (keys.round % rounds * self.size,), (self.size,)))
-
-
-def _rows(shards: Shards, worker: Any) -> Int[Array, ""]:
-    """Rows of a worker that are not padding (which stands at the end)."""
-    return jnp.sum(shards.weight[worker] > 0, dtype=jnp.int32)
-
-
-def _sample(key: PRNGKeyArray) -> PRNGKeyArray:
-    """The sample's own stream: the compressor draws from the key itself."""
-    return jax.random.fold_in(key, 0xFFFF5A5A)  # no round and no worker has this number

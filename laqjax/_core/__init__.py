@@ -1,0 +1,1 @@
+"""One round: the step of a worker and of the server, message formats, validation."""

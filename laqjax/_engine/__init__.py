@@ -1,0 +1,1 @@
+"""Loops over rounds: runs, sweeps, collectives between devices, checkpoints."""

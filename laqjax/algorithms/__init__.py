@@ -1,0 +1,64 @@
+"""The named algorithms: an equation, a reference, a few lines that put parts together.
+
+Notation: g_m = grad f_m(theta), h_m the memory of worker m, C a compressor (Q unbiased, Q_b the grid of b bits), lr the
+step size, M workers. The step is lr times a *sum* over workers, as in the papers of the lazy family. Arguments of one name
+mean the same everywhere: they are explained once, and `help` of every function shows its own.
+"""
+
+from laqjax.algorithms._baselines import gd, iag_cyclic, iag_random, qgd, sgd
+from laqjax.algorithms._compressed import dasha, diana, ef21, ef21_p, ef21_sgdm, ef_bv, marina
+from laqjax.algorithms._lazy import (
+    amsgrad,
+    cada1,
+    cada2,
+    clag,
+    lag_ps,
+    lag_wk,
+    laq,
+    laq_adaptive,
+    lasg_ps,
+    lasg_wk1,
+    lasg_wk2,
+    slaq,
+    two_laq,
+)
+from laqjax.algorithms._local import fedavg, fedlaq, fedpaq
+from laqjax.algorithms._stochastic import dgc, ef_sign_sgd, qsgd, sign_sgd, ssgd, terngrad, topk_ef
+
+__all__ = [
+    "amsgrad",
+    "cada1",
+    "cada2",
+    "clag",
+    "dasha",
+    "dgc",
+    "diana",
+    "ef21",
+    "ef21_p",
+    "ef21_sgdm",
+    "ef_bv",
+    "ef_sign_sgd",
+    "fedavg",
+    "fedlaq",
+    "fedpaq",
+    "gd",
+    "iag_cyclic",
+    "iag_random",
+    "lag_ps",
+    "lag_wk",
+    "laq",
+    "laq_adaptive",
+    "lasg_ps",
+    "lasg_wk1",
+    "lasg_wk2",
+    "marina",
+    "qgd",
+    "qsgd",
+    "sgd",
+    "sign_sgd",
+    "slaq",
+    "ssgd",
+    "terngrad",
+    "topk_ef",
+    "two_laq",
+]

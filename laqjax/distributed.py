@@ -1,0 +1,154 @@
+"""Several processes: initialize them, compare their arguments, and translate their errors."""
+
+import hashlib
+import json
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+__all__ = [
+    "assert_same_on_all_processes",
+    "fingerprint",
+    "initialize_distributed",
+    "run_on_process_zero",
+    "translate_lost_process_errors",
+]
+
+
+def initialize_distributed(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: int = 60,
+    heartbeat: int = 30,
+) -> None:
+    """Join the processes of a run, before anything else of JAX is used.
+
+    Args:
+        coordinator: host:port of process 0 (None: as JAX finds it on TPU pods and under Slurm).
+        num_processes: how many there are.
+        process_id: the number of this one.
+        timeout: seconds to wait for the coordinator.
+        heartbeat: seconds after which a process that is gone is noticed.
+
+    Raises:
+        ValueError: some of the three are given and others not, or none and JAX does not find them.
+        TimeoutError: nobody answers at the coordinator's address.
+    """
+    given = [value is not None for value in (coordinator, num_processes, process_id)]
+    if any(given) and not all(given):
+        raise ValueError(
+            f"coordinator = {coordinator}, num_processes = {num_processes}, process_id = {process_id}: expected all three, or "
+            "none where JAX finds them itself (TPU pods, Slurm)"
+        )
+    if coordinator is not None and process_id:
+        _wait_for_coordinator(coordinator, timeout)
+    options: Any = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": heartbeat}
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id, **options)
+    except ValueError as error:
+        if any(given):
+            raise
+        raise ValueError(
+            f"JAX finds no processes of Slurm or a TPU pod here ({error}): expected coordinator, num_processes and process_id"
+        ) from None
+
+
+def _wait_for_coordinator(address: str, timeout: float) -> None:
+    """TimeoutError where nobody answers."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"coordinator = {address!r}: expected host:port")
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return
+        except OSError as problem:
+            if time.monotonic() > end:
+                raise TimeoutError(
+                    f"no answer from the coordinator {address} within {timeout:g} s ({problem}): expected process 0 there; is "
+                    "it running, and is the port open?"
+                ) from None
+        time.sleep(0.2)
+
+
+@contextmanager
+def translate_lost_process_errors() -> Iterator[None]:
+    """Say in words that another process is gone, where a collective of this one fails.
+
+    Raises:
+        ConnectionError: instead of JAX's error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise ConnectionError(
+            f"process {jax.process_index()} has lost another one of {jax.process_count()}, which was killed, has failed or "
+            f"cannot be reached ({str(error).splitlines()[0][:200]}); start all of them again: a run with checkpoints goes on "
+            "from the last one"
+        ) from None
+
+
+def assert_same_on_all_processes(what: str, *values: Any) -> None:
+    """Raise ValueError unless all processes have the same values (arrays, or pytrees of them), before long work begins."""
+    if jax.process_count() == 1:
+        return
+    mine = np.frombuffer(bytes.fromhex(fingerprint(values)), np.uint8)
+    every = multihost_utils.process_allgather(mine)
+    others = [i for i, row in enumerate(every) if not np.array_equal(row, every[0])]
+    if others:
+        raise ValueError(
+            f"{what}: process {others[0]} has another one than process 0; expected the same on all {len(every)} processes"
+        )
+
+
+def run_on_process_zero(act: Callable[[], Any]) -> Any:
+    """What `act` returns (JSON) in process 0, which alone calls it; in all processes.
+
+    Raises:
+        ValueError, OSError: where it fails, in all of them; in process 0 whatever it was.
+    """
+    if jax.process_count() == 1:
+        return act()
+    said, failed = b"", None
+    if jax.process_index() == 0:
+        try:
+            said = json.dumps([act(), None, False]).encode()
+        except Exception as error:
+            failed = error
+            said = json.dumps([None, str(error), isinstance(error, OSError)]).encode()
+    with translate_lost_process_errors():
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
+        text = multihost_utils.broadcast_one_to_all(np.frombuffer(said.ljust(size), np.uint8))
+    if failed:
+        raise failed
+    value, refused, by_system = json.loads(bytes(np.asarray(text, np.uint8)))
+    if refused is not None:
+        raise OSError(refused) if by_system else ValueError(refused)
+    return value
+
+
+def fingerprint(tree: Any) -> str:
+    """Of structure, shapes and numbers of a pytree; of arrays that are spread over processes the shapes only."""
+    leaves, structure = jax.tree.flatten(tree)
+    whole = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", str(structure)).encode())  # where functions lie in memory
+    for leaf in leaves:
+        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        known = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        array = np.asarray(leaf) if known else None
+        whole.update(f"{np.shape(leaf)} {getattr(leaf, 'dtype', type(leaf))}".encode())
+        whole.update(b"" if array is None else np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return whole.hexdigest()

@@ -1,0 +1,130 @@
+"""Split a data set into the shards of M workers."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from laqjax._core.validation import suggest
+from laqjax.types import Shards
+
+__all__ = ["partition_data"]
+
+
+def partition_data(x: Any, y: Any, num_workers: int, scheme: str, seed: int = 0) -> Shards:
+    """Deal n samples out to M workers.
+
+    contiguous       file order, floor(n / M) rows each, the rest dropped, as the LAQ paper's program; no copy
+    shuffled         the same after a random permutation
+    sorted           the same after a stable sort by label: a worker sees one class or two
+    dirichlet:ALPHA  each class is split in proportions drawn from Dirichlet(ALPHA, ..., ALPHA), the smaller
+                     the more uneven; all samples are used, every worker gets at least one
+    unequal:RATIO    shuffled; sizes in geometric progression, the last RATIO times the first; all are used
+
+    Args:
+        x: [n, ...], or a pytree of such arrays.
+        y: as x; sorted and dirichlet need class labels [n].
+        num_workers: M, 1 to n.
+        scheme: one of the above.
+        seed: the same seed gives the same shards.
+
+    Returns:
+        x [M, N, ...], y [M, N] and weight [M, N] float32, N the largest shard; padding is 0 in all three.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> import numpy as np, laqjax
+        >>> laqjax.partition_data(np.zeros((10, 3)), np.arange(10), 2, "contiguous").weight.shape
+        (2, 5)
+    """
+    lengths = {len(leaf) for leaf in jax.tree.leaves((x, y))}
+    if len(lengths) != 1:
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves((x, y))]
+        raise ValueError(f"expected one label per row of x, got arrays of the shapes {shapes}")
+    (n,) = lengths
+    if not 1 <= num_workers <= n:
+        raise ValueError(f"num_workers={num_workers}: expected 1 to {n}, the number of samples")
+    rng = np.random.default_rng(seed)
+    match scheme.partition(":")[:2]:
+        case "contiguous", "":
+            return _equal_shards(x, y, num_workers)
+        case "shuffled", "":
+            return _equal_shards(x, y, num_workers, rng.permutation(n))
+        case "sorted", "":
+            return _equal_shards(x, y, num_workers, np.argsort(_require_labels(y, scheme), kind="stable"))
+        case "dirichlet", _:
+            alpha = _parse_scheme_value(scheme, "dirichlet:ALPHA, ALPHA finite and above 0", lambda alpha: alpha > 0)
+            return _pad_shards(x, y, _dirichlet(_require_labels(y, scheme), num_workers, alpha, rng))
+        case "unequal", _:
+            ratio = _parse_scheme_value(scheme, "unequal:RATIO, RATIO finite and at least 1", lambda ratio: ratio >= 1)
+            return _pad_shards(x, y, _unequal(n, num_workers, ratio, rng))
+    known = "contiguous, shuffled, sorted, dirichlet:ALPHA or unequal:RATIO"
+    close = suggest(scheme.partition(":")[0], ("contiguous", "shuffled", "sorted", "dirichlet", "unequal"))
+    raise ValueError(f"scheme={scheme!r}: expected {known}{close}")
+
+
+def _require_labels(y: Any, scheme: str) -> np.ndarray:
+    if not hasattr(y, "shape") or len(y.shape) != 1:
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(y)]
+        raise ValueError(f"scheme={scheme!r}: expected one label per row, y [n], got y of {shapes}")
+    return y
+
+
+def _parse_scheme_value(scheme: str, expected: str, valid: Callable[[float], bool]) -> float:
+    try:
+        value = float(scheme.partition(":")[2])
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and valid(value)):
+        raise ValueError(f"scheme={scheme!r}: expected {expected}")
+    return value
+
+
+def _equal_shards(x: Any, y: Any, num_workers: int, order: np.ndarray | None = None) -> Shards:
+    shape = (num_workers, len(jax.tree.leaves(x)[0]) // num_workers)
+    kept = slice(math.prod(shape)) if order is None else order[: math.prod(shape)]
+    x, y = jax.tree.map(lambda a: a[kept].reshape(shape + a.shape[1:]), (x, y))
+    return Shards(x, y, np.ones(shape, np.float32))
+
+
+def _pad_shards(x: Any, y: Any, groups: list[np.ndarray]) -> Shards:
+    """Shards from the row indices of each worker."""
+    shape = (len(groups), max(map(len, groups)))
+    own = np.arange(shape[1]) < np.array([len(rows) for rows in groups])[:, None]
+
+    def dealt(a: np.ndarray) -> np.ndarray:
+        shards = np.zeros(shape + a.shape[1:], a.dtype)
+        shards[own] = a[np.concatenate(groups)]
+        return shards
+
+    return Shards(jax.tree.map(dealt, x), jax.tree.map(dealt, y), own.astype(np.float32))
+
+
+def _dirichlet(y: np.ndarray, num_workers: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
+    if not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(f"y: dirichlet splits classes, expected integer labels, got {y.dtype}")
+    owner = np.empty(len(y), int)
+    for label in np.unique(y):
+        rows = rng.permutation(np.flatnonzero(y == label))
+        shares = rng.dirichlet(np.full(num_workers, alpha))
+        cuts = np.round(np.cumsum(shares)[:-1] * len(rows)).astype(int)
+        for worker, part in enumerate(np.split(rows, cuts)):
+            owner[part] = worker
+    for worker in range(num_workers):
+        if not (owner == worker).any():
+            donor = np.bincount(owner).argmax()  # has two or more, as M <= n and this worker has none
+            owner[np.flatnonzero(owner == donor)[0]] = worker
+    return [np.flatnonzero(owner == worker) for worker in range(num_workers)]
+
+
+def _unequal(n: int, num_workers: int, ratio: float, rng: np.random.Generator) -> list[np.ndarray]:
+    ends = np.cumsum(np.geomspace(1, ratio, num_workers))
+    cuts = np.round(ends / ends[-1] * n).astype(int)
+    groups = np.split(rng.permutation(n), cuts[:-1])
+    if min(map(len, groups)) == 0:
+        raise ValueError(f"scheme='unequal:{ratio:g}': a worker of {num_workers} gets none of {n} samples")
+    return groups
