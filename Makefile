@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce sweep compare federated bench test test-long test-distributed test-lowest test-newest fuzz check docs notebook lock clean
+.PHONY: help setup reproduce sweep compare federated bench test test-long test-distributed test-lowest test-newest fuzz check docs docstrings notebook lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ check: setup ## format, lint, types: what CI runs beside the tests
 docs: setup ## the pages of docs/, in results/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo results/site/index.html
+
+docstrings: setup ## write the shared sections of the factories' docstrings again
+	$(BIN)/python docs/docstrings.py
 
 notebook: setup ## the Colab notebook again, from experiments/laqjax_colab.py
 	$(BIN)/jupytext --quiet --to ipynb --update experiments/laqjax_colab.py

@@ -1,8 +1,11 @@
-"""The named algorithms: an equation, a reference, a few lines that put parts together.
+"""The named algorithms. Each function states its equation and reference and assembles an `Algorithm` from parts.
 
-Notation: g_m = grad f_m(theta), h_m the memory of worker m, C a compressor (Q unbiased, Q_b the grid of b bits), lr the
-step size, M workers. The step is lr times a *sum* over workers, as in the papers of the lazy family. Arguments of one name
-mean the same everywhere: they are explained once, and `help` of every function shows its own.
+Notation, with vectors [p]: theta is the model, g_m = grad f_m(theta) the gradient of worker m, and h_m the memory of
+worker m. M is the number of workers. C is a compressor, Q an unbiased compressor, and Q_b the grid of b bits. The
+learning rate is lr. The step is lr times a *sum* over workers, as in the papers of the lazy family.
+
+Arguments of one name mean the same in every function. The sections from "Args" on are generated: edit the tables in
+`docs/docstrings.py` and run `make docstrings`.
 """
 
 from laqjax.algorithms._baselines import gd, iag_cyclic, iag_random, qgd, sgd

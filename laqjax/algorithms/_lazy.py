@@ -1,4 +1,4 @@
-"""Lazy methods: a worker sends only when a rule says that its change matters."""
+"""Lazy methods: a worker sends only if an upload rule finds that its change is large enough."""
 
 from typing import Any
 
@@ -9,7 +9,6 @@ from laqjax import compressors
 from laqjax._core.round import Algorithm, assemble
 from laqjax._core.validation import check_number, oracle_dtype
 from laqjax.algorithms._shared import (
-    add_shared_docs,
     check_smoothness,
     history_from_xi_or_c,
     history_kind,
@@ -30,7 +29,6 @@ from laqjax.rules import (
 from laqjax.types import Compressor, Oracle, Sampler
 
 
-@add_shared_docs
 def lag_wk(
     oracle: Oracle,
     *,
@@ -45,10 +43,46 @@ def lag_wk(
     optimizer: Any = optax.sgd,
     sampler: Sampler | None = None,
 ) -> Algorithm:
-    """LAG with the worker's rule: h_m = g_m iff ||g_m - h_m||^2 >= sum_d xi_d motion_d / (lr^2 M^2).
+    """LAG-WK: h_m = g_m iff ||g_m - h_m||^2 >= sum_d xi_d motion_d / (lr^2 M^2), theta -= lr sum_m h_m.
 
-    Chen, Giannakis, Sun, Yin, "LAG: lazily aggregated gradient for communication-efficient distributed learning",
-    NeurIPS 2018, eq. (15a). LAG has no bound on silence: `limit_silence=None` is the original.
+    The worker decides whether it sends. motion_d is the squared norm of the d-th newest model step, see
+    `laqjax.rules.History`. LAG does not limit the silence of a worker: `max_silence=None` is the original method.
+
+    Reference: Chen, Giannakis, Sun, Yin, "LAG: lazily aggregated gradient for communication-efficient distributed
+    learning", NeurIPS 2018, eq. (15a).
+
+    Args:
+        oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
+        lr: Learning rate > 0, or an optax schedule (a function of the round). The step acts on the SUM of the workers'
+            vectors, not on their mean. With SGD, divide a learning rate that is meant for the mean by M.
+        num_workers: Number M of workers, at least 1.
+        xi: Weights xi_d >= 0 of the last D model steps in the threshold. One number is the sum of D equal weights. An
+            array [window] holds the weights themselves, newest step first.
+        window: Number D of past rounds whose model steps enter the threshold, at least 1.
+        max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
+        rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,
+            as the authors' program does. The default is False.
+        force_first_upload: If True, every worker sends in round 0. If False, the rule decides in round 0 too, as in the
+            authors' program. The default is True.
+        padded_window: Length of the buffer for the history, at least `window` (None: `window`). Algorithms with buffers
+            of one length share one compiled program, even if their windows differ.
+        optimizer: Server optimizer: a function from the learning rate to an optax transformation, such as `optax.adam`,
+            or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
+            as in the papers.
+        sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
+            `size` rows per worker and round. None: full gradients.
+
+    Returns:
+        The algorithm, a pytree whose leaves are its numbers.
+
+    Raises:
+        ValueError: A number is out of its range, `oracle` is not an oracle, or the parts cannot be combined.
+
+    Example:
+        >>> import laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.algorithms.lag_wk(oracle, lr=0.1, num_workers=4).num_workers
+        4
     """
     past = make_history(
         xi,
@@ -63,7 +97,6 @@ def lag_wk(
     return assemble(oracle, identity(), rule, make_innovation_memory(oracle), **server)
 
 
-@add_shared_docs
 def lag_ps(
     oracle: Oracle,
     *,
@@ -80,10 +113,53 @@ def lag_ps(
     optimizer: Any = optax.sgd,
     sampler: Sampler | None = None,
 ) -> Algorithm:
-    """LAG with the server's rule: it asks worker m iff L_m^2 ||theta - theta_hat_m||^2 >= sum_d xi_d motion_d / (lr^2 M^2).
+    """Server-side LAG (LAG-PS): h_m = g_m iff L_m^2 ||theta - theta_hat_m||^2 >= threshold, theta -= lr sum_m h_m.
 
-    LAG, eq. (15b). theta_hat_m is the model of m's last upload. Who is not asked neither gets the model nor computes a
-    gradient: bits down and `gradients` count that.
+    The threshold is sum_d xi_d motion_d / (lr^2 M^2), or (c / D) sum_d motion_d if `c` is given. The server selects the
+    workers that send. theta_hat_m is the model of worker m's last upload, and motion_d is the squared norm of the d-th
+    newest model step. A worker that is not selected neither receives the model nor computes a gradient. The downlink
+    bits and the metric "gradients" count that. LAG does not limit the silence of a worker: `max_silence=None` is the
+    original method.
+
+    Reference: Chen, Giannakis, Sun, Yin, "LAG: lazily aggregated gradient for communication-efficient distributed
+    learning", NeurIPS 2018, eq. (15b).
+
+    Args:
+        oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
+        lr: Learning rate > 0, or an optax schedule (a function of the round). The step acts on the SUM of the workers'
+            vectors, not on their mean. With SGD, divide a learning rate that is meant for the mean by M.
+        num_workers: Number M of workers, at least 1.
+        smoothness: Smoothness constant L_m >= 0 of every worker's loss f_m, an array [M].
+        xi: Weights xi_d >= 0 of the last D model steps in the threshold. One number is the sum of D equal weights. An
+            array [window] holds the weights themselves, newest step first. None: 0.8, or unused if `c` is given.
+        c: Weight >= 0 of the threshold (c / D) sum_d motion_d of the LASG and CADA papers. `lr` and M do not change it.
+            It replaces `xi`, so give one of them only. None: the threshold uses `xi`.
+        window: Number D of past rounds whose model steps enter the threshold, at least 1.
+        max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
+        rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,
+            as the authors' program does. The default is False.
+        force_first_upload: If True, every worker sends in round 0. If False, the rule decides in round 0 too, as in the
+            authors' program. The default is True.
+        padded_window: Length of the buffer for the history, at least `window` (None: `window`). Algorithms with buffers
+            of one length share one compiled program, even if their windows differ.
+        optimizer: Server optimizer: a function from the learning rate to an optax transformation, such as `optax.adam`,
+            or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
+            as in the papers.
+        sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
+            `size` rows per worker and round. None: full gradients.
+
+    Returns:
+        The algorithm, a pytree whose leaves are its numbers.
+
+    Raises:
+        ValueError: A number is out of its range, `oracle` is not an oracle, the parts cannot be combined, or both `xi`
+            and `c` are given.
+
+    Example:
+        >>> import laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.algorithms.lag_ps(oracle, lr=0.1, num_workers=4, smoothness=[1.0, 2.0, 1.0, 2.0]).num_workers
+        4
     """
     past = history_from_xi_or_c(
         xi, c, window, oracle, padded_window, rescale_short_history, history_kind(lr, optimizer)
@@ -93,7 +169,6 @@ def lag_ps(
     return assemble(oracle, identity(), rule, make_innovation_memory(oracle), **server)
 
 
-@add_shared_docs
 def laq(
     oracle: Oracle,
     *,
@@ -109,11 +184,52 @@ def laq(
     optimizer: Any = optax.sgd,
     sampler: Sampler | None = None,
 ) -> Algorithm:
-    """LAQ: h_m += Q_b(g_m - h_m) iff `rules.LazyRule` says so, or after `limit_silence` silent rounds.
+    """LAQ: h_m += Q_b(g_m - h_m) for the workers that send, theta -= lr sum_m h_m.
 
-    Sun, Chen, Giannakis, Yang, "Communication-efficient distributed learning via lazily aggregated quantized gradients",
-    NeurIPS 2019, Algorithm 2. With a server that is not SGD of one lr, the history is made of what that server was given:
-    see `rules.History`.
+    Worker m sends iff ||Q_b(g_m - h_m)||^2 >= sum_d xi_d motion_d / (lr^2 M^2) + 3 (error_m + last_error_m), eq. (7a).
+    It also sends after `max_silence` silent rounds, eq. (7b). motion_d is the squared norm of the d-th newest model
+    step. error_m is the squared quantization error now, and last_error_m is that of the last upload. See
+    `laqjax.rules.LazyRule`.
+
+    If the server's optimizer is not SGD, or if `lr` is a schedule, motion_d is the squared norm of the direction that
+    the optimizer received. The factor 1 / lr^2 is then left out, see `laqjax.rules.History`.
+
+    Reference: Sun, Chen, Giannakis, Yang, "Communication-efficient distributed learning via lazily aggregated quantized
+    gradients", NeurIPS 2019, Algorithm 2.
+
+    Args:
+        oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
+        lr: Learning rate > 0, or an optax schedule (a function of the round). The step acts on the SUM of the workers'
+            vectors, not on their mean. With SGD, divide a learning rate that is meant for the mean by M.
+        num_workers: Number M of workers, at least 1.
+        bits: Number b of bits per coordinate of a message, from 1 to 16.
+        xi: Weights xi_d >= 0 of the last D model steps in the threshold. One number is the sum of D equal weights. An
+            array [window] holds the weights themselves, newest step first.
+        window: Number D of past rounds whose model steps enter the threshold, at least 1.
+        max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
+        rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,
+            as the authors' program does. The default is False.
+        force_first_upload: If True, every worker sends in round 0. If False, the rule decides in round 0 too, as in the
+            authors' program. The default is True.
+        padded_window: Length of the buffer for the history, at least `window` (None: `window`). Algorithms with buffers
+            of one length share one compiled program, even if their windows differ.
+        optimizer: Server optimizer: a function from the learning rate to an optax transformation, such as `optax.adam`,
+            or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
+            as in the papers.
+        sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
+            `size` rows per worker and round. None: full gradients.
+
+    Returns:
+        The algorithm, a pytree whose leaves are its numbers.
+
+    Raises:
+        ValueError: A number is out of its range, `oracle` is not an oracle, or the parts cannot be combined.
+
+    Example:
+        >>> import laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.algorithms.laq(oracle, lr=0.1, num_workers=4).num_workers
+        4
     """
     past = make_history(
         xi,
@@ -128,7 +244,6 @@ def laq(
     return assemble(oracle, grid(bits), rule, make_innovation_memory(oracle), **server)
 
 
-@add_shared_docs
 def two_laq(
     oracle: Oracle,
     *,
@@ -145,9 +260,46 @@ def two_laq(
     optimizer: Any = optax.sgd,
     sampler: Sampler | None = None,
 ) -> Algorithm:
-    """LAQ with the model's step quantized on the way down too: theta += Q_b(-lr sum_m h_m), no error memory.
+    """TWO-LAQ: LAQ with a quantized model step on the downlink too, theta += Q_b(-lr sum_m h_m).
 
-    From the authors' program.
+    The server keeps no memory of the quantization error of its step. Uplink and upload rule are those of `laq`.
+
+    Reference: the LAQ authors' program.
+
+    Args:
+        oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
+        lr: Learning rate > 0, or an optax schedule (a function of the round). The step acts on the SUM of the workers'
+            vectors, not on their mean. With SGD, divide a learning rate that is meant for the mean by M.
+        num_workers: Number M of workers, at least 1.
+        bits: Number b of bits per coordinate of a message, from 1 to 16.
+        downlink_bits: Number of bits per coordinate of the model step on the downlink, from 1 to 16 (None: `bits`).
+        xi: Weights xi_d >= 0 of the last D model steps in the threshold. One number is the sum of D equal weights. An
+            array [window] holds the weights themselves, newest step first.
+        window: Number D of past rounds whose model steps enter the threshold, at least 1.
+        max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
+        rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,
+            as the authors' program does. The default is False.
+        force_first_upload: If True, every worker sends in round 0. If False, the rule decides in round 0 too, as in the
+            authors' program. The default is True.
+        padded_window: Length of the buffer for the history, at least `window` (None: `window`). Algorithms with buffers
+            of one length share one compiled program, even if their windows differ.
+        optimizer: Server optimizer: a function from the learning rate to an optax transformation, such as `optax.adam`,
+            or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
+            as in the papers.
+        sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
+            `size` rows per worker and round. None: full gradients.
+
+    Returns:
+        The algorithm, a pytree whose leaves are its numbers.
+
+    Raises:
+        ValueError: A number is out of its range, `oracle` is not an oracle, or the parts cannot be combined.
+
+    Example:
+        >>> import laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.algorithms.two_laq(oracle, lr=0.1, num_workers=4).num_workers
+        4
     """
     past = make_history(
         xi,
@@ -163,7 +315,6 @@ def two_laq(
     return assemble(oracle, grid(bits), rule, make_innovation_memory(oracle), **server)
 
 
-@add_shared_docs
 def laq_adaptive(
     oracle: Oracle,
     *,
@@ -180,9 +331,46 @@ def laq_adaptive(
     optimizer: Any = optax.sgd,
     sampler: Sampler | None = None,
 ) -> Algorithm:
-    """LAQ, its rule too, with b chosen for each upload and billed with it.
+    """Adaptive LAQ: h_m += Q_b(g_m - h_m) with b chosen for each upload, theta -= lr sum_m h_m.
 
-    The choice of b is AQUILA's (Zhao et al. 2023), clipped; the rule is LAQ's, not AQUILA's: see `compressors.AdaptiveGrid`.
+    The upload rule is that of `laq`. The formula for b is that of AQUILA (Zhao et al. 2023), clipped to `min_bits` and
+    `max_bits`; the upload rule of AQUILA is not used. A message contains its b, and the bit counts include it. See
+    `laqjax.compressors.AdaptiveGrid`.
+
+    Args:
+        oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
+        lr: Learning rate > 0, or an optax schedule (a function of the round). The step acts on the SUM of the workers'
+            vectors, not on their mean. With SGD, divide a learning rate that is meant for the mean by M.
+        num_workers: Number M of workers, at least 1.
+        min_bits: Smallest number of bits per coordinate that may be chosen, at least 1.
+        max_bits: Largest number of bits per coordinate that may be chosen, at most 16.
+        xi: Weights xi_d >= 0 of the last D model steps in the threshold. One number is the sum of D equal weights. An
+            array [window] holds the weights themselves, newest step first.
+        window: Number D of past rounds whose model steps enter the threshold, at least 1.
+        max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
+        rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,
+            as the authors' program does. The default is False.
+        force_first_upload: If True, every worker sends in round 0. If False, the rule decides in round 0 too, as in the
+            authors' program. The default is True.
+        padded_window: Length of the buffer for the history, at least `window` (None: `window`). Algorithms with buffers
+            of one length share one compiled program, even if their windows differ.
+        optimizer: Server optimizer: a function from the learning rate to an optax transformation, such as `optax.adam`,
+            or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
+            as in the papers.
+        sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
+            `size` rows per worker and round. None: full gradients.
+
+    Returns:
+        The algorithm, a pytree whose leaves are its numbers.
+
+    Raises:
+        ValueError: A number is out of its range, `oracle` is not an oracle, or the parts cannot be combined.
+
+    Example:
+        >>> import laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.algorithms.laq_adaptive(oracle, lr=0.1, num_workers=4).num_workers
+        4
     """
     past = make_history(
         xi,
@@ -199,7 +387,6 @@ def laq_adaptive(
     )
 
 
-@add_shared_docs
 def clag(
     oracle: Oracle,
     *,
@@ -210,15 +397,44 @@ def clag(
     optimizer: Any = optax.sgd,
     sampler: Sampler | None = None,
 ) -> Algorithm:
-    """CLAG: EF21's step iff ||g_m - h_m||^2 > zeta ||g_m - g_m of the round before||^2 (3PC, Richtarik et al. 2022)."""
+    """CLAG: h_m += C(g_m - h_m) iff ||g_m - h_m||^2 > zeta ||g_m - previous g_m||^2, theta -= lr sum_m h_m.
+
+    An upload is a step of EF21. Every worker sends in round 0.
+
+    Reference: Richtarik et al. 2022 (3PC).
+
+    Args:
+        oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
+        lr: Learning rate > 0, or an optax schedule (a function of the round). The step acts on the SUM of the workers'
+            vectors, not on their mean. With SGD, divide a learning rate that is meant for the mean by M.
+        num_workers: Number M of workers, at least 1.
+        compressor: Contractive compressor C of the uplink, such as `laqjax.compressors.top_k(k)`.
+        zeta: Factor >= 0 of the gradient's change in the rule. A larger value means fewer uploads.
+        optimizer: Server optimizer: a function from the learning rate to an optax transformation, such as `optax.adam`,
+            or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
+            as in the papers.
+        sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
+            `size` rows per worker and round. None: full gradients.
+
+    Returns:
+        The algorithm, a pytree whose leaves are its numbers.
+
+    Raises:
+        ValueError: A number is out of its range, `oracle` is not an oracle, or the parts cannot be combined.
+
+    Example:
+        >>> import laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.algorithms.clag(oracle, lr=0.1, num_workers=4, compressor=laqjax.compressors.top_k(5)).num_workers
+        4
+    """
     rule = ClagRule(check_number("zeta", zeta, oracle_dtype(oracle), minimum=0))
-    # exact: where the compressor loses nothing both sides of the rule are the same number in the round after an upload
+    # If the compressor loses nothing, both sides of the rule must be exactly equal in the round after an upload.
     memory = make_innovation_memory(oracle, snap_when_lossless=True)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(oracle, compressor, rule, memory, **server)
 
 
-@add_shared_docs
 def slaq(
     oracle: Oracle,
     *,
@@ -234,7 +450,47 @@ def slaq(
     optimizer: Any = optax.sgd,
     sampler: Sampler | None = None,
 ) -> Algorithm:
-    """SLAQ: LAQ on minibatches, by the paper's rule (the authors' script uses another one)."""
+    """SLAQ: LAQ on minibatches, h_m += Q_b(g_m - h_m) for the workers that send, theta -= lr sum_m h_m.
+
+    It is `laq` with a `sampler` and with 3 bits by default. The upload rule is that of the paper; the authors' script
+    uses another one.
+
+    Reference: Sun, Chen, Giannakis, Yang, NeurIPS 2019.
+
+    Args:
+        oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
+        lr: Learning rate > 0, or an optax schedule (a function of the round). The step acts on the SUM of the workers'
+            vectors, not on their mean. With SGD, divide a learning rate that is meant for the mean by M.
+        num_workers: Number M of workers, at least 1.
+        bits: Number b of bits per coordinate of a message, from 1 to 16.
+        xi: Weights xi_d >= 0 of the last D model steps in the threshold. One number is the sum of D equal weights. An
+            array [window] holds the weights themselves, newest step first.
+        window: Number D of past rounds whose model steps enter the threshold, at least 1.
+        max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
+        rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,
+            as the authors' program does. The default is False.
+        force_first_upload: If True, every worker sends in round 0. If False, the rule decides in round 0 too, as in the
+            authors' program. The default is True.
+        padded_window: Length of the buffer for the history, at least `window` (None: `window`). Algorithms with buffers
+            of one length share one compiled program, even if their windows differ.
+        optimizer: Server optimizer: a function from the learning rate to an optax transformation, such as `optax.adam`,
+            or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
+            as in the papers.
+        sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
+            `size` rows per worker and round. None: full gradients.
+
+    Returns:
+        The algorithm, a pytree whose leaves are its numbers.
+
+    Raises:
+        ValueError: A number is out of its range, `oracle` is not an oracle, or the parts cannot be combined.
+
+    Example:
+        >>> import laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.algorithms.slaq(oracle, lr=0.1, num_workers=4).num_workers
+        4
+    """
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     knobs = {
         "xi": xi,
@@ -246,7 +502,6 @@ def slaq(
     return laq(oracle, bits=bits, padded_window=padded_window, **knobs, **server)
 
 
-@add_shared_docs
 def lasg_wk1(
     oracle: Oracle,
     *,
@@ -263,10 +518,56 @@ def lasg_wk1(
     optimizer: Any = optax.sgd,
     sampler: Sampler | None = None,
 ) -> Algorithm:
-    """LASG-WK1: the change of g_m - (gradient of a snapshot, on the same rows), the snapshot renewed every `period`.
+    """LASG-WK1: h_m = g_m iff ||d_m - last sent d_m||^2 >= threshold, with d_m = g_m(theta) - g_m(snapshot).
 
-    Chen, Sun, Yin, "Communication-adaptive stochastic gradient methods for distributed learning", 2020, eq. (7). The paper's
-    single D is `period` = D and `limit_silence` = D - 1 (its staleness tau counts from 1), its d_max is `window`, its c is `c`.
+    Both gradients use the same rows. The snapshot is the model of the last round that is a multiple of `period`. The
+    step is theta -= lr sum_m h_m.
+
+    The threshold is sum_d xi_d motion_d / (lr^2 M^2), or (c / D) sum_d motion_d if `c` is given. motion_d is the
+    squared norm of the d-th newest model step, see `laqjax.rules.History`.
+
+    The paper's single D is `period` = D and `max_silence` = D - 1, since its staleness tau counts from 1. Its d_max is
+    `window`, and its c is `c`.
+
+    Reference: eq. (7) of Chen, Sun, Yin, "Communication-adaptive stochastic gradient methods for distributed learning",
+    2020.
+
+    Args:
+        oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
+        lr: Learning rate > 0, or an optax schedule (a function of the round). The step acts on the SUM of the workers'
+            vectors, not on their mean. With SGD, divide a learning rate that is meant for the mean by M.
+        num_workers: Number M of workers, at least 1.
+        period: Number of rounds from one snapshot of the model to the next, at least 1.
+        xi: Weights xi_d >= 0 of the last D model steps in the threshold. One number is the sum of D equal weights. An
+            array [window] holds the weights themselves, newest step first. None: 0.8, or unused if `c` is given.
+        c: Weight >= 0 of the threshold (c / D) sum_d motion_d of the LASG and CADA papers. `lr` and M do not change it.
+            It replaces `xi`, so give one of them only. None: the threshold uses `xi`.
+        window: Number D of past rounds whose model steps enter the threshold, at least 1.
+        max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
+        rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,
+            as the authors' program does. The default is False.
+        force_first_upload: If True, every worker sends in round 0. If False, the rule decides in round 0 too, as in the
+            authors' program. The default is True.
+        padded_window: Length of the buffer for the history, at least `window` (None: `window`). Algorithms with buffers
+            of one length share one compiled program, even if their windows differ.
+        optimizer: Server optimizer: a function from the learning rate to an optax transformation, such as `optax.adam`,
+            or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
+            as in the papers.
+        sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
+            `size` rows per worker and round. None: full gradients.
+
+    Returns:
+        The algorithm, a pytree whose leaves are its numbers.
+
+    Raises:
+        ValueError: A number is out of its range, `oracle` is not an oracle, the parts cannot be combined, or both `xi`
+            and `c` are given.
+
+    Example:
+        >>> import laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.algorithms.lasg_wk1(oracle, lr=0.1, num_workers=4).num_workers
+        4
     """
     change = SnapshotChange(check_number("period", period, np.int32, minimum=1))
     past = history_from_xi_or_c(
@@ -277,7 +578,6 @@ def lasg_wk1(
     return assemble(oracle, identity(), rule, make_innovation_memory(oracle), **server)
 
 
-@add_shared_docs
 def lasg_wk2(
     oracle: Oracle,
     *,
@@ -293,9 +593,53 @@ def lasg_wk2(
     optimizer: Any = optax.sgd,
     sampler: Sampler | None = None,
 ) -> Algorithm:
-    """LASG-WK2: the change of the gradient between this model and that of the last upload, on the same rows.
+    """LASG-WK2: h_m = g_m iff ||g_m(theta) - g_m(theta_hat_m)||^2 >= threshold, theta -= lr sum_m h_m.
 
-    Chen, Sun, Yin 2020, eq. (10). The paper's D is `limit_silence` = D - 1, its d_max is `window`, its c is `c`.
+    theta_hat_m is the model of worker m's last upload, and both gradients use the same rows.
+
+    The threshold is sum_d xi_d motion_d / (lr^2 M^2), or (c / D) sum_d motion_d if `c` is given. motion_d is the
+    squared norm of the d-th newest model step, see `laqjax.rules.History`.
+
+    The paper's D is `max_silence` = D - 1, its d_max is `window`, and its c is `c`.
+
+    Reference: eq. (10) of Chen, Sun, Yin, "Communication-adaptive stochastic gradient methods for distributed
+    learning", 2020.
+
+    Args:
+        oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
+        lr: Learning rate > 0, or an optax schedule (a function of the round). The step acts on the SUM of the workers'
+            vectors, not on their mean. With SGD, divide a learning rate that is meant for the mean by M.
+        num_workers: Number M of workers, at least 1.
+        xi: Weights xi_d >= 0 of the last D model steps in the threshold. One number is the sum of D equal weights. An
+            array [window] holds the weights themselves, newest step first. None: 0.8, or unused if `c` is given.
+        c: Weight >= 0 of the threshold (c / D) sum_d motion_d of the LASG and CADA papers. `lr` and M do not change it.
+            It replaces `xi`, so give one of them only. None: the threshold uses `xi`.
+        window: Number D of past rounds whose model steps enter the threshold, at least 1.
+        max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
+        rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,
+            as the authors' program does. The default is False.
+        force_first_upload: If True, every worker sends in round 0. If False, the rule decides in round 0 too, as in the
+            authors' program. The default is True.
+        padded_window: Length of the buffer for the history, at least `window` (None: `window`). Algorithms with buffers
+            of one length share one compiled program, even if their windows differ.
+        optimizer: Server optimizer: a function from the learning rate to an optax transformation, such as `optax.adam`,
+            or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
+            as in the papers.
+        sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
+            `size` rows per worker and round. None: full gradients.
+
+    Returns:
+        The algorithm, a pytree whose leaves are its numbers.
+
+    Raises:
+        ValueError: A number is out of its range, `oracle` is not an oracle, the parts cannot be combined, or both `xi`
+            and `c` are given.
+
+    Example:
+        >>> import laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.algorithms.lasg_wk2(oracle, lr=0.1, num_workers=4).num_workers
+        4
     """
     past = history_from_xi_or_c(
         xi, c, window, oracle, padded_window, rescale_short_history, history_kind(lr, optimizer)
@@ -305,7 +649,6 @@ def lasg_wk2(
     return assemble(oracle, identity(), rule, make_innovation_memory(oracle), **server)
 
 
-@add_shared_docs
 def lasg_ps(
     oracle: Oracle,
     *,
@@ -322,7 +665,51 @@ def lasg_ps(
     optimizer: Any = optax.sgd,
     sampler: Sampler | None = None,
 ) -> Algorithm:
-    """LASG-PS: LAG-PS on minibatches (Chen, Sun, Yin 2020). The paper's D is `limit_silence` = D - 1, its d_max is `window`."""
+    """Server-side LASG (LASG-PS): h_m = g_m iff L_m^2 ||theta - theta_hat_m||^2 >= threshold, theta -= lr sum_m h_m.
+
+    It is `lag_ps` on minibatches, with the same threshold.
+
+    The paper's D is `max_silence` = D - 1, and its d_max is `window`.
+
+    Reference: Chen, Sun, Yin, "Communication-adaptive stochastic gradient methods for distributed learning", 2020.
+
+    Args:
+        oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
+        lr: Learning rate > 0, or an optax schedule (a function of the round). The step acts on the SUM of the workers'
+            vectors, not on their mean. With SGD, divide a learning rate that is meant for the mean by M.
+        num_workers: Number M of workers, at least 1.
+        smoothness: Smoothness constant L_m >= 0 of every worker's loss f_m, an array [M].
+        xi: Weights xi_d >= 0 of the last D model steps in the threshold. One number is the sum of D equal weights. An
+            array [window] holds the weights themselves, newest step first. None: 0.8, or unused if `c` is given.
+        c: Weight >= 0 of the threshold (c / D) sum_d motion_d of the LASG and CADA papers. `lr` and M do not change it.
+            It replaces `xi`, so give one of them only. None: the threshold uses `xi`.
+        window: Number D of past rounds whose model steps enter the threshold, at least 1.
+        max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
+        rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,
+            as the authors' program does. The default is False.
+        force_first_upload: If True, every worker sends in round 0. If False, the rule decides in round 0 too, as in the
+            authors' program. The default is True.
+        padded_window: Length of the buffer for the history, at least `window` (None: `window`). Algorithms with buffers
+            of one length share one compiled program, even if their windows differ.
+        optimizer: Server optimizer: a function from the learning rate to an optax transformation, such as `optax.adam`,
+            or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
+            as in the papers.
+        sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
+            `size` rows per worker and round. None: full gradients.
+
+    Returns:
+        The algorithm, a pytree whose leaves are its numbers.
+
+    Raises:
+        ValueError: A number is out of its range, `oracle` is not an oracle, the parts cannot be combined, or both `xi`
+            and `c` are given.
+
+    Example:
+        >>> import laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.algorithms.lasg_ps(oracle, lr=0.1, num_workers=4, smoothness=[1.0, 2.0, 1.0, 2.0]).num_workers
+        4
+    """
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     knobs = {
         "xi": xi,
@@ -336,11 +723,19 @@ def lasg_ps(
 
 
 def amsgrad(lr: Any) -> optax.GradientTransformation:
-    """AMSGrad as published, without bias correction (Reddi, Kale, Kumar 2018): the server of CADA."""
+    """Build AMSGrad as published, without bias correction: the server optimizer of CADA.
+
+    Reference: Reddi, Kale, Kumar 2018.
+
+    Args:
+        lr: Learning rate, a number or an optax schedule.
+
+    Returns:
+        An optax transformation.
+    """
     return optax.amsgrad(lr, bias_correction_mu=False, bias_correction_nu=False)
 
 
-@add_shared_docs
 def cada1(
     oracle: Oracle,
     *,
@@ -356,9 +751,47 @@ def cada1(
     optimizer: Any = amsgrad,
     sampler: Sampler | None = None,
 ) -> Algorithm:
-    """CADA1: LASG-WK1's change >= c / D sum_d motion_d, AMSGrad at the server (Chen, Guo, Sun, Yin, AISTATS 2021, eq. (7)).
+    """CADA1: h_m = g_m iff ||d_m - last sent d_m||^2 >= (c / D) sum_d motion_d, theta by AMSGrad.
 
-    The paper's single D is `period` = D and `limit_silence` = D - 1, its d_max is `window`.
+    AMSGrad gets sum_m h_m. The change d_m = g_m(theta) - g_m(snapshot) is that of `lasg_wk1`. motion_d is the squared
+    norm of the d-th newest model step.
+
+    The paper's single D is `period` = D and `max_silence` = D - 1, and its d_max is `window`.
+
+    Reference: Chen, Guo, Sun, Yin, AISTATS 2021, eq. (7).
+
+    Args:
+        oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
+        lr: Learning rate > 0, or an optax schedule (a function of the round). The step acts on the SUM of the workers'
+            vectors, not on their mean. With SGD, divide a learning rate that is meant for the mean by M.
+        num_workers: Number M of workers, at least 1.
+        c: Weight >= 0 of the threshold (c / D) sum_d motion_d of the LASG and CADA papers. `lr` and M do not change it.
+        period: Number of rounds from one snapshot of the model to the next, at least 1.
+        window: Number D of past rounds whose model steps enter the threshold, at least 1.
+        max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
+        rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,
+            as the authors' program does. The default is False.
+        force_first_upload: If True, every worker sends in round 0. If False, the rule decides in round 0 too, as in the
+            authors' program. The default is True.
+        padded_window: Length of the buffer for the history, at least `window` (None: `window`). Algorithms with buffers
+            of one length share one compiled program, even if their windows differ.
+        optimizer: Server optimizer: a function from the learning rate to an optax transformation, such as `optax.adam`,
+            or a transformation. A transformation uses its own learning rate instead of `lr`. The default is AMSGrad
+            without bias correction, as in the paper.
+        sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
+            `size` rows per worker and round. None: full gradients.
+
+    Returns:
+        The algorithm, a pytree whose leaves are its numbers.
+
+    Raises:
+        ValueError: A number is out of its range, `oracle` is not an oracle, or the parts cannot be combined.
+
+    Example:
+        >>> import laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.algorithms.cada1(oracle, lr=0.1, num_workers=4).num_workers
+        4
     """
     change = SnapshotChange(check_number("period", period, np.int32, minimum=1))
     past = history_from_xi_or_c(None, c, window, oracle, padded_window, rescale_short_history, "absolute")
@@ -367,7 +800,6 @@ def cada1(
     return assemble(oracle, identity(), rule, make_innovation_memory(oracle), **server)
 
 
-@add_shared_docs
 def cada2(
     oracle: Oracle,
     *,
@@ -382,9 +814,46 @@ def cada2(
     optimizer: Any = amsgrad,
     sampler: Sampler | None = None,
 ) -> Algorithm:
-    """CADA2: LASG-WK2's change >= c / D sum_d motion_d, AMSGrad at the server (eq. (10) of CADA). c = 0 is AMSGrad.
+    """CADA2: h_m = g_m iff ||g_m(theta) - g_m(theta_hat_m)||^2 >= (c / D) sum_d motion_d, theta by AMSGrad.
 
-    The paper's D is `limit_silence` = D - 1, its d_max is `window`.
+    AMSGrad gets sum_m h_m. theta_hat_m is the model of worker m's last upload, and both gradients use the same rows, as
+    in `lasg_wk2`. motion_d is the squared norm of the d-th newest model step. With c = 0 the method is AMSGrad.
+
+    The paper's D is `max_silence` = D - 1, and its d_max is `window`.
+
+    Reference: Chen, Guo, Sun, Yin, AISTATS 2021, eq. (10).
+
+    Args:
+        oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
+        lr: Learning rate > 0, or an optax schedule (a function of the round). The step acts on the SUM of the workers'
+            vectors, not on their mean. With SGD, divide a learning rate that is meant for the mean by M.
+        num_workers: Number M of workers, at least 1.
+        c: Weight >= 0 of the threshold (c / D) sum_d motion_d of the LASG and CADA papers. `lr` and M do not change it.
+        window: Number D of past rounds whose model steps enter the threshold, at least 1.
+        max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
+        rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,
+            as the authors' program does. The default is False.
+        force_first_upload: If True, every worker sends in round 0. If False, the rule decides in round 0 too, as in the
+            authors' program. The default is True.
+        padded_window: Length of the buffer for the history, at least `window` (None: `window`). Algorithms with buffers
+            of one length share one compiled program, even if their windows differ.
+        optimizer: Server optimizer: a function from the learning rate to an optax transformation, such as `optax.adam`,
+            or a transformation. A transformation uses its own learning rate instead of `lr`. The default is AMSGrad
+            without bias correction, as in the paper.
+        sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
+            `size` rows per worker and round. None: full gradients.
+
+    Returns:
+        The algorithm, a pytree whose leaves are its numbers.
+
+    Raises:
+        ValueError: A number is out of its range, `oracle` is not an oracle, or the parts cannot be combined.
+
+    Example:
+        >>> import laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.algorithms.cada2(oracle, lr=0.1, num_workers=4).num_workers
+        4
     """
     past = history_from_xi_or_c(None, c, window, oracle, padded_window, rescale_short_history, "absolute")
     rule = with_max_silence(make_lazy_rule(past, StaleModelChange()), max_silence, force_first_upload)
