@@ -1,26 +1,40 @@
-"""laqjax: lazily aggregated quantized gradients (LAQ, NeurIPS 2019) and their family, as one compiled program in JAX.
+"""laqjax: lazily aggregated quantized gradients (LAQ, NeurIPS 2019) and related methods in JAX.
 
-Workers m = 1..M hold data, a server holds the model. Every round worker m computes its gradient, quantizes its *change*
-since the last upload to b bits, and sends it only when a rule says that the change matters.
+M workers hold data, and a server holds the model. In every round, worker m computes its gradient. It quantizes the
+*change* since its last upload to b bits per coordinate. It sends this change only when a rule decides that the change
+matters. A whole run is one compiled program.
 
-Notation
-    theta            params       [p]       the model as a flat vector
-    grad f_m         grad         [p]       gradient of worker m
-    Q_m(theta_hat)   memory       [p]       what the server holds for worker m
-    delta Q_m        innovation   [p]       decoded change of this round
-    R_m              radius                 max-norm of grad - memory
-    b                bits                   per coordinate
-    eps_m            error_sq               squared quantization error; last_error_sq at the last upload
-    ||dtheta||^2     motion       [window]  the last D squared model steps
-    xi_d, D          xi, window             weights and length of that history
-    t_m, t_bar       silence, max_silence   rounds since the last upload, and their bound C
-    nabla            aggregate    [p]       the server's sum of all memories
-    alpha            lr                     step size
+Start with an algorithm of `laqjax.algorithms`, such as `laq`, and pass it to `laqjax.run`.
 
-Reading order: types (the protocols of the parts) -> _core/round (one round) -> memories, rules, compressors, downlinks (the
-parts) and _core/wire_format (their bits) -> algorithms (the named members) -> oracles (a loss becomes gradients), samplers ->
-_engine (runs, sweeps, collectives, checkpoints) -> sharding, distributed (many devices, many processes) -> aggregation (other
-people's loops) -> problems, partition, theory. federation: workers and server as Flower apps, with the extra `[flower]`.
+Notation of the paper and names in the code:
+
+paper | code | shape | meaning
+--- | --- | --- | ---
+theta | params | [p] | model as a flat vector
+grad f_m | grad | [p] | gradient of worker m
+Q_m(theta_hat) | memory | [p] | vector that the server holds for worker m
+delta Q_m | innovation | [p] | decoded change of this round
+R_m | radius | | max-norm of grad - memory
+b | bits | | bits per coordinate
+eps_m | error_sq | | squared quantization error; last_error_sq is that of the last upload
+norm(dtheta)^2 | motion | [window] | last D squared steps of the model
+xi_d, D | xi, window | | weights and length of this history
+t_m, t_bar | silence, max_silence | | rounds since the last upload, and their bound C
+nabla | aggregate | [p] | sum of the memories of all workers, on the server
+alpha | lr | | learning rate
+
+Read the modules in this order:
+
+- `types`: states, messages, and the protocols of the parts.
+- `_core/round`: one round of the workers and the server.
+- `memories`, `rules`, `compressors`, `downlinks`: the parts. `_core/wire_format` counts the bits of a message.
+- `algorithms`: the named methods, each assembled from parts.
+- `oracles`: loss and gradient of a worker from a loss per example. `samplers`: minibatches.
+- `_engine`: runs, sweeps, collectives and checkpoints.
+- `sharding`, `distributed`: many devices, and many processes.
+- `aggregation`: `lazy_aggregate`, an optax transformation for an existing training loop.
+- `problems`, `partition`, `theory`: the losses of the papers, data partitions, and admissible learning rates.
+- `federation`: workers and server as Flower apps; it needs the extra `[flower]`.
 """
 
 from laqjax import (

@@ -1,8 +1,8 @@
-"""Lazily aggregated quantized gradients for a training loop of one's own, as an optax transformation inside `jax.shard_map`.
+"""Lazily aggregated quantized gradients for your own training loop, as an optax transformation inside `jax.shard_map`.
 
-What DDP communication hooks are to PyTorch: each device gives its own gradient in, and gets the same direction out, made of
-what the devices chose to send. It is `Algorithm.step`, whose oracle hands over the gradient and whose server keeps the
-direction for the transformations behind it.
+It corresponds to the DDP communication hooks of PyTorch. Each device passes its own gradient and gets the same
+direction, computed from the messages that the devices uploaded. The transformation runs `Algorithm.step` with an oracle
+that returns the given gradient, and a server that passes the direction on to the next transformation.
 """
 
 import dataclasses
@@ -33,50 +33,66 @@ __all__ = ["LazyAggregateState", "lazy_aggregate", "partition_specs"]
 
 
 class LazyAggregateState(NamedTuple):
-    """The state of `lazy_aggregate`: what the algorithm remembers, and what the last update sent."""
+    """State of `lazy_aggregate`: the state of the algorithm, and what the last update sent.
 
-    algorithm_state: AlgorithmState  # its workers [M, ...] are spread over the axis, all else is the same on every device; no params, no optimizer
+    Attributes:
+        algorithm_state: state of the algorithm, without params and optimizer. Its workers [M, ...] are spread over the
+            axis; all else is the same on every device.
+        sent: [M], whether each device sent a message in the last update.
+        bytes_up: [M], bytes of each device's message as a server would receive it; 0 without a message.
+        bytes_received: bytes that the collective moved to each device; 0 in an update without a message.
+        total_uploads: number of messages since `init`.
+    """
+
+    algorithm_state: AlgorithmState
     sent: Bool[Array | np.ndarray, " M"]
-    bytes_up: Int[Array | np.ndarray, " M"]  # of each device's message, as a server would receive it; 0 without one
-    bytes_received: Int[Array, ""]  # that the exchange moved to each device; 0 where nobody sent
-    total_uploads: Int[Array, ""]  # messages so far
+    bytes_up: Int[Array | np.ndarray, " M"]
+    bytes_received: Int[Array, ""]
+    total_uploads: Int[Array, ""]
 
     @property
     def bits_up(self) -> Int[np.ndarray, " M"]:
-        """Return the bits of each device's message in int64, on the host; see `laqjax.Info`."""
+        """Return the bits of each device's message in int64, on the host; see `laqjax.RoundInfo`."""
         return _count_bits("bits_up", self.bytes_up)
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class _PrecomputedGradient:
-    """An oracle whose data is the gradient: `shards.x` [m, p], and `shards.y`, the model it belongs to."""
+    """Oracle that returns a given gradient.
+
+    Its data are gradients in `shards.x` [m, p], and the model at which they were computed in `shards.y` [p].
+    """
 
     size: int = static_field()
     dtype: np.dtype = static_field()
 
     def ravel(self, params: Any) -> Float[Array, " p"]:
-        """The pytree as one vector, whatever floating dtypes its leaves have."""
+        """Concatenate the leaves of a pytree, of any floating dtypes, into one vector."""
         leaves = [_unsharded(leaf) for leaf in jax.tree.leaves(params)]
         return jnp.concatenate([jnp.reshape(leaf, (1, -1)).astype(self.dtype) for leaf in leaves], axis=1)[0]
 
     def unravel(self, params: Float[Array, " p"]) -> Any:
-        """The vector itself."""
+        """Return the vector unchanged."""
         return params
 
     def validate(self, shards: Shards) -> None:
-        """Any gradient is right."""
+        """Accept all shards."""
 
     def activation_bytes(self, shards: Shards) -> int:
-        """It computes nothing."""
+        """Return 0, since no gradient is computed."""
         return 0
 
     def prefers_sequential(self, shards: Shards) -> bool:
-        """No convolutions here."""
+        """Return False, since no convolution is computed."""
         return False
 
     def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> tuple[Array, Array]:
-        """(0, the gradient given). ValueError at another model than the one it was computed at."""
+        """Return a loss of 0 and the given gradient.
+
+        Raises:
+            ValueError: `params` is not the model at which the gradient was computed.
+        """
         if params is not shards.y:
             raise ValueError(
                 "lazy_aggregate with a method that asks for gradients at other models (MARINA on minibatches, LASG, CADA): "
@@ -85,7 +101,7 @@ class _PrecomputedGradient:
         return jnp.zeros((), self.dtype), shards.x[worker]
 
 
-# the server's optimizer: it moves nothing and hands over the direction, in its state, for what stands behind
+# optimizer of the server: it leaves the model unchanged and keeps the direction in its state, where `update` reads it
 _PASS_DIRECTION = optax.GradientTransformation(
     lambda params: (),
     lambda direction, state, params=None: (jnp.zeros_like(direction), direction),  # pyright: ignore[reportArgumentType]
@@ -103,31 +119,33 @@ def lazy_aggregate(
     seed: int = 0,
     **settings: Any,
 ) -> optax.GradientTransformation:
-    """A gradient transformation that replaces `lax.pmean` of gradients over a mesh axis.
+    """Create a gradient transformation that replaces `lax.pmean` of gradients over a mesh axis.
 
     Args:
-        axis: of the `jax.shard_map` in which `update` is called, with `check_vma=False` (else JAX adds up the gradients of
-            replicated parameters by itself). The mesh may have further axes, over which the compiler splits the parameters
-            (`axis_names={axis}`); then messages are packed in silent rounds too.
-        num_workers: M, the devices along that axis: one worker each.
-        algorithm: of `laqjax.algorithms`, one that needs no other gradients than those it is given.
-        quantizer_blocks: None: one radius for the whole message; "leaf": one for each leaf of the parameters; or the sizes of
-            consecutive blocks, which add up to p.
+        axis: mesh axis of the `jax.shard_map(..., check_vma=False)` in which `update` is called. With `check_vma=True`,
+            JAX sums the gradients of replicated parameters before `update`. The mesh may have further axes over which
+            the compiler splits the parameters (`axis_names={axis}`); messages are then packed in silent rounds too.
+        num_workers: number of devices M along that axis, one worker each.
+        algorithm: function of `laqjax.algorithms` whose method needs no gradients other than those it is given.
+        quantizer_blocks: None: one radius for the whole message. "leaf": one radius for each leaf of the parameters.
+            Sequence of sizes: one radius for each of these consecutive blocks, which add up to p.
         collective: "all_gather", "all_to_all" or "all_reduce", see `laqjax.sharding`.
-        mean: the direction is the mean over the devices; else the sum, as in the papers.
-        seed: of the draws of random compressors.
-        **settings: arguments of `algorithm`, such as bits, xi, window, max_silence. Its lr and optimizer are not to be given: the
-            lazy rules compare with the direction, whatever makes steps of it (`rules.History`).
+        mean: True: the direction is the mean over the devices. False: the sum, as in the papers.
+        seed: seed of random compressors.
+        **settings: arguments of `algorithm`, such as bits, xi, window, max_silence. `lr` and `optimizer` are not
+            allowed: the lazy rules compare with the direction itself, not with the steps that later transformations
+            make of it (see `rules.History`).
 
     Returns:
-        `init(params)`, outside of the `shard_map`: a `LazyAggregateState` with rows for all M workers, to be spread by `partition_specs`.
-        `update(gradients, state, params)`, inside: pytrees of any floating dtypes; the direction has the same. The
-        algorithm's numbers are kept in float32, or float64 where there is a leaf of it.
+        A transformation with two functions. `init(params)` is called outside of the `shard_map`. It returns a
+        `LazyAggregateState` with rows for all M workers, to be placed by `partition_specs`.
+        `update(gradients, state, params)` is called inside. It takes pytrees of any floating dtypes, and its direction
+        has the dtypes of the gradients. The algorithm computes in float32, or in float64 if a leaf is float64.
 
     Raises:
-        ValueError: an argument is wrong (here), or, in `update`: the method needs other gradients, the axis has another size or
-            is not one of an enclosing `jax.shard_map`, check_vma is True, the state is not spread by `partition_specs`, or the method
-            may deadlock beside an axis of the compiler.
+        ValueError: an argument is wrong. `update` raises it when it is traced in these cases: the method needs other
+            gradients; the axis has another size or is not bound by an enclosing `jax.shard_map`; `check_vma` is True;
+            the state is not placed by `partition_specs`; or the method may deadlock beside an axis of the compiler.
 
     Example:
         >>> import jax.numpy as jnp, optax, laqjax
@@ -152,7 +170,7 @@ def lazy_aggregate(
             return alg
         return dataclasses.replace(alg, compressor=blockwise(alg.compressor, sizes if quantizer_blocks == "leaf" else quantizer_blocks))  # pyright: ignore[reportArgumentType]  # fmt: skip
 
-    # check the settings here, where they are given; p is large, since a method may derive k from p
+    # report wrong settings in this call, not in `init`; p is large, since a method may derive k from p
     build([10**6], np.dtype(np.float32))
 
     def make_algorithm(params: Any) -> Algorithm:
@@ -188,13 +206,16 @@ def lazy_aggregate(
 
 
 def _unsharded(leaf: Any) -> Any:
-    """Return an array as one that no explicit axis of the mesh splits; what the compiler splits by itself may stay split."""
+    """Reshard an array so that no explicit axis of the mesh splits it.
+
+    Automatic axes, which the compiler controls, may still split it.
+    """
     sharding = jax.typeof(leaf).sharding
     return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, P())) if any(sharding.spec) else leaf
 
 
 def _unravel_like(vector: Float[Array, " p"], tree: Any) -> Any:
-    """A vector as a pytree with the shapes and dtypes of another."""
+    """Convert a vector to a pytree with the shapes and dtypes of another."""
     leaves, structure = jax.tree.flatten(tree)
     parts = jnp.split(vector, np.cumsum([leaf.size for leaf in leaves])[:-1])
     return jax.tree.unflatten(
@@ -203,15 +224,15 @@ def _unravel_like(vector: Float[Array, " p"], tree: Any) -> Any:
 
 
 def partition_specs(state: Any, axis: str) -> Any:
-    """Return the partition specs of an optimizer's state that holds a `LazyAggregateState`.
+    """Return the partition specs of an optimizer state that contains a `LazyAggregateState`.
 
     Args:
-        state: of `tx.init(params)`, or its shapes from `jax.eval_shape`.
-        axis: the one that `lazy_aggregate` was given.
+        state: state from `tx.init(params)`, or its shapes from `jax.eval_shape`.
+        axis: mesh axis that `lazy_aggregate` was given.
 
     Returns:
-        The specs for `in_specs` and `out_specs` of `jax.shard_map`, and to place a restored state on the mesh: the workers'
-        rows are split over the axis, all else is the same on every device.
+        The specs for `in_specs` and `out_specs` of `jax.shard_map`, and for placing a restored state on the mesh. The
+        rows of the workers are split over the axis; all else is the same on every device.
     """
 
     def one(node: Any) -> Any:
@@ -224,7 +245,7 @@ def partition_specs(state: Any, axis: str) -> Any:
     return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, LazyAggregateState))
 
 
-# ---- what was given, in one sentence each -------------------------------------------------------------------------
+# ---- checks of arguments ------------------------------------------------------------------------------------------
 
 
 def _check_arguments(algorithm: Any, settings: dict[str, Any], quantizer_blocks: Any) -> None:
@@ -264,7 +285,7 @@ def _check_arguments(algorithm: Any, settings: dict[str, Any], quantizer_blocks:
 
 
 def _check_axis(axis: Any, num_workers: int) -> None:
-    """Raise ValueError unless the caller is inside `jax.shard_map(..., check_vma=False)` over this axis, of this size."""
+    """Raise ValueError unless the caller is in `jax.shard_map(..., check_vma=False)` over this axis of this size."""
     try:
         devices = jax.lax.axis_size(axis)
     except NameError:
@@ -286,7 +307,7 @@ def _check_axis(axis: Any, num_workers: int) -> None:
 
 
 def _check_state(state: LazyAggregateState, expected: LazyAggregateState) -> None:
-    """Raise ValueError unless a device holds one row of the workers' state, of the shapes that `init` gives."""
+    """Raise ValueError unless each device holds one row of the workers' state, with the shapes that `init` gives."""
     for leaf in jax.tree.leaves(state.algorithm_state.workers):
         if np.shape(leaf)[:1] != (1,):
             raise ValueError(
@@ -311,9 +332,10 @@ def _check_state(state: LazyAggregateState, expected: LazyAggregateState) -> Non
 
 
 def _check_branches(alg: Algorithm, state: AlgorithmState, shards: Shards, key: Any) -> None:
-    """Raise ValueError where workers may branch apart on a mesh whose other axes the compiler uses.
+    """Raise ValueError if workers may take different branches on a mesh with axes of the compiler.
 
-    It may place collectives over those axes in the branch, where they wait forever for devices that took the other one.
+    The compiler may place collectives over these axes in a branch. They then wait forever for devices that took the
+    other branch.
     """
     axes = collectives.automatic_axes()
     if not axes:

@@ -1,11 +1,26 @@
-"""Compress a vector.
+"""Compressors, which turn a vector of p numbers into a short message and back.
 
-`encode(target, keys) -> payload` and `decode(payload, like) -> [p]` are pure and traced; `like` has the target's shape
-and dtype. `wire_fields(payload, like)` yields what travels, see `laqjax.compressors`. A class is a compressor, the function of its name
-makes one from checked numbers: JAX rebuilds the class with tracers and axes in the place of numbers, so it checks nothing.
+A compressor implements `laqjax.types.Compressor`. Its methods are pure functions that JAX can trace:
 
-    unbiased     E decode = target                                        qsgd, ternary, rand_k, natural
-    contractive  ||target - decode||^2 <= (1 - delta) ||target||^2        sign, top_k;  identity (delta = 1)
+- `encode(target, keys) -> payload` compresses the vector `target` [p]. The payload is a dictionary of arrays.
+- `decode(payload, like) -> [p]` returns the vector that the receiver reconstructs.
+- `wire_fields(payload, like)` yields the parts of the payload that are sent, in order, as `WireField`s.
+
+`like` has the shape and dtype of the target; `keys` are the `RoundKeys` of the worker, round and run. A
+`WireField(payload, name, like, bits, mask)` is the entry `name` of `payload`, sent with `bits` bits for each number.
+If `mask` is given, only the numbers that it selects are sent. A field may depend on the fields before it.
+
+The size of a message is the sum over its fields, rounded up to a whole byte once. `message_bytes` computes it,
+`to_bytes` serializes a message, and `from_bytes` reads it. Bit counts in this module are for float32. With float64,
+each float that is sent counts 64 instead of 32.
+
+Build compressors with the functions (`grid`, `top_k`, ...), which check their numbers. The classes check nothing,
+because JAX rebuilds them with tracers or axes in the place of numbers.
+
+Theorems distinguish two kinds of compressors:
+
+- unbiased, E decode = target: `qsgd`, `ternary`, `rand_k`, `natural`, `optimal_sparsifier`;
+- contractive, ||target - decode||^2 <= (1 - delta) ||target||^2: scaled `sign`, `top_k`, and `identity` with delta = 1.
 """
 
 from collections.abc import Sequence
@@ -68,7 +83,7 @@ __all__ = [
 @register_dataclass
 @dataclass(frozen=True)
 class Identity:
-    """The vector as it is: 32 p bits (64 p in float64)."""
+    """Compressor that sends the vector unchanged, in 32 p bits (64 p in float64)."""
 
     def encode(self, target, keys):
         return {"values": target}
@@ -83,11 +98,21 @@ class Identity:
 @register_dataclass
 @dataclass(frozen=True)
 class Grid:
-    """The paper's b-bit uniform grid of 2^b points over [-radius, radius] (LAQ, eq. (5)-(6)): 32 + b p bits.
+    """Quantizer to the b-bit uniform grid of 2^b points over [-radius, radius] (LAQ, eq. (5)-(6)): 32 + b p bits.
 
-    codes = floor(target / step + 2^(b-1)), decoded = step (codes - (2^b - 1) / 2), |target - decoded| <= step / 2 with
-    step = 2 radius / (2^b - 1). It is the paper's floor((target + radius) / step + 1/2) rewritten: for an exactly zero
-    coordinate that form is a tie which float32 decides at random, this one always gives 2^(b-1).
+    The radius is max |target|, and step = 2 radius / (2^b - 1) is the distance between grid points:
+
+        codes   = floor(target / step + 2^(b-1))
+        decoded = step (codes - (2^b - 1) / 2),    |target - decoded| <= step / 2
+
+    The codes are the paper's floor((target + radius) / step + 1/2), rewritten. For a coordinate that is exactly zero,
+    the paper's form is a tie that float32 rounds arbitrarily. This form always gives 2^(b-1).
+
+    For example, with bits = 2 the vector [1, 0.2, -1] has radius 1, step 2/3 and codes [3, 2, 0]. It is decoded as
+    [1, 1/3, -1]. The message takes 32 + 2 * 3 = 38 bits, that is 5 bytes.
+
+    Attributes:
+        bits: b, bits per coordinate.
     """
 
     bits: Int[Array, ""]
@@ -107,10 +132,15 @@ class Grid:
 @register_dataclass
 @dataclass(frozen=True)
 class AdaptiveGrid:
-    """`Grid` with b chosen for each message: floor(log2(radius sqrt(p) / ||target||_2 + 1)) clipped to [least, most].
+    """Quantizer to a `Grid` whose number of bits b is chosen for each message: 8 + 32 + b p bits.
 
-    The formula is AQUILA's (Zhao et al. 2023), quoted from memory; left alone it picks b = 1 nearly always and
-    diverges. The clipping, and `min_bits` bits for a zero target, are ours. b travels too: 8 + 32 + b p bits.
+    b = floor(log2(radius sqrt(p) / ||target||_2 + 1)), clipped to [min_bits, max_bits]. The message holds b in 8 bits.
+    The formula is AQUILA's (Zhao et al. 2023), quoted from memory. Without the clipping it picks b = 1 nearly always
+    and diverges. The clipping, and the use of `min_bits` bits for a zero target, are additions of this library.
+
+    Attributes:
+        min_bits: the fewest bits per coordinate.
+        max_bits: the most bits per coordinate.
     """
 
     min_bits: Int[Array, ""]
@@ -136,8 +166,13 @@ class AdaptiveGrid:
 class QSGD:
     """Unbiased random rounding to `levels` parts of the Euclidean norm (Alistarh et al. 2017, eq. (1)).
 
-    A sign and a level of fixed width: 32 + (1 + ceil(log2(levels + 1))) p bits. The paper's Elias code is shorter for
-    few levels; what is billed here is what is sent. E ||decode - target||^2 <= min(p / levels^2, sqrt(p) / levels) ||target||^2.
+    A message holds the norm, and a sign and a level of fixed width for each coordinate. It takes
+    32 + (1 + ceil(log2(levels + 1))) p bits. The paper's Elias code, which is not used here, is shorter for few levels.
+
+    E ||decode - target||^2 <= min(p / levels^2, sqrt(p) / levels) ||target||^2.
+
+    Attributes:
+        levels: number of levels besides zero.
     """
 
     levels: Int[Array, ""]
@@ -167,7 +202,7 @@ class QSGD:
 class Ternary:
     """TernGrad: max|target| sign(target) Bernoulli(|target| / max|target|) (Wen et al. 2017, eq. (4)): 32 + 2 p bits.
 
-    Unbiased. Three values, zero among them, take two bits each.
+    It is unbiased. Each coordinate takes one of three values (one of them zero), which needs two bits.
     """
 
     def encode(self, target, keys):
@@ -186,11 +221,18 @@ class Ternary:
 @register_dataclass
 @dataclass(frozen=True)
 class Sign:
-    """sign(target), times the mean of |target| when `scaled` (Karimireddy et al. 2019): 32 + p bits, or p bits.
+    """Sign compressor: sign(target), times the mean of |target| if `scaled` (Karimireddy et al. 2019).
 
-    Scaled, it is contractive with delta = ||target||_1^2 / (p ||target||^2) >= 1 / p, and a zero counts as positive: the
-    error remembers it. Unscaled, one bit has no zero, where the paper has sign(0) = 0: a zero counts as positive and as
-    negative in turn, from round to round and from worker to worker, so that it moves nothing in the long run.
+    A message takes 32 + p bits if scaled, and p bits otherwise.
+
+    The scaled form is contractive with delta = ||target||_1^2 / (p ||target||^2) >= 1 / p. A zero coordinate counts as
+    positive; with error feedback the error memory corrects it.
+
+    In the unscaled form, one bit cannot encode the paper's sign(0) = 0. A zero coordinate therefore alternates between
+    positive and negative, over rounds and over workers. Its contributions cancel in the long run.
+
+    Attributes:
+        scaled: whether the signs are multiplied by the mean of |target|; static.
     """
 
     scaled: bool = static_field()
@@ -214,9 +256,15 @@ class Sign:
 @register_dataclass
 @dataclass(frozen=True)
 class Sparse:
-    """k coordinates, the largest ones or random ones scaled by p / k: (32 + ceil(log2 p)) k bits, indices included.
+    """Sparsifier that sends k coordinates with their indices: (32 + ceil(log2 p)) k bits.
 
-    The largest: contractive with delta = k / p. Random: unbiased, E ||decode - target||^2 = (p / k - 1) ||target||^2.
+    - Top-k sends the k largest coordinates by magnitude. It is contractive with delta = k / p.
+    - Rand-k sends k random coordinates, scaled by p / k. It is unbiased, with
+      E ||decode - target||^2 = (p / k - 1) ||target||^2.
+
+    Attributes:
+        k: number of coordinates that are sent; static.
+        random: True for rand-k, False for top-k; static.
     """
 
     k: int = static_field()
@@ -240,27 +288,41 @@ class Sparse:
 @register_dataclass
 @dataclass(frozen=True)
 class OptimalSparsifier:
-    """Coordinate i is kept with probability min(1, c |target_i|) and divided by it, about `density` p of them stay.
+    """Random sparsifier that keeps coordinate i with probability min(1, c |target_i|).
 
-    Unbiased with the least variance for that number (Wangni et al. 2018, Algorithm 3). A bitmap says which were kept:
-    p + 32 kept bits, billed for each message.
+    Source: Wangni et al. 2018, Algorithm 3. The constant c is such that about `density` p coordinates are kept on
+    average. A kept coordinate is divided by its probability. This makes the compressor unbiased, with the least
+    variance for that number of coordinates.
+
+    A bitmap marks the kept coordinates. A message takes p bits for the bitmap and 32 bits for each coordinate kept, so
+    its size differs from message to message.
+
+    Attributes:
+        density: share of the coordinates that are kept on average.
     """
 
     density: Float[Array, ""]
 
     def inclusion_probabilities(self, target: Float[Array, " p"]) -> Float[Array, " p"]:
-        """The probabilities of being kept; they add up to density p."""
+        """Compute the probability of each coordinate to be kept.
+
+        Args:
+            target: the vector to compress, [p].
+
+        Returns:
+            The probabilities [p]. Their sum is density p, or less if fewer than density p coordinates are nonzero.
+        """
         size = jnp.abs(target)
         budget = self.density.astype(target.dtype) * target.size
 
         def spread(chance: Array) -> Array:
-            """What the certain coordinates leave over goes to the others in proportion to their size."""
+            """Distribute the budget left by the certain coordinates among the others, in proportion to size."""
             free = chance < 1
             left = budget - jnp.sum(~free, dtype=target.dtype)
             others = jnp.sum(jnp.where(free, size, 0))
             return jnp.where(free, jnp.clip(left * size / jnp.where(others > 0, others, 1), 0, 1), 1)
 
-        # until no further coordinate becomes certain: then the chances add up to the budget
+        # Repeat until no further coordinate becomes certain: the probabilities then add up to the budget.
         _, chance = jax.lax.while_loop(
             lambda pair: jnp.sum(pair[1] >= 1) > jnp.sum(pair[0] >= 1),
             lambda pair: (pair[1], spread(pair[1])),
@@ -284,9 +346,12 @@ class OptimalSparsifier:
 @register_dataclass
 @dataclass(frozen=True)
 class NaturalCompressor:
-    """Random rounding to a power of two (Horvath et al. 2019): a sign and the exponent, 9 p bits (12 p in float64).
+    """Unbiased random rounding to a power of two (Horvath et al. 2019): 9 p bits (12 p in float64).
 
-    Unbiased, E ||decode - target||^2 <= ||target||^2 / 8. Below the smallest normal number it gives zero.
+    Each coordinate is rounded to one of the two nearest powers of two. A message holds its sign and exponent. Results
+    below the smallest normal number become zero.
+
+    E ||decode - target||^2 <= ||target||^2 / 8.
     """
 
     def encode(self, target, keys):
@@ -309,7 +374,14 @@ class NaturalCompressor:
 @register_dataclass
 @dataclass(frozen=True)
 class Blockwise:
-    """Each block of consecutive coordinates on its own (one radius per layer): `sizes` add up to p."""
+    """Compressor that applies another one to each block of coordinates, for example with one radius per layer.
+
+    A block is a range of consecutive coordinates.
+
+    Attributes:
+        compressor: the compressor of the blocks; it gets a different worker key for each block.
+        sizes: number of coordinates in each block; they must add up to p.
+    """
 
     compressor: Compressor
     sizes: tuple[int, ...] = static_field()
@@ -335,9 +407,14 @@ class Blockwise:
 @register_dataclass
 @dataclass(frozen=True)
 class BernoulliFull:
-    """The whole vector when the coin that all workers share says so, else the compressor's message (MARINA).
+    """Compressor that sends the whole vector with a given probability, and a compressed one otherwise (MARINA).
 
-    One bit says which of the two follows.
+    All workers share one Bernoulli variable per round (`shared_bernoulli`), which is True in round 0. A message starts
+    with one bit that tells which of the two forms follows.
+
+    Attributes:
+        compressor: the compressor of the other rounds.
+        probability: probability of a round with whole vectors.
     """
 
     compressor: Compressor
@@ -353,13 +430,13 @@ class BernoulliFull:
     def wire_fields(self, payload, like):
         yield WireField(payload, "full", scalar_struct(np.bool_), 1)
         full = jnp.asarray(payload["full"], jnp.int32)
-        # a field of no bits is not there
+        # A field of zero bits is not sent.
         yield WireField(payload, "values", like, float_bits(like) * full)
         for field in self.compressor.wire_fields(payload.setdefault("inner", {}), like):
             yield field._replace(bits=jnp.asarray(field.bits, jnp.int32) * (1 - full))
 
 
-# ---- factories: numbers checked, ValueError otherwise -----------------------------------------------------------
+# ---- factories, which check their numbers ------------------------------------------------------------------------
 
 identity = Identity
 ternary = Ternary
@@ -367,43 +444,122 @@ natural = NaturalCompressor
 
 
 def grid(bits: int) -> Grid:
-    """A `Grid` of whole `bits` in 1..16."""
+    """Build a `Grid` quantizer.
+
+    Args:
+        bits: b, bits per coordinate, a whole number from 1 to 16.
+
+    Returns:
+        The compressor.
+
+    Raises:
+        ValueError: `bits` is out of its range.
+    """
     return Grid(check_number("bits", bits, np.int32, minimum=1, maximum=16))
 
 
 def adaptive_grid(min_bits: int = 3, max_bits: int = 16) -> AdaptiveGrid:
-    """An `AdaptiveGrid` of min_bits..max_bits, whole numbers in 1..16."""
+    """Build an `AdaptiveGrid` quantizer, which chooses its bits for each message.
+
+    Args:
+        min_bits: the fewest bits per coordinate, a whole number from 1 to 16.
+        max_bits: the most bits per coordinate, a whole number from `min_bits` to 16.
+
+    Returns:
+        The compressor.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
     least = check_number("min_bits", min_bits, np.int32, minimum=1, maximum=16)
     return AdaptiveGrid(least, check_number("max_bits", max_bits, np.int32, minimum=int(least), maximum=16))
 
 
 def qsgd(levels: int) -> QSGD:
-    """A `QSGD` of 1..65535 levels beside zero."""
+    """Build a `QSGD` compressor.
+
+    Args:
+        levels: number of levels besides zero, a whole number from 1 to 65535.
+
+    Returns:
+        The compressor.
+
+    Raises:
+        ValueError: `levels` is out of its range.
+    """
     return QSGD(check_number("levels", levels, np.int32, minimum=1, maximum=2**16 - 1))
 
 
 def sign(scaled: bool = True) -> Sign:
-    """A `Sign`, with or without its scale."""
+    """Build a `Sign` compressor.
+
+    Args:
+        scaled: multiply the signs by the mean of |target|. This is static: another value compiles again.
+
+    Returns:
+        The compressor.
+    """
     return Sign(scaled)
 
 
 def top_k(k: int) -> Sparse:
-    """The k largest coordinates; k is structure, another one compiles again."""
+    """Build a `Sparse` compressor that sends the k coordinates of largest magnitude.
+
+    Args:
+        k: number of coordinates, at least 1 and at most p. It is static: another k compiles again.
+
+    Returns:
+        The compressor.
+
+    Raises:
+        ValueError: `k` is not a whole number >= 1.
+    """
     return Sparse(int(check_number("k", k, np.int32, minimum=1)), random=False)
 
 
 def rand_k(k: int) -> Sparse:
-    """K coordinates at random; k is structure, another one compiles again."""
+    """Build a `Sparse` compressor that sends k random coordinates, scaled by p / k.
+
+    Args:
+        k: number of coordinates, at least 1 and at most p. It is static: another k compiles again.
+
+    Returns:
+        The compressor.
+
+    Raises:
+        ValueError: `k` is not a whole number >= 1.
+    """
     return Sparse(int(check_number("k", k, np.int32, minimum=1)), random=True)
 
 
 def optimal_sparsifier(density: float) -> OptimalSparsifier:
-    """A `OptimalSparsifier` that keeps about a share `density` of the coordinates."""
+    """Build an `OptimalSparsifier`.
+
+    Args:
+        density: share of the coordinates to keep on average, above 0 and at most 1.
+
+    Returns:
+        The compressor.
+
+    Raises:
+        ValueError: `density` is out of its range.
+    """
     return OptimalSparsifier(check_number("density", density, np.float32, above=0, maximum=1))
 
 
 def blockwise(compressor: Compressor, sizes: Sequence[int]) -> Blockwise:
-    """`compressor` on blocks of the given sizes, for example `[leaf.size for leaf in jax.tree.leaves(params)]`."""
+    """Build a `Blockwise` compressor, which applies `compressor` to each block of coordinates.
+
+    Args:
+        compressor: the compressor of each block.
+        sizes: coordinates in each block, p in total, for example `[leaf.size for leaf in jax.tree.leaves(params)]`.
+
+    Returns:
+        The compressor.
+
+    Raises:
+        ValueError: `compressor` is not a compressor, or a size is not a whole number >= 1.
+    """
     check_implements(
         "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, as laqjax.compressors.top_k(10)"
     )
@@ -411,7 +567,18 @@ def blockwise(compressor: Compressor, sizes: Sequence[int]) -> Blockwise:
 
 
 def bernoulli_full(compressor: Compressor, probability: float) -> BernoulliFull:
-    """`compressor`, but everything with that probability."""
+    """Build a `BernoulliFull` compressor, which sends the whole vector in some rounds.
+
+    Args:
+        compressor: the compressor of the other rounds.
+        probability: probability of a round with whole vectors, above 0 and at most 1.
+
+    Returns:
+        The compressor.
+
+    Raises:
+        ValueError: `compressor` is not a compressor, or `probability` is out of its range.
+    """
     check_implements(
         "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, as laqjax.compressors.top_k(10)"
     )
@@ -422,7 +589,16 @@ def bernoulli_full(compressor: Compressor, probability: float) -> BernoulliFull:
 
 
 def quantize_to_grid(target: Float[Array, " p"], radius: Float[Array, ""], bits: Any) -> Float[Array, " p"]:
-    """Codes of the b-bit grid, whole numbers in 0 .. 2^b - 1 as floats."""
+    """Quantize a vector to b bits per coordinate (LAQ, eq. (5)); see `Grid`.
+
+    Args:
+        target: the vector, [p].
+        radius: max |target|.
+        bits: b.
+
+    Returns:
+        The codes [p]: whole numbers from 0 to 2^b - 1, stored as floats.
+    """
     step = _step(radius, bits)
     middle = jnp.left_shift(1, bits - 1).astype(target.dtype)
     # a zero radius has no grid: its codes are arbitrary and decode to zero
@@ -430,13 +606,24 @@ def quantize_to_grid(target: Float[Array, " p"], radius: Float[Array, ""], bits:
 
 
 def dequantize_from_grid(codes: Float[Any, " p"], radius: Float[Any, ""], bits: Any) -> Float[Array, " p"]:
-    """What the codes stand for."""
+    """Return the grid points that belong to the codes (LAQ, eq. (6)); the inverse of `quantize_to_grid` up to step / 2.
+
+    Args:
+        codes: whole numbers from 0 to 2^b - 1, stored as floats, [p].
+        radius: the radius that the vector was quantized with.
+        bits: b.
+
+    Returns:
+        The decoded vector [p].
+    """
     return _step(radius, bits) * (codes - _levels(bits, codes.dtype) / 2)
 
 
 def _step(radius: Any, bits: Any) -> Any:
+    """Return the distance between neighboring points of the b-bit grid."""
     return 2 * radius / _levels(bits, radius.dtype)
 
 
 def _levels(bits: Any, dtype: Any) -> Array:
+    """Return 2^bits - 1, the largest code of the grid."""
     return (jnp.left_shift(1, jnp.asarray(bits)) - 1).astype(dtype)

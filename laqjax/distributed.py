@@ -31,18 +31,18 @@ def initialize_distributed(
     timeout: int = 60,
     heartbeat: int = 30,
 ) -> None:
-    """Join the processes of a run, before anything else of JAX is used.
+    """Connect this process to the other processes of a run. Call it before any other use of JAX.
 
     Args:
-        coordinator: host:port of process 0 (None: as JAX finds it on TPU pods and under Slurm).
-        num_processes: how many there are.
-        process_id: the number of this one.
+        coordinator: address host:port of process 0. None: JAX finds it (TPU pods, Slurm).
+        num_processes: number of processes. None: JAX finds it.
+        process_id: index of this process. None: JAX finds it.
         timeout: seconds to wait for the coordinator.
-        heartbeat: seconds after which a process that is gone is noticed.
+        heartbeat: seconds after which a lost process is detected.
 
     Raises:
-        ValueError: some of the three are given and others not, or none and JAX does not find them.
-        TimeoutError: nobody answers at the coordinator's address.
+        ValueError: only some of the first three are given, or none of them and JAX does not find them.
+        TimeoutError: the coordinator does not answer at its address.
     """
     given = [value is not None for value in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
@@ -64,7 +64,12 @@ def initialize_distributed(
 
 
 def _wait_for_coordinator(address: str, timeout: float) -> None:
-    """TimeoutError where nobody answers."""
+    """Wait until the coordinator accepts connections.
+
+    Raises:
+        ValueError: the address is not host:port.
+        TimeoutError: the coordinator does not answer in time.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"coordinator = {address!r}: expected host:port")
@@ -84,10 +89,12 @@ def _wait_for_coordinator(address: str, timeout: float) -> None:
 
 @contextmanager
 def translate_lost_process_errors() -> Iterator[None]:
-    """Say in words that another process is gone, where a collective of this one fails.
+    """Translate a failed collective into a ConnectionError that says that another process was lost.
+
+    Errors are unchanged if there is only one process.
 
     Raises:
-        ConnectionError: instead of JAX's error.
+        ConnectionError: in place of JAX's error.
     """
     try:
         yield
@@ -102,7 +109,15 @@ def translate_lost_process_errors() -> Iterator[None]:
 
 
 def assert_same_on_all_processes(what: str, *values: Any) -> None:
-    """Raise ValueError unless all processes have the same values (arrays, or pytrees of them), before long work begins."""
+    """Check that all processes have the same values, before long work begins.
+
+    Args:
+        what: description of the values, for the error message.
+        *values: arrays, or pytrees of them.
+
+    Raises:
+        ValueError: a process has other values than process 0.
+    """
     if jax.process_count() == 1:
         return
     mine = np.frombuffer(bytes.fromhex(fingerprint(values)), np.uint8)
@@ -115,10 +130,18 @@ def assert_same_on_all_processes(what: str, *values: Any) -> None:
 
 
 def run_on_process_zero(act: Callable[[], Any]) -> Any:
-    """What `act` returns (JSON) in process 0, which alone calls it; in all processes.
+    """Call a function on process 0 only, and return its result or raise its error on all processes.
+
+    Args:
+        act: function whose result can be converted to JSON.
+
+    Returns:
+        The result of `act`, the same on all processes.
 
     Raises:
-        ValueError, OSError: where it fails, in all of them; in process 0 whatever it was.
+        ValueError, OSError: `act` failed. Process 0 raises the original error. The others raise an OSError if that was
+            one, and a ValueError otherwise.
+        ConnectionError: another process was lost.
     """
     if jax.process_count() == 1:
         return act()
@@ -141,9 +164,19 @@ def run_on_process_zero(act: Callable[[], Any]) -> Any:
 
 
 def fingerprint(tree: Any) -> str:
-    """Of structure, shapes and numbers of a pytree; of arrays that are spread over processes the shapes only."""
+    """Compute the SHA-256 fingerprint of a pytree.
+
+    It covers the structure, the shapes, the dtypes and the numbers. Of arrays that are spread over processes it covers
+    only shapes and dtypes.
+
+    Args:
+        tree: pytree of arrays and numbers.
+
+    Returns:
+        The fingerprint as a hexadecimal string.
+    """
     leaves, structure = jax.tree.flatten(tree)
-    whole = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", str(structure)).encode())  # where functions lie in memory
+    whole = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", str(structure)).encode())  # no memory addresses
     for leaf in leaves:
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)

@@ -1,6 +1,9 @@
-"""Downlinks: how the server sends the model to the workers.
+"""Downlinks: they define what the server broadcasts to the workers, and the model that the workers then have.
 
-Downlinks  FullModelDownlink, CompressedStep, CompressedDirection, CompressedModel
+    FullModelDownlink, CompressedStep, CompressedDirection, CompressedModel
+
+`broadcast` applies the optimizer. It returns the workers' model [p], the server state of the downlink, the optimizer
+state and the bytes of the message.
 """
 
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ __all__ = ["CompressedDirection", "CompressedModel", "CompressedStep", "FullMode
 @register_dataclass
 @dataclass(frozen=True)
 class FullModelDownlink:
-    """The model as it is: 32 p bits."""
+    """Downlink that sends the uncompressed model: 32 p bits in float32."""
 
     def init(self, params):
         return None
@@ -33,7 +36,13 @@ class FullModelDownlink:
 @register_dataclass
 @dataclass(frozen=True)
 class CompressedStep:
-    """The step is compressed, and what is lost is lost: theta += C(step) (TWO-LAQ, the authors' program)."""
+    """Downlink that compresses the step of the optimizer: theta += C(step) (TWO-LAQ, the authors' program).
+
+    The compression error is not corrected in later rounds.
+
+    Attributes:
+        compressor: C.
+    """
 
     compressor: Compressor
 
@@ -49,7 +58,11 @@ class CompressedStep:
 @register_dataclass
 @dataclass(frozen=True)
 class CompressedDirection:
-    """The direction is compressed, and every worker makes the server's step of it (majority vote)."""
+    """Downlink that compresses the direction; every worker then makes the optimizer's step from it (majority vote).
+
+    Attributes:
+        compressor: the compressor of the direction.
+    """
 
     compressor: Compressor
 
@@ -65,9 +78,15 @@ class CompressedDirection:
 @register_dataclass
 @dataclass(frozen=True)
 class CompressedModel:
-    """x += step, and theta += C(x - theta) for the workers (EF21-P, Gruntkowska, Tyurin, Richtarik 2023).
+    """Downlink that compresses the difference of two models (EF21-P, Gruntkowska, Tyurin, Richtarik 2023).
 
-    The server remembers its own model x, and nothing is lost for good.
+        x += step
+        theta += C(x - theta)
+
+    The workers have theta. The server keeps the exact model x [p], so later rounds correct the compression error.
+
+    Attributes:
+        compressor: C.
     """
 
     compressor: Compressor
@@ -83,7 +102,7 @@ class CompressedModel:
 
 
 def _apply_step(params: Float[Array, " p"], step: Any) -> Float[Array, " p"]:
-    """The model after an optax update, in the model's dtype."""
+    """Apply an optax update to the model and keep the dtype of the model."""
     moved: Any = optax.apply_updates(params, step)
     return moved
 
@@ -91,7 +110,7 @@ def _apply_step(params: Float[Array, " p"], step: Any) -> Float[Array, " p"]:
 def _compress_and_count_bits(
     compressor: Compressor, target: Float[Array, " p"], keys: Any
 ) -> tuple[Float[Array, " p"], Int[Array, ""]]:
-    """(what arrives of `compression_target`, bytes of the message)."""
+    """Compress `target`, and return the decoded vector [p] and the bytes of the message."""
     payload = compressor.encode(target, keys)
     like = jax.ShapeDtypeStruct(target.shape, target.dtype)
     return compressor.decode(payload, like), message_bytes(compressor.wire_fields(payload, like))

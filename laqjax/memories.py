@@ -1,10 +1,16 @@
-"""What is compressed, what a worker and the server remember of it, and how the model comes back down.
+"""Memories: they define which vector a worker compresses, and the state that workers and server keep between rounds.
 
-Uplink    NoMemory, Innovation, Difference, SameRows, Momentum, ErrorFeedback, CorrectedMomentum
-Downlink  Model, StepDown, DirectionDown, ModelDown
+    NoMemory, Innovation, MarinaMemory, VrMarinaMemory, MomentumMemory, DashaMemory, ErrorFeedback, MomentumCorrection
 
-`compression_target` gives what is compressed and what the worker remembers if it then stays silent, `update` what it remembers if it
-sends. Equations: h_m is what the server holds for worker m, C the compressor, g_m the gradient.
+- `compression_target` returns the vector to compress, and the worker state if the worker stays silent.
+- `update` takes that worker state, and returns the worker state if the worker sends.
+- `update_aggregate` returns the direction for the optimizer, and the next aggregate of the server. The aggregate is
+  None unless `is_persistent` is True.
+
+The first two methods are written for one worker; the round adds the worker axis.
+
+Notation: g_m is the gradient of worker m, h_m the vector that the server holds for worker m, C the compressor. All
+vectors have shape [p].
 """
 
 from dataclasses import dataclass
@@ -29,13 +35,13 @@ __all__ = [
 ]
 
 
-# ---- uplink -----------------------------------------------------------------------------------------------------
+# ---- memories ---------------------------------------------------------------------------------------------------
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class NoMemory:
-    """The gradient itself is compressed, the server uses this round's messages alone (GD, QSGD)."""
+    """Memory without state: workers compress the gradient, and the server sums the messages of the round (GD, QSGD)."""
 
     is_persistent = False
 
@@ -55,16 +61,26 @@ class NoMemory:
 @register_dataclass
 @dataclass(frozen=True)
 class Innovation:
-    """d_m = C(g_m - h_m), direction = sum_m (h_m + scaling d_m), h_m += damping d_m, on worker and server alike.
+    """Memory that compresses the innovation: the difference between the gradient and the vector h_m.
 
-    Both 1: LAG, LAQ, EF21. scaling 1: DIANA. Else: EF-BV (Condat, Yi, Richtarik 2022).
+        d_m = C(g_m - h_m)
+        direction = sum_m (h_m + scaling d_m)
+        h_m += damping d_m
+
+    h_m begins at zero, and worker and server update it alike. It is the worker state; the server's aggregate is the sum
+    of all h_m. LAG, LAQ and EF21 have damping = scaling = 1, and DIANA has scaling = 1. The general case is EF-BV
+    (Condat, Yi, Richtarik 2022).
+
+    Attributes:
+        damping: share of d_m that is added to h_m, in (0, 1].
+        scaling: share of d_m that enters the direction of the same round, in (0, 1].
+        snap_when_lossless: whether coordinates that are compressed without loss are stored as g_m, instead of
+            h_m + (g_m - h_m).
     """
 
     damping: Float[Array, ""]
     scaling: Float[Array, ""]
-    snap_when_lossless: bool = static_field(
-        default=False
-    )  # a coordinate that lost nothing is remembered as g_m, not as h_m + (g_m - h_m)
+    snap_when_lossless: bool = static_field(default=False)
     is_persistent = True
 
     def init(self, params):
@@ -82,12 +98,15 @@ class Innovation:
 
 
 class _EstimateMemory:
-    """What the memories share whose server adds up changes as they come."""
+    """Base class for memories whose server adds the messages of each round to its aggregate.
+
+    The aggregate is the sum of the workers' estimates, and is the direction for the optimizer.
+    """
 
     is_persistent = True
 
     def init(self, params: Float[Array, " p"]) -> Any:
-        """(estimate, gradient or model of the round before), zeros."""
+        """Return zeros [p] for the estimate and for a second vector: the gradient or model of the round before."""
         return jnp.zeros_like(params), jnp.zeros_like(params)
 
     def update_aggregate(self, aggregate, total):
@@ -97,9 +116,16 @@ class _EstimateMemory:
 @register_dataclass
 @dataclass(frozen=True)
 class MarinaMemory(_EstimateMemory):
-    """h_m += C(g_m - last g_m), or h_m = g_m in the rounds of the shared coin (MARINA, Gorbunov et al. 2021, Algorithm 1).
+    """Memory of MARINA, which compresses the change of the gradient (Gorbunov et al. 2021, Algorithm 1).
 
-    The coin always falls in round 0. A worker remembers (h_m, last g_m).
+    - h_m = g_m where the shared Bernoulli variable is True, which includes round 0
+    - h_m += C(g_m - last g_m) in all other rounds
+
+    The worker state is (h_m, last g_m). Combine it with `compressors.bernoulli_full` of the same probability, which
+    sends uncompressed vectors where the shared Bernoulli variable is True.
+
+    Attributes:
+        probability: probability that the shared Bernoulli variable is True, in (0, 1].
     """
 
     probability: Float[Array, ""]
@@ -116,10 +142,15 @@ class MarinaMemory(_EstimateMemory):
 @register_dataclass
 @dataclass(frozen=True)
 class VrMarinaMemory(_EstimateMemory):
-    """MARINA on minibatches (VR-MARINA, Gorbunov et al. 2021, Algorithm 2).
+    """Memory of VR-MARINA, which is MARINA on minibatches (Gorbunov et al. 2021, Algorithm 2).
 
-    h_m += C(g_m(theta; rows) - g_m(last theta; rows)) on the same rows, or h_m = the gradient of the full shard in the
-    rounds of the shared coin, round 0 among them. A worker remembers (h_m, last theta).
+    - h_m = gradient of the full shard where the shared Bernoulli variable is True, which includes round 0
+    - h_m += C(g_m(theta) - g_m(last theta)) in all other rounds, with both gradients on the same rows
+
+    The worker state is (h_m, last theta). Combine it with `compressors.bernoulli_full` of the same probability.
+
+    Attributes:
+        probability: probability that the shared Bernoulli variable is True, in (0, 1].
     """
 
     probability: Float[Array, ""]
@@ -138,9 +169,15 @@ class VrMarinaMemory(_EstimateMemory):
 @register_dataclass
 @dataclass(frozen=True)
 class MomentumMemory(_EstimateMemory):
-    """v_m = (1 - eta) v_m + eta g_m, v_m = g_m at first; h_m += C(v_m - h_m) (EF21-SGDM, Fatkhullin et al. 2023).
+    """Memory of EF21-SGDM, which compresses the innovation of a momentum average (Fatkhullin et al. 2023).
 
-    A worker remembers (h_m, v_m, whether it has a v_m).
+        v_m = (1 - eta) v_m + eta g_m    (v_m = g_m in the first round)
+        h_m += C(v_m - h_m)
+
+    The worker state is (h_m, v_m, whether v_m has a value).
+
+    Attributes:
+        eta: weight of the newest gradient, in (0, 1].
     """
 
     eta: Float[Array, ""]
@@ -160,10 +197,18 @@ class MomentumMemory(_EstimateMemory):
 @register_dataclass
 @dataclass(frozen=True)
 class DashaMemory(_EstimateMemory):
-    """h_m = g_m, or h_m = g_m + (1 - b)(last h_m - g_m(last theta; same rows)) with `mvr_momentum` b (DASHA-MVR).
+    """Memory of DASHA and DASHA-MVR (Tyurin, Richtarik 2022, Algorithm 1).
 
-    estimate_m += C(h_m - last h_m - a (estimate_m - last h_m)) (Tyurin, Richtarik 2022, Algorithm 1). A worker remembers
-    (estimate_m, h_m), and with a momentum the last theta and whether there was one.
+        estimate_m += C(h_m - last h_m - a (estimate_m - last h_m))
+
+    - DASHA, and the first round of DASHA-MVR: h_m = g_m
+    - DASHA-MVR: h_m = g_m + (1 - b)(last h_m - g_m(last theta)), with both gradients on the same rows
+
+    The worker state of DASHA is (estimate_m, h_m). DASHA-MVR adds the last theta, and whether there was one.
+
+    Attributes:
+        estimate_momentum: a, in (0, 1].
+        mvr_momentum: b, in (0, 1]; None for DASHA.
     """
 
     estimate_momentum: Float[Array, ""]
@@ -189,7 +234,13 @@ class DashaMemory(_EstimateMemory):
 @register_dataclass
 @dataclass(frozen=True)
 class ErrorFeedback:
-    """What compression lost is added to the next gradient (Seide et al. 2014; Karimireddy et al. 2019)."""
+    """Memory that adds the compression error to the next gradient (Seide et al. 2014; Karimireddy et al. 2019).
+
+        target_m = e_m + g_m
+        e_m = target_m - C(target_m)
+
+    The worker state is e_m, which begins at zero. The direction is the sum of the messages of the round.
+    """
 
     is_persistent = False
 
@@ -209,7 +260,17 @@ class ErrorFeedback:
 @register_dataclass
 @dataclass(frozen=True)
 class MomentumCorrection:
-    """u_m = momentum u_m + g_m, v_m += u_m; C(v_m) is sent, u_m and v_m begin anew there (DGC, Lin et al. 2018)."""
+    """Memory of DGC, which accumulates a momentum until it is sent (Lin et al. 2018).
+
+        u_m = momentum u_m + g_m
+        v_m += u_m
+        v_m -= C(v_m), and u_m = 0 in the coordinates that were sent
+
+    The message is C(v_m), and the worker state is (u_m, v_m). The direction is the sum of the messages of the round.
+
+    Attributes:
+        momentum: in [0, 1).
+    """
 
     momentum: Float[Array, ""]
     is_persistent = False
@@ -231,7 +292,20 @@ class MomentumCorrection:
 def make_innovation_memory(
     oracle: Oracle, *, damping: float = 1, scaling: float = 1, snap_when_lossless: bool = False
 ) -> Innovation:
-    """An `Innovation` memory with checked numbers, both in (0, 1]."""
+    """Build an `Innovation` memory from checked numbers.
+
+    Args:
+        oracle: the oracle whose dtype the numbers get.
+        damping: share of the compressed innovation that is added to h_m, in (0, 1].
+        scaling: share of the compressed innovation that enters the direction of the same round, in (0, 1].
+        snap_when_lossless: see `Innovation`.
+
+    Returns:
+        The memory.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
     given = {"damping": damping, "scaling": scaling}
     checked = {
         name: check_number(name, value, oracle_dtype(oracle), above=0, maximum=1) for name, value in given.items()

@@ -1,8 +1,11 @@
-"""A loss on a pytree of parameters becomes `(loss, grad)` of one worker on a flat vector [p]; minibatches; local steps.
+"""Oracles: they compute the loss and the gradient of one worker for a flat vector of parameters [p].
 
-The only file that knows pytrees of parameters. The shard is read in tiles, each once: a tile is cast and scaled by the
-loss while it is in cache, and the forward and the backward product run on it before the next one comes. The tile is cut
-straight out of the [M, N, ...] arrays: a slice per worker first would copy every shard once more per round.
+`from_loss` builds an oracle from a loss on a pytree of parameters. `with_local_steps` builds an oracle that makes local
+gradient steps. The other parts of an algorithm see flat vectors only.
+
+An oracle reads a shard in tiles, each of them once. The loss casts and scales a tile while it is in cache. The forward
+and the backward product of this tile run before the next tile is read. Tiles are sliced directly from the [M, N, ...]
+arrays, because slicing the worker first would copy every shard once more per round.
 """
 
 import math
@@ -23,17 +26,26 @@ from laqjax.types import Oracle, Shards, register_dataclass, static_field
 __all__ = ["LocalSgdOracle", "PytreeLayout", "TiledOracle", "from_loss", "with_local_steps"]
 
 
-# of one tile in the parameters' dtype, on the CPU: in the second-level caches of two cores together, above that in the third
+# One tile in the parameters' dtype on the CPU. It fits in the second-level caches of two cores together; a larger tile
+# needs the third level.
 _CPU_TILE_BYTES = 4 * 2**20
-# of the tiles of all workers, elsewhere: whole shards, mostly, so that a round is a handful of kernels
+# The tiles of all workers on other devices: mostly whole shards, so that a round is a handful of kernels.
 _ACCELERATOR_TILE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class PytreeLayout:
-    """How a pytree of arrays of one dtype lies in a vector. Equal layouts are equal, so they are one compiled program."""
+    """Layout of a pytree of arrays of one dtype in a flat vector.
 
-    tree: Any  # structure
+    Layouts of the same structure, shapes and dtype compare equal, so they share one compiled program.
+
+    Attributes:
+        tree: structure of the pytree.
+        shapes: shapes of its leaves, in the order of the structure.
+        dtype: dtype of all leaves.
+    """
+
+    tree: Any
     shapes: tuple[tuple[int, ...], ...]
     dtype: np.dtype
 
@@ -43,10 +55,16 @@ class PytreeLayout:
         return sum(map(math.prod, self.shapes))
 
     def ravel(self, params: Any) -> Float[Array, " p"]:
-        """The pytree as one vector; a vector as it is.
+        """Flatten a pytree into a vector; return a vector of the right length unchanged.
+
+        Args:
+            params: the pytree, or a vector [p].
+
+        Returns:
+            The vector, [p].
 
         Raises:
-            ValueError: it has another structure, or other shapes or dtypes.
+            ValueError: the structure, a shape or a dtype differs from the layout.
         """
         leaves, tree = jax.tree.flatten(params)
         arrays = all(hasattr(leaf, "dtype") for leaf in leaves)
@@ -61,11 +79,12 @@ class PytreeLayout:
                 f"params = {given}{tree_given}: expected {self.dtype}[{self.size}], a vector from oracle.ravel(params), or the "
                 f"pytree {wanted} in {self.tree}"
             )
-        # in two dimensions: XLA on the CPU would fuse a concatenation of vectors into what reads it, a branch per element
+        # in two dimensions, because XLA on the CPU would fuse a concatenation of vectors into its consumer, with a
+        # branch per element
         return jnp.concatenate([jnp.reshape(jnp.asarray(leaf), (1, -1)) for leaf in leaves], axis=1)[0]
 
     def unravel(self, params: Float[Array, " p"]) -> Any:
-        """The vector as the pytree."""
+        """Restore the pytree from a vector [p]."""
         ends = np.cumsum([math.prod(shape) for shape in self.shapes])
         parts = jnp.split(params, ends[:-1])
         return jax.tree.unflatten(self.tree, [a.reshape(shape) for a, shape in zip(parts, self.shapes, strict=True)])
@@ -74,7 +93,16 @@ class PytreeLayout:
 @register_dataclass
 @dataclass(frozen=True)
 class TiledOracle:
-    """`oracle(params, shards, worker) -> (loss, grad)`; build it with `from_loss`."""
+    """Oracle that reads a shard in tiles: `oracle(params, shards, worker) -> (loss, grad)`. Build it with `from_loss`.
+
+    Attributes:
+        l2: weight of (l2 / 2) ||params||^2.
+        loss_fn: the loss per example, (params, x, y) -> losses [n].
+        layout: layout of the parameters in the vector.
+        reduction: "mean" or "sum" over the rows of a shard, weighted by `Shards.weight`.
+        tile: rows per tile, or None for a default by device.
+        precision: precision of the matrix products.
+    """
 
     l2: Float[Array, ""]
     loss_fn: Callable[..., Array] = static_field()
@@ -85,24 +113,38 @@ class TiledOracle:
 
     @property
     def size(self) -> int:
-        """The number of parameters p."""
+        """Number of parameters p."""
         return self.layout.size
 
     @property
     def dtype(self) -> np.dtype:
-        """Of parameters, gradients and losses."""
+        """Dtype of parameters, gradients and losses."""
         return self.layout.dtype
 
     def ravel(self, params: Any) -> Float[Array, " p"]:
-        """The pytree as one vector; `unravel` is the inverse. ValueError for a pytree of another shape."""
+        """Flatten a pytree of parameters into a vector [p].
+
+        Args:
+            params: the pytree, or a vector [p], which is returned unchanged.
+
+        Returns:
+            The vector, [p]; `unravel` is the inverse.
+
+        Raises:
+            ValueError: the structure, a shape or a dtype differs from those of the oracle.
+        """
         return self.layout.ravel(params)
 
     def unravel(self, params: Float[Array, " p"]) -> Any:
-        """The vector as the pytree."""
+        """Restore the pytree of parameters from a vector [p]."""
         return self.layout.unravel(params)
 
     def rows_per_tile(self, shards: Shards) -> int:
-        """The tile asked for, or equal tiles of about `_CPU_TILE_BYTES` on the CPU, larger ones elsewhere; at most a shard."""
+        """Return the number of rows of a tile, at most those of a shard.
+
+        This is `tile` if it was given. Otherwise a shard is split into tiles of nearly equal size. On the CPU a tile
+        has about 4 MiB. On other devices the tiles of all workers together have about 1 GiB.
+        """
         workers, rows = shards.weight.shape
         size = _CPU_TILE_BYTES if jax.default_backend() == "cpu" else _ACCELERATOR_TILE_BYTES // workers
         numbers = sum(math.prod(a.shape[2:]) for a in jax.tree.leaves(shards.x))
@@ -112,9 +154,18 @@ class TiledOracle:
     def __call__(
         self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""], rows: RowSelection | None = None
     ) -> tuple[Float[Array, ""], Float[Array, " p"]]:
-        """Loss and gradient of worker `worker` at `params`: reduction over its rows + (l2 / 2) ||params||^2.
+        """Compute the loss and the gradient of one worker at `params`.
 
-        `rows`: an estimate of both from these rows alone.
+        The loss is the reduction over the rows of the worker, plus (l2 / 2) ||params||^2.
+
+        Args:
+            params: the model, [p].
+            shards: the data, arrays [M, N, ...].
+            worker: index of the worker's shard in `shards`.
+            rows: the minibatch, from which loss and gradient are estimated; None for the whole shard.
+
+        Returns:
+            (loss, gradient [p]).
         """
         tree = self.unravel(params)
         size = rows.size if rows else shards.weight.shape[1]
@@ -135,15 +186,17 @@ class TiledOracle:
         grad = self.ravel(grad)
         if self.reduction == "mean" or rows:
             loss, grad = loss / weight, grad / weight
-        if self.reduction == "sum" and rows:  # an estimate of the whole sum, beside which l2 keeps its share
+        # scaled to the sum of the whole shard, so that l2 keeps its relative weight
+        if self.reduction == "sum" and rows:
             whole_shard = jnp.sum(shards.weight[worker]).astype(self.dtype)
             loss, grad = loss * whole_shard, grad * whole_shard
         return loss + self.l2 / 2 * jnp.sum(params * params), grad + self.l2 * params
 
     def validate(self, shards: Shards) -> None:
-        """Raise ValueError unless the loss takes these shards and gives one loss per example (traced only).
+        """Raise ValueError unless the loss accepts these shards and returns one loss per example.
 
-        A loss that is an object with a method `check_shards`, as a `laqjax.problems.Problem`, says itself what it takes.
+        The loss is traced, but not run. If it has a method `check_shards`, as a `laqjax.problems.Problem` has, this
+        method is called first.
         """
         check_type(shards)
         own = getattr(self.loss_fn, "check_shards", None)
@@ -152,7 +205,11 @@ class TiledOracle:
         jax.eval_shape(self._losses, self._params_struct(), *_example_structs(shards, 2))
 
     def _losses(self, tree: Any, x: Any, y: Any) -> Array:
-        """Return the losses of n examples. ValueError unless they are [n] and of the parameters' dtype."""
+        """Return the losses [n] of n examples.
+
+        Raises:
+            ValueError: the losses do not have shape [n], or not the dtype of the parameters.
+        """
         losses, n = self.loss_fn(tree, x, y), len(jax.tree.leaves(x)[0])
         if getattr(losses, "shape", None) != (n,):
             got = jax.eval_shape(lambda: losses)
@@ -167,7 +224,10 @@ class TiledOracle:
         return losses
 
     def activation_bytes(self, shards: Shards) -> int:
-        """Bytes that the forward pass of one tile keeps for the backward pass (traced only)."""
+        """Return the bytes that the forward pass of one tile keeps for the backward pass.
+
+        The loss is traced, but not run.
+        """
         x, y = _example_structs(shards, self.rows_per_tile(shards))
 
         def forward(tree: Any, x: Any, y: Any) -> Any:
@@ -177,7 +237,10 @@ class TiledOracle:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
     def prefers_sequential(self, shards: Shards) -> bool:
-        """Whether the points of a sweep run one after another: convolutions with many kernels are slow on the CPU."""
+        """Return whether the points of a sweep run one after another.
+
+        This is the case for losses with convolutions on the CPU, where convolutions with many kernels are slow.
+        """
         if jax.default_backend() != "cpu":
             return False
         loss = jax.make_jaxpr(self._losses)(self._params_struct(), *_example_structs(shards, 2))
@@ -188,12 +251,12 @@ class TiledOracle:
 
 
 def _example_structs(shards: Shards, count: int) -> Any:
-    """Shapes and dtypes of x and y of `count` examples."""
+    """Return the shapes and dtypes of x and y for `count` examples."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape[2:]), a.dtype), (shards.x, shards.y))
 
 
 def _slice_rows(a: Any, worker: Any, rows: RowSelection | None, start: Any, count: int) -> Array:
-    """`count` rows from `start` on, of the worker's shard or of `rows` of it."""
+    """Slice `count` rows from `start` on, out of the worker's shard or out of the selected `rows` of it."""
     if rows and rows.index is not None:
         return a[worker, jax.lax.dynamic_slice(rows.index, (start,), (count,))]
     first = start if rows is None else start + rows.start
@@ -202,8 +265,8 @@ def _slice_rows(a: Any, worker: Any, rows: RowSelection | None, start: Any, coun
 
 
 def _sum_over_tiles(part: Callable[[Any, int], Any], size: int, tile: int) -> Any:
-    """Sum of `part(start, count)` over the tiles of `size` rows; one tile needs no loop."""
-    # summed as a pytree and made flat once: slices of the flat vector inside the loop cost half of the speed
+    """Sum `part(start, count)` over the tiles of `size` rows; a single tile needs no loop."""
+    # summed as a pytree and flattened once, because slices of the flat vector inside the loop cost half of the speed
     whole = size - size % tile
     if whole == tile:
         total = part(np.int32(0), tile)
@@ -223,22 +286,23 @@ def from_loss(
     tile: int | None = None,
     precision: str = "highest",
 ) -> TiledOracle:
-    """An oracle for a loss per example.
+    """Build an oracle from a loss per example.
 
     Args:
-        loss_fn: (params, x, y) -> losses [n], x and y being n rows of a shard as stored; it casts and scales them itself.
-        params: any pytree of floating arrays of one dtype; their values do not matter here.
-        l2: adds (l2 / 2) ||params||^2 per worker.
-        reduction: "mean" or "sum" over a worker's shard, by its weights.
-        tile: rows read at a time (None: about 4 MiB of them on the CPU; on GPU and TPU 1 GiB, those of all workers together).
-        precision: of the matrix products; "highest" is true float32 on every device, anything less changes trajectories
-            on GPU and TPU.
+        loss_fn: (params, x, y) -> losses [n]. x and y are n rows of a shard in their storage dtypes; the loss casts and
+            scales them.
+        params: any pytree of floating arrays of one dtype. Only its structure, shapes and dtype are used.
+        l2: weight of the term (l2 / 2) ||params||^2, which is added for each worker.
+        reduction: "mean" or "sum" over a worker's shard, weighted by `Shards.weight`.
+        tile: rows read at a time. None: about 4 MiB per tile on the CPU; on GPU and TPU 1 GiB for all workers together.
+        precision: precision of the matrix products. "highest" is true float32 on every device. A lower precision
+            changes trajectories on GPU and TPU.
 
     Returns:
-        `oracle(params [p], shards, worker) -> (loss, gradient [p])`, with `ravel` and `unravel`.
+        `oracle(params [p], shards, worker) -> (loss, gradient [p])`, with the methods `ravel` and `unravel`.
 
     Raises:
-        ValueError: another reduction, l2 < 0, tile < 1, parameters of mixed or non-floating dtypes.
+        ValueError: `reduction` is not "mean" or "sum", l2 < 0, tile < 1, or `params` has mixed or non-floating dtypes.
 
     Example:
         >>> import jax.numpy as jnp, laqjax
@@ -264,7 +328,15 @@ def from_loss(
 @register_dataclass
 @dataclass(frozen=True)
 class LocalSgdOracle:
-    """The "gradient" is (params - params after `num_local_steps` local gradient steps of size lr) / (steps lr); see `with_local_steps`."""
+    """Oracle whose gradient is the mean of the gradients of local steps; see `with_local_steps`.
+
+        gradient = (params - params after `num_local_steps` local steps) / (num_local_steps lr)
+
+    Attributes:
+        oracle: the oracle of the local gradients.
+        lr: local learning rate.
+        num_local_steps: local gradient steps per round.
+    """
 
     oracle: Oracle
     lr: Float[Array, ""]
@@ -272,38 +344,51 @@ class LocalSgdOracle:
 
     @property
     def size(self) -> int:
-        """The number of parameters p."""
+        """Number of parameters p."""
         return self.oracle.size
 
     @property
     def dtype(self) -> np.dtype:
-        """Of parameters, gradients and losses."""
+        """Dtype of parameters, gradients and losses."""
         return self.oracle.dtype
 
     def ravel(self, params: Any) -> Float[Array, " p"]:
-        """The pytree as one vector."""
+        """Flatten a pytree of parameters into a vector [p]."""
         return self.oracle.ravel(params)
 
     def unravel(self, params: Float[Array, " p"]) -> Any:
-        """The vector as the pytree."""
+        """Restore the pytree of parameters from a vector [p]."""
         return self.oracle.unravel(params)
 
     def validate(self, shards: Shards) -> None:
-        """Raise ValueError where the loss does not fit the data."""
+        """Raise ValueError if the loss does not fit the data."""
         self.oracle.validate(shards)
 
     def activation_bytes(self, shards: Shards) -> int:
-        """Memory of one of its gradients."""
+        """Return the bytes of activations that one local gradient needs."""
         return self.oracle.activation_bytes(shards)
 
     def prefers_sequential(self, shards: Shards) -> bool:
-        """Whether the points of a sweep run one after another."""
+        """Return whether the points of a sweep run one after another."""
         return self.oracle.prefers_sequential(shards)
 
     def __call__(
         self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""], rows: RowSelection | None = None
     ) -> tuple[Float[Array, ""], Float[Array, " p"]]:
-        """The loss at `params` (on the rows of the first local step), and the mean of the local gradients."""
+        """Compute the loss at `params` and the mean of the local gradients.
+
+        Args:
+            params: the model, [p], from which the local steps start.
+            shards: the data, arrays [M, N, ...].
+            worker: index of the worker's shard in `shards`.
+            rows: the minibatch, split into one part for each local step; None for the whole shard in every step.
+
+        Returns:
+            (loss on the rows of the first local step, mean gradient [p]).
+
+        Raises:
+            ValueError: the size of the minibatch is not a multiple of `num_local_steps`.
+        """
         if rows and rows.size % self.num_local_steps:
             raise ValueError(
                 f"minibatches of {rows.size} rows for num_local_steps = {self.num_local_steps}: expected a multiple, every local step uses its own part"
@@ -323,12 +408,17 @@ class LocalSgdOracle:
 
 
 def with_local_steps(oracle: Oracle, num_local_steps: int, lr: float) -> LocalSgdOracle:
-    """`oracle`, but its gradient is that of `num_local_steps` local steps: FedAvg is `gd` on it, FedPAQ `qsgd`, lazy FedAvg `laq`.
+    """Build an oracle whose gradient is the mean of the gradients of `num_local_steps` local steps.
+
+    FedAvg is `algorithms.gd` on this oracle, FedPAQ is `qsgd`, and lazy FedAvg is `laq`.
 
     Args:
-        oracle: of the local steps.
-        num_local_steps: local gradient steps a round; a minibatch (a sampler's size) is cut into as many parts, one a step.
-        lr: the local step size.
+        oracle: the oracle of the local gradients.
+        num_local_steps: local gradient steps per round. A minibatch is split into as many equal parts, one per step.
+        lr: local learning rate.
+
+    Returns:
+        The oracle.
 
     Raises:
         ValueError: num_local_steps < 1 or lr <= 0.

@@ -1,4 +1,4 @@
-"""Split a data set into the shards of M workers."""
+"""Partition a data set into the shards of M workers, evenly, by label, or in unequal sizes."""
 
 import math
 from collections.abc import Callable
@@ -14,27 +14,32 @@ __all__ = ["partition_data"]
 
 
 def partition_data(x: Any, y: Any, num_workers: int, scheme: str, seed: int = 0) -> Shards:
-    """Deal n samples out to M workers.
+    """Split n samples into the shards of M workers.
 
-    contiguous       file order, floor(n / M) rows each, the rest dropped, as the LAQ paper's program; no copy
-    shuffled         the same after a random permutation
-    sorted           the same after a stable sort by label: a worker sees one class or two
-    dirichlet:ALPHA  each class is split in proportions drawn from Dirichlet(ALPHA, ..., ALPHA), the smaller
-                     the more uneven; all samples are used, every worker gets at least one
-    unequal:RATIO    shuffled; sizes in geometric progression, the last RATIO times the first; all are used
+    The schemes are:
+
+    - `contiguous`: the samples in file order, floor(n / M) for each worker. The rest is dropped, as in the LAQ paper's
+      program. The data are not copied.
+    - `shuffled`: as `contiguous`, after a random permutation.
+    - `sorted`: as `contiguous`, after a stable sort by label, so that a worker has only a class or two.
+    - `dirichlet:ALPHA`: each class is split in proportions drawn from Dirichlet(ALPHA, ..., ALPHA). A smaller ALPHA
+      gives more uneven splits. All samples are used, and every worker gets at least one.
+    - `unequal:RATIO`: a random permutation, in shards whose sizes form a geometric progression. The last shard is RATIO
+      times as large as the first. All samples are used.
 
     Args:
-        x: [n, ...], or a pytree of such arrays.
-        y: as x; sorted and dirichlet need class labels [n].
-        num_workers: M, 1 to n.
-        scheme: one of the above.
-        seed: the same seed gives the same shards.
+        x: the inputs, [n, ...], or a pytree of such arrays.
+        y: the targets, likewise; `sorted` and `dirichlet` need class labels [n].
+        num_workers: M, from 1 to n.
+        scheme: one of the schemes above, for example "dirichlet:0.1".
+        seed: seed of the random schemes; the same seed gives the same shards.
 
     Returns:
-        x [M, N, ...], y [M, N] and weight [M, N] float32, N the largest shard; padding is 0 in all three.
+        x [M, N, ...], y [M, N, ...] and weight [M, N] in float32, where N is the size of the largest shard. The weight
+        is 1 for samples. Shorter shards are padded at the end with zeros in all three.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, x and y differ in length, or a worker would get no samples.
 
     Example:
         >>> import numpy as np, laqjax
@@ -68,6 +73,7 @@ def partition_data(x: Any, y: Any, num_workers: int, scheme: str, seed: int = 0)
 
 
 def _require_labels(y: Any, scheme: str) -> np.ndarray:
+    """Return `y` if it holds one label per row, [n]; raise ValueError otherwise."""
     if not hasattr(y, "shape") or len(y.shape) != 1:
         shapes = [np.shape(leaf) for leaf in jax.tree.leaves(y)]
         raise ValueError(f"scheme={scheme!r}: expected one label per row, y [n], got y of {shapes}")
@@ -75,6 +81,7 @@ def _require_labels(y: Any, scheme: str) -> np.ndarray:
 
 
 def _parse_scheme_value(scheme: str, expected: str, valid: Callable[[float], bool]) -> float:
+    """Parse the number after the colon of a scheme; raise ValueError unless it is finite and valid."""
     try:
         value = float(scheme.partition(":")[2])
     except ValueError:
@@ -85,6 +92,7 @@ def _parse_scheme_value(scheme: str, expected: str, valid: Callable[[float], boo
 
 
 def _equal_shards(x: Any, y: Any, num_workers: int, order: np.ndarray | None = None) -> Shards:
+    """Build shards of floor(n / M) samples each, in the given order of row indices or in file order."""
     shape = (num_workers, len(jax.tree.leaves(x)[0]) // num_workers)
     kept = slice(math.prod(shape)) if order is None else order[: math.prod(shape)]
     x, y = jax.tree.map(lambda a: a[kept].reshape(shape + a.shape[1:]), (x, y))
@@ -92,7 +100,7 @@ def _equal_shards(x: Any, y: Any, num_workers: int, order: np.ndarray | None = N
 
 
 def _pad_shards(x: Any, y: Any, groups: list[np.ndarray]) -> Shards:
-    """Shards from the row indices of each worker."""
+    """Build shards of unequal sizes from the row indices of each worker, padded at the end."""
     shape = (len(groups), max(map(len, groups)))
     own = np.arange(shape[1]) < np.array([len(rows) for rows in groups])[:, None]
 
@@ -105,6 +113,7 @@ def _pad_shards(x: Any, y: Any, groups: list[np.ndarray]) -> Shards:
 
 
 def _dirichlet(y: np.ndarray, num_workers: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Draw the row indices of each worker for the scheme `dirichlet`."""
     if not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f"y: dirichlet splits classes, expected integer labels, got {y.dtype}")
     owner = np.empty(len(y), int)
@@ -116,12 +125,13 @@ def _dirichlet(y: np.ndarray, num_workers: int, alpha: float, rng: np.random.Gen
             owner[part] = worker
     for worker in range(num_workers):
         if not (owner == worker).any():
-            donor = np.bincount(owner).argmax()  # has two or more, as M <= n and this worker has none
+            donor = np.bincount(owner).argmax()  # it has at least two: M <= n, and this worker has none
             owner[np.flatnonzero(owner == donor)[0]] = worker
     return [np.flatnonzero(owner == worker) for worker in range(num_workers)]
 
 
 def _unequal(n: int, num_workers: int, ratio: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Draw the row indices of each worker for the scheme `unequal`."""
     ends = np.cumsum(np.geomspace(1, ratio, num_workers))
     cuts = np.round(ends / ends[-1] * n).astype(int)
     groups = np.split(rng.permutation(n), cuts[:-1])

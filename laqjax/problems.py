@@ -1,8 +1,11 @@
-"""The problems of the papers, and how data is dealt out to workers.
+"""Problems of the LAG and LAQ papers: losses with initial parameters, accuracy and smoothness constants.
 
-A problem is a frozen dataclass and its own loss: equal problems are equal, so they are one compiled program. Matrices are
-stored [outputs, inputs] and activations [outputs, examples]: then the products of a whole sweep, [points x outputs,
-inputs] x [inputs, examples], need no transposition, and one point runs about 1.5 times as fast on a CPU.
+A problem is a frozen dataclass, and is its own loss function. Problems with equal fields compare equal, so they share
+one compiled program.
+
+Matrices are stored as [outputs, inputs] and activations as [outputs, examples]. The products of a whole sweep,
+[points x outputs, inputs] x [inputs, examples], then need no transposition. One point runs about 1.5 times as fast on a
+CPU.
 """
 
 from dataclasses import dataclass
@@ -24,10 +27,14 @@ _Params = dict[str, Any]
 
 
 class Problem:
-    """What the problems share. A problem is its own loss: (params, x [n, features], y [n]) -> losses [n].
+    """Base class for problems, which are callable as a loss: (params, x [n, features], y [n]) -> losses [n].
 
-    l2 and reduction are those of `oracles.from_loss`. curvature: of the loss in its linear predictor, at most; None where
-    there is no such bound.
+    Attributes:
+        name: name of the problem.
+        curvature: upper bound on the curvature of the loss in its linear predictor; None if there is no such bound.
+        features: number of features of an example.
+        l2: as in `oracles.from_loss`.
+        reduction: as in `oracles.from_loss`.
     """
 
     name: ClassVar[str]
@@ -37,43 +44,79 @@ class Problem:
     reduction: str
 
     def __call__(self, params: _Params, x: Array, y: Array) -> Array:
-        """Losses of n examples."""
+        """Return the losses of n examples.
+
+        Args:
+            params: pytree of parameters.
+            x: examples, [n, features].
+            y: labels, [n].
+
+        Returns:
+            The losses, [n].
+        """
         raise NotImplementedError
 
     def init_params(self, seed: int, dtype: Any = np.float32) -> _Params:
-        """The parameters of a seed before round 0, NumPy arrays of `dtype`."""
+        """Return the initial parameters.
+
+        Args:
+            seed: seed of the random generator.
+            dtype: dtype of the parameters.
+
+        Returns:
+            A dict of NumPy arrays of `dtype`.
+        """
         return jax.tree.map(lambda a: a.astype(dtype), self._sample_params(np.random.default_rng(seed)))
 
     def _sample_params(self, rng: np.random.Generator) -> _Params:
-        """The parameters before round 0, float64."""
+        """Sample the initial parameters in float64."""
         return {"weight": np.zeros(self.features)}
 
     def accuracy(self, params: _Params, x: Array, y: Array) -> Array | None:
-        """The share of right predictions; None for regression."""
+        """Return the share of correct predictions for n examples, or None for regression."""
         return None
 
     def check_shards(self, shards: Shards) -> None:
-        """Raise ValueError unless the data fit; called before each run. Override it: here nothing is checked."""
+        """Raise ValueError unless the data fit the problem; called before each run.
+
+        The base class checks nothing; subclasses override this method.
+        """
 
     def oracle(self, dtype: Any = np.float32, tile: int | None = None) -> TiledOracle:
-        """The oracle of this problem for parameters of `dtype`."""
+        """Build the oracle of this problem.
+
+        Args:
+            dtype: dtype of the parameters.
+            tile: rows read at a time, as in `oracles.from_loss`.
+
+        Returns:
+            The oracle.
+        """
         return from_loss(self, self.init_params(0, dtype), l2=self.l2, reduction=self.reduction, tile=tile)
 
     def init_vector(self, oracle: TiledOracle, seed: int = 0) -> Float[Array, " p"]:
-        """The start of a seed as a flat vector of the oracle's dtype."""
+        """Return the initial parameters of a seed as a flat vector [p] of the oracle's dtype."""
         return oracle.ravel(self.init_params(seed, oracle.dtype))
 
     def design_matrix(self, x: np.ndarray) -> np.ndarray:
-        """The rows that meet the weights, float64."""
+        """Return the float64 matrix [n, columns] that the weights of a linear model are multiplied by."""
         return x.reshape(len(x), -1).astype(np.float64)
 
     def smoothness_constants(self, shards: Shards) -> tuple[np.ndarray, float]:
-        """(L_m [M], L) of a linear model: curvature x the largest eigenvalue of the weighted Gram matrix + l2.
+        """Compute the smoothness constants of a linear model.
 
-        Exact eigenvalues: an upper bound only through the curvature. L is of the sum over workers.
+        L_m is the curvature times the largest eigenvalue of the weighted Gram matrix of worker m, plus l2. L is the
+        constant of the sum over workers. The eigenvalues are exact; the constants are upper bounds only because of
+        `curvature`.
+
+        Args:
+            shards: the data, x [M, N, features] and weight [M, N].
+
+        Returns:
+            (L_m [M], L).
 
         Raises:
-            ValueError: the problem has no such bound.
+            ValueError: the problem has no bound on its curvature.
         """
         if self.curvature is None:
             raise ValueError(f"problem = {self.name!r} has no bound on its curvature: give the step size otherwise")
@@ -88,7 +131,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Softmax(Problem):
-    """Softmax regression, LAQ's convex problem: mean cross-entropy + (l2 / 2) ||all variables||^2 per worker."""
+    """Softmax regression, the convex problem of LAQ: mean cross-entropy + (l2 / 2) ||all variables||^2 per worker.
+
+    The parameters are weight [classes, features] and bias [classes].
+    """
 
     features: int
     classes: int
@@ -98,11 +144,11 @@ class Softmax(Problem):
     curvature = 0.5
 
     def __call__(self, params: _Params, x: Array, y: Array) -> Array:
-        """Cross-entropy per example."""
+        """Return the cross-entropy of each example."""
         return _cross_entropy(_affine(params["weight"], params["bias"], x), y)
 
     def _sample_params(self, rng: np.random.Generator) -> _Params:
-        """Glorot uniform weight, zero bias."""
+        """Sample a Glorot uniform weight; the bias is zero."""
         return {"bias": np.zeros(self.classes), "weight": _glorot(rng, self.classes, self.features)}
 
     def check_shards(self, shards: Shards) -> None:
@@ -111,18 +157,24 @@ class Softmax(Problem):
         _check_labels(shards, self.classes, f"a whole number from 0 to {self.classes - 1}")
 
     def accuracy(self, params: _Params, x: Array, y: Array) -> Array:
-        """The share of right classes."""
+        """Return the share of correctly predicted classes."""
         return jnp.mean(jnp.argmax(_affine(params["weight"], params["bias"], x), axis=0) == y)
 
     def design_matrix(self, x: np.ndarray) -> np.ndarray:
-        """With a column for the bias; bytes are pixels in 0..1."""
+        """Return the float64 matrix [n, features + 1], with a column of ones for the bias.
+
+        Bytes are pixels, which are scaled to 0..1.
+        """
         rows = super().design_matrix(x) / (255.0 if x.dtype == np.uint8 else 1.0)
         return np.column_stack([rows, np.ones(len(rows))])
 
 
 @dataclass(frozen=True)
 class TwoLayerNetwork(Problem):
-    """features-hidden-classes with ReLU, LAQ's network (784-200-10)."""
+    """ReLU network of the layers features-hidden-classes; the network of LAQ is 784-200-10.
+
+    The parameters are weight1 [hidden, features], bias1 [hidden], weight2 [classes, hidden] and bias2 [classes].
+    """
 
     features: int
     classes: int
@@ -132,16 +184,16 @@ class TwoLayerNetwork(Problem):
     name = "network"
 
     def logits(self, params: _Params, x: Array) -> Array:
-        """[classes, n]."""
+        """Return the logits [classes, n] of n examples."""
         first = _affine(params["weight1"], params["bias1"], x)
         return params["weight2"] @ jax.nn.relu(first) + params["bias2"][:, None]
 
     def __call__(self, params: _Params, x: Array, y: Array) -> Array:
-        """Cross-entropy per example."""
+        """Return the cross-entropy of each example."""
         return _cross_entropy(self.logits(params, x), y)
 
     def _sample_params(self, rng: np.random.Generator) -> _Params:
-        """Glorot uniform weights, zero biases."""
+        """Sample Glorot uniform weights; the biases are zero."""
         return {
             "bias1": np.zeros(self.hidden),
             "bias2": np.zeros(self.classes),
@@ -155,13 +207,16 @@ class TwoLayerNetwork(Problem):
         _check_labels(shards, self.classes, f"a whole number from 0 to {self.classes - 1}")
 
     def accuracy(self, params: _Params, x: Array, y: Array) -> Array:
-        """The share of right classes."""
+        """Return the share of correctly predicted classes."""
         return jnp.mean(jnp.argmax(self.logits(params, x), axis=0) == y)
 
 
 @dataclass(frozen=True)
 class Ridge(Problem):
-    """Linear least squares, (x'theta - y)^2 / 2 per example; sums over the shard, as LAG's linear problem."""
+    """Linear least squares, the linear problem of LAG: (x'theta - y)^2 / 2 per example, summed over the shard.
+
+    The parameter is weight [features].
+    """
 
     features: int
     l2: float = 0.0
@@ -170,7 +225,7 @@ class Ridge(Problem):
     curvature = 1.0
 
     def __call__(self, params: _Params, x: Array, y: Array) -> Array:
-        """Half the squared residual per example."""
+        """Return half the squared residual of each example."""
         weight = params["weight"]
         return (x.astype(weight.dtype) @ weight - y.astype(weight.dtype)) ** 2 / 2
 
@@ -181,9 +236,12 @@ class Ridge(Problem):
 
 @dataclass(frozen=True)
 class Logistic(Problem):
-    """Binary logistic regression, log(1 + exp(-y x'theta)) per example, as LAG's.
+    """Binary logistic regression, as in LAG: log(1 + exp(-y x'theta)) per example, summed over the shard.
 
-    Class ids 0 and 1 (integers or booleans) stand for -1 and 1; float labels are used as they are, also 0.0 and 1.0.
+    The parameter is weight [features].
+
+    Class ids 0 and 1 (integers or booleans) stand for the labels -1 and 1. Float labels are used unchanged, also 0.0
+    and 1.0.
     """
 
     features: int
@@ -193,24 +251,24 @@ class Logistic(Problem):
     curvature = 0.25
 
     def margin(self, params: _Params, x: Array, y: Array) -> Array:
-        """Y x'theta per example, > 0 where the prediction is right."""
+        """Return y x'theta for each example, which is > 0 where the prediction is correct."""
         weight = params["weight"]
         real = jnp.issubdtype(y.dtype, jnp.floating)
-        y = y.astype(weight.dtype)  # before the sum: bytes have no -1
+        y = y.astype(weight.dtype)  # cast before the subtraction, because bytes cannot represent -1
         return (y if real else 2 * y - 1) * (x.astype(weight.dtype) @ weight)
 
     def __call__(self, params: _Params, x: Array, y: Array) -> Array:
-        """log(1 + exp(-margin)) per example."""
+        """Return log(1 + exp(-margin)) for each example."""
         return jax.nn.softplus(-self.margin(params, x, y))
 
     def check_shards(self, shards: Shards) -> None:
-        """Raise ValueError unless x is [M, N, features] and y [M, N], 0 or 1 where it holds class ids."""
+        """Raise ValueError unless x is [M, N, features] and y is [M, N]; class ids must be 0 or 1."""
         _check_shapes(shards, self.features)
         if not jnp.issubdtype(shards.y.dtype, jnp.floating):
             _check_labels(shards, 2, "0 or 1")
 
     def accuracy(self, params: _Params, x: Array, y: Array) -> Array:
-        """The share of right signs."""
+        """Return the share of examples with a positive margin."""
         return jnp.mean(self.margin(params, x, y) > 0)
 
 
@@ -229,9 +287,9 @@ def _check_shapes(shards: Shards, features: int) -> None:
 
 
 def _check_labels(shards: Shards, classes: int, wanted: str) -> None:
-    """Raise ValueError unless the labels of rows that count are whole numbers from 0 to classes - 1.
+    """Raise ValueError unless the labels of rows with positive weight are whole numbers from 0 to classes - 1.
 
-    Arrays that are traced or spread over processes cannot be read here and are not checked.
+    Arrays that are traced or distributed over processes cannot be read here, and are not checked.
     """
     if is_readable(shards.y) and is_readable(shards.weight):
         y = np.asarray(shards.y, np.float64)
@@ -245,7 +303,10 @@ def _check_labels(shards: Shards, classes: int, wanted: str) -> None:
 
 
 def _cross_entropy(logits: Float[Array, "classes n"], y: Int[Array, " n"]) -> Float[Array, " n"]:
-    """-log softmax(logits)[y] per example. The label is picked by a comparison: a gather costs more than the product."""
+    """Compute -log softmax(logits)[y] for each example.
+
+    A comparison selects the logit of the label, because a gather costs more than the matrix product.
+    """
     top = jax.lax.stop_gradient(jnp.max(logits, axis=0, keepdims=True))
     log_sum = jnp.log(jnp.sum(jnp.exp(logits - top), axis=0)) + top[0]
     mine = jnp.arange(logits.shape[0], dtype=y.dtype)[:, None] == y[None]
@@ -253,9 +314,10 @@ def _cross_entropy(logits: Float[Array, "classes n"], y: Int[Array, " n"]) -> Fl
 
 
 def _affine(weight: Array, bias: Array, x: Array) -> Array:
-    """Weight @ x + bias, [outputs, n]. Bytes are pixels in 0..1: the weights are divided by 255, not the images.
+    """Compute weight @ x.T + bias, of shape [outputs, n].
 
-    Where images are fewer than outputs the product is, which spares two passes over the weights and their gradient.
+    Bytes are pixels, which are scaled to 0..1: the weights are divided by 255 instead of the images. If there are fewer
+    images than outputs, the product is divided instead. This avoids two passes over the weights and their gradient.
     """
     pixels, few = x.dtype == jnp.uint8, len(x) < len(weight)
     scaled = weight / 255 if pixels and not few else weight
@@ -264,6 +326,9 @@ def _affine(weight: Array, bias: Array, x: Array) -> Array:
 
 
 def _glorot(rng: np.random.Generator, outputs: int, inputs: int) -> np.ndarray:
-    """Uniform in +-sqrt(6 / (inputs + outputs)), the start of the authors' program (Glorot and Bengio 2010)."""
+    """Sample a matrix [outputs, inputs] uniformly in +-sqrt(6 / (inputs + outputs)) (Glorot and Bengio 2010).
+
+    The authors' program initializes its weights in this way.
+    """
     bound = np.sqrt(6 / (inputs + outputs))
     return rng.uniform(-bound, bound, (outputs, inputs))

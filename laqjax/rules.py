@@ -1,12 +1,15 @@
-"""When a worker sends. A rule owns what it remembers: what it shares with all workers, and what each worker keeps of it.
+"""Upload rules: they decide in which rounds a worker sends a message.
 
-Rules        Always, Cyclic, OneOf, Lazy, ServerLazy, Progress
-Combinators  MaxSilence, Participation
-History      the last D model steps, which the lazy rules compare with
-Changes      InnovationChange, StaleModelChange, SnapshotChange: what `LazyRule` compares
+    Rules        Always, Cyclic, SampleOneWorker, ClagRule, LazyRule, ServerLazyRule
+    Combinators  MaxSilence, PartialParticipation
+    History      the last D model steps, which the lazy rules compare with
+    Changes      InnovationChange, StaleModelChange, SnapshotChange: the changes that `LazyRule` can measure
 
-Of your own: a frozen dataclass derived from `BaseUploadRule`, registered as a pytree, with `should_send`, and `init` and `update` if it
-remembers something. The README has one with a memory.
+A rule has two states. All workers read the same shared state. Each worker also has a worker state of its own.
+
+To write a rule, derive a frozen dataclass from `BaseUploadRule`, decorate it with `types.register_dataclass` and define
+`should_send`. Define `init` if the rule has a state, and `update` if its shared state changes. The page docs/own.md has
+an example of a rule with a worker state.
 """
 
 from dataclasses import dataclass
@@ -42,32 +45,75 @@ __all__ = [
 ]
 
 
-_NO_LIMIT = np.iinfo(np.int32).max  # a limit that no run reaches
+_NO_LIMIT = np.iinfo(np.int32).max  # more rounds than any run has
 
 
 class BaseUploadRule:
-    """What a rule is unless it says otherwise: it remembers nothing, and everybody is asked."""
+    """Base class for upload rules: stateless, every worker is selected, and every selected worker sends.
+
+    The methods are written for one worker; the round adds the worker axis. Each of `shared_state` and `worker_state` is
+    a pytree of arrays, or None.
+
+    Attributes:
+        can_skip: whether a selected worker may stay silent. The server's memory of a silent worker remains valid.
+        server_selects: whether the server selects some workers only. The others neither receive the model nor compute.
+        renews_in_silence: whether the state of a selected worker may change in a silent round, apart from a count of
+            silent rounds.
+    """
 
     can_skip = True
     server_selects = False
     renews_in_silence = False
 
     def init(self, params: Float[Array, " p"]) -> tuple[Any, Any]:
-        """(what is shared with all workers, what each of them keeps) before round 0."""
+        """Return the shared state and the worker state before round 0.
+
+        Args:
+            params: the initial model, [p].
+
+        Returns:
+            (shared state, state of one worker).
+        """
         return None, None
 
     def is_selected(self, shared_state: Any, worker_state: Any, context: RoundContext) -> Bool[Array, ""]:
-        """Whether the server asks this worker."""
+        """Return whether the server selects this worker in this round.
+
+        Args:
+            shared_state: the state that all workers share.
+            worker_state: the state of this worker.
+            context: the model, the random keys, the learning rate and the number of workers.
+
+        Returns:
+            A boolean scalar.
+        """
         return jnp.asarray(True)
 
     def should_send(
         self, shared_state: Any, worker_state: Any, context: UploadContext
     ) -> tuple[Bool[Array, ""], Any, Any]:
-        """(whether a worker that was asked sends, what it keeps if it sends, what it keeps if not)."""
+        """Decide whether a selected worker sends, and return its next state for both outcomes.
+
+        Args:
+            shared_state: the state that all workers share.
+            worker_state: the state of this worker.
+            context: the gradient, the compressed message and the compression error of this worker.
+
+        Returns:
+            (whether it sends, its state if it sends, its state if it stays silent or is not selected).
+        """
         return jnp.asarray(True), worker_state, worker_state
 
     def update(self, shared_state: Any, step: ServerStep) -> Any:
-        """What is shared after the server's step."""
+        """Return the shared state after the step of the server.
+
+        Args:
+            shared_state: the state that all workers share.
+            step: the models before and after the step, and squared norms of the direction and the step.
+
+        Returns:
+            The shared state of the next round.
+        """
         return shared_state
 
 
@@ -77,7 +123,7 @@ class BaseUploadRule:
 @register_dataclass
 @dataclass(frozen=True)
 class Always(BaseUploadRule):
-    """Send every round."""
+    """Upload rule by which every worker sends in every round."""
 
     can_skip = False
 
@@ -85,7 +131,7 @@ class Always(BaseUploadRule):
 @register_dataclass
 @dataclass(frozen=True)
 class Cyclic(BaseUploadRule):
-    """The server asks worker (round mod M) (cyclic IAG, Blatt et al. 2007)."""
+    """Upload rule by which the server selects worker (round mod M) (cyclic IAG, Blatt et al. 2007)."""
 
     server_selects = True
 
@@ -96,7 +142,13 @@ class Cyclic(BaseUploadRule):
 @register_dataclass
 @dataclass(frozen=True)
 class SampleOneWorker(BaseUploadRule):
-    """The server asks one worker, drawn with the given probabilities (Num-IAG: proportional to L_m)."""
+    """Upload rule by which the server selects one random worker per round.
+
+    Num-IAG uses probabilities proportional to L_m.
+
+    Attributes:
+        probability: probability of each worker, [M].
+    """
 
     probability: Float[Array, " M"]
     server_selects = True
@@ -109,10 +161,14 @@ class SampleOneWorker(BaseUploadRule):
 @register_dataclass
 @dataclass(frozen=True)
 class ClagRule(BaseUploadRule):
-    """CLAG's rule: send iff ||target||^2 > zeta ||grad - last grad||^2 (3PC, Richtarik et al. 2022), and at first.
+    """Upload rule of CLAG: send iff ||target||^2 > zeta ||grad - last grad||^2 (3PC, Richtarik et al. 2022).
 
-    Strictly: with the identity compressor and zeta = 1 both sides are equal in the round after an upload. A worker keeps
-    the gradient of its last round, and whether it had one.
+    A worker always sends in its first round. The inequality is strict: with the identity compressor and zeta = 1, both
+    sides are equal in the round after an upload. The worker state is (gradient of its last round [p], whether there was
+    such a round).
+
+    Attributes:
+        zeta: weight of the change of the gradient, >= 0.
     """
 
     zeta: Float[Array, ""]
@@ -133,31 +189,48 @@ class ClagRule(BaseUploadRule):
 @register_dataclass
 @dataclass(frozen=True)
 class History:
-    """The last D model steps, and the threshold that they set.
+    """History of the last D model steps, which gives the threshold of a lazy rule.
 
-    of   motion_d (the newest is d = 1)             threshold
-    ---  -----------------------------------------  --------------------------------------
-    step       the squared step really taken        sum_d xi_d motion_d / (lr^2 M^2)      SGD of one lr: LAG, LAQ, eq. (7a)
-    direction  ||direction||^2, what the server's   sum_d xi_d motion_d / M^2             any other server, any schedule
-               optimizer was given
-    absolute   the squared step really taken        sum_d xi_d motion_d                   c / D of LASG and CADA
+    `kind` chooses the motion and its scale; motion_d belongs to the step d rounds ago, so d = 1 is the newest.
 
-    The first two are the same for SGD of one lr, up to rounding. A momentum server makes steps 1 / (1 - momentum) times as
-    long, and Adam's have another scale altogether: measured by them the rule would skip what matters.
-    `rescale_short_history`: while the history is shorter than the window, xi is scaled by window / max(round, 1), as in the authors' program.
+    - "step": motion_d is the squared norm of the model step. The threshold is sum_d xi_d motion_d / (lr^2 M^2). Used
+      for SGD with a constant learning rate, as in LAG and LAQ, eq. (7a).
+    - "direction": motion_d is the squared norm of the optimizer's input. The threshold is sum_d xi_d motion_d / M^2.
+      Used for other optimizers, and for any learning rate schedule.
+    - "absolute": motion_d is the squared norm of the model step. The threshold is sum_d xi_d motion_d. Used for LASG
+      and CADA, where xi_d = c / D.
+
+    For SGD with a constant learning rate, "step" and "direction" agree up to rounding. Momentum makes the model steps
+    1 / (1 - momentum) times as long, and the steps of Adam have another scale. With "step", the rule would then skip
+    important uploads.
+
+    Attributes:
+        xi: weights xi_d of the steps, the newest step first, zero beyond `window`; [length of the buffer].
+        window: D, the number of rounds in the history.
+        rescale_short_history: while the history is shorter than the window, multiply xi by window / max(round, 1), as
+            in the authors' program.
+        kind: "step", "direction" or "absolute".
     """
 
-    xi: Float[Array, " window"]  # of the newest step first, zero beyond the window
+    xi: Float[Array, " window"]
     window: Int[Array, ""]
     rescale_short_history: Bool[Array, ""]
     kind: str = static_field(default="step")
 
     def init(self) -> Float[Array, " window"]:
-        """A ring buffer: motion of round k stands at k mod its length."""
+        """Return a ring buffer of zeros; the motion of round k is stored at index k mod its length."""
         return jnp.zeros(self.xi.shape, self.xi.dtype)
 
     def threshold(self, motion: Float[Array, " window"], context: RoundContext) -> Float[Array, ""]:
-        """What a change must reach."""
+        """Return the threshold that a change must reach.
+
+        Args:
+            motion: the ring buffer.
+            context: the round, the learning rate and the number of workers.
+
+        Returns:
+            The threshold, a scalar.
+        """
         k, size = context.keys.round, motion.shape[0]
         newest_first = motion[(k - 1 - jnp.arange(size, dtype=jnp.int32)) % size]
         short = self.window / jnp.clip(k, 1, self.window)
@@ -167,7 +240,15 @@ class History:
         return scale * jnp.sum(self.xi * newest_first)
 
     def push(self, motion: Float[Array, " window"], step: ServerStep) -> Float[Array, " window"]:
-        """With the step just made."""
+        """Return the ring buffer after the motion of a step is added.
+
+        Args:
+            motion: the ring buffer.
+            step: the step that the server just made.
+
+        Returns:
+            The ring buffer of the next round.
+        """
         newest = step.direction_sq if self.kind == "direction" else step.step_sq
         return motion.at[step.round % motion.shape[0]].set(newest.astype(motion.dtype))
 
@@ -175,7 +256,7 @@ class History:
 @register_dataclass
 @dataclass(frozen=True)
 class InnovationChange:
-    """||decoded||^2: LAQ, and LAG where the compressor is the identity."""
+    """Squared norm ||decoded||^2 of the compressed change: LAQ, and LAG with the identity compressor."""
 
     def init(self, params):
         return None, None
@@ -190,7 +271,10 @@ class InnovationChange:
 @register_dataclass
 @dataclass(frozen=True)
 class StaleModelChange:
-    """||g_m(theta) - g_m(theta of m's last upload)||^2 on the same rows: LASG-WK2, CADA2. A worker keeps that theta."""
+    """Squared change ||g_m(theta) - g_m(theta_hat_m)||^2 of the gradient on the same rows (LASG-WK2, CADA2).
+
+    theta_hat_m is the model at the last upload of worker m. It is the worker state, [p].
+    """
 
     def init(self, params):
         return None, params
@@ -205,9 +289,14 @@ class StaleModelChange:
 @register_dataclass
 @dataclass(frozen=True)
 class SnapshotChange:
-    """||d_m - d_m at m's last upload||^2, d_m = g_m(theta) - g_m(snapshot) on the same rows: LASG-WK1, CADA1.
+    """Squared change ||d_m - last d_m||^2 of the gradient relative to a snapshot (LASG-WK1, CADA1).
 
-    The snapshot, shared by all, is the model of the last round that is a multiple of `period`.
+    d_m = g_m(theta) - g_m(snapshot), with both gradients on the same rows. last d_m [p] is its value at the last upload
+    of worker m, and is the worker state. The snapshot [p] is the shared state: the model of the last round that is a
+    multiple of `period`.
+
+    Attributes:
+        period: rounds from one snapshot to the next.
     """
 
     period: Int[Array, ""]
@@ -226,14 +315,28 @@ class SnapshotChange:
 @register_dataclass
 @dataclass(frozen=True)
 class LazyRule(BaseUploadRule):
-    """Send iff the change outweighs the model's recent motion and the errors of quantization (LAQ, eq. (7a)).
+    """Upload rule that compares a change with recent model motion and quantization errors (LAQ, eq. (7a)).
 
-    change >= threshold of the history + 3 (error_sq + error_sq at the last upload)
+    A worker sends iff
+
+        change >= threshold of the history + error_weight (error_sq + error_sq at the last upload)
+
+    A change measure has three methods. `init(params)` returns its shared state and its worker state.
+    `measure(shared_state, worker_state, context)` returns the change, and the worker state that is kept if the worker
+    sends. `update(shared_state, step)` returns the shared state of the next round.
+
+    The shared state of the rule is (ring buffer of the history, shared state of the measure). The worker state is
+    (error_sq at the last upload, worker state of the measure).
+
+    Attributes:
+        history: the model motion that sets the threshold.
+        change_measure: `InnovationChange`, `StaleModelChange`, `SnapshotChange`, or an object with the same methods.
+        error_weight: weight of the quantization errors; 3 in LAQ.
     """
 
     history: History
-    change_measure: Any  # InnovationChange, StaleModelChange or SnapshotChange, or a class like them
-    error_weight: Float[Array, ""]  # the 3
+    change_measure: Any
+    error_weight: Float[Array, ""]
 
     def init(self, params):
         shared, own = self.change_measure.init(params)
@@ -254,7 +357,15 @@ class LazyRule(BaseUploadRule):
 @register_dataclass
 @dataclass(frozen=True)
 class ServerLazyRule(BaseUploadRule):
-    """The server asks worker m iff L_m^2 ||theta - theta of m's last upload||^2 >= threshold (LAG-PS, LASG-PS)."""
+    """Upload rule by which the server selects workers whose model has moved enough (LAG-PS, LASG-PS).
+
+    It selects worker m iff L_m^2 ||theta - theta_hat_m||^2 >= threshold of the history. theta_hat_m is the model at the
+    last upload of worker m. It is the worker state, [p].
+
+    Attributes:
+        history: the model motion that sets the threshold.
+        smoothness: L_m of every worker, [M].
+    """
 
     history: History
     smoothness: Float[Array, " M"]
@@ -280,9 +391,15 @@ class ServerLazyRule(BaseUploadRule):
 @register_dataclass
 @dataclass(frozen=True)
 class MaxSilence(BaseUploadRule):
-    """Send when the rule says so, or after `limit_silence` silent rounds (LAQ, eq. (7b)). max_silence = 0 sends always.
+    """Combinator that follows a rule, and forces an upload after `max_silence` silent rounds (LAQ, eq. (7b)).
 
-    A worker keeps its rounds since the last upload, which begin at `initial_silence`: at `limit_silence`, round 0 sends.
+    Where the server selects workers, it also selects those that have reached the limit. The worker state is (silent
+    rounds since the last upload, worker state of the inner rule).
+
+    Attributes:
+        rule: the rule that decides before the limit is reached.
+        max_silence: C, in rounds; 0 sends in every round.
+        initial_silence: count before round 0. If it is `max_silence`, workers send in their first round.
     """
 
     rule: types.UploadRule
@@ -307,7 +424,7 @@ class MaxSilence(BaseUploadRule):
     def should_send(self, shared_state, worker_state, context):
         silence, inner = worker_state
         send, sent, silent = self.rule.should_send(shared_state, inner, context)
-        longer = jnp.minimum(silence, _NO_LIMIT - 1) + 1
+        longer = jnp.minimum(silence, _NO_LIMIT - 1) + 1  # stops at the largest int32 instead of overflowing
         return send | (silence >= self.max_silence), (jnp.zeros_like(silence), sent), (longer, silent)
 
     def update(self, shared_state, step):
@@ -317,10 +434,15 @@ class MaxSilence(BaseUploadRule):
 @register_dataclass
 @dataclass(frozen=True)
 class PartialParticipation(BaseUploadRule):
-    """`count` workers take part in a round, drawn without replacement, the same draw for all; they follow `rule`.
+    """Combinator by which `count` random workers participate in a round and follow a rule.
 
-    The others neither get the model nor compute, and what they keep stays as it is: a bound counts the rounds in which a
-    worker takes part.
+    The workers are drawn without replacement, and all workers see the same draw. The other workers neither receive the
+    model nor compute a gradient, and their states stay unchanged. A `MaxSilence` inside therefore counts only the
+    rounds in which a worker participates.
+
+    Attributes:
+        rule: the rule that participating workers follow.
+        count: participating workers per round.
     """
 
     rule: types.UploadRule
@@ -336,8 +458,8 @@ class PartialParticipation(BaseUploadRule):
         return self.rule.renews_in_silence
 
     def is_participating(self, context: RoundContext) -> Bool[Array, ""]:
-        """Whether this worker is among the `count` smallest of M draws."""
-        # a stream of its own: compressors and coins draw from the shared key itself
+        """Return whether this worker has one of the `count` smallest of M shared uniform draws."""
+        # a separate random stream, because compressors and the shared Bernoulli variable use the shared key itself
         draws = jax.random.uniform(
             jax.random.fold_in(context.keys.shared_key, 0x9A47), (context.num_workers,), jnp.float32
         )
@@ -359,7 +481,7 @@ class PartialParticipation(BaseUploadRule):
         return self.rule.update(shared_state, step)
 
 
-# ---- factories: numbers checked, ValueError otherwise -----------------------------------------------------------
+# ---- factories, which check their arguments ---------------------------------------------------------------------
 
 
 def make_history(
@@ -372,19 +494,23 @@ def make_history(
     kind: str = "step",
     name: str = "xi",
 ) -> History:
-    """A `History` with checked numbers.
+    """Build a `History` from checked numbers.
 
     Args:
-        xi: one number, the sum of equal weights, or the weights xi_d themselves [window], that of the newest step first.
-        window: D, rounds >= 1.
-        dtype: of the weights.
-        padded_window: length of the buffer, >= window (None: window); histories of one length share one compiled program.
+        xi: a single number, the sum of D equal weights; or the weights xi_d, [window], the newest step first.
+        window: D, the number of rounds in the history, >= 1.
+        dtype: dtype of the weights.
+        padded_window: length of the buffer, >= window; None means `window`. Histories of equal length share one
+            compiled program.
         rescale_short_history: see `History`.
         kind: "step", "direction" or "absolute", see `History`.
-        name: of the weights, for errors.
+        name: name of the weights in error messages.
+
+    Returns:
+        The history, with xi padded by zeros to [padded_window].
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range, or `rescale_short_history` is not a bool.
     """
     window = int(check_number("window", window, np.int32, minimum=1))
     padded_window = int(
@@ -401,15 +527,18 @@ def make_history(
 
 
 def limit_silence(rule: types.UploadRule, max_silence: int | None, *, force_first_upload: bool = False) -> MaxSilence:
-    """`rule`, or after `limit_silence` >= 0 silent rounds (None: never).
+    """Build a rule that follows `rule`, and forces an upload after `max_silence` silent rounds.
 
     Args:
-        rule: what decides otherwise.
-        max_silence: C, rounds.
-        force_first_upload: "forced": everybody sends in its first round; "rule": the rule decides there too.
+        rule: the rule that decides before the limit is reached.
+        max_silence: C, in rounds, >= 0; None means no limit.
+        force_first_upload: True: every worker sends in its first round. False: the rule decides there too.
+
+    Returns:
+        The combined rule; see `MaxSilence`.
 
     Raises:
-        ValueError: max_silence is no whole number >= 0, force_first_upload is not a bool.
+        ValueError: `max_silence` is not a whole number >= 0, or `force_first_upload` is not a bool.
     """
     if not isinstance(force_first_upload, bool | np.bool_):
         raise ValueError(f"force_first_upload = {force_first_upload!r}: expected True or False")
@@ -420,10 +549,21 @@ def limit_silence(rule: types.UploadRule, max_silence: int | None, *, force_firs
 def partial_participation(
     rule: types.UploadRule, num_workers: int, *, count: int | None = None, share: float | None = None
 ) -> PartialParticipation:
-    """`count` workers, or the share of them rounded to a whole number >= 1, take part in a round and follow `rule`.
+    """Build a rule by which some random workers participate in each round and follow `rule`.
+
+    Give exactly one of `count` and `share`.
+
+    Args:
+        rule: the rule that participating workers follow.
+        num_workers: M.
+        count: participating workers per round, 1 to M.
+        share: participating share of the workers, in (0, 1]. share * M is rounded to a whole number >= 1.
+
+    Returns:
+        The combined rule; see `PartialParticipation`.
 
     Raises:
-        ValueError: not exactly one of count (1 to num_workers) and share (above 0, at most 1) is given.
+        ValueError: both or none of `count` and `share` are given, or a number is out of its range.
     """
     if (count is None) == (share is None):
         raise ValueError(f"count = {count!r}, share = {share!r}: expected one of them")
@@ -434,7 +574,14 @@ def partial_participation(
 
 
 def sample_one_worker(weights: Any, dtype: Any) -> SampleOneWorker:
-    """A `SampleOneWorker` with probabilities proportional to `weights` [M] >= 0.
+    """Build a `SampleOneWorker` rule with probabilities proportional to `weights`.
+
+    Args:
+        weights: one number >= 0 for each worker, [M].
+        dtype: dtype of the probabilities.
+
+    Returns:
+        The rule.
 
     Raises:
         ValueError: a weight is negative, or none is positive.

@@ -1,4 +1,8 @@
-"""Samplers: which rows of its shard a worker uses in a round."""
+"""Samplers: minibatches, that is, the rows of its shard that a worker uses in a round.
+
+A sampler implements `laqjax.types.Sampler`. It keeps no state: its draws depend on the key of the run, the round and
+the worker. A resumed run therefore selects the same rows.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +18,28 @@ __all__ = ["BlockSampler", "RowSelection", "ShuffleSampler"]
 
 @dataclass(frozen=True)
 class RowSelection:
-    """`size` rows of a shard: a run from `start`, or those of `index` [size]."""
+    """Selection of `size` rows of a shard: consecutive rows from `start` on, or the rows listed in `index`.
+
+    Attributes:
+        size: number of rows.
+        start: first of the consecutive rows, an integer scalar. None where `index` is given.
+        index: row numbers, [size]. None where `start` is given.
+    """
 
     size: int
     start: Int[Array, ""] | None = None
     index: Int[Array, " size"] | None = None
 
     def slice(self, t: Any, size: int) -> "RowSelection":
-        """The `size` of them from t size on."""
+        """Return part `t` of the selection, cut into parts of `size` rows.
+
+        Args:
+            t: number of the part, counted from 0; may be traced.
+            size: rows of a part.
+
+        Returns:
+            The rows `t size` to `(t + 1) size - 1` of this selection.
+        """
         if self.index is None:
             assert self.start is not None
             return RowSelection(size, start=self.start + t * size)
@@ -31,7 +49,13 @@ class RowSelection:
 @register_dataclass
 @dataclass(frozen=True)
 class BlockSampler:
-    """Minibatches as the authors draw them: one of the shard's fixed runs of `size` rows, at random, every round."""
+    """Sampler that draws one of the fixed blocks of a shard in every round, as the authors' program does.
+
+    A shard is cut into blocks of `size` consecutive rows. Rows after the last full block are never drawn.
+
+    Attributes:
+        size: rows of a minibatch.
+    """
 
     size: int = static_field()
 
@@ -45,7 +69,13 @@ class BlockSampler:
 @register_dataclass
 @dataclass(frozen=True)
 class ShuffleSampler:
-    """Minibatches without replacement: the shard in a new random order each epoch, `size` rows a round."""
+    """Sampler without replacement: it shuffles the shard in each epoch and takes the next `size` rows in each round.
+
+    An epoch has as many rounds as there are full minibatches in the shard. The rows that are left over are skipped.
+
+    Attributes:
+        size: rows of a minibatch.
+    """
 
     size: int = static_field()
 
@@ -57,17 +87,17 @@ class ShuffleSampler:
         place = jnp.where(
             jnp.arange(length, dtype=jnp.int32) < rows, jax.random.uniform(key, (length,), jnp.float32), 2
         )
-        order = jnp.argsort(place)  # padding comes last
+        order = jnp.argsort(place)  # padding comes last, because its key 2 is above every uniform draw
         return RowSelection(
             self.size, index=jax.lax.dynamic_slice(order, (keys.round % rounds * self.size,), (self.size,))
         )
 
 
 def _num_valid_rows(shards: Shards, worker: Any) -> Int[Array, ""]:
-    """Rows of a worker that are not padding (which stands at the end)."""
+    """Return the number of rows of a worker that are not padding (padding comes at the end of a shard)."""
     return jnp.sum(shards.weight[worker] > 0, dtype=jnp.int32)
 
 
 def _sampling_key(key: PRNGKeyArray) -> PRNGKeyArray:
-    """The sample's own stream: the compressor draws from the key itself."""
-    return jax.random.fold_in(key, 0xFFFF5A5A)  # no round and no worker has this number
+    """Derive the key of the sampler, because the compressor draws from `key` itself."""
+    return jax.random.fold_in(key, 0xFFFF5A5A)  # larger than the number of any round or worker

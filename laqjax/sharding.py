@@ -1,7 +1,7 @@
-"""Workers and points on the devices of a mesh, of one process or many: placing, loading, and agreeing.
+"""Meshes of devices, of one process or many, for workers and for the points of a sweep.
 
-A mesh has the axis `workers`, the axis `sweep`, or both. M workers on d devices take ceil(M / d) rows each; rows beyond M are
-padding: copies of the last worker that never send and are never counted.
+A mesh has the axis `workers`, the axis `sweep`, or both. M workers on d devices take ceil(M / d) rows per device. Rows
+beyond M are padding: copies of the last worker, which never upload and are never counted.
 """
 
 from collections.abc import Callable
@@ -62,14 +62,17 @@ WORKER_AXIS, SWEEP_AXIS = "workers", "sweep"
 
 
 def make_mesh(workers: int | None = None, sweep: int = 1) -> Mesh:
-    """A mesh over the devices of all processes.
+    """Create a mesh over the devices of all processes.
 
     Args:
-        workers: devices along the axis of workers (None: all that are left).
-        sweep: devices along the axis of points.
+        workers: number of devices along the axis `workers`. None: all devices that `sweep` leaves.
+        sweep: number of devices along the axis `sweep`.
+
+    Returns:
+        A mesh with the axes (`sweep`, `workers`).
 
     Raises:
-        ValueError: there are not as many devices.
+        ValueError: `sweep` times `workers` is not the number of devices.
     """
     devices = jax.device_count()
     workers = devices // sweep if workers is None else workers
@@ -79,10 +82,17 @@ def make_mesh(workers: int | None = None, sweep: int = 1) -> Mesh:
 
 
 def num_worker_slots(mesh: Mesh | None, num_workers: int) -> int:
-    """Rows of workers on a mesh, padding included.
+    """Return the number of rows of workers on a mesh, including padding.
+
+    Args:
+        mesh: mesh with the axis `workers`, `sweep` or both. None: no mesh and no padding.
+        num_workers: number of workers M.
+
+    Returns:
+        M, rounded up to a multiple of the devices along the axis `workers`.
 
     Raises:
-        ValueError: the mesh has no axis of workers or points.
+        ValueError: the mesh has neither of the two axes.
     """
     if mesh is None:
         return num_workers
@@ -95,19 +105,37 @@ def num_worker_slots(mesh: Mesh | None, num_workers: int) -> int:
 
 
 def partition_spec(mesh: Mesh, *axes: str | None) -> P:
-    """The axes that the mesh has; leading ones that it lacks are not split."""
+    """Create a partition spec for consecutive array axes.
+
+    Args:
+        mesh: the mesh.
+        *axes: mesh axis for each leading array axis. An array axis is not split if this is None or an axis that the
+            mesh lacks.
+
+    Returns:
+        The partition spec.
+    """
     return P(*(axis if axis in mesh.axis_names else None for axis in axes))
 
 
 def device_put_global(tree: Any, mesh: Mesh, split: P) -> Any:
-    """Arrays as one array over all processes; every process has them whole and gives what its devices hold.
+    """Place arrays on the devices of a mesh, as one array over all processes.
 
-    Arrays that lie so already are not moved.
+    Every process passes the whole arrays, and its devices get their part of them. Arrays that are already placed this
+    way are not moved.
+
+    Args:
+        tree: pytree of arrays.
+        mesh: the mesh.
+        split: partition spec of all arrays.
+
+    Returns:
+        The pytree of placed arrays.
     """
     sharding = NamedSharding(mesh, split)
 
     def one(a: Any) -> Any:
-        # equal, not equivalent: programs are compiled for shardings by their names
+        # equal, not only equivalent, since programs are compiled for the names of shardings
         if isinstance(a, jax.Array) and a.sharding == sharding:
             return a
         if not hasattr(a, "dtype"):
@@ -123,14 +151,32 @@ def device_put_global(tree: Any, mesh: Mesh, split: P) -> Any:
 
 
 def state_partition_specs(mesh: Mesh, *points: str) -> Any:
-    """How a state lies on the mesh: its workers along the axis of workers; a state of many points along theirs first."""
+    """Return the partition specs of a state on a mesh.
+
+    Args:
+        mesh: the mesh.
+        *points: mesh axis along which the points of a sweep are split, for a state of many points.
+
+    Returns:
+        An `AlgorithmState` of partition specs: workers are split along the axis `workers`, all else is the same on its
+        devices.
+    """
     whole: Any = partition_spec(mesh, *points)
     workers: Any = partition_spec(mesh, *points, WORKER_AXIS)
     return AlgorithmState(whole, whole, whole, whole, whole, whole, workers)
 
 
 def shard_state(state: AlgorithmState, mesh: Mesh, *points: str) -> AlgorithmState:
-    """A state where `state_partition_specs` says."""
+    """Place a state on a mesh.
+
+    Args:
+        state: state with the rows of workers that the mesh needs, see `resize_workers`.
+        mesh: the mesh.
+        *points: mesh axis along which the points of a sweep are split, for a state of many points.
+
+    Returns:
+        The state with the shardings of `state_partition_specs`.
+    """
     return AlgorithmState(
         *(
             device_put_global(part, mesh, at)
@@ -140,7 +186,16 @@ def shard_state(state: AlgorithmState, mesh: Mesh, *points: str) -> AlgorithmSta
 
 
 def pad_workers(tree: Any, rows: int, axis: int = 0) -> Any:
-    """Arrays [M, ...] with `rows` rows: the last one repeated, or the rows beyond left out."""
+    """Change the number of rows of workers in all arrays.
+
+    Args:
+        tree: pytree of arrays [M, ...].
+        rows: number of rows of the result. Further rows are copies of the last one; rows beyond are dropped.
+        axis: array axis of the workers.
+
+    Returns:
+        The pytree of arrays [rows, ...].
+    """
 
     def one(a: Any) -> Any:
         if a.shape[axis] == rows:
@@ -152,19 +207,19 @@ def pad_workers(tree: Any, rows: int, axis: int = 0) -> Any:
 
 
 def load_local_shards(mesh: Mesh, num_workers: int, load: Callable[[int, int], Shards]) -> Shards:
-    """The shards of all workers, each process loading its own only.
+    """Load the shards of all workers, where each process loads only its own.
 
     Args:
-        mesh: with an axis `workers`.
-        num_workers: M.
-        load: (first, last) -> Shards of the workers first..last-1, each array [last - first, N, ...]; N, dtypes and further
-            axes are the same on all processes.
+        mesh: mesh with the axis `workers`.
+        num_workers: number of workers M.
+        load: function (first, last) -> Shards of the workers first..last-1, each array [last - first, N, ...]. N,
+            dtypes and further axes are the same on all processes.
 
     Returns:
         Shards for `run(..., mesh=mesh)`, with the padding that the mesh needs.
 
     Raises:
-        ValueError: what was loaded is not finite, has other shapes, or is not padded at the end.
+        ValueError: the loaded shards are not finite, have other shapes, or are not padded at the end.
     """
     rows = num_worker_slots(mesh, num_workers)
     sharding = NamedSharding(mesh, partition_spec(mesh, WORKER_AXIS))
@@ -187,12 +242,30 @@ def load_local_shards(mesh: Mesh, num_workers: int, load: Callable[[int, int], S
 
 
 def resize_workers(state: AlgorithmState, rows: int, axis: int = 0) -> AlgorithmState:
-    """A state with so many rows of workers: padding added, or left out."""
+    """Change the number of rows of workers in a state, by adding or removing padding.
+
+    Args:
+        state: the state.
+        rows: number of rows of the result.
+        axis: array axis of the workers: 0, or 1 for a state of many points.
+
+    Returns:
+        The state with that many rows of workers.
+    """
     return state._replace(workers=pad_workers(state.workers, rows, axis))
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays whole on the host, also those that are spread over processes."""
+    """Copy arrays to the host as whole arrays.
+
+    Arrays that are spread over processes are gathered, so all processes must call this function.
+
+    Args:
+        tree: pytree of arrays.
+
+    Returns:
+        The pytree with NumPy arrays.
+    """
 
     def one(a: Any) -> Any:
         here = not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated
@@ -202,5 +275,13 @@ def to_host(tree: Any) -> Any:
 
 
 def unpad_state(state: AlgorithmState, num_workers: int) -> AlgorithmState:
-    """A state without the rows of padding, on the host: to save it, or to go on with it on other devices."""
+    """Copy a state to the host without padding rows, to save it or to continue it on other devices.
+
+    Args:
+        state: state from a run on a mesh.
+        num_workers: number of workers M.
+
+    Returns:
+        The state on the host, with M rows of workers.
+    """
     return resize_workers(to_host(state), num_workers)

@@ -1,8 +1,36 @@
-"""What travels, what stays, and what the parts of an algorithm promise each other.
+"""States, messages and protocols: the interfaces between the parts of an algorithm.
 
-An algorithm is a pytree: its numbers are leaves (traced: new values do not recompile, and a sweep is a `vmap` over them),
-its structure is metadata (compiled in). Parts own what they remember, as an optax transformation owns its state: `init`
-makes it, a round takes it in and gives it back.
+An algorithm consists of an oracle (loss and gradient), a memory, a compressor, an upload rule and a server optimizer
+from optax. A sampler (minibatches) and a downlink (a compressed model broadcast) are optional. `laqjax.assemble` joins
+the parts. One round calls them in the order below; `laqjax._core.round` is the implementation.
+
+Each worker:
+
+1. `sampler(keys, shards)` selects the rows of the minibatch. Without a sampler the whole shard is used.
+2. `rule.is_selected(...)` decides whether the worker participates in the round.
+3. `oracle(params, shards, worker, rows)` computes the loss and the gradient [p].
+4. `memory.compression_target(...)` turns the gradient into the vector [p] that is compressed.
+5. `compressor.encode(...)` builds the message; `compressor.decode(...)` is the vector [p] that the server will read
+   from it.
+6. `rule.should_send(...)` decides whether a selected worker sends its message.
+7. `memory.update(...)` computes the new memory of a worker that sends.
+8. `compressor.wire_fields(...)` lists the fields of the message, from which its bytes are counted.
+
+The collective then adds up the messages that were sent, and the server continues:
+
+9. `memory.update_aggregate(...)` turns their sum [p] into the direction [p] for the optimizer.
+10. `downlink.broadcast(...)` calls the server optimizer and returns the next model [p] of the workers.
+11. `rule.update(...)` updates the state that the rule shares with all workers.
+
+The methods of a part are written for one worker, and `Algorithm.step` adds the worker axis. They must be pure functions
+that JAX can trace. `Algorithm.step` evaluates steps 1 to 8 for every worker. It then masks the results of workers that
+are not selected and of workers that do not send.
+
+An algorithm is a pytree. Its numbers are leaves: they are traced, so new values do not recompile, and a sweep is a
+`vmap` over them. Its structure is static metadata and part of the compiled program. Each part owns its state, as an
+optax transformation does: `init` creates the state, and each round takes it and returns the new one.
+
+Shapes: p parameters, M workers, m workers on the current device, N rows of a shard, K rounds.
 """
 
 from collections.abc import Callable, Iterable
@@ -44,15 +72,33 @@ _T = TypeVar("_T")
 
 
 def static_field(**kwargs: Any) -> Any:
-    """A dataclass field that is structure: compared and hashed by `jax.jit`, never traced."""
+    """Declare a dataclass field that is structure: `jax.jit` compares and hashes it and never traces it.
+
+    Args:
+        **kwargs: arguments of `dataclasses.field`, such as `default`.
+
+    Returns:
+        The field, for the body of a dataclass that `register_dataclass` registers.
+    """
     return field(metadata={"static": True}, **kwargs)
 
 
 def register_dataclass(cls: type[_T]) -> type[_T]:
-    """A frozen dataclass as a pytree: fields are children, `static_field` ones are structure, and so is the class itself.
+    """Register a frozen dataclass as a pytree. Use it as a decorator above `@dataclass(frozen=True)`.
 
-    `jax.tree_util.register_dataclass` forgets the class where it compares structures (seen in JAX 0.10.2): two parts with
-    fields of one shape are then equal to `jax.jit`, which runs the program of one for the other when their hashes meet.
+    Fields become children (traced numbers or nested parts). Fields declared with `static_field` become structure, and
+    so does the class itself.
+
+    `jax.tree_util.register_dataclass` ignores the class when it compares structures (seen in JAX 0.10.2). Two parts
+    whose fields have the same shapes then compare equal in `jax.jit`. When their hashes collide too, it runs the
+    program of the wrong part.
+
+    Args:
+        cls: the dataclass. JAX rebuilds its instances with tracers, shapes or axes in place of numbers. It does so
+            without calling the constructor.
+
+    Returns:
+        `cls` itself.
     """
     children = [f.name for f in fields(cls) if not f.metadata.get("static")]  # pyright: ignore[reportArgumentType]
     structure = [f.name for f in fields(cls) if f.metadata.get("static")]  # pyright: ignore[reportArgumentType]
@@ -67,7 +113,7 @@ def register_dataclass(cls: type[_T]) -> type[_T]:
         return tuple((jax.tree_util.GetAttrKey(name), getattr(part, name)) for name in children), aux(part)
 
     def unflatten(aux: tuple[Any, ...], values: Any) -> Any:
-        part = object.__new__(cls)  # not through the constructor: values may be shapes, axes or placeholders here
+        part = object.__new__(cls)  # skips the constructor, because values may be shapes, axes or placeholders here
         for name, value in [*zip(children, values, strict=True), *zip(structure, aux[1:], strict=True)]:
             object.__setattr__(part, name, value)
         return part
@@ -77,15 +123,19 @@ def register_dataclass(cls: type[_T]) -> type[_T]:
 
 
 def squared_norm(v: Float[Array, " p"]) -> Float[Array, ""]:
-    """||v||^2."""
+    """Return the squared Euclidean norm of a vector [p]."""
     return jnp.sum(v * v)
 
 
 def _count_bits(name: str, size: Any) -> np.ndarray:
-    """Return 8 times a number of bytes in int64, on the host.
+    """Convert a number of bytes to bits in int64, on the host.
+
+    Args:
+        name: name of the property, for the error message.
+        size: number of bytes, a scalar or an array.
 
     Raises:
-        TypeError: `size` is traced, and int32 may not hold its bits.
+        TypeError: `size` is traced, and its bits may exceed int32.
     """
     if isinstance(size, Tracer):
         raise TypeError(
@@ -95,322 +145,664 @@ def _count_bits(name: str, size: Any) -> np.ndarray:
     return 8 * np.asarray(size, np.int64)
 
 
-# ---- what travels and what stays --------------------------------------------------------------------------------
+# ---- states and messages ----------------------------------------------------------------------------------------
 
 
 class Shards(NamedTuple):
-    """The data of M workers, padded to N rows each. Padding stands at the end of a shard: minibatches rely on it."""
+    """Data of M workers, padded to N rows each.
 
-    x: Any  # any pytree of arrays [M, N, ...] in their storage dtypes (uint8 for images)
-    y: Any  # likewise
-    weight: Any  # [M, N] >= 0; 0 marks padding, which comes after all rows that count
+    Padding comes at the end of a shard. Minibatches rely on it.
+
+    Attributes:
+        x: inputs, any pytree of arrays [M, N, ...] in their storage dtypes (uint8 for images).
+        y: targets, any pytree of arrays [M, N, ...] in their storage dtypes.
+        weight: weight of each row, [M, N] and >= 0. A weight of 0 marks padding, which comes after all other rows.
+    """
+
+    x: Any
+    y: Any
+    weight: Any
 
 
 class RoundKeys(NamedTuple):
-    """The draws of one worker in one round: the same on every engine."""
+    """PRNG keys and position of one worker in one round, the same on every engine.
 
-    worker_key: PRNGKeyArray  # fold_in(fold_in(run, round), worker)
-    shared_key: PRNGKeyArray  # fold_in(fold_in(run, round), M), the same for all workers
+    Attributes:
+        worker_key: key of this worker and round, `fold_in(fold_in(run_key, round), worker)`. For the server:
+            `shared_key`.
+        shared_key: key of this round, the same for all workers, `fold_in(fold_in(run_key, round), M)`.
+        run_key: key of the whole run.
+        round: number of the round, counted from 0.
+        worker: number of the worker, 0 to M - 1. M for the server.
+        shard_index: row of this worker in the arrays of `Shards`. None: the row equals `worker`.
+    """
+
+    worker_key: PRNGKeyArray
+    shared_key: PRNGKeyArray
     run_key: PRNGKeyArray
     round: Int[Array, ""]
-    worker: Int[Array, ""]  # M for the draws of the server
-    shard_index: Any = None  # where its shard lies in the data at hand; None: at its number
+    worker: Int[Array, ""]
+    shard_index: Any = None
 
     @property
     def shard(self) -> Int[Array, ""]:
-        """The row of `Shards` that is this worker's: on a mesh, a device holds some shards only."""
+        """Return the row of this worker in `Shards`. On a mesh, a device holds only some of the shards."""
         return self.worker if self.shard_index is None else self.shard_index
 
 
 def shared_bernoulli(keys: RoundKeys, probability: Float[Array | np.ndarray, ""]) -> Bool[Array, ""]:
-    """The coin of the round, the same for all workers; it always falls in round 0."""
+    """Sample the Bernoulli variable that all workers share in this round; always True in round 0.
+
+    Args:
+        keys: keys of a worker or of the server; only `shared_key` and `round` are used.
+        probability: probability of True, in [0, 1].
+
+    Returns:
+        The variable, a scalar bool.
+    """
     return (keys.round == 0) | (jax.random.uniform(keys.shared_key, (), jnp.float32) < probability)
 
 
 @dataclass(frozen=True)
 class RoundContext:
-    """What a worker knows before its gradient; the server, which decides whom to ask, knows the same."""
+    """Information that is available before a worker computes its gradient.
+
+    A server that selects workers has the same information. In a federation, its `gradient_at` returns zeros.
+
+    Attributes:
+        params: model of the workers in this round, [p].
+        keys: PRNG keys, round number and worker number.
+        lr: learning rate of the server in this round, a scalar.
+        num_workers: M.
+        gradient_at: function `(params, full=False, when=True) -> gradient [p]`. It computes this worker's gradient at
+            another model, on the rows of the round, or on the whole shard if `full`. It costs and counts one gradient
+            for each call, only in rounds in which the scalar bool `when` is true. In the other rounds it returns zeros.
+    """
 
     params: Float[Array, " p"]
-    keys: RoundKeys  # with the numbers of the round and of the worker
+    keys: RoundKeys
     lr: Float[Array, ""]
     num_workers: int
-    # (params, full=False, when=True) -> gradient [p] at another model on the same rows, or on the full shard. Computed
-    # and counted only where it is called, and only in the rounds in which `when` is true (zeros otherwise)
     gradient_at: Callable[..., Float[Array, " p"]]
 
 
 @dataclass(frozen=True)
 class UploadContext(RoundContext):
-    """What an upload rule decides on. Squares are squared Euclidean norms."""
+    """Information from which an upload rule decides whether a worker sends: a `RoundContext` plus the message.
+
+    Attributes:
+        grad: gradient of the worker at `params`, [p].
+        target: vector that was compressed, [p].
+        decoded: vector that the server would read from the message, [p].
+        target_sq: squared Euclidean norm of `target`, a scalar.
+        innovation_sq: squared Euclidean norm of `decoded`, a scalar.
+        error_sq: squared Euclidean norm of the compression error `target - decoded`, a scalar.
+    """
 
     grad: Float[Array, " p"]
-    target: Float[Array, " p"]  # what was compressed
-    decoded: Float[Array, " p"]  # what the server would receive
+    target: Float[Array, " p"]
+    decoded: Float[Array, " p"]
     target_sq: Float[Array, ""]
-    innovation_sq: Float[Array, ""]  # of `decoded`
-    error_sq: Float[Array, ""]  # of target - decoded
+    innovation_sq: Float[Array, ""]
+    error_sq: Float[Array, ""]
 
 
 class ServerStep(NamedTuple):
-    """What the server did in a round: what a rule's shared history may be made of."""
+    """Step of the server in one round, from which a rule updates the state that it shares with all workers.
 
-    before: Float[Array, " p"]  # the model that the workers had
-    after: Float[Array, " p"]  # the model that they get
-    direction_sq: Float[Array, ""]  # of what the optimizer got
-    step_sq: Float[Array, ""]  # of after - before
+    Attributes:
+        before: model of the workers in this round, [p].
+        after: model of the workers in the next round, [p].
+        direction_sq: squared Euclidean norm of the direction that the memory gave to the downlink, a scalar.
+        step_sq: squared Euclidean norm of `after - before`, a scalar.
+        round: number of the round.
+    """
+
+    before: Float[Array, " p"]
+    after: Float[Array, " p"]
+    direction_sq: Float[Array, ""]
+    step_sq: Float[Array, ""]
     round: Int[Array, ""]
 
 
 class WorkerState(NamedTuple):
-    """What a worker keeps; a state stacks M of them."""
+    """State of one worker. `AlgorithmState.workers` stacks M of them along a leading axis.
 
-    memory: Any  # the memory's own
-    rule: Any  # the rule's own
+    Attributes:
+        memory: pytree of the memory, created by `Memory.init`.
+        rule: pytree of the upload rule, created by `UploadRule.init` (the second result).
+    """
+
+    memory: Any
+    rule: Any
 
 
 class AlgorithmState(NamedTuple):
-    """All that the next round needs. A plain pytree; edit it freely between runs."""
+    """State of an algorithm between two rounds: everything that the next round needs.
 
-    params: Float[Array, " p"]  # the model that the workers have; `alg.params(state)` is the pytree
+    It is a plain pytree and may be edited between runs.
+
+    Attributes:
+        params: model of the workers as a flat vector, [p]; `alg.params(state)` returns it as a pytree.
+        round: number of the next round.
+        aggregate: sum of the memories of all workers, [p]. None if the memory is not persistent.
+        optimizer: state of the optax transformation of the server.
+        rule: state that the upload rule shares with all workers, such as a history or a snapshot of the model.
+        downlink: state of the downlink on the server.
+        workers: states of the workers; every leaf is [M, ...]. On a mesh, rows of padding follow the M-th.
+    """
+
+    params: Float[Array, " p"]
     round: Int[Array, ""]
-    aggregate: Any  # [p], the server's sum of all memories; None where the memory keeps nothing from round to round
-    optimizer: Any  # of optax
-    rule: Any  # what the rule shares with all workers: a history, a snapshot
-    downlink: Any  # what the server remembers of what it sent down
-    workers: WorkerState  # [M, ...]
+    aggregate: Any
+    optimizer: Any
+    rule: Any
+    downlink: Any
+    workers: WorkerState
 
 
 class WorkerUpload(NamedTuple):
-    """What a worker hands to the exchange: `payload` and `decoded` count only where `sent`."""
+    """Message of one worker in one round, as it is passed to the collective.
 
-    payload: Any  # of the compressor
-    decoded: Any  # [p], what it stands for
+    Attributes:
+        payload: result of `Compressor.encode`. It has no effect unless `sent`.
+        decoded: vector that the payload decodes to, [p]. It has no effect unless `sent`.
+        sent: whether the worker sends the message.
+        selected: whether the worker participates in this round.
+        bytes: size of the message in bytes, int32. It is computed also where the message is not sent.
+    """
+
+    payload: Any
+    decoded: Any
     sent: Bool[Array, ""]
-    selected: Bool[Array, ""]  # whether the worker took part in this round
-    bytes: Int[Array, ""]  # of the message
+    selected: Bool[Array, ""]
+    bytes: Int[Array, ""]
 
 
 class RoundInfo(NamedTuple):
-    """Raw facts of a round, or of K rounds, one row a round. Row k belongs to the model *before* step k.
+    """Metrics of one round, or of K rounds with one row per round. Row k belongs to the model *before* step k.
 
-    `loss` is the mean over all M workers of the loss that each worker's oracle computed at that model, on the rows of the
-    round: the whole shard, or the sampler's minibatch. Three consequences:
+    `loss` is the mean over all M workers of the loss that each worker's oracle computed at that model. It is evaluated
+    on the rows of the round: the whole shard, or the minibatch of the sampler. This has three consequences:
 
-    - Workers that did not take part in the round (partial participation, rules in which the server selects) are included.
+    - Workers that did not participate in the round (partial participation, rules in which the server selects) are
+      included.
     - With local steps and a sampler it is the loss on the rows of the first local step.
     - VR-MARINA reports the loss of the minibatch also in a round whose message is a full gradient.
 
-    Messages are counted in bytes (int32), since the bits of 2^26 float32 numbers exceed int32. `bits_up` and `downlink_bits`
-    are 8 times that, in int64 on the host. Inside a program that JAX traces there are only bytes.
+    Messages are counted in bytes (int32), since the bits of 2^26 float32 numbers exceed int32. `bits_up` and
+    `bits_down` are 8 times as large, in int64, and exist on the host only. Inside a function that JAX traces, read the
+    bytes.
+
+    Attributes:
+        loss: mean loss, [K] (a scalar for one round).
+        sent: whether each worker sent a message, [K, M].
+        bytes_up: bytes of the message of each worker, [K, M]; 0 where nothing was sent.
+        bytes_down: bytes that the server sent, [K].
+        extra: further metrics by name, each [K, ...]: those named in the argument `metrics` of `run` or
+            `Algorithm.step`.
     """
 
     loss: Float[Array | np.ndarray, "*K"]
     sent: Bool[Array | np.ndarray, "*K M"]
-    bytes_up: Int[Array | np.ndarray, "*K M"]  # of each worker's message, 0 where nothing was sent
+    bytes_up: Int[Array | np.ndarray, "*K M"]
     bytes_down: Int[Array | np.ndarray, "*K"]
-    extra: dict[str, Any]  # what `record` named, [*K, ...]
+    extra: dict[str, Any]
 
     @property
     def bits_up(self) -> Int[np.ndarray, "*K M"]:
-        """Return the bits of each worker's message in int64, 0 where nothing was sent.
+        """Return the bits of the message of each worker in int64, [K, M]; 0 where nothing was sent.
 
         Raises:
-            TypeError: it is read inside a traced function; `bytes_up` is there.
+            TypeError: it is read inside a function that JAX traces. Read `bytes_up` there.
         """
         return _count_bits("bits_up", self.bytes_up)
 
     @property
     def bits_down(self) -> Int[np.ndarray, "*K"]:
-        """Return the bits that the server sent in a round, in int64.
+        """Return the bits that the server sent in each round, in int64, [K].
 
         Raises:
-            TypeError: it is read inside a traced function; `bytes_down` is there.
+            TypeError: it is read inside a function that JAX traces. Read `bytes_down` there.
         """
         return _count_bits("bits_down", self.bytes_down)
 
 
 class WireField(NamedTuple):
-    """A piece of a message: the entry `name` of `payload`, with `bits` for each number; see `laqjax.compressors`."""
+    """Field of a message: one entry of its payload, and how many bits each of its numbers takes.
+
+    Both directions use it. A writer reads `payload[name]`; a reader stores what it received there.
+
+    Attributes:
+        payload: the payload that was given to `Compressor.wire_fields`.
+        name: key of the entry in `payload`.
+        like: shape and dtype of the entry, a `jax.ShapeDtypeStruct` or an array.
+        bits: bits of each number, a scalar, which may be traced. 0 means that the field is absent. Floats of full width
+            are sent as they are. All other numbers are sent as whole numbers >= 0 of this width.
+        mask: bool array that marks the numbers that are sent, one flag per number. None: all of them.
+    """
 
     payload: dict[str, Any]
     name: str
-    like: Any  # shape and dtype of the entry
-    bits: Any  # 0: not there. Floats of their full width travel as they are, everything else as whole numbers
-    mask: Any = None  # a mask: only these
+    like: Any
+    bits: Any
+    mask: Any = None
 
 
-# ---- parts (checkable at run time: the tests check every annotation) -------------------------------------------------
+# ---- protocols of the parts (checkable at run time: the tests check every annotation) --------------------------------
 
 
 @runtime_checkable
 class Oracle(Protocol):
-    """Loss and gradient of one worker on the flat vector; see `laqjax.oracles`."""
+    """Loss and gradient of one worker, as functions of the model as a flat vector [p].
+
+    `laqjax.oracles.from_loss` builds an oracle from a loss per example.
+    """
 
     @property
     def size(self) -> int:
-        """The number of parameters p."""
+        """Return the number of parameters p."""
         ...
 
     @property
     def dtype(self) -> np.dtype:
-        """Of parameters, gradients and losses."""
+        """Return the dtype of parameters, gradients and losses."""
         ...
 
     def ravel(self, params: Any) -> Float[Array, " p"]:
-        """The pytree as one vector."""
+        """Convert a model from a pytree to a flat vector [p].
+
+        Args:
+            params: the pytree, or a vector [p], which is returned as it is.
+        """
         ...
 
     def unravel(self, params: Float[Array, " p"]) -> Any:
-        """The vector as the pytree."""
+        """Convert a model from a flat vector [p] to a pytree. It is the inverse of `ravel`."""
         ...
 
     def validate(self, shards: Shards) -> None:
-        """Raise ValueError where the loss does not fit the data."""
+        """Check that the loss accepts the data. It is called before anything is compiled.
+
+        Args:
+            shards: data of all workers.
+
+        Raises:
+            ValueError: the loss does not fit the data.
+        """
         ...
 
     def activation_bytes(self, shards: Shards) -> int:
-        """Memory that one gradient needs beside parameters and gradient."""
+        """Estimate the memory in bytes that one gradient needs in addition to the parameters and the gradient.
+
+        `laqjax.max_batch_size` uses it to compute how many points of a sweep fit in memory.
+        """
         ...
 
     def prefers_sequential(self, shards: Shards) -> bool:
-        """Whether the points of a sweep run one after another, where that is faster than side by side."""
+        """Return whether gradients are faster one after another than batched with `vmap`.
+
+        It is a hint for the points of a sweep, and on the CPU also for the workers of a round.
+        """
         ...
 
     def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> tuple[Array, Array]:
-        """(loss, gradient [p]) of worker `worker` at `params` [p], on its shard or on `rows` of it."""
+        """Compute the loss and the gradient of one worker.
+
+        Args:
+            params: model, [p].
+            shards: data of all workers, or on a mesh of the workers of this device.
+            worker: row of the worker in the arrays of `shards`, an integer scalar (`RoundKeys.shard`).
+            rows: minibatch, a `laqjax.samplers.RowSelection`. None: the whole shard.
+
+        Returns:
+            The loss (a scalar) and the gradient [p]. With `rows`, both are estimates from these rows alone.
+        """
         ...
 
 
 @runtime_checkable
 class Collective(Protocol):
-    """How the messages of workers that are spread over devices become one sum on each; see `laqjax.sharding`.
+    """Summation of the messages of workers that are distributed over devices, so that every device gets the sum.
 
-    accumulates_locally: messages are added where they were made; else they are stacked for `reduce`.
+    The methods are called inside `jax.shard_map`, and see the workers of their device. `laqjax.sharding` contains the
+    collectives. Without a mesh, `Algorithm.step` uses one that moves nothing.
     """
 
     @property
-    def accumulates_locally(self) -> bool: ...
+    def accumulates_locally(self) -> bool:
+        """Return whether contributions are added on the device of their workers, before `reduce`.
+
+        True: `reduce` gets the sum of the contributions of this device's senders. False: it gets the stacked
+        contributions.
+        """
+        ...
 
     def local_workers(self, num_workers: int, shards: Shards) -> tuple[Any, int]:
-        """(number of the first, how many) of the workers whose shards are at hand; num_workers and above are padding."""
+        """Return which workers are on this device.
+
+        Args:
+            num_workers: M.
+            shards: the data on this device, with m rows.
+
+        Returns:
+            The number of the first worker, which may be traced, and the number m of workers. Worker numbers >= M are
+            padding.
+        """
         ...
 
     def worker_contribution(self, alg: Any, upload: WorkerUpload) -> Any:
-        """What one worker contributes."""
+        """Return the part of a worker's message that `reduce` needs. It is called for one worker at a time.
+
+        Args:
+            alg: the algorithm.
+            upload: message of the worker.
+
+        Returns:
+            A vector [p] if `accumulates_locally`, else any pytree.
+        """
         ...
 
     def gather_metrics(self, facts: Any, num_workers: int) -> Any:
-        """[m, ...] of the workers at hand as [M, ...] of all."""
+        """Gather the metrics of all workers on every device.
+
+        Args:
+            facts: pytree of arrays [m, ...] of the workers on this device.
+            num_workers: M.
+
+        Returns:
+            The same pytree with arrays [M, ...].
+        """
         ...
 
     def reduce(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
-        """The sum of the messages of all senders."""
+        """Add up the messages of all workers that send.
+
+        Args:
+            alg: the algorithm.
+            messages: sum [p] of the contributions of this device's senders if `accumulates_locally`. Otherwise the
+                contributions of its workers, stacked to [m, ...].
+            sent: which of all workers send, [M].
+            like: a vector with the shape [p] and the dtype of the result.
+
+        Returns:
+            The sum [p], the same on every device.
+        """
         ...
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Which rows of a shard a round uses; see `laqjax.oracles`."""
+    """Choice of the rows of a shard that a worker uses in a round; see `laqjax.samplers`."""
 
     @property
     def size(self) -> int:
-        """Rows a round."""
+        """Return the number of rows in a round."""
         ...
 
     def __call__(self, keys: RoundKeys, shards: Shards) -> Any:
-        """The `samplers.RowSelection` of the worker and round of `keys`."""
+        """Select the rows of one worker in one round.
+
+        Args:
+            keys: keys, round number and worker number. `keys.shard` is the row of the worker in the arrays of `shards`.
+            shards: data of all workers, or on a mesh of the workers of this device.
+
+        Returns:
+            A `laqjax.samplers.RowSelection` of `size` rows.
+        """
         ...
 
 
 @runtime_checkable
 class Compressor(Protocol):
-    """A scheme; see `laqjax.compressors`."""
+    """Conversion of a vector [p] to a message and back; see `laqjax.compressors`.
+
+    As an example, this compressor sends float16 values, 16 p bits:
+
+    ```python
+    @register_dataclass
+    @dataclass(frozen=True)
+    class Half:
+        def encode(self, target, keys):
+            return {"values": target.astype(jnp.float16)}
+
+        def decode(self, payload, like):
+            return payload["values"].astype(like.dtype)
+
+        def wire_fields(self, payload, like):
+            yield WireField(payload, "values", jax.ShapeDtypeStruct(like.shape, np.float16), 16)
+    ```
+    """
 
     def encode(self, target: Float[Array, " p"], keys: RoundKeys) -> dict[str, Any]:
-        """The payload of a message."""
+        """Compress a vector.
+
+        Args:
+            target: vector to compress, [p].
+            keys: PRNG keys. `worker_key` gives each worker its own draws, `shared_key` gives all workers the same
+                draws.
+
+        Returns:
+            The payload: arrays by name.
+        """
         ...
 
     def decode(self, payload: dict[str, Any], like: Any) -> Float[Array, " p"]:
-        """What the receiver takes it for; `like` has the shape and dtype of the target."""
+        """Decompress a payload.
+
+        Args:
+            payload: result of `encode`, or the same entries as a receiver read them.
+            like: shape [p] and dtype of the target, a `jax.ShapeDtypeStruct` or an array.
+
+        Returns:
+            The decoded vector, [p].
+        """
         ...
 
     def wire_fields(self, payload: dict[str, Any], like: Any) -> Iterable[WireField]:
-        """The fields that travel, in order; see `laqjax.compressors`."""
+        """List the fields of a message in the order in which they are sent.
+
+        The size of a message, its bytes and the reading of these bytes all follow from this list. It should be a
+        generator: a reader starts with an empty payload and stores each field in it before it requests the next one.
+        The width of a field may therefore depend on earlier entries. A collective also lists the fields of an empty
+        payload. If that raises KeyError, the width is known only at run time, and messages are moved between devices in
+        decoded form.
+
+        Args:
+            payload: result of `encode`, or a dict that the caller fills while it reads.
+            like: shape [p] and dtype of the target.
+
+        Returns:
+            The fields.
+        """
         ...
 
 
 @runtime_checkable
 class UploadRule(Protocol):
-    """When a worker sends; see `laqjax.rules`, whose `UploadRule` has all of this but `should_send`.
+    """Decision which workers participate in a round, and which of them send a message; see `laqjax.rules`.
 
-    can_skip: an asked worker may stay silent, and its silence means that the server's memory of it still stands.
-    server_selects: the server asks some workers only; the others neither get the model nor compute.
-    renews_in_silence: a worker that was asked and stays silent may change its state, apart from a count of silent rounds.
+    A rule owns two states: one that it shares with all workers, and one of each worker. `laqjax.rules.BaseUploadRule`
+    has a default for every member, so a subclass defines only what differs. By default a rule is stateless, and every
+    worker is selected and sends.
+
+    As an example, this rule sends if the change is larger than a fraction of the last change that was sent. The rule
+    shares nothing, and each worker keeps ||last change sent||^2:
+
+    ```python
+    @register_dataclass
+    @dataclass(frozen=True)
+    class Larger(rules.BaseUploadRule):
+        fraction: jax.Array
+
+        def init(self, params):
+            return None, jnp.zeros((), params.dtype)
+
+        def should_send(self, shared_state, worker_state, context):
+            send = context.innovation_sq > self.fraction * worker_state
+            return send, context.innovation_sq, worker_state
+    ```
     """
 
     @property
-    def can_skip(self) -> bool: ...
+    def can_skip(self) -> bool:
+        """Return whether a selected worker may stay silent.
+
+        Its silence means that its last upload remains valid. Such a rule needs a persistent memory, else `assemble`
+        raises ValueError.
+        """
+        ...
 
     @property
-    def server_selects(self) -> bool: ...
+    def server_selects(self) -> bool:
+        """Return whether the server selects only some workers in a round.
+
+        The others neither receive the model nor compute. The downlink is then counted as one message to each selected
+        worker, and it must send the full model.
+        """
+        ...
 
     @property
-    def renews_in_silence(self) -> bool: ...
+    def renews_in_silence(self) -> bool:
+        """Return whether a selected worker may change its state in silence, apart from a count of silent rounds."""
+        ...
 
     def init(self, params: Float[Array, " p"]) -> tuple[Any, Any]:
-        """(what the rule shares with all, what each worker keeps of it) before round 0."""
+        """Create the states before round 0.
+
+        Args:
+            params: initial model, [p].
+
+        Returns:
+            The state that is shared with all workers, and the state of one worker; both are pytrees or None.
+        """
         ...
 
     def is_selected(self, shared_state: Any, worker_state: Any, context: RoundContext) -> Bool[Array, ""]:
-        """Whether the server asks this worker."""
+        """Decide whether the server selects a worker, before the worker computes its gradient.
+
+        Args:
+            shared_state: state that the rule shares with all workers.
+            worker_state: state of this worker.
+            context: model, keys, learning rate and number of workers.
+
+        Returns:
+            Whether the worker participates in the round, a scalar bool.
+        """
         ...
 
     def should_send(
         self, shared_state: Any, worker_state: Any, context: UploadContext
     ) -> tuple[Bool[Array, ""], Any, Any]:
-        """(whether a worker that was asked sends, what it keeps if it sends, what it keeps if not)."""
+        """Decide whether a selected worker sends its message.
+
+        It is evaluated for workers that are not selected too. These send nothing and get the third result as their
+        state. In a federation, a server whose rule has `server_selects` evaluates it with zeros in place of gradients
+        and messages.
+
+        Args:
+            shared_state: state that the rule shares with all workers.
+            worker_state: state of this worker.
+            context: gradient and message of the worker, in addition to the fields of `RoundContext`.
+
+        Returns:
+            Whether to send (a scalar bool), the worker's next state if it sends, and its next state if it does not.
+        """
         ...
 
     def update(self, shared_state: Any, step: ServerStep) -> Any:
-        """What is shared after the server's step."""
+        """Update the shared state after the step of the server.
+
+        Args:
+            shared_state: state that the rule shares with all workers.
+            step: step of the server in this round.
+
+        Returns:
+            The next shared state.
+        """
         ...
 
 
 @runtime_checkable
 class Memory(Protocol):
-    """What is compressed, what a worker remembers, and whether the server's aggregate persists; see `laqjax.memories`."""
+    """Choice of the vector that is compressed, and the states that this needs; see `laqjax.memories`.
+
+    A worker's memory usually mirrors the vector that the server holds for it. LAQ compresses the difference between the
+    gradient and this vector.
+    """
 
     @property
     def is_persistent(self) -> bool:
-        """Whether the server's aggregate holds what silent workers sent before."""
+        """Return whether the aggregate of the server keeps the earlier messages of workers that are silent now."""
         ...
 
     def init(self, params: Float[Array, " p"]) -> Any:
-        """What a worker remembers before round 0."""
+        """Create the memory of one worker before round 0.
+
+        Args:
+            params: initial model, [p].
+
+        Returns:
+            The memory, a pytree or None.
+        """
         ...
 
     def compression_target(
         self, worker_state: Any, grad: Float[Array, " p"], context: RoundContext
     ) -> tuple[Float[Array, " p"], Any]:
-        """(what is compressed, what the worker remembers if it then stays silent)."""
+        """Return the vector that is compressed.
+
+        Args:
+            worker_state: memory of the worker.
+            grad: gradient of the worker, [p].
+            context: model, keys and learning rate, and gradients at other models through `context.gradient_at`.
+
+        Returns:
+            The target [p], and the worker's next memory if it is selected and stays silent. A worker that is not
+            selected keeps `worker_state`.
+        """
         ...
 
     def update(self, worker_state: Any, grad: Any, target: Any, decoded: Float[Array, " p"]) -> Any:
-        """What the worker remembers if it sends; `worker_state` is what `compression_target` gave."""
+        """Return the next memory of a worker that sends.
+
+        Args:
+            worker_state: the second result of `compression_target`.
+            grad: gradient of the worker, [p].
+            target: vector that was compressed, [p].
+            decoded: vector that the server reads from the message, [p].
+
+        Returns:
+            The next memory, with the same structure as `worker_state`.
+        """
         ...
 
     def update_aggregate(self, aggregate: Any, total: Float[Array, " p"]) -> tuple[Float[Array, " p"], Any]:
-        """(direction for the optimizer, aggregate) after the sum `total` of the messages."""
+        """Compute the direction of the server from the messages of a round.
+
+        Args:
+            aggregate: aggregate of the server, [p]; zeros before round 0. None if the memory is not persistent.
+            total: sum of the decoded messages of all senders, [p].
+
+        Returns:
+            The direction [p] for the optimizer, and the next aggregate ([p] or None).
+        """
         ...
 
 
 @runtime_checkable
 class Downlink(Protocol):
-    """How the model reaches the workers; see `laqjax.memories`."""
+    """Transmission of the model from the server to the workers; see `laqjax.downlinks`."""
 
     def init(self, params: Float[Array, " p"]) -> Any:
-        """What the server remembers of it."""
+        """Create the state of the downlink on the server before round 0.
+
+        Args:
+            params: initial model, [p].
+
+        Returns:
+            The state, a pytree or None.
+        """
         ...
 
     def broadcast(
@@ -421,5 +813,19 @@ class Downlink(Protocol):
         optimize: Callable[..., Any],
         keys: RoundKeys,
     ) -> tuple[Float[Array, " p"], Any, Any, Int[Array, ""]]:
-        """(the workers' next model, own, optimizer state, bytes sent); `optimize(direction, params) -> (step, optimizer state)`."""
+        """Run the server optimizer and send the result to the workers.
+
+        Args:
+            server_state: state of the downlink.
+            params: model of the workers in this round, [p].
+            direction: direction from `Memory.update_aggregate`, [p].
+            optimize: function `(direction, params) -> (step, optimizer state)`, the optax transformation of the server.
+                The step [p] is to be added to the model. Call it once: each call starts from the optimizer state of
+                this round.
+            keys: PRNG keys of the server.
+
+        Returns:
+            The next model of the workers [p], the next state of the downlink, the next optimizer state, and the bytes
+            of one broadcast (a scalar int32).
+        """
         ...

@@ -1,1 +1,1 @@
-"""One round: the step of a worker and of the server, message formats, validation."""
+"""Core of the library: one round (worker step and server step), wire formats, input checks, CPU layouts."""

@@ -1,11 +1,14 @@
-"""Gradients in the form that XLA's fast CPU kernels take. Both faults hold inside loops, where every round is.
+"""Rewrite gradients so that XLA uses its fast CPU kernels inside loops.
 
-Convolutions: there is a threaded kernel for NHWC images with HWIO kernels. Other layouts, such as those of a kernel's
-gradient, are brought into that form at the top level of a program only; inside a loop or a branch they fall back to a
-naive one, ten times slower (jax issue 12868). So the transpositions are written out before XLA sees them.
+Every round runs inside a loop, and two kinds of operations are slow there:
 
-Products: the gradient of a kernel stored [in, out], as flax does, is a product that is then transposed. XLA folds the two
-into one product of an unlucky layout, three times slower. So the transposition is kept apart.
+- Convolutions. XLA has a threaded kernel for NHWC images with HWIO kernels. It converts other layouts, such as those of
+  a kernel's gradient, to that form only at the top level of a program. Inside a loop or a branch they fall back to a
+  naive implementation, which is ten times slower (jax issue 12868). This module therefore inserts the transpositions
+  before XLA sees the program.
+- Matrix products. The gradient of a kernel stored as [in, out], as in flax, is a product that is then transposed. XLA
+  folds the two into one product with an unfavorable layout, which is three times slower. This module keeps the
+  transposition separate.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +21,7 @@ from jax.extend import core
 
 
 def contains_primitive(jaxpr: core.Jaxpr, *primitives: core.Primitive) -> bool:
-    """Whether one of the primitives is in it, or in what it calls."""
+    """Return whether a jaxpr, or any jaxpr that it calls, contains one of the primitives."""
     return any(
         eqn.primitive in primitives
         or any(contains_primitive(inner, *primitives) for value in eqn.params.values() for inner in _sub_jaxprs(value))
@@ -27,13 +30,21 @@ def contains_primitive(jaxpr: core.Jaxpr, *primitives: core.Primitive) -> bool:
 
 
 def with_canonical_layouts(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, with its convolutions in NHWC, HWIO -> NHWC, and products apart from their transpositions."""
+    """Call `function(*args)` with convolutions as NHWC, HWIO -> NHWC and with products not fused with transpositions.
+
+    Args:
+        function: a function of pytrees that JAX can trace.
+        *args: its arguments.
+
+    Returns:
+        What `function(*args)` returns.
+    """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
     return jax.tree.unflatten(jax.tree.structure(shape), _eval_canonical_jaxpr(closed, jax.tree.leaves(args)))
 
 
 def _sub_jaxprs(value: Any) -> Iterator[core.Jaxpr]:
-    """The jaxprs in a parameter of an equation."""
+    """Yield the jaxprs in a parameter of an equation."""
     if isinstance(value, core.ClosedJaxpr):
         yield value.jaxpr
     elif isinstance(value, core.Jaxpr):
@@ -44,7 +55,15 @@ def _sub_jaxprs(value: Any) -> Iterator[core.Jaxpr]:
 
 
 def _eval_canonical_jaxpr(closed: core.ClosedJaxpr, args: Any) -> list[Any]:
-    """What the jaxpr computes, equation by equation."""
+    """Evaluate a jaxpr equation by equation, with convolutions and products in canonical form.
+
+    Args:
+        closed: the jaxpr.
+        args: its inputs, a flat list.
+
+    Returns:
+        Its outputs, a flat list.
+    """
     values: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     values |= zip(closed.jaxpr.invars, args, strict=True)
 
@@ -60,7 +79,7 @@ def _eval_canonical_jaxpr(closed: core.ClosedJaxpr, args: Any) -> list[Any]:
         else:
             params = {name: _canonicalize_param(value) for name, value in eqn.params.items()}
             params: Any = eqn.primitive.get_bind_params(params)
-            functions, params = params if isinstance(params, tuple) else ((), params)  # a pair before JAX 0.9.2
+            functions, params = params if isinstance(params, tuple) else ((), params)  # before JAX 0.9.2: a pair
             outputs: Any = eqn.primitive.bind(*functions, *inputs, **params)
         if eqn.primitive is lax.dot_general_p and eqn.outvars[0] in transposed:
             outputs = lax.optimization_barrier(outputs)
@@ -70,18 +89,19 @@ def _eval_canonical_jaxpr(closed: core.ClosedJaxpr, args: Any) -> list[Any]:
 
 
 def _canonicalize_param(value: Any) -> Any:
-    """A parameter of an equation, its jaxprs in canonical form."""
+    """Return a parameter of an equation with the jaxprs in it rewritten to canonical form."""
     changes = lax.conv_general_dilated_p, lax.dot_general_p
     if isinstance(value, core.ClosedJaxpr) and contains_primitive(value.jaxpr, *changes):
         return jax.make_jaxpr(lambda *args: _eval_canonical_jaxpr(value, args))(*[v.aval for v in value.jaxpr.invars])
     if isinstance(value, core.Jaxpr) and contains_primitive(value, *changes):
         return _canonicalize_param(core.ClosedJaxpr(value, ())).jaxpr
-    if type(value) is tuple:  # the branches of a cond; not the named tuples of a gather
+    if type(value) is tuple:  # the branches of a cond, but not the named tuples of a gather
         return tuple(_canonicalize_param(inner) for inner in value)
     return value
 
 
 def _bind_nhwc_conv(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> Any:
+    """Apply a convolution in the form NHWC, HWIO -> NHWC, with transpositions of its inputs and its result."""
     left, right, out = dimension_numbers
     spatial = tuple(range(1, lhs.ndim - 1))
     last = lhs.ndim - 1

@@ -1,11 +1,23 @@
 """One round as a pure function: Algorithm 2 of LAQ (Sun, Chen, Giannakis, Yang, NeurIPS 2019) for any parts.
 
-    asked = rule.asked                   grad = oracle(params)              target = memory.target(grad)
-    message = compressor.encode(target)  sent = asked and rule.decide       memory.update where sent
-    total = sum of decode(message) over the senders
-    direction, aggregate = memory.aggregate(aggregate, total)               params = downlink.send(optimizer(direction))
+Each worker:
 
-`worker_step` is written for ONE worker and `server_step` for the server; `step` adds the worker axis at one visible place.
+    selected = rule.is_selected(...)
+    loss, grad = oracle(params, shards, worker, rows)
+    target = memory.compression_target(grad)
+    message = compressor.encode(target)
+    sent = selected and rule.should_send(...)
+    memory.update(...) if sent
+
+The server:
+
+    total = sum of compressor.decode(message) over the senders
+    direction, aggregate = memory.update_aggregate(aggregate, total)
+    params = downlink.broadcast(params, direction, optimizer)
+    rule.update(...)
+
+`worker_step` is written for ONE worker and `server_step` for the server. `Algorithm.step` adds the worker axis in one
+place.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,16 +63,28 @@ from laqjax.types import (
     static_field,
 )
 
-CACHE_RESIDENT_DATA_BYTES = 2**21  # of all data
-CACHE_RESIDENT_PARAMS_BYTES = 16 * 2**20  # of vectors of the model
+CACHE_RESIDENT_DATA_BYTES = 2**21  # up to this size, the data of all workers stays in the cache of a CPU
+CACHE_RESIDENT_PARAMS_BYTES = 16 * 2**20  # up to this size, vectors [p] stay in the cache of a CPU
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class Algorithm:
-    """compressor x rule x memory x server: `init` and `step`. Build it with a function of `laqjax.algorithms`.
+    """Algorithm assembled from parts, with the methods `init` and `step`.
 
-    A pytree whose leaves are its numbers. lr: a number, or a schedule, a function of the round.
+    Build it with a function of `laqjax.algorithms`, or from parts with `assemble`. It is a pytree whose leaves are its
+    numbers. The constructor checks nothing.
+
+    Attributes:
+        oracle: loss and gradient of a worker.
+        compressor: compressor of the uplink.
+        rule: upload rule.
+        memory: memory of workers and server.
+        lr: learning rate on the sum over workers: a number, or a schedule, that is, a function of the round.
+        num_workers: M.
+        optimizer: function of the learning rate that returns the optax transformation of the server.
+        sampler: minibatches. None: every worker uses its whole shard.
+        downlink: transmission of the model to the workers.
     """
 
     oracle: Oracle
@@ -70,17 +94,17 @@ class Algorithm:
     lr: Any
     num_workers: int = static_field()
     optimizer: Callable[[Any], optax.GradientTransformation] = static_field()
-    sampler: Sampler | None = None  # None: the whole shard
+    sampler: Sampler | None = None
     downlink: Downlink = FullModelDownlink()
 
     def init(self, params: Any) -> AlgorithmState:
-        """The state before round 0.
+        """Create the state before round 0.
 
         Args:
-            params: the model, as the pytree that the oracle knows or as a flat vector [p].
+            params: initial model, as the pytree of the oracle or as a flat vector [p].
 
         Returns:
-            A state with zero memories and no history; a plain pytree that may be changed before it is run.
+            A state with zero memories and no history. It is a plain pytree and may be edited before the run.
         """
         params = jnp.asarray(self.oracle.ravel(params))
         shared, own = self.rule.init(params)
@@ -105,29 +129,34 @@ class Algorithm:
         worker_batch_size: int | None = None,
         collective: Collective | None = None,
     ) -> tuple[AlgorithmState, RoundInfo]:
-        """One round of all workers and the server: pure, to be jitted, vmapped, scanned and exported by its caller.
+        """Compute one round of all workers and the server.
+
+        It is a pure function, which the caller may jit, vmap, scan and export.
 
         Args:
-            state: from `init` or from the step before.
-            shards: the workers' data, as JAX arrays under jit; not checked here, see `laqjax.check_inputs`.
-            key: of the run, the same in every round.
-            metrics: facts of the round to keep in `info.extra`: "grad", "target_sq", "innovation_sq", "error_sq",
-                "worker_loss", "gradients" (how many a worker computed) of each worker [M, ...], and "params",
-                "direction_sq", "step_sq" of the server.
-            worker_batch_size: workers whose gradients are computed side by side (None: see the method of that name).
-            collective: inside `jax.shard_map`, how the devices' messages become one sum, see `laqjax.sharding`; `shards` and
-                `state.workers` are then those of this device. None: all workers are here.
+            state: state from `init` or from the previous step.
+            shards: data of the workers, as JAX arrays under jit. They are not checked here, see `laqjax.check_inputs`.
+            key: PRNG key of the run, the same in every round.
+            metrics: names of metrics to keep in `info.extra`. Of each worker, [M, ...]: "grad", "target_sq",
+                "innovation_sq", "error_sq", "worker_loss", "gradients" (the number of gradients that it computed). Of
+                the server: "params", "direction_sq", "step_sq".
+            worker_batch_size: number of workers whose gradients are computed in one batch. None:
+                `default_worker_batch_size`.
+            collective: inside `jax.shard_map`, the collective that sums the messages of all devices, see
+                `laqjax.sharding`. `shards` and `state.workers` are then those of this device. None: all workers are on
+                this device.
 
         Returns:
-            The state after the round, and its raw facts, each without the axis of rounds.
+            The state after the round, and the metrics of the round without the axis [K] of rounds.
 
         Raises:
-            ValueError: `metrics` names something else.
+            ValueError: `metrics` contains an unknown name.
         """
 
-        # A caller may close over `self`: XLA then knows its numbers while it compiles, turns a division by such a number into
-        # a product and rounds differently from `run`. A choice that depends on the traced round keeps them unknown; the
-        # barrier keeps XLA from moving the choice behind the division. Either alone does not suffice.
+        # A caller may close over `self`. XLA then knows its numbers at compile time, turns a division by such a number
+        # into a product, and rounds differently from `run`. A `where` that depends on the traced round keeps the
+        # numbers unknown, and the barrier keeps XLA from moving the `where` behind the division. Neither of them
+        # suffices alone.
         def hide(leaf: Any) -> Array:
             return jnp.where(state.round < 0, jnp.zeros_like(leaf), leaf)
 
@@ -171,11 +200,18 @@ class Algorithm:
         return after._replace(workers=workers), info
 
     def default_worker_batch_size(self, shards: Shards) -> int:
-        """How many workers run side by side: all of them on GPU and TPU.
+        """Return how many workers are computed in one batch: all of them or one at a time.
 
-        On the CPU one after another, where each tile, or what is done to a worker's vectors, then stays in cache; but all
-        together where all data and vectors stay there anyway (1.5 times as fast), and where not even one vector does: the
-        passes over it use all cores then.
+        On GPU and TPU all workers are batched. On the CPU the fastest choice depends on the cache:
+
+        - All data and vectors fit in the cache: all workers are batched, which is 1.5 times as fast.
+        - Not even one vector [p] fits: all workers are batched, because the passes over the vectors then use all cores.
+        - In between: one worker at a time, so that each tile of data and the vectors of this worker stay in the cache.
+
+        On the CPU, an oracle that prefers sequential gradients always runs one worker at a time.
+
+        Args:
+            shards: data of the workers; only shapes and dtypes are used.
         """
         data = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shards))
         vector = self.oracle.size * self.oracle.dtype.itemsize
@@ -186,12 +222,12 @@ class Algorithm:
         return 1 if alone else self.num_workers
 
     def params(self, state: AlgorithmState) -> Any:
-        """The model of a state as the pytree that the oracle knows."""
+        """Return the model of a state as the pytree of the oracle."""
         return self.oracle.unravel(state.params)
 
     def learning_rate_at(self, round: Any) -> Float[Array, ""]:
-        """The step size in a round: server and rule see the same."""
-        with jax.numpy_dtype_promotion("standard"):  # schedules mix the round with their numbers
+        """Return the learning rate in a round, a scalar. The server and the upload rule use the same value."""
+        with jax.numpy_dtype_promotion("standard"):  # schedules combine the integer round with floats
             return jnp.asarray(self.lr(round) if callable(self.lr) else self.lr, self.oracle.dtype)
 
 
@@ -207,23 +243,28 @@ def assemble(
     sampler: Sampler | None = None,
     downlink: Downlink | None = None,
 ) -> Algorithm:
-    """Put parts together.
+    """Assemble an algorithm from parts, and check that they fit each other.
 
     Args:
         oracle: loss and gradient of a worker, from `oracles.from_loss`.
-        compressor: of what goes up, see `laqjax.compressors`.
-        rule: when a worker sends, see `laqjax.rules`.
-        memory: what is compressed and what is remembered, see `laqjax.memories`.
-        lr: step size > 0 on the sum over workers, or an optax schedule. A schedule that is a pytree (`jax.tree_util.Partial`
-            of a function and its numbers) does not recompile for other numbers.
+        compressor: compressor of the uplink, see `laqjax.compressors`.
+        rule: upload rule, which decides when a worker sends, see `laqjax.rules`.
+        memory: choice of the vector that is compressed, and its state, see `laqjax.memories`.
+        lr: learning rate > 0 on the sum over workers, or an optax schedule. A schedule that is a pytree
+            (`jax.tree_util.Partial` of a function and its numbers) does not recompile for other numbers.
         num_workers: M.
-        optimizer: a function of the step size that gives the server's optax transformation, or a transformation, which
-            then has a step size of its own.
-        sampler: minibatches, `samplers.BlockSampler(size)` or `samplers.ShuffleSampler(size)`; None: the whole shard.
-        downlink: how the model comes down, see `laqjax.memories`; None: as it is.
+        optimizer: function of the learning rate that returns the optax transformation of the server, such as
+            `optax.adam`. It may also be a transformation, such as `optax.adam(1e-3)`, which then has its own learning
+            rate.
+        sampler: minibatches, `samplers.BlockSampler(size)` or `samplers.ShuffleSampler(size)`. None: the whole shard.
+        downlink: transmission of the model to the workers, see `laqjax.downlinks`. None: the full model.
+
+    Returns:
+        The algorithm, a pytree with its numbers as leaves.
 
     Raises:
-        ValueError: a number, a part, or a combination of parts cannot work.
+        ValueError: a number is out of range, an argument is not a part of the required kind, or the parts do not fit
+            each other.
     """
     check_implements(
         "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, as laqjax.compressors.top_k(10)"
@@ -260,7 +301,7 @@ def assemble(
 
 
 class LocalCollective:
-    """All workers are on this device: their messages are added as they come."""
+    """Collective for workers that are all on this device: it adds their messages and moves nothing."""
 
     accumulates_locally = True
 
@@ -280,15 +321,24 @@ class LocalCollective:
 def map_workers(
     one: Callable[..., Any], state: AlgorithmState, count: int, batch_size: int, accumulates_locally: bool
 ) -> Any:
-    """(workers, messages, the rest for each) of `one(row, worker) -> (worker, message, rest)`: a worker becomes `count`.
+    """Apply a function of one worker to all workers of this device.
 
-    `accumulates_locally`: `messages` is the sum [p] of what was sent, else they are stacked; `rest` begins with an upload, which says who
-    sent.
+    Args:
+        one: function `(row, worker) -> (worker, contribution, rest)`. `row` is the position of the worker on this
+            device and `worker` its `WorkerState`. `rest` is a tuple whose first entry is a `WorkerUpload`.
+        state: state of the algorithm. The leaves of `state.workers` are [count, ...].
+        count: number of workers on this device.
+        batch_size: number of workers that are computed in one batch.
+        accumulates_locally: whether contributions are vectors [p] to be added up, see `laqjax.types.Collective`.
+
+    Returns:
+        The next states of the workers, the contributions, and `rest`; states and `rest` are stacked to [count, ...].
+        The contributions are the sum [p] over the senders if `accumulates_locally`, else they are stacked too.
     """
     rows = jnp.arange(count, dtype=jnp.int32)
 
     def in_turn(carry: Any, row: Array) -> Any:
-        # a worker's row moves in place and its message is added at once: [M, p] is not written once more
+        # updating the worker's row in place and adding its message at once avoids writing another array [M, p]
         workers, total = carry
         before = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, row, keepdims=False), workers)
         after, message, rest = one(row, before)
@@ -305,7 +355,7 @@ def map_workers(
         return workers, total if accumulates_locally else messages, rest
     side_by_side = jax.vmap(one) if batch_size >= count else partial(_map_in_batches, one, batch_size)
     workers, messages, rest = side_by_side(rows, state.workers)
-    if accumulates_locally:  # a product: XLA on the CPU sums over a leading axis many times slower
+    if accumulates_locally:  # a matrix product, because XLA on the CPU sums over a leading axis many times slower
         messages = jnp.matmul(rest[0].sent.astype(messages.dtype), messages, precision="highest")
     return workers, messages, rest
 
@@ -315,7 +365,7 @@ def _map_in_batches(one: Callable[..., Any], batch_size: int, rows: Array, worke
 
 
 def tree_where(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:
-    """`yes` or `no`, leaf by leaf; nothing is to be chosen where both are the same array."""
+    """Select `yes` or `no` by a scalar condition, leaf by leaf. Leaves that are the same array are passed through."""
     return jax.tree.map(lambda a, b: a if a is b else jnp.where(condition, a, b), yes, no)
 
 
@@ -328,17 +378,18 @@ WORKER_METRICS = ("grad", *NORM_METRICS, "worker_loss", "gradients")
 def worker_step(
     alg: Algorithm, worker: WorkerState, state: AlgorithmState, shards: Shards, keys: RoundKeys
 ) -> tuple[WorkerState, WorkerUpload, dict[str, Array]]:
-    """One round of the worker of `keys`: gradient, message, decision, memory.
+    """Compute one round of one worker: gradient, message, decision, memory.
 
     Args:
         alg: the algorithm.
-        worker: what this worker keeps.
-        state: what all workers read of it: the model, the round, what the rule shares.
-        shards: all workers' data; only this worker's is read.
-        keys: its draws.
+        worker: state of this worker.
+        state: state of the algorithm. Only the model, the round and the shared state of the rule are read.
+        shards: data of all workers on this device. Only the row `keys.shard` is read.
+        keys: PRNG keys, round number and worker number.
 
     Returns:
-        What it keeps, its message, and the raw facts of its round ("loss" and `WORKER_METRICS`).
+        The next state of the worker, its message, and its metrics by name: "loss" and those of `WORKER_METRICS`. "grad"
+        is [p], the others are scalars.
     """
     rows = alg.sampler(keys, shards) if alg.sampler else None
     counted: list[Any] = [1]
@@ -364,12 +415,12 @@ def worker_step(
     send, sent_rule, silent_rule = alg.rule.should_send(state.rule, worker.rule, evidence)
     sent = asked & send
 
-    # a worker that is not asked sees nothing of the round: its memory stays, and its rule has decided what it keeps
+    # a worker that is not selected keeps its memory; its rule state is the one that the rule returned for silence
     silent_memory = tree_where(asked, silent, worker.memory)
     memory = tree_where(sent, alg.memory.update(silent, grad, target, decoded), silent_memory)
     worker = WorkerState(memory, tree_where(sent, sent_rule, silent_rule))
     upload = WorkerUpload(payload, decoded, sent, asked, message_bytes(alg.compressor.wire_fields(payload, target)))
-    # a worker that the server does not ask computes nothing
+    # a worker that is not selected counts as computing no gradient, although the simulation computes one
     gradients = jnp.where(asked, jnp.asarray(sum(counted), jnp.int32), 0)
     facts = {"loss": loss, "worker_loss": loss, "grad": grad, "gradients": gradients}
     return worker, upload, facts | dict(zip(NORM_METRICS, squares, strict=True))
@@ -378,22 +429,23 @@ def worker_step(
 def server_step(
     alg: Algorithm, state: AlgorithmState, total: Float[Array, " p"], asked: Int[Array, ""], keys: RoundKeys
 ) -> tuple[AlgorithmState, Int[Array, ""], dict[str, Array]]:
-    """One round of the server.
+    """Compute one round of the server.
 
     Args:
         alg: the algorithm.
-        state: before the round.
-        total: [p], the sum of the messages sent.
-        asked: how many workers took part.
-        keys: the draws that all share.
+        state: state before the round.
+        total: sum of the decoded messages of all senders, [p].
+        asked: number of selected workers, a scalar.
+        keys: PRNG keys of the server, whose `worker` is M.
 
     Returns:
-        The state with a new model (its workers as they were), the bytes sent down, and the raw facts of the round.
+        The next state (with `workers` unchanged), the bytes sent down (a scalar), and the metrics of the server by
+        name: "direction_sq", "step_sq" (scalars) and "params" [p], the model before the step.
     """
     direction, aggregate = alg.memory.update_aggregate(state.aggregate, total)
 
     def optimize(direction: Any, params: Any) -> Any:
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes float and int
+        with jax.numpy_dtype_promotion("standard"):  # optax combines floats and integers
             return alg.optimizer(alg.learning_rate_at(state.round)).update(direction, state.optimizer, params)
 
     params, downlink, optimizer, sent_down = alg.downlink.broadcast(
@@ -404,5 +456,5 @@ def server_step(
         params, state.round + 1, aggregate, optimizer, alg.rule.update(state.rule, step), downlink, state.workers
     )
     facts = {"direction_sq": step.direction_sq, "step_sq": step.step_sq, "params": state.params}
-    # one broadcast to all, or a message to each worker that was asked
+    # one broadcast to all workers, or one message to each selected worker
     return after, sent_down * (asked if alg.rule.server_selects else 1), facts

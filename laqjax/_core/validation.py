@@ -1,4 +1,7 @@
-"""Numbers and arguments checked before anything is compiled: what was given, what was expected, what to do."""
+"""Input validation, which runs before anything is compiled.
+
+Each error message tells what was given, what is allowed, and what to do.
+"""
 
 import difflib
 from collections.abc import Callable, Iterable
@@ -18,17 +21,28 @@ from laqjax.types import Shards
 def check_number(
     name: str, value: Any, dtype: Any, *, minimum: float = -np.inf, above: float = -np.inf, maximum: float = np.inf
 ) -> Any:
-    """`value` as a NumPy scalar array of `dtype`, so that Python, NumPy and JAX numbers trace alike.
+    """Check a number and convert it to a NumPy scalar array, so that Python, NumPy and JAX numbers trace alike.
+
+    Args:
+        name: name of the argument, for the error message.
+        value: the number; booleans, strings and arrays with a shape are rejected.
+        dtype: dtype of the result. An integer dtype requires a whole number.
+        minimum: least value allowed.
+        above: the value must be greater than this.
+        maximum: largest value allowed; for an integer dtype by default the largest number that it can hold.
+
+    Returns:
+        An array of shape () and dtype `dtype`.
 
     Raises:
-        ValueError: naming the argument, the value and what was expected.
+        ValueError: the value is not allowed. The message names the argument, the value and what is expected.
     """
     whole = np.issubdtype(dtype, np.integer)
     try:
         given = np.asarray(np.nan if isinstance(value, str | bytes) else value, np.float64)
     except (TypeError, ValueError):
         given = np.asarray(np.nan)
-    if whole and maximum == np.inf and np.any(given > np.iinfo(dtype).max):  # said only where it matters
+    if whole and maximum == np.inf and np.any(given > np.iinfo(dtype).max):  # named only if exceeded
         maximum = np.iinfo(dtype).max
     bounds = (
         [f">= {minimum:g}"] * (minimum > -np.inf)
@@ -43,10 +57,20 @@ def check_number(
 
 
 def check_nonnegative_array(name: str, value: Any, dtype: Any, shapes: Any, expected: str) -> np.ndarray:
-    """A checked array of finite numbers >= 0 of one of the shapes (None: any vector).
+    """Check an array of finite numbers >= 0 and convert it to NumPy.
+
+    Args:
+        name: name of the argument, for the error message.
+        value: the numbers.
+        dtype: dtype of the result.
+        shapes: the shapes allowed, a tuple of tuples; None allows any vector.
+        expected: what is allowed, for the error message.
+
+    Returns:
+        The array.
 
     Raises:
-        ValueError: naming the argument, the value and what was expected.
+        ValueError: the value is not allowed. The message names the argument, the value and what is expected.
     """
     try:
         array = np.asarray(value, dtype)
@@ -59,10 +83,18 @@ def check_nonnegative_array(name: str, value: Any, dtype: Any, shapes: Any, expe
 
 
 def as_schedule(value: Any, dtype: Any) -> Any:
-    """A step size > 0, or a schedule: a function of the round that is a pytree, its numbers of `dtype` as leaves.
+    """Convert a learning rate, or a schedule of learning rates, to a pytree whose leaves are NumPy numbers.
+
+    Args:
+        value: a learning rate > 0, or a function of the round. If the function is a pytree, its numbers are traced, so
+            that other numbers do not compile again. Any other function is wrapped in `jax.tree_util.Partial`.
+        dtype: dtype of the learning rate and of the schedule's floating-point numbers; integers become int32.
+
+    Returns:
+        The learning rate, an array of shape (), or the schedule.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: `value` is neither a number > 0 nor callable.
     """
     if not callable(value):
         return check_number("lr", value, dtype, above=0.0)
@@ -74,10 +106,16 @@ def as_schedule(value: Any, dtype: Any) -> Any:
 
 
 def as_optimizer_factory(value: Any) -> Callable[[Any], Any]:
-    """A factory `lr -> optax transformation`; a transformation itself stands for the factory that always gives it.
+    """Convert an optimizer argument to a factory `lr -> optax transformation`.
+
+    Args:
+        value: a factory, such as `optax.adam`, or a transformation, such as `optax.adam(1e-3)`.
+
+    Returns:
+        The factory. For a transformation, it returns that transformation for every lr.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: `value` is neither a transformation nor callable.
     """
     if isinstance(value, optax.GradientTransformation):
         return _ConstantFactory(value)
@@ -91,23 +129,26 @@ def as_optimizer_factory(value: Any) -> Callable[[Any], Any]:
 
 @dataclass(frozen=True)
 class _ConstantFactory:
-    """The factory that always gives this transformation; equal ones are equal, so they are one compiled program."""
+    """Factory that returns the same transformation for every learning rate.
+
+    Factories of the same transformation are equal, so that they share one compiled program.
+    """
 
     transformation: optax.GradientTransformation
 
     def __call__(self, lr: Any) -> optax.GradientTransformation:
-        """The transformation, whatever the step size."""
+        """Return the transformation; the learning rate is ignored."""
         return self.transformation
 
 
 def suggest(name: Any, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" where a known name is close to `name`, else an empty string."""
+    """Return "; did you mean 'x'?" if a known name is close to `name`, else an empty string."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def is_readable(array: Any) -> bool:
-    """Return whether all numbers of an array are known here: it is not traced, and not spread over processes."""
+    """Return whether this process can read all numbers of an array: it is not traced or spread over processes."""
     known = isinstance(array, jax.Array) and not isinstance(array, Tracer) and array.is_fully_addressable
     return known or isinstance(array, np.ndarray)
 
@@ -116,7 +157,7 @@ def oracle_dtype(oracle: Any) -> np.dtype:
     """Return the dtype of an oracle's parameters.
 
     Raises:
-        ValueError: it is a problem, a loss function, or anything else that is no oracle.
+        ValueError: `oracle` is not an oracle, but for example a problem or a loss function.
     """
     if isinstance(oracle, type) or not all(hasattr(oracle, name) for name in ("size", "dtype", "ravel", "unravel")):
         problem = hasattr(oracle, "oracle") and not isinstance(oracle, type)
@@ -126,13 +167,20 @@ def oracle_dtype(oracle: Any) -> np.dtype:
 
 
 def check_implements(name: str, value: Any, methods: tuple[str, ...], expected: str) -> None:
-    """Raise ValueError unless `value` is an instance (not a class) with these methods."""
+    """Raise ValueError unless `value` is an instance (not a class) with these methods.
+
+    Args:
+        name: name of the argument, for the error message.
+        value: the object.
+        methods: names of the methods that it must have.
+        expected: what is allowed, for the error message.
+    """
     if isinstance(value, type) or not all(callable(getattr(value, method, None)) for method in methods):
         raise ValueError(f"{name} = {value!r}: expected {expected}")
 
 
 def check_not_traced(*trees: Any) -> None:
-    """Raise ValueError when called while JAX traces: a run is a loop on the host."""
+    """Raise ValueError if a leaf of the trees is traced, since a run is a loop on the host."""
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
         raise ValueError(
             "run, stream and sweep loop on the host and cannot be called inside jit, vmap, grad or scan: call "
@@ -141,7 +189,13 @@ def check_not_traced(*trees: Any) -> None:
 
 
 def check_keys(name: str, keys: Any, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless these are typed PRNG keys of this shape: one, or one of each point."""
+    """Raise ValueError unless `keys` are typed PRNG keys of this shape.
+
+    Args:
+        name: name of the argument, for the error message.
+        keys: the keys.
+        shape: () for one key, or (S,) for one key for each point of a sweep.
+    """
     dtype = getattr(keys, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or keys.shape != shape:
         given = repr(keys) if dtype is None else f"{dtype}{list(keys.shape)}"
@@ -153,15 +207,15 @@ def check_keys(name: str, keys: Any, shape: tuple[int, ...]) -> None:
 
 
 def check_schedule(alg: Any, first: int, rounds: int, *, points: bool = False) -> None:
-    """Raise ValueError where a schedule gives a step size < 0, NaN or infinity in the rounds from `first` on.
+    """Raise ValueError if a schedule yields a learning rate < 0, NaN or infinity in a round of the run.
 
-    At most 102 evenly spaced rounds are looked at, the first and the last among them.
+    At most 102 evenly spaced rounds are checked, including the first and the last.
 
     Args:
         alg: the algorithm, whose lr may be a schedule.
-        first: the round that the run begins with.
-        rounds: how many.
-        points: `alg` is a stack of algorithms, all of which are checked.
+        first: the first round of the run.
+        rounds: number of rounds of the run.
+        points: whether `alg` is a stack of algorithms, all of which are checked.
     """
     if not callable(alg.lr):
         return
@@ -178,16 +232,22 @@ def check_schedule(alg: Any, first: int, rounds: int, *, points: bool = False) -
 
 @partial(jax.jit, static_argnames="points")
 def _learning_rates(alg: Any, rounds: Any, *, points: bool) -> Any:
-    """Return the step sizes of an algorithm [rounds], or of a stack of them [rounds, S]."""
+    """Return the learning rates of an algorithm [rounds], or of a stack of algorithms [rounds, S]."""
     if points:
         return jax.vmap(lambda round: jax.vmap(lambda one: one.learning_rate_at(round))(alg))(rounds)
     return jax.vmap(alg.learning_rate_at)(rounds)
 
 
 def check_run_inputs(alg: Any, params: Any, shards: Shards, rows: int = 0) -> None:
-    """Raise ValueError when parameters, data and algorithm do not fit; only shapes and finiteness are looked at.
+    """Raise ValueError if parameters, data and algorithm do not fit each other.
 
-    rows: of the shards, where padding workers are allowed.
+    Of the data, only shapes, dtypes, finiteness and weights are checked.
+
+    Args:
+        alg: the algorithm.
+        params: the model as a vector [p].
+        shards: the data of the workers.
+        rows: the number of workers in `shards` including padding workers, where those are allowed; 0 otherwise.
     """
     p, m = alg.oracle.size, alg.num_workers
     if not callable(alg.lr) and np.ndim(alg.lr):
@@ -199,8 +259,9 @@ def check_run_inputs(alg: Any, params: Any, shards: Shards, rows: int = 0) -> No
             f"params = {getattr(params, 'dtype', type(params))}{list(np.shape(params))}: expected {alg.oracle.dtype}[{p}], "
             "a vector from oracle.ravel(params), or the pytree itself"
         )
+    # With indices, a message may be longer than the vector. A server that selects workers sends one message to each.
     most = np.iinfo(np.int32).max // max(m if alg.rule.server_selects else 1, 2) // alg.oracle.dtype.itemsize
-    if p > most:  # a message may be longer than the vector (indices), a server that asks sends one to each worker
+    if p > most:
         raise ValueError(f"params of {p} parameters: expected at most {most}, a round's bytes are counted in int32")
     check_shards(shards, m, rows)
     if alg.sampler is not None and not 1 <= alg.sampler.size <= shards.weight.shape[1]:
@@ -210,7 +271,7 @@ def check_run_inputs(alg: Any, params: Any, shards: Shards, rows: int = 0) -> No
 
 
 def check_type(shards: Any) -> None:
-    """Raise ValueError unless these are `Shards`, which a plain tuple is not."""
+    """Raise ValueError unless `shards` is an instance of `Shards`; a plain tuple is rejected."""
     if not isinstance(shards, Shards):
         raise ValueError(
             f"shards of type {type(shards).__name__}: must be laqjax.Shards(x, y, weight), where weight [M, N] is 1 for rows "
@@ -219,7 +280,13 @@ def check_type(shards: Any) -> None:
 
 
 def check_shards(shards: Shards, num_workers: int, rows: int = 0) -> None:
-    """Raise ValueError unless these are finite numbers of `num_workers` workers (or `rows`), padded at the end."""
+    """Raise ValueError unless the shards hold finite numbers, with the padding at the end of each shard.
+
+    Args:
+        shards: the data of the workers, with arrays [M, N, ...].
+        num_workers: the number of workers M that `shards` must have.
+        rows: another number of workers that is allowed, such as one that includes padding workers; 0 for none.
+    """
     check_type(shards)
     for name, tree in zip(Shards._fields, shards, strict=True):
         for array in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, list)):
@@ -249,11 +316,12 @@ def check_shards(shards: Shards, num_workers: int, rows: int = 0) -> None:
                 )
             if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(array))):
                 raise ValueError(f"shards.{name} holds NaN or infinity: expected finite data; clean or drop those rows")
-    if is_readable(shards.weight):  # else each process saw its own
+    if is_readable(shards.weight):  # otherwise each process has checked its own shards
         _check_weights(np.asarray(shards.weight))
 
 
 def _check_weights(weight: np.ndarray) -> None:
+    """Raise ValueError unless the weights [M, N] are >= 0, positive somewhere, and zero only at the end of a shard."""
     total = weight.sum(axis=1)
     bad = (total <= 0) | np.any(weight < 0, axis=1)
     if np.any(bad):
@@ -278,9 +346,9 @@ def check_inputs(alg: Any, params: Any, shards: Shards) -> None:
     Args:
         alg: the algorithm.
         params: the model, a pytree or a flat vector [p].
-        shards: the data of the workers; only shapes and finiteness are checked.
+        shards: the data of the workers. Only shapes, dtypes, finiteness and weights are checked.
 
     Raises:
-        ValueError: parameters, data and algorithm do not fit each other.
+        ValueError: the algorithm, its parameters and the data do not fit each other.
     """
     check_run_inputs(alg, alg.oracle.ravel(params), shards)

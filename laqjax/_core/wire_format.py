@@ -1,8 +1,10 @@
-"""Bits and bytes of a message.
+"""Sizes, serialization and parsing of messages.
 
-A compressor's `wire_fields(payload, like)` yields what travels as `WireField`s: the bill of a message, its bytes and how they are
-read all come from that one list, so nothing is billed that is not sent. A field may depend on those before it: a reader
-fills the payload on the way. Bits are rounded up to a byte once per message. `to_bytes` and `from_bytes` run on the host.
+A compressor's `wire_fields(payload, like)` yields the parts of a message as `WireField`s. Counting, writing and reading
+all use that one list. Therefore the reported size of a message is the size of its bytes.
+
+A field may depend on the fields before it, because a reader fills the payload field by field. Bits are rounded up to a
+whole byte once per message. `message_bytes` can be traced by JAX; `to_bytes` and `from_bytes` run on the host.
 """
 
 from collections.abc import Iterable
@@ -19,7 +21,13 @@ from laqjax.types import Compressor, WireField
 def message_bytes(fields: Iterable[WireField]) -> Int[Array, ""]:
     """Count the bytes of a message on the wire: the bits of its fields, rounded up to whole bytes once.
 
-    Counted in bytes, because the bits of a message of 2^26 float32 numbers exceed int32.
+    The result is in bytes because the bits of a message of 2^26 float32 numbers exceed int32.
+
+    Args:
+        fields: what `compressor.wire_fields(payload, like)` yields.
+
+    Returns:
+        The number of bytes, an int32 scalar.
     """
     whole, rest = jnp.int32(0), jnp.int32(0)
     for piece in fields:
@@ -32,8 +40,17 @@ def message_bytes(fields: Iterable[WireField]) -> Int[Array, ""]:
 
 
 def to_bytes(compressor: Compressor, payload: Any, like: Any) -> bytes:
-    """The message as it would travel; its length is what `serialized_size` counted."""
-    stream, filled = np.zeros(1, np.uint8), 0  # filled: bits of the last byte that are taken
+    """Serialize a message.
+
+    Args:
+        compressor: the compressor that encoded the message.
+        payload: what `compressor.encode` returned.
+        like: an array or struct with the shape [p] and dtype of the target.
+
+    Returns:
+        The bytes of the message; their number is `message_bytes(compressor.wire_fields(payload, like))`.
+    """
+    stream, filled = np.zeros(1, np.uint8), 0  # filled: bits of the last byte already used
     for field in compressor.wire_fields(payload, like):
         values = np.asarray(field.payload[field.name], field.like.dtype).reshape(-1)
         values, width = values[_sent_mask(field)].view(_wire_dtype(field)), int(field.bits)
@@ -54,10 +71,19 @@ def to_bytes(compressor: Compressor, payload: Any, like: Any) -> bytes:
 
 
 def from_bytes(compressor: Compressor, data: bytes, like: Any) -> Float[Array, " p"]:
-    """What the receiver decodes: bit for bit `compressor.decode(payload, like)`.
+    """Read a message and decode it, bit-identical to `compressor.decode(payload, like)`.
+
+    Args:
+        compressor: the compressor that encoded the message.
+        data: the bytes, as `to_bytes` returned them.
+        like: an array or struct with the shape [p] and dtype of the target.
+
+    Returns:
+        The decoded vector [p].
 
     Raises:
-        ValueError: these bytes are no message of the compressor: too many, too few, or bits set behind the last field.
+        ValueError: `data` is not a message of the compressor: it is too long or too short, or it has bits set after
+            the last field.
     """
     stream, at, payload = np.append(np.frombuffer(data, np.uint8), np.uint8(0)), 0, {}
     for field in compressor.wire_fields(payload, like):
@@ -85,12 +111,13 @@ def from_bytes(compressor: Compressor, data: bytes, like: Any) -> Float[Array, "
     return compressor.decode(payload, like)
 
 
-# The stream of a field of n numbers of 8 k + r bits: their k low bytes, number after number, then their upper r bits, eight
-# numbers in r bytes; the least significant bit first. Eight numbers move at once, in the bytes of a 64-bit word.
+# Layout of a field of n numbers with 8 k + r bits each: first the k low bytes of every number, then the upper r bits of
+# every number, with eight numbers in r bytes. The least significant bit comes first. The upper bits of eight numbers
+# are packed at once, in the bytes of a 64-bit word.
 
 
 def _pack_bits(values: np.ndarray, width: int) -> np.ndarray:
-    """The bytes of numbers of `width` bits each; the bits behind the last one are zero."""
+    """Pack numbers of `width` bits each into bytes, with zero bits after the last number."""
     whole, rest = divmod(width, 8)
     if not whole and values.dtype != np.bool_:
         values = values.astype(np.uint8)
@@ -102,7 +129,7 @@ def _pack_bits(values: np.ndarray, width: int) -> np.ndarray:
         return low.copy()
     words = np.zeros(-(-values.size // 8), "<u8")
     words.view(np.uint8)[: values.size] = each[:, whole]
-    for size in (8, 16, 32):  # pairs of bytes, of pairs, of fours
+    for size in (8, 16, 32):  # join neighboring lanes of 8, then 16, then 32 bits
         lower, bits = _lane_mask(rest, size), size // 8 * rest
         words = words & lower | words >> np.uint64(size - bits) & lower << np.uint64(bits)
     upper = words.view(np.uint8).reshape(-1, 8)[:, :rest].reshape(-1)
@@ -110,7 +137,7 @@ def _pack_bits(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _unpack_bits(data: np.ndarray, count: int, width: int, pattern: np.dtype) -> np.ndarray:
-    """The inverse of `_pack_bits`, of the type `pattern`; bits behind the last number are not looked at."""
+    """Unpack `count` numbers of `width` bits as dtype `pattern`, inverting `_pack_bits`; ignore bits after the last."""
     whole, rest = divmod(width, 8)
     kind = np.dtype(f"u{next(size for size in (1, 2, 4, 8) if 8 * size >= width)}")
     values = np.zeros(count, kind)
@@ -130,45 +157,50 @@ def _unpack_bits(data: np.ndarray, count: int, width: int, pattern: np.dtype) ->
 
 
 def _lane_mask(rest: int, size: int) -> np.uint64:
-    """Of each pair of `size` bits in a 64-bit word, what the lower one carries where a byte carries `rest` bits."""
+    """Return the mask of the payload in the lower lane of each lane pair of a 64-bit word.
+
+    Args:
+        rest: payload bits in each byte before packing.
+        size: bits of a lane; its payload is size // 8 * rest bits.
+    """
     return np.uint64(sum((2 ** (size // 8 * rest) - 1) << place for place in range(0, 64, 2 * size)))
 
 
 def _sent_mask(field: WireField) -> Any:
-    """Which of a field's numbers travel."""
+    """Return the index, a slice or a boolean mask, of the numbers of a field that are sent."""
     return slice(None) if field.mask is None else np.asarray(field.mask)
 
 
 def _is_raw_float(field: WireField) -> bool:
-    """Whether it is of floats of their full width, which travel as bit patterns; everything else as whole numbers."""
+    """Return whether a field holds floats of full width, sent as bit patterns; others are sent as whole numbers."""
     dtype = np.dtype(field.like.dtype)
     return jnp.issubdtype(dtype, jnp.floating) and int(field.bits) == 8 * dtype.itemsize
 
 
 def _wire_dtype(field: WireField) -> np.dtype:
-    """The type in which its numbers travel."""
+    """Return the dtype whose bits are sent: an unsigned integer for floats of full width, else the field's dtype."""
     dtype = np.dtype(field.like.dtype)
     return np.dtype(f"u{dtype.itemsize}") if _is_raw_float(field) else dtype
 
 
-# ---- pieces of messages ----------------------------------------------------------------------------------------
+# ---- helpers for `wire_fields` ---------------------------------------------------------------------------------
 
 
 def float_bits(like: Any) -> int:
-    """Bits of one float of this dtype."""
+    """Return the number of bits of one float of the dtype of `like`."""
     return 8 * like.dtype.itemsize
 
 
 def scalar_struct(dtype: Any) -> jax.ShapeDtypeStruct:
-    """A single number."""
+    """Return the struct of a scalar of this dtype."""
     return jax.ShapeDtypeStruct((), dtype)
 
 
 def bool_struct(like: Any) -> jax.ShapeDtypeStruct:
-    """A yes or no for each coordinate."""
+    """Return the struct of one boolean for each coordinate of `like`."""
     return jax.ShapeDtypeStruct(like.shape, np.bool_)
 
 
 def index_bits(size: int) -> int:
-    """Bits of an index into `size` coordinates."""
+    """Return the number of bits of an index into `size` coordinates: ceil(log2(size)), at least 1."""
     return max((size - 1).bit_length(), 1)

@@ -1,1 +1,1 @@
-"""Loops over rounds: runs, sweeps, collectives between devices, checkpoints."""
+"""Engines: the loops over rounds, sweeps, collectives between devices, and checkpoints."""

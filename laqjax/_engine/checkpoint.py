@@ -1,4 +1,8 @@
-"""Checkpoints of a run through orbax: a folder from which the same call goes on, bit for bit, after it was killed."""
+"""Checkpoints of a run through orbax.
+
+After a run was killed, the same call continues from its folder, and the result is bit-identical to that of an
+uninterrupted run.
+"""
 
 import json
 import logging
@@ -19,14 +23,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from laqjax import distributed, sharding
 
-MAX_TO_KEEP = 2  # the newest may be damaged
+MAX_TO_KEEP = 2  # a second one, since the newest may be damaged
 
 
 class RunCheckpointer:
-    """The checkpoints of one run in a folder of its own, a folder each, named after the rounds done.
+    """Checkpoints of one run in a folder of its own.
 
-    Each is written under another name and renamed when it is whole, in the background, while the next chunk runs. Of several
-    processes each writes its part, into a folder that all of them see; or one of them writes checkpoints of its own.
+    Each checkpoint is a subfolder named after the number of completed rounds. It is written in the background, while
+    the next chunk runs, under a temporary name, and renamed when it is complete. With several processes, each one
+    writes its part into a folder that all of them see. With `single_process`, one of several processes writes
+    checkpoints of its own.
     """
 
     def __init__(
@@ -37,17 +43,19 @@ class RunCheckpointer:
         single_process: bool = False,
         warn: Callable[[str], None] = warnings.warn,
     ):
-        """Open or make the folder.
+        """Open or create the folder.
 
         Args:
-            folder: for the checkpoints of this run and nothing else.
-            contents: what the run is made of, by name; a folder of another run is refused, saying what differs.
-            single_process: the run is this process's, of many; otherwise all of them do it together.
-            warn: told what could not be read or written.
+            folder: folder for the checkpoints of this run and nothing else.
+            contents: values that identify the run, by name. A folder of a run with other values is rejected with an
+                error that names them.
+            single_process: True if this process alone does the run, although there may be others; False if all
+                processes do it together.
+            warn: function that gets a message when a checkpoint cannot be read or written.
 
         Raises:
             ImportError: orbax is not installed.
-            ValueError: the folder holds other things, or the checkpoints of another run.
+            ValueError: the folder holds other files, or the checkpoints of another run.
         """
         try:
             import orbax.checkpoint as orbax
@@ -57,7 +65,7 @@ class RunCheckpointer:
         self.leads, self.shared = single_process or me == 0, not single_process and jax.process_count() > 1
         one = {"primary_host": me, "active_processes": {me}, "barrier_sync_key_prefix": f"process-{me}"}
         processes = orbax.options.MultiprocessingOptions(**(one if single_process else {}))
-        # the thread that would make a folder is waited for under a name that all processes of JAX share
+        # orbax waits for its folder-creating thread under a name that all processes of JAX share
         threads = orbax.options.AsyncOptions(create_directories_asynchronously=not single_process)
         self.writer = orbax.StandardCheckpointer(async_options=threads, multiprocessing_options=processes)
         self.remover = ThreadPoolExecutor(1)
@@ -77,8 +85,8 @@ class RunCheckpointer:
                 f"checkpoint_dir = {folder} is of another run: {', '.join(differs)} differs; expected the same arguments, another "
                 "folder, or this one removed"
             )
-        self._wait("looked at")  # before one writes: a folder that is being made is no stranger's
-        for part in self.folder.glob("*.orbax-checkpoint-tmp*") if self.leads else ():  # of who was killed
+        self._wait("looked at")  # all processes check the folder before process 0 writes to it
+        for part in self.folder.glob("*.orbax-checkpoint-tmp*") if self.leads else ():  # left by a killed process
             shutil.rmtree(part, ignore_errors=True)
         if self.leads and not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -88,26 +96,30 @@ class RunCheckpointer:
         self._wait("made")
 
     def _wait(self, name: str) -> None:
-        """Until all processes are here."""
+        """Wait until all processes that share the run reach this point."""
         if self.shared:
             multihost_utils.sync_global_devices(f"{self.folder} {name}")
 
     def saved_rounds(self) -> list[int]:
-        """Of the whole checkpoints, the latest first."""
+        """Return the completed rounds of each whole checkpoint, the latest first."""
         return sorted((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), reverse=True)
 
     def restore_latest(self, like: Any, rounds: float = math.inf, mesh: Mesh | None = None) -> tuple[int, Any, Any]:
-        """(rounds done, state, facts) of the latest checkpoint that can be read, (0, None, None) without one.
+        """Restore the latest checkpoint that can be read.
 
-        A damaged one is passed over with a warning.
+        A damaged checkpoint is skipped with a warning.
 
         Args:
-            like: a state, or its shapes, without padding; what is NumPy there is read as NumPy.
-            rounds: at most.
-            mesh: where the state is read to.
+            like: state without padding rows, or its shapes. Leaves that are NumPy arrays here are restored as NumPy
+                arrays.
+            rounds: maximum number of completed rounds of the checkpoint.
+            mesh: mesh on which the state is placed. None: the first local device.
+
+        Returns:
+            (completed rounds, state, facts), or (0, None, None) if no checkpoint can be read.
 
         Raises:
-            ValueError: all have more than `saved_rounds` rounds.
+            ValueError: there are checkpoints, but all have more than `rounds` rounds.
         """
         there = self.saved_rounds()
         within = [done for done in there if done <= rounds]
@@ -119,7 +131,7 @@ class RunCheckpointer:
         for done in within:
             try:
                 return done, *self._read(self.folder / str(done), like, mesh)
-            except Exception as problem:  # orbax and its storage raise many kinds
+            except Exception as problem:  # orbax and its storage raise many types
                 path = self.folder / str(done)
                 self.warn(
                     f"the checkpoint {path} cannot be read ({_first_line(problem)}); going on from the one before"
@@ -127,17 +139,27 @@ class RunCheckpointer:
         return 0, None, None
 
     def save(self, done: int, state: Any, facts: dict[str, Any]) -> None:
-        """State and facts, arrays; returns before they are on the disk, and they may change. A warning where they cannot be."""
+        """Save a checkpoint in the background.
+
+        The arrays are copied, so the caller may change or donate them as soon as this method returns. If the checkpoint
+        cannot be written, `warn` gets a message and the run continues.
+
+        Args:
+            done: number of completed rounds, which names the checkpoint.
+            state: state after these rounds.
+            facts: arrays to keep with it, such as the metrics of the rounds.
+        """
         content = {"state": _snapshot(_unwrap_prng_keys(state)), "facts": facts}
         self._write_or_warn(lambda: self.writer.save(self.folder / str(done), content, force=True))
 
     def close(self) -> None:
-        """Wait until all is on the disk."""
+        """Wait until all checkpoints are on the disk, and release the writer."""
         self._write_or_warn(lambda: None)
         self.writer.close()
         self.remover.shutdown()
 
     def _read(self, path: Path, like: Any, mesh: Mesh | None) -> tuple[Any, Any]:
+        """Read the state and the facts of one checkpoint."""
         leaves, structure = jax.tree.flatten(like)
         metadata: Any = self.writer.metadata(path)
         shapes = metadata.item_metadata.tree
@@ -156,6 +178,7 @@ class RunCheckpointer:
         return jax.tree.unflatten(structure, _rewrap_prng_keys(saved["state"], leaves)), saved["facts"]
 
     def _write_or_warn(self, write: Callable[[], None]) -> None:
+        """Wait for the previous write, start a new one, delete old checkpoints, and turn an error into a warning."""
         try:
             self.writer.wait_until_finished()
             write()
@@ -168,16 +191,21 @@ class RunCheckpointer:
 
 
 def _drop_orbax_merge_warning(record: logging.LogRecord) -> bool:
-    """All but orbax's warning that a checkpoint is of NumPy arrays alone."""
+    """Filter out orbax's warning that a checkpoint holds NumPy arrays only."""
     return "Skipping merge of OCDBT" not in str(record.msg)
 
 
 def _first_line(problem: Exception) -> str:
+    """Return the type and the first line of an error."""
     return f"{type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
 
 
 def _restore_shardings(like: Any, shapes: list[Any], mesh: Mesh | None) -> list[Any]:
-    """Where each leaf is read to: what was padded for another number of devices whole, the run spreads it again."""
+    """Return the sharding with which each leaf is restored.
+
+    Workers' leaves that were padded for another number of devices are restored whole on each device; the run shards
+    them again.
+    """
     if mesh is None:
         return [SingleDeviceSharding(jax.local_devices()[0])] * len(shapes)
     own = [False] * len(jax.tree.leaves(like[:-1])) + [True] * len(jax.tree.leaves(like.workers))
@@ -194,7 +222,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _unwrap_prng_keys(tree: Any) -> list[Any]:
-    """The leaves as numbers."""
+    """Return the leaves of a pytree, with typed PRNG keys as arrays of numbers."""
     return [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)]
 
 
@@ -202,15 +230,18 @@ _copy_on_device = jax.jit(partial(jax.tree.map, jnp.copy))
 
 
 def _snapshot(leaves: list[Any]) -> list[Any]:
-    """A copy, since the next chunk consumes the state: on the host (a third less work for orbax), unless processes share it."""
+    """Copy the leaves of a state, since the next chunk donates it.
+
+    The copy is on the host, which costs orbax a third less work, unless the leaves are spread over several processes.
+    """
     whole = all(isinstance(leaf, np.ndarray) or leaf.is_fully_addressable for leaf in leaves)
     if not whole:
         return _copy_on_device(leaves)
-    return [leaf if isinstance(leaf, np.ndarray) else np.array(leaf) for leaf in leaves]  # orbax copies what is NumPy
+    return [leaf if isinstance(leaf, np.ndarray) else np.array(leaf) for leaf in leaves]  # orbax copies NumPy arrays
 
 
 def _rewrap_prng_keys(data: list[Any], like: list[Any]) -> list[Any]:
-    """The inverse of `_unwrap_prng_keys`."""
+    """Invert `_unwrap_prng_keys`."""
     return [
         jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(kind)) if _is_key(kind) else leaf
         for leaf, kind in zip(data, like, strict=True)

@@ -1,17 +1,20 @@
-"""How the messages of workers on many devices become one sum on every device: an argument of `Algorithm.step`.
+"""Collectives: how the messages of workers on many devices become one sum on every device.
 
-exchange   moves to each device, per round with an upload     sum                        for
----------  -------------------------------------------------  -------------------------  ---------------------------
-messages   the packed messages of all workers: M p b / 8      in worker order,           the default: few workers a
-           bytes, by one all-gather                           bit for bit one device's   device
-chunked    its part of every message, M p b / (8 devices)     in worker order,           many workers, large models:
-           bytes, by an all-to-all; then the sums, 4 p bytes  bit for bit one device's   cost per device O(p)
-sums       partial sums in floats, about 8 p bytes, by an     in the order of devices,   M far above the number of
-           all-reduce                                         not one device's bits      devices
+A collective is an argument of `Algorithm.step`. In a round with an upload:
 
-All three begin with an all-gather of a few words (loss, sent, bits of each worker), and skip the rest, as a whole, in
-rounds in which nobody sends. Shapes are static: a round with one sender moves the slots of all, and a message of fields
-whose width is known in the run only (a b that is chosen for each message, a coin, a bitmap) moves as what it decodes to.
+- `all_gather`, the default, moves the packed messages of all workers to each device, M p b / 8 bytes, by one
+  all-gather. They are added in worker order, so the sum is bit-identical to that of one device. It suits few workers
+  per device.
+- `all_to_all` moves to each device its part of every message, M p b / (8 devices) bytes, by an all-to-all. The parts of
+  the sum, 4 p bytes, are then gathered. The sum is bit-identical to that of one device too. It suits many workers and
+  large models: the cost per device is O(p).
+- `all_reduce` adds partial sums in floats, about 8 p bytes, by an all-reduce. They are added in the order of the
+  devices, so the sum is not bit-identical to that of one device. It suits M far above the number of devices.
+
+All three begin with an all-gather of a few words: the loss, the upload decision and the bytes of each worker. They skip
+the rest entirely in rounds without an upload. Shapes are static, so a round with one upload moves the slots of all
+workers. The width of some messages is known at run time only: a b chosen for each message, a shared Bernoulli variable,
+a bitmap. Such a message moves in decoded form.
 """
 
 import dataclasses
@@ -33,14 +36,29 @@ WORD_BITS = 32
 
 @dataclass(frozen=True)
 class AllReduce:
-    """Partial sums by an all-reduce, and what all exchanges share: which workers are here, and the gathering of facts."""
+    """Collective that adds the partial sums of the devices by an all-reduce.
+
+    It is also the base class of the other collectives, which share its division of workers and its gathering of
+    metrics.
+
+    Attributes:
+        axis: mesh axis over which the workers are spread.
+        vmap_axis: name of the `vmap` axis of a sweep's points, which skip the communication together. None: no sweep.
+        accumulates_locally: True, since each device adds the messages of its workers before `reduce`.
+    """
 
     axis: str
-    vmap_axis: str | None = None  # the axis of a sweep's points, mapped over: they skip together
+    vmap_axis: str | None = None
     accumulates_locally = True
 
     def local_workers(self, num_workers: int, shards: Shards) -> tuple[Any, int]:
-        """(number of the first, how many) of this device's workers; the numbers from num_workers on are padding."""
+        """Return the index of this device's first worker and the number of its workers.
+
+        Workers with an index of `num_workers` or more are padding.
+
+        Raises:
+            ValueError: the devices together hold fewer than `num_workers` workers.
+        """
         count = shards.weight.shape[0]
         slots = count * lax.axis_size(self.axis)
         if not 0 <= slots - num_workers < slots or slots < num_workers:
@@ -51,11 +69,11 @@ class AllReduce:
         return count * lax.axis_index(self.axis).astype(jnp.int32), count
 
     def worker_contribution(self, alg: Any, upload: WorkerUpload) -> Any:
-        """What one worker contributes."""
+        """Return what one worker contributes to `reduce`: its decoded message [p]."""
         return upload.decoded
 
     def gather_metrics(self, facts: Any, num_workers: int) -> Any:
-        """[m, ...] of this device's workers as [M, ...] of all, by one all-gather."""
+        """Gather arrays [m, ...] of this device's workers into arrays [M, ...] of all workers, by one all-gather."""
         leaves, tree = jax.tree.flatten(facts)
         words = [to_words(leaf) for leaf in leaves]
         every = lax.all_gather(jnp.concatenate(words, axis=1), self.axis, tiled=True)[:num_workers]
@@ -63,42 +81,65 @@ class AllReduce:
         return jax.tree.unflatten(tree, [from_words(part, leaf) for part, leaf in zip(parts, leaves, strict=True)])
 
     def reduce(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
-        """The sum of what all workers sent; nothing moves where nobody sent."""
+        """Sum the messages of all uploading workers on every device.
+
+        Nothing is communicated in a round without an upload, and zeros are returned. In a sweep this holds if no
+        point of the batch has an upload.
+
+        Args:
+            alg: the algorithm.
+            messages: sum [p] of the local contributions if `accumulates_locally`, else the local contributions,
+                stacked.
+            sent: whether each of the M workers uploads.
+            like: vector with the shape and dtype of the sum.
+
+        Returns:
+            The sum [p].
+        """
         some = jnp.any(sent)
         if self.vmap_axis is not None:
             some = lax.psum(some.astype(jnp.int32), self.vmap_axis) > 0
         return lax.cond(some, lambda: self._reduce(alg, messages, sent, like), lambda: jnp.zeros_like(like))
 
     def _reduce(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
-        """`total` in a round in which somebody sent."""
+        """Sum the messages in a round with at least one upload; see `reduce`."""
         return lax.psum(messages, self.axis)
 
     def bytes_received(self, alg: Any, devices: int) -> int:
-        """Bytes that `moved` brings to a device with one worker on each: of a ring, which adds and hands on both halves."""
+        """Return the bytes that each device receives in `reduce`, with one worker per device.
+
+        The count is that of a ring all-reduce: a reduce-scatter followed by an all-gather.
+        """
         return 2 * alg.oracle.size * alg.oracle.dtype.itemsize * (devices - 1) // devices
 
 
 @dataclass(frozen=True)
 class AllGather(AllReduce):
-    """The packed messages by an all-gather; every device decodes and adds all of them, in worker order."""
+    """Collective that gathers the packed messages; every device decodes all of them and adds them in worker order.
 
-    widths: tuple[int, ...] | None = None  # bits of each field; None: messages move as what they decode to
+    Attributes:
+        widths: bits per number of each field of a message. None: the widths are not known, and messages move in decoded
+            form.
+        accumulates_locally: False, since `reduce` needs each message.
+    """
+
+    widths: tuple[int, ...] | None = None
     accumulates_locally = False
 
     def worker_contribution(self, alg: Any, upload: WorkerUpload) -> tuple[Bool[Array, ""], list[Array]]:
-        """Whether it is sent, and its numbers."""
+        """Return whether a worker uploads, and the numbers of each field of its message."""
         return upload.sent, field_values(alg.compressor, upload, self.widths)
 
     def _pack(self, numbers: list[Array]) -> UInt32[Array, " words"]:
-        """What travels of a message."""
+        """Pack the fields of one message into words."""
         return pack_message(numbers, self.widths)
 
     def _pack_all(self, messages: tuple[Bool[Array, " m"], list[Array]]) -> UInt32[Array, "m words"]:
-        """Of the workers here, zeros where nothing was sent."""
+        """Pack the messages of this device's workers, with zeros for workers without an upload."""
 
         def one(message: Any) -> Array:
             sent, numbers = message
-            if automatic_axes():
+            if automatic_axes():  # a branch could deadlock
                 return self._pack(numbers)
             return lax.cond(sent, lambda: self._pack(numbers), lambda: jnp.zeros_like(self._pack(numbers)))
 
@@ -109,16 +150,19 @@ class AllGather(AllReduce):
         return sum_messages(lambda words: unpack_message(alg.compressor, words, like, self.widths), every, sent, like)
 
     def bytes_received(self, alg: Any, devices: int) -> int:
-        """Bytes that `moved` brings to a device with one worker on each."""
+        """Return the bytes that each device receives in `reduce`, with one worker per device."""
         return 4 * num_message_words(alg, alg.oracle.size, self.widths) * (devices - 1)
 
 
 @dataclass(frozen=True)
 class AllToAll(AllGather):
-    """Each device gets its part of every message by an all-to-all, decodes and adds it; the parts of the sum are gathered."""
+    """Collective in which each device decodes and adds its part of every message.
+
+    An all-to-all brings each device its part of every message. The parts of the sum are then gathered by an all-gather.
+    """
 
     def _pack(self, numbers: list[Array]) -> UInt32[Array, "devices words"]:
-        """What travels of a message to each device."""
+        """Pack one message into a row of words for each device; fields with a single number go to all devices."""
         devices = lax.axis_size(self.axis)
 
         def cut(values: Array) -> Array:
@@ -130,7 +174,7 @@ class AllToAll(AllGather):
         return jax.vmap(super()._pack)([cut(values) for values in numbers])
 
     def _chunk_size(self, size: int) -> int:
-        """Coordinates of a part: whole words of them, whatever b."""
+        """Return the coordinates of a part: a multiple of 32, so that a part fills whole words for every b."""
         return WORD_BITS * math.ceil(size / (WORD_BITS * lax.axis_size(self.axis)))
 
     def _reduce(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
@@ -141,24 +185,35 @@ class AllToAll(AllGather):
         return lax.all_gather(total, self.axis, tiled=True)[: like.shape[0]]
 
     def bytes_received(self, alg: Any, devices: int) -> int:
-        """Bytes that `moved` brings to a device with one worker on each."""
+        """Return the bytes that each device receives in `reduce`, with one worker per device."""
         length = WORD_BITS * math.ceil(alg.oracle.size / (WORD_BITS * devices))
         words = num_message_words(alg, length, self.widths)
         return (4 * words + length * alg.oracle.dtype.itemsize) * (devices - 1)
 
 
 def all_reduce(alg: Any, axis: str = "workers") -> AllReduce:
-    """Partial sums; any algorithm."""
+    """Create the collective that adds partial sums; it suits every algorithm.
+
+    Args:
+        alg: algorithm; not used.
+        axis: mesh axis of the workers.
+
+    Returns:
+        An `AllReduce`.
+    """
     return AllReduce(axis)
 
 
 def all_gather(alg: Any, axis: str = "workers") -> AllGather:
-    """Packed messages.
+    """Create the collective that gathers packed messages.
 
     Args:
-        alg: an algorithm with concrete numbers: a message's shape is compiled in, so b must be known. Of a `stack_algorithms`, all
-            points must have one b.
-        axis: of the mesh.
+        alg: algorithm with concrete numbers: the shape of a message is compiled in, so b must be known. The points of a
+            `stack_algorithms` must have one b.
+        axis: mesh axis of the workers.
+
+    Returns:
+        An `AllGather`.
 
     Raises:
         ValueError: the points of a stack differ in the width of their messages.
@@ -167,17 +222,22 @@ def all_gather(alg: Any, axis: str = "workers") -> AllGather:
 
 
 def all_to_all(alg: Any, axis: str = "workers") -> AllToAll:
-    """Packed messages in parts.
+    """Create the collective that exchanges parts of packed messages.
 
     Args:
-        alg: as for `messages`; its compressor works on each coordinate by itself, apart from a few numbers for all.
-        axis: of the mesh.
+        alg: algorithm as for `all_gather`. Its compressor must encode each coordinate separately, apart from a few
+            numbers for the whole message.
+        axis: mesh axis of the workers.
+
+    Returns:
+        An `AllToAll`.
 
     Raises:
-        ValueError: as `messages`, or the compressor does not work coordinate by coordinate.
+        ValueError: the points of a stack differ in the width of their messages, or the compressor does not encode each
+            coordinate separately.
     """
     known = field_widths(alg)
-    compressor = jax.tree.map(lambda number: np.ravel(number)[0], alg.compressor)  # that of the first point
+    compressor = jax.tree.map(lambda number: np.ravel(number)[0], alg.compressor)  # of the first point
     if known is not None and not _is_coordinatewise(compressor, alg.oracle.dtype):
         raise ValueError(
             f"all_to_all of {type(alg.compressor).__name__} messages: expected a compressor with a code for each "
@@ -190,15 +250,23 @@ COLLECTIVES = {"all_gather": all_gather, "all_reduce": all_reduce, "all_to_all":
 
 
 def resolve_collective(collective: str | AllReduce, alg: Any, axis: str = "workers") -> AllReduce:
-    """The exchange of this name for `alg`, or `collective` itself.
+    """Return the collective of a given name for an algorithm.
+
+    Args:
+        collective: "all_gather", "all_to_all", "all_reduce", or a collective, which is returned unchanged.
+        alg: algorithm, or the stacked algorithm of a sweep.
+        axis: mesh axis of the workers.
+
+    Returns:
+        A collective for `Algorithm.step`.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no collective of that name, or it does not suit the algorithm.
     """
     check_collective(collective)
     if not isinstance(collective, str):
         return collective
-    with jax.ensure_compile_time_eval():  # the caller may be traced, the numbers of the algorithm are not
+    with jax.ensure_compile_time_eval():  # the caller may be traced, but the numbers of the algorithm are concrete
         return COLLECTIVES[collective](alg, axis)
 
 
@@ -218,14 +286,15 @@ def check_collective(collective: Any) -> None:
 def automatic_axes() -> tuple[str, ...]:
     """Return the axes with several devices that the enclosing `jax.shard_map` leaves to the compiler.
 
-    The compiler may place collectives over these axes anywhere. In a branch that only some devices take they never complete.
+    The compiler may place collectives over these axes anywhere. In a branch that only some devices take they never
+    complete.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes and mesh.shape[axis] > 1)
 
 
 def with_vmap_axis(collective: AllReduce | None, axis: str) -> AllReduce | None:
-    """`collective` for points that are mapped over under the axis name `axis`: they skip rounds together."""
+    """Return the collective for points under the `vmap` axis `axis`, which skip communication together."""
     return None if collective is None else dataclasses.replace(collective, vmap_axis=axis)
 
 
@@ -233,11 +302,21 @@ def with_vmap_axis(collective: AllReduce | None, axis: str) -> AllReduce | None:
 
 
 def field_widths(alg: Any) -> tuple[int, ...] | None:
-    """Bits of each number of each field of a message, in order; None where only the run knows them."""
+    """Return the bits per number of each field of a message.
+
+    Args:
+        alg: algorithm with concrete numbers, or a stack of them.
+
+    Returns:
+        The widths in the order of the fields. None: they are known at run time only.
+
+    Raises:
+        ValueError: the points of a stack differ in a width.
+    """
     like = jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)
     try:
         fields = list(alg.compressor.wire_fields({}, like))
-    except KeyError:  # a width, or which numbers travel, is said in the message itself
+    except KeyError:  # the payload itself holds a width, or determines which numbers are sent
         return None
     bits = [np.unique(np.asarray(field.bits)) for field in fields]
     for field, values in zip(fields, bits, strict=True):
@@ -250,9 +329,10 @@ def field_widths(alg: Any) -> tuple[int, ...] | None:
 
 
 def field_values(compressor: Compressor, upload: WorkerUpload, widths: tuple[int, ...] | None) -> list[Array]:
-    """The numbers of each field of a message, or what it decodes to where widths are not known.
+    """Return the numbers of each field of a message, or the decoded message where the widths are not known.
 
-    In one or two bytes where they fit: they are written to memory before it is known whether they are sent.
+    Numbers of at most 16 bits are cast to one or two bytes: they are written to memory before it is known whether they
+    are sent.
     """
     if widths is None:
         return [upload.decoded]
@@ -263,7 +343,7 @@ def field_values(compressor: Compressor, upload: WorkerUpload, widths: tuple[int
 
 
 def pack_message(numbers: list[Array], widths: tuple[int, ...] | None) -> UInt32[Array, " words"]:
-    """The fields of a message, each packed to whole words."""
+    """Pack each field of a message into whole words and concatenate them."""
     if widths is None:
         return to_words(numbers[0][None])[0]
     return jnp.concatenate([pack(values, bits) for values, bits in zip(numbers, widths, strict=True)])
@@ -272,7 +352,17 @@ def pack_message(numbers: list[Array], widths: tuple[int, ...] | None) -> UInt32
 def unpack_message(
     compressor: Compressor, words: UInt32[Array, " words"], like: Any, widths: tuple[int, ...] | None
 ) -> Float[Array, " p"]:
-    """What the receiver decodes of a packed message."""
+    """Decode a packed message.
+
+    Args:
+        compressor: compressor that encoded the message.
+        words: packed message.
+        like: array or struct with the shape and dtype of the vector.
+        widths: bits per number of each field, from `field_widths`.
+
+    Returns:
+        The decoded vector [p].
+    """
     like = jax.ShapeDtypeStruct(like.shape, like.dtype)
     if widths is None:
         return from_words(words[None], jax.ShapeDtypeStruct((1, *like.shape), like.dtype))[0]
@@ -285,7 +375,15 @@ def unpack_message(
 
 
 def num_packed_words(like: Any, bits: int) -> int:
-    """Words that `pack` makes."""
+    """Return the number of 32-bit words into which `pack` packs an array.
+
+    Args:
+        like: array or struct with the shape and dtype of the numbers.
+        bits: bits per number.
+
+    Returns:
+        The number of words.
+    """
     if bits >= WORD_BITS:
         return like.size * bits // WORD_BITS
     group = WORD_BITS // math.gcd(bits, WORD_BITS)
@@ -293,7 +391,7 @@ def num_packed_words(like: Any, bits: int) -> int:
 
 
 def num_message_words(alg: Any, size: int, widths: tuple[int, ...] | None) -> int:
-    """Words of a packed message of `size` coordinates."""
+    """Return the number of words of a packed message of `size` coordinates."""
     like = jax.ShapeDtypeStruct((size,), alg.oracle.dtype)
     if widths is None:
         return size * like.dtype.itemsize // 4
@@ -304,10 +402,11 @@ def num_message_words(alg: Any, size: int, widths: tuple[int, ...] | None) -> in
 
 
 def pack(values: Array, bits: int) -> UInt32[Array, " words"]:
-    """Numbers of `bits` bits without gaps: g = 32 / gcd(b, 32) of them fill b / gcd(b, 32) words exactly.
+    """Pack numbers of `bits` bits into 32-bit words without gaps.
 
-    Floats of their full width as bit patterns, all else as whole numbers. The numbers of a group lie apart, g rows of
-    neighbours, so that every row is moved as a vector.
+    A group of g = 32 / gcd(b, 32) numbers fills b / gcd(b, 32) words exactly. Floats of full width are packed as bit
+    patterns, all other numbers as whole numbers. The array is divided into g rows of neighbouring numbers, and a group
+    takes one number of each row. Every row is therefore shifted as one vector.
     """
     if bits >= WORD_BITS:
         return to_words(values.reshape(1, -1))[0]
@@ -323,7 +422,7 @@ def pack(values: Array, bits: int) -> UInt32[Array, " words"]:
 
 
 def unpack(words: UInt32[Array, " words"], bits: int, like: Any) -> Array:
-    """The numbers of `pack`, with the shape and dtype of `like`."""
+    """Unpack the numbers that `pack` packed, with the shape and dtype of `like`."""
     if bits >= WORD_BITS:
         return from_words(words[None], jax.ShapeDtypeStruct((1, *like.shape), like.dtype))[0]
     rows, count = WORD_BITS // math.gcd(bits, WORD_BITS), bits // math.gcd(bits, WORD_BITS)
@@ -338,13 +437,13 @@ def unpack(words: UInt32[Array, " words"], bits: int, like: Any) -> Array:
 
 
 def to_words(values: Array) -> UInt32[Array, "m words"]:
-    """[m, ...] as bit patterns."""
+    """Convert an array [m, ...] to bit patterns [m, words]; numbers of less than 4 bytes fill one word each."""
     wide = values.astype(jnp.uint32) if values.dtype.itemsize < 4 else values
     return lax.bitcast_convert_type(wide, jnp.uint32).reshape(values.shape[0], -1)
 
 
 def from_words(words: UInt32[Array, "m words"], like: Any) -> Array:
-    """The rows of `to_words`, with the shape of a row and the dtype of `like`."""
+    """Convert the rows of `to_words` back, with the row shape and the dtype of `like`."""
     shape = (words.shape[0], *like.shape[1:])
     if like.dtype.itemsize < 4:
         return words.reshape(shape).astype(like.dtype)
@@ -352,7 +451,17 @@ def from_words(words: UInt32[Array, "m words"], like: Any) -> Array:
 
 
 def sum_messages(decode: Any, messages: Array, sent: Bool[Array, " M"], like: Any) -> Array:
-    """The sum of the messages sent, in worker order, as one device adds them; others are not decoded."""
+    """Add the uploaded messages in worker order, as one device does.
+
+    Args:
+        decode: function from the words of a message to its vector. It is not called for a worker without an upload.
+        messages: packed messages, stacked over the M workers.
+        sent: whether each of the M workers uploads.
+        like: array or struct with the shape and dtype of the sum.
+
+    Returns:
+        The sum, of the shape of `like`.
+    """
 
     def add(total: Array, message: Any) -> Any:
         words, sent = message
@@ -362,7 +471,10 @@ def sum_messages(decode: Any, messages: Array, sent: Bool[Array, " M"], like: An
 
 
 def _is_coordinatewise(compressor: Compressor, dtype: Any) -> bool:
-    """Whether half of a message decodes to half of the vector; tried on a small one."""
+    """Return whether half of a message decodes to half of the vector.
+
+    This is tried with a vector of 8 random numbers.
+    """
     key = jax.random.key(0)
     keys = RoundKeys(key, key, key, jnp.int32(1), jnp.int32(0))
     target = jax.random.normal(key, (8,), dtype)

@@ -1,8 +1,8 @@
-"""Run an algorithm: rounds as one compiled loop, in chunks.
+"""Run an algorithm in compiled chunks of rounds.
 
-A chunk is one compiled program of a fixed length that does as many of its rounds as it is told; whatever way a run is
-cut, the same program does every round, so a resumed run equals a straight one bit for bit. Progress, checkpoints and
-early stops live between chunks: `stream` is a generator.
+A chunk is one compiled program of a fixed length, which runs as many rounds as it is given, up to that length. The same
+program computes every round, however a run is cut into chunks. A resumed run is therefore bit-identical to an
+uninterrupted one. `stream` is a generator, so progress reports, checkpoints and early stops happen between chunks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,14 +28,24 @@ DEFAULT_CHUNK_SIZE = 100  # rounds in one compiled program
 
 
 class RunResult(NamedTuple):
-    """What a run gives: `state` resumes it."""
+    """Metrics and final state of a run, or of one of its chunks.
+
+    Attributes:
+        info: metrics of K rounds on the host: loss [K], sent [K, M] and so on. `sweep` adds an axis of points after K.
+        state: state after the last of these rounds. Pass it as `start` to continue the run.
+    """
 
     info: RoundInfo
     state: AlgorithmState
 
 
 class DivergenceError(FloatingPointError):
-    """The loss stopped being finite. `run_round` is the first such round, `info` what came before it in this call."""
+    """Error of a run whose loss is no longer finite.
+
+    Attributes:
+        round: index of the first round without a finite loss. A resumed run continues the count of its state.
+        info: metrics of the earlier rounds of this call. `run` includes the rounds that it read from a checkpoint.
+    """
 
     def __init__(self, round: int, info: RoundInfo):
         grew = len(info.loss) > 1 and info.loss[-1] > info.loss[0]
@@ -64,31 +74,39 @@ def run(
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int | None = None,
 ) -> RunResult:
-    """`saved_rounds` rounds.
+    """Run an algorithm for a number of rounds.
 
     Args:
-        alg: the algorithm.
-        start: parameters (a pytree, or a flat vector [p]), or a state, which is resumed. Never donated.
-        shards: the data of the workers.
-        rounds: how many.
-        key: typed PRNG key of the run; a resumed run needs the same.
-        metrics: facts to keep of every round in `info.extra`, see `Algorithm.step`.
-        chunk_size: rounds in one compiled program.
-        worker_batch_size: workers whose gradients are computed side by side, see `Algorithm.step`.
-        mesh: devices, of this process or of many, that share the workers (`laqjax.sharding.make_mesh()`). Each process then calls
-            this with the same arguments, or with shards of `laqjax.sharding.load_local_shards`. None: one device.
-        collective: on a mesh: "all_gather", "all_to_all", "all_reduce", or one of one's own, see `laqjax.sharding`.
-        checkpoint_dir: a folder of this run's own, which all processes see. The same call goes on from there after it was
-            stopped, and the same call for more rounds goes on from the end; the result is that of a run without a stop.
-        checkpoint_every: rounds between two checkpoints (None: `chunk_size`).
+        alg: algorithm, from a function of `laqjax.algorithms` or from `laqjax.assemble`.
+        start: parameters (a pytree or a flat vector [p]), or an `AlgorithmState` from which the run continues. It is
+            copied, never donated.
+        shards: data of the workers, arrays [M, N, ...].
+        rounds: number of rounds, at least 1. With `checkpoint_dir` it includes the rounds in the checkpoints.
+        key: typed PRNG key of the run. A resumed run needs the same key.
+        metrics: names of further metrics to record in every round, in `info.extra`; `Algorithm.step` lists them.
+        chunk_size: number of rounds in one compiled program.
+        worker_batch_size: number of workers whose gradients are computed side by side. None: the choice of
+            `Algorithm.default_worker_batch_size`.
+        mesh: devices of one or several processes that share the workers, from `laqjax.sharding.make_mesh()`. Each
+            process then calls this function with the same arguments, or with shards from
+            `laqjax.sharding.load_local_shards`. None: one device.
+        collective: how messages are summed over the devices of a mesh: "all_gather", "all_to_all", "all_reduce", or a
+            `laqjax.types.Collective`. See `laqjax.sharding`.
+        checkpoint_dir: folder for the checkpoints of this run only, visible to all processes. After an interruption the
+            same call continues from the last checkpoint, and a call with more rounds continues from the end. Both
+            results are those of an uninterrupted run.
+        checkpoint_every: rounds between two checkpoints. None: `chunk_size`.
 
     Returns:
-        `info`, the facts of all rounds on the host, and `state`; on a mesh its workers are spread over the devices, with
-        rows of padding behind the M-th (`laqjax.sharding.unpad_state`).
+        `info` with the metrics of all rounds, on the host, and the final `state`. On a mesh the workers of the state
+        are spread over the devices, with padding rows after the M-th (`laqjax.sharding.unpad_state` removes them).
 
     Raises:
-        ValueError: before anything is compiled, when arguments and data do not fit, or the checkpoints are of another run.
+        ValueError: the arguments and data do not fit each other, or the checkpoints belong to another run. Raised
+            before anything is compiled.
+        ImportError: `checkpoint_dir` is given, but orbax is not installed.
         DivergenceError: the loss is no longer finite.
+        ConnectionError: another process of the mesh was lost.
 
     Example:
         >>> import jax, numpy as np, laqjax
@@ -150,28 +168,35 @@ def stream(
     mesh: Mesh | None = None,
     collective: str | collectives.AllReduce = "all_gather",
 ) -> Iterator[RunResult]:
-    """The same as `run`, chunk after chunk: show progress, save, or leave the loop to stop early.
+    """Run an algorithm like `run`, but yield after each chunk of rounds.
 
-    A yielded state is donated to the next chunk: use it (save it, or copy it) before asking for the next one.
+    Use it to show progress, to save states, or to stop early by leaving the loop. A yielded state is donated to the
+    next chunk: use, save or copy it before you request the next one.
 
     Args:
-        alg: see `run`, as all others.
-        start: see `run`.
-        shards: see `run`.
-        rounds: see `run`.
-        key: see `run`.
-        metrics: see `run`.
-        chunk_size: rounds between two outputs.
-        worker_batch_size: see `run`.
-        mesh: see `run`.
-        collective: see `run`.
+        alg: algorithm, from a function of `laqjax.algorithms` or from `laqjax.assemble`.
+        start: parameters (a pytree or a flat vector [p]), or an `AlgorithmState` from which the run continues. It is
+            copied, never donated.
+        shards: data of the workers, arrays [M, N, ...].
+        rounds: number of rounds, at least 1.
+        key: typed PRNG key of the run. A resumed run needs the same key.
+        metrics: names of further metrics to record in every round, in `info.extra`; `Algorithm.step` lists them.
+        chunk_size: number of rounds between two outputs; the last chunk may be shorter.
+        worker_batch_size: number of workers whose gradients are computed side by side. None: the choice of
+            `Algorithm.default_worker_batch_size`.
+        mesh: devices of one or several processes that share the workers, from `laqjax.sharding.make_mesh()`. None: one
+            device.
+        collective: how messages are summed over the devices of a mesh: "all_gather", "all_to_all", "all_reduce", or a
+            `laqjax.types.Collective`. See `laqjax.sharding`.
 
     Yields:
-        `info` of the chunk's rounds, and the state after it.
+        `info` with the metrics of the chunk's rounds, on the host, and the `state` after the chunk.
 
     Raises:
-        ValueError: before anything is compiled, when arguments and data do not fit.
+        ValueError: the arguments and data do not fit each other. Raised when the first chunk is requested, before
+            anything is compiled.
         DivergenceError: the loss is no longer finite.
+        ConnectionError: another process of the mesh was lost.
     """
     check_not_traced(alg, start, shards, key)
     rounds, chunk_size, names = check_loop_arguments(rounds, chunk_size, metrics, worker_batch_size, collective)
@@ -185,7 +210,7 @@ def stream(
         "worker_batch_size": worker_batch_size or alg.default_worker_batch_size(shards),
     }
     if mesh is None:
-        # copies: the chunks consume their state
+        # a copy, since a chunk donates its input state
         state = copy_state(start if isinstance(start, AlgorithmState) else alg.init(params), alg.init, params)
         shards = jax.tree.map(jnp.asarray, shards)
     else:
@@ -196,7 +221,7 @@ def stream(
     first = int(state.round)
     for done in range(0, rounds, chunk_size):
         count = min(chunk_size, rounds - done)
-        if mesh is not None:  # moves nothing: another placement would compile the chunk again
+        if mesh is not None:  # moves no data; with another sharding the chunk would be compiled again
             state = sharding.shard_state(state, mesh)
         with distributed.translate_lost_process_errors():
             state, info = run_chunk(alg, state, shards, key, np.int32(count), mesh=mesh, **options)
@@ -208,12 +233,19 @@ def stream(
 
 
 def concatenate_infos(infos: Sequence[RoundInfo]) -> RoundInfo:
-    """Consecutive infos as one."""
+    """Concatenate the metrics of consecutive chunks along the axis of rounds.
+
+    Args:
+        infos: at least one, each with a leading axis of rounds.
+
+    Returns:
+        One `RoundInfo` of NumPy arrays with all rounds.
+    """
     return jax.tree.map(lambda *parts: np.concatenate(parts), *infos)
 
 
 def truncate_info(info: RoundInfo, rounds: int) -> RoundInfo:
-    """The first rounds, on the host."""
+    """Copy the metrics of the first `rounds` rounds to the host."""
     return jax.tree.map(lambda a: np.asarray(a)[:rounds], info)
 
 
@@ -239,27 +271,38 @@ def check_loop_arguments(
 
 
 def copy_state(state: AlgorithmState, init: Callable[[Any], AlgorithmState], params: Any) -> AlgorithmState:
-    """The state as arrays of our own, since a chunk consumes its state. ValueError for another algorithm's."""
+    """Copy a state, since a chunk donates its input state.
+
+    Raises:
+        ValueError: the shapes or dtypes are not those of `init(params)`.
+    """
     check_state(state, jax.eval_shape(init, params))
     return jax.tree.map(partial(jnp.array, copy=True), state)
 
 
 def check_state(state: AlgorithmState, expected: AlgorithmState) -> None:
-    """ValueError unless the state has these shapes and dtypes."""
+    """Raise ValueError unless a state has the shapes and dtypes of another."""
     shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (expected, state)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"state: expected one that `init` makes for this algorithm, {shapes[0]}; got {shapes[1]}")
 
 
 def shard_inputs(alg: Algorithm, start: Any, params: Any, shards: Shards, mesh: Mesh) -> tuple[AlgorithmState, Shards]:
-    """(a state of our own, shards) over the devices of a mesh, with rows of padding where M is no multiple of them."""
+    """Place the initial state and the shards on the devices of a mesh.
+
+    Where M is not a multiple of the devices, both are padded with further rows of workers. The state is a copy, since a
+    chunk donates its input state.
+
+    Raises:
+        ValueError: `start` is a state whose shapes or dtypes do not fit the algorithm.
+    """
     rows, specs = sharding.num_worker_slots(mesh, alg.num_workers), sharding.state_partition_specs(mesh)
     if isinstance(start, AlgorithmState):
         check_state(
             jax.eval_shape(partial(sharding.resize_workers, rows=alg.num_workers), start),
             jax.eval_shape(alg.init, params),
         )
-        # a copy: the chunks consume their state
+        # a copy, since a chunk donates its input state
         state = jax.jit(partial(jax.tree.map, jnp.copy))(
             sharding.shard_state(sharding.resize_workers(start, rows), mesh)
         )
@@ -287,7 +330,7 @@ def run_chunk(
     mesh: Mesh | None = None,
     collective: Collective | None = None,
 ) -> tuple[AlgorithmState, RoundInfo]:
-    """`count` <= `length` rounds; rows of the info from `count` on are zeros."""
+    """Run `count` <= `length` rounds as one compiled program; rows of the info from `count` on are zeros."""
 
     def rounds(
         alg: Algorithm, state: AlgorithmState, shards: Shards, key: Any, count: Array
@@ -305,7 +348,17 @@ def run_chunk(
 def fori_rounds(
     step: Callable[[AlgorithmState], Any], state: AlgorithmState, count: Int[Array, ""], length: int
 ) -> tuple[AlgorithmState, RoundInfo]:
-    """`count` <= `length` rounds; the rows of the info behind them are zeros."""
+    """Apply `step` in `count` <= `length` rounds of a `fori_loop`.
+
+    Args:
+        step: function `state -> (state, info)`.
+        state: state before the first round.
+        count: traced number of rounds.
+        length: static number of rows of the returned info.
+
+    Returns:
+        The state after the last round and the info [length, ...]; its rows from `count` on are zeros.
+    """
     one = jax.eval_shape(step, state)[1]
     rows = jax.tree.map(lambda s: jnp.zeros((length, *s.shape), s.dtype), one)
 

@@ -1,4 +1,7 @@
-"""Many points of an algorithm side by side: a sweep over its numbers is one compiled program that reads the data once."""
+"""Run many points of an algorithm side by side.
+
+A sweep over the numbers of an algorithm is one compiled program, which reads the data once per round for all points.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -29,14 +32,17 @@ from laqjax.types import AlgorithmState, RoundInfo, Shards
 
 
 def stack_algorithms(algs: Sequence[Algorithm]) -> Algorithm:
-    """Algorithms of one structure as one whose numbers carry a leading axis of points, for `sweep`.
+    """Stack algorithms of one structure into one algorithm for `sweep`.
 
     Args:
-        algs: at least one.
+        algs: at least one algorithm. They may differ in their numbers (lr, bits, xi and so on), not in their structure.
+
+    Returns:
+        An algorithm in which every leaf has a leading axis of points [S]. The leaves are NumPy arrays.
 
     Raises:
-        ValueError: there is none, or one differs in structure (another problem, other parts, another padded_window); the
-            first of them is named.
+        ValueError: the sequence is empty, or an algorithm has another structure than the first one: another problem,
+            other parts or another padded_window. The message names the first algorithm that differs.
     """
     if not algs:
         raise ValueError("stack of no algorithms: expected one or more")
@@ -51,7 +57,16 @@ def stack_algorithms(algs: Sequence[Algorithm]) -> Algorithm:
 
 
 def select_points(points: Any, which: Any) -> Any:
-    """Some points, or one, of a stacked algorithm or state. NumPy arrays stay on the host."""
+    """Select one or several points of a stacked algorithm or state.
+
+    Args:
+        points: pytree of arrays with a leading axis of points, such as an algorithm from `stack_algorithms` or the
+            state of a `sweep`.
+        which: index of a point, which removes the axis; or a slice or array of indices, which keeps it.
+
+    Returns:
+        The same pytree with the selected points. NumPy arrays stay on the host.
+    """
     return jax.tree.map(lambda a: a[which], points)
 
 
@@ -70,32 +85,49 @@ def sweep(
     mesh: Mesh | None = None,
     collective: str | collectives.AllReduce = "all_gather",
 ) -> RunResult:
-    """`run` for S points side by side; the data is read once a round for all points of a batch.
+    """Run S points of an algorithm side by side, as `run` does for one.
 
-    All batches share one compiled program (the last is filled up), and each is spread over all devices. A point that
-    diverges holds NaN and disturbs nobody. Equal batch sizes per device give equal bits; other sizes differ in the last
-    ones.
+    The data is read once per round for all points of a batch. All batches share one compiled program, for which the
+    last batch is filled with copies of the last point. Each batch is spread over all devices. A diverging point yields
+    NaN and does not affect the others. Results are bit-identical for equal batch sizes per device; for other batch
+    sizes they differ in the last bits. If the oracle's `prefers_sequential` is True, the points of a batch run one
+    after another.
 
     Args:
-        algs: of `stack_algorithms`: every leaf has a leading axis [S].
-        start: parameters for all (a pytree or [p]), [S, p], or a state of S points.
-        shards: the data of the workers.
-        rounds: how many.
-        keys: one of each point.
-        memory_limit: bytes that a batch may take (None: half of what is free).
-        batch_size: points side by side (None: what fits into the memory).
-        metrics: see `run`.
-        chunk_size: see `run`.
-        worker_batch_size: see `run`.
-        mesh: with the axis `sweep`, `workers` or both: points and workers are spread over them. None: points over all devices.
-        collective: see `run`; "all_gather" and "all_to_all" need one b for all points.
+        algs: algorithm from `stack_algorithms`: every leaf has a leading axis [S].
+        start: parameters of all points (a pytree or a flat vector [p]), parameters of each point [S, p], or a state of
+            S points without padding rows from which the runs continue.
+        shards: data of the workers, arrays [M, N, ...]; all points share it.
+        rounds: number of rounds, at least 1.
+        keys: typed PRNG keys [S], one for each point.
+        memory_limit: bytes that a batch may take. None: half of the free memory.
+        batch_size: number of points that run side by side, a multiple of the devices along the axis `sweep`. None: as
+            many as fit in `memory_limit`.
+        metrics: names of further metrics to record in every round, in `info.extra`; `Algorithm.step` lists them.
+        chunk_size: number of rounds in one compiled program.
+        worker_batch_size: number of workers whose gradients are computed side by side. None: the choice of
+            `Algorithm.default_worker_batch_size`.
+        mesh: mesh with the axis `sweep`, `workers` or both, over which points and workers are spread. None: points are
+            spread over all devices.
+        collective: how messages are summed over the axis `workers` of a mesh: "all_gather", "all_to_all", "all_reduce",
+            or a collective of your own, see `laqjax.sharding`. "all_gather" and "all_to_all" need the same b for all
+            points.
 
     Returns:
-        `info` with the points behind the rounds ([K, S], [K, S, M], ...), and `state` with the points first everywhere:
-        `select_points(out.state, i)` is a state of point i.
+        `info` on the host with the axis of points after that of rounds: loss [K, S], sent [K, S, M] and so on. `state`
+        has the points first in every array: `select_points(out.state, i)` is a state of point i. Where M is not a
+        multiple of the devices along `workers`, the workers of the state include padding rows.
 
     Raises:
-        ValueError: before anything is compiled, when arguments and data do not fit.
+        ValueError: the arguments and data do not fit each other. Raised before anything is compiled.
+        ConnectionError: another process of the mesh was lost.
+
+    Example:
+        A sweep over three values of b::
+
+            algs = stack_algorithms([laq(oracle, lr=0.02, num_workers=10, bits=b) for b in (2, 4, 8)])
+            out = sweep(algs, params, shards, 2000, jax.random.split(jax.random.key(0), 3))
+            out.info.loss  # [2000, 3]
     """
     check_loop_arguments(rounds, chunk_size, metrics, worker_batch_size, collective)
     mesh = make_sweep_mesh() if mesh is None else mesh
@@ -138,25 +170,36 @@ def stream_sweep(
     mesh: Mesh | None = None,
     collective: str | collectives.AllReduce = "all_gather",
 ) -> Iterator[RunResult]:
-    """One batch of points, chunk after chunk; to `sweep` what `stream` is to `run`.
+    """Run one batch of points like `sweep`, but yield after each chunk of rounds.
+
+    A yielded state is donated to the next chunk: use, save or copy it before you request the next one.
 
     Args:
-        algs: see `sweep`, as all others. The points fill the devices evenly.
-        start: see `sweep`.
-        shards: see `sweep`.
-        rounds: see `sweep`.
-        keys: see `sweep`.
-        metrics: see `sweep`.
-        chunk_size: see `sweep`.
-        worker_batch_size: see `sweep`.
-        mesh: see `sweep`.
-        collective: see `sweep`.
+        algs: algorithm from `stack_algorithms`: every leaf has a leading axis [S]. S must be a multiple of the devices
+            along the axis `sweep` of the mesh.
+        start: parameters of all points (a pytree or a flat vector [p]), parameters of each point [S, p], or a state of
+            S points without padding rows from which the runs continue. It is copied, never donated.
+        shards: data of the workers, arrays [M, N, ...]; all points share it.
+        rounds: number of rounds, at least 1.
+        keys: typed PRNG keys [S], one for each point.
+        metrics: names of further metrics to record in every round, in `info.extra`; `Algorithm.step` lists them.
+        chunk_size: number of rounds between two outputs; the last chunk may be shorter.
+        worker_batch_size: number of workers whose gradients are computed side by side. None: the choice of
+            `Algorithm.default_worker_batch_size`.
+        mesh: mesh with the axis `sweep`, `workers` or both, over which points and workers are spread. None: points are
+            spread over all devices.
+        collective: how messages are summed over the axis `workers` of a mesh: "all_gather", "all_to_all", "all_reduce",
+            or a collective of your own, see `laqjax.sharding`. "all_gather" and "all_to_all" need the same b for all
+            points.
 
     Yields:
-        `info` of the chunk's rounds, and the state after it; the state is donated to the next chunk.
+        `info` with the metrics of the chunk's rounds, on the host: loss [K, S], sent [K, S, M] and so on. `state` is
+        the state after the chunk, with the points first in every array and the padding rows that the mesh needs.
 
     Raises:
-        ValueError: before anything is compiled, when arguments and data do not fit.
+        ValueError: the arguments and data do not fit each other. Raised when the first chunk is requested, before
+            anything is compiled.
+        ConnectionError: another process of the mesh was lost.
     """
     rounds, chunk_size, names = check_loop_arguments(rounds, chunk_size, metrics, worker_batch_size, collective)
     mesh = make_sweep_mesh() if mesh is None else mesh
@@ -167,9 +210,9 @@ def stream_sweep(
         raise ValueError(f"{points} points on {devices} devices: expected a multiple; fill up with copies of a point")
     begin = partial(jax.vmap(Algorithm.init), algs)
     state = copy_state(start if isinstance(start, AlgorithmState) else begin(params), begin, params)
-    if mesh.is_multi_process:  # on a mesh of its own a process may run what it likes
+    if mesh.is_multi_process:  # processes with separate meshes may run different sweeps
         distributed.assert_same_on_all_processes("algorithms, start, data or keys", algs, state, shards, keys)
-    # the state is placed anew for every chunk, which moves nothing: another placement would compile the chunk again
+    # each chunk gets its state with these shardings, which moves no data: with others it would be compiled again
     specs = sharding.state_partition_specs(mesh, sharding.SWEEP_AXIS)
     algs, keys = sharding.device_put_global((algs, keys), mesh, specs.params)
     shards = sharding.device_put_global(
@@ -193,7 +236,7 @@ def stream_sweep(
 
 
 def make_sweep_mesh() -> Mesh:
-    """All devices along the axis of points."""
+    """Create a mesh with all devices along the axis of points."""
     return jax.make_mesh((jax.device_count(),), (sharding.SWEEP_AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
@@ -226,7 +269,7 @@ def check_sweep(algs: Algorithm, start: Any, shards: Shards, rounds: int, keys: 
 
 
 def _broadcast_params(algs: Algorithm, start: Any, points: int) -> Array:
-    """Start parameters as [S, p]."""
+    """Broadcast start parameters to [S, p]; parameters that are already [., p] are returned unchanged."""
     stacked = hasattr(start, "dtype") and np.ndim(start) == 2 and np.shape(start)[1] == algs.oracle.size
     if stacked:
         return start
@@ -237,24 +280,27 @@ def _broadcast_params(algs: Algorithm, start: Any, points: int) -> Array:
 def max_batch_size(
     alg: Algorithm, shards: Shards, memory_limit: float | None = None, rounds: int = 0, *, devices: int | None = None
 ) -> int:
-    """How many points of `alg` run side by side, a multiple of the devices.
+    """Estimate how many points of an algorithm fit in memory side by side.
 
     Args:
-        alg: one point.
-        shards: the data, which the points share.
-        memory_limit: bytes (None: half of what is free).
-        rounds: of which the caller keeps the info, on the host.
-        devices: that share the points (None: all).
+        alg: algorithm of one point.
+        shards: data of the workers, which all points share.
+        memory_limit: bytes that the points may take. None: half of the free memory.
+        rounds: number of rounds whose info the caller keeps on the host.
+        devices: number of devices that share the points. None: all devices.
+
+    Returns:
+        The number of points, a multiple of `devices`.
 
     Raises:
-        ValueError: not even one fits, or the data do not fit the loss.
+        ValueError: the memory does not suffice for one point, or the data do not fit the loss.
     """
     alg.oracle.validate(shards)
     devices = jax.device_count() if devices is None else devices
     if memory_limit is None:
         memory_limit = free_memory() / 2
     state = jax.eval_shape(alg.init, jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype))
-    # a state comes in, goes out and is worked on (measured: 3.5 states of temporaries); a tile leaves its activations
+    # 6 states: the input, the output and the temporaries (measured: 3.5 states); below, the activations of a tile
     point = 6 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     point += 2 * alg.oracle.activation_bytes(shards) + rounds * 16 * (alg.num_workers + 3)
     fits = int(memory_limit // point)
@@ -262,12 +308,12 @@ def max_batch_size(
         raise ValueError(
             f"memory_limit = {memory_limit / 2**20:.0f} MiB: expected at least the {point / 2**20:.1f} MiB of one point"
         )
-    on_cpu = jax.default_backend() == "cpu"  # forced CPU devices share one memory, accelerators have their own
+    on_cpu = jax.default_backend() == "cpu"  # forced CPU devices share one memory; each accelerator has its own
     return max(fits // devices, 1) * devices if on_cpu else fits * devices
 
 
 def free_memory() -> int:
-    """Bytes free on one device."""
+    """Return the bytes that are free on one device; on the CPU, those of the host."""
     stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -291,8 +337,8 @@ def run_sweep_chunk(
     mesh: Mesh,
     collective: collectives.AllReduce | None = None,
 ) -> tuple[AlgorithmState, RoundInfo]:
-    """`count` <= `length` rounds of all points; rows of the info from `count` on are zeros."""
-    # inside, the points stand behind the workers, whose axis the round maps over: in front, each round would transpose
+    """Run `count` <= `length` rounds of all points; rows of the info from `count` on are zeros."""
+    # the round maps over the workers: with the points as the first axis, it would transpose them every time
     behind = AlgorithmState(*(0,) * (len(AlgorithmState._fields) - 1), workers=1)  # pyright: ignore[reportArgumentType]
 
     def one(
@@ -332,5 +378,5 @@ def run_sweep_chunk(
 
 
 def _swap_point_axis(state: AlgorithmState) -> AlgorithmState:
-    """With the axes of points and workers changed over."""
+    """Swap the axes of points and workers in the workers' part of a state."""
     return state._replace(workers=jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), state.workers))

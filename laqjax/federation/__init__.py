@@ -1,17 +1,27 @@
-"""A federation with Flower: `client_app` is one worker, `server_app` the server (extra `[flower]`).
+"""Run an algorithm as a Flower federation: `client_app` is one worker, `server_app` the server (extra `[flower]`).
 
-The algorithm is that of `laqjax.Algorithm.step`: a client runs `worker_step`, the server `server_step`. This file is what lies between
-them, a protocol under which the server's aggregate is the sum of what the workers remember, whatever gets lost:
+The algorithm is the same as in `laqjax.Algorithm.step`: a client runs `worker_step`, the server runs `server_step`.
+This package adds the protocol between them. The protocol keeps one invariant, even when messages are lost:
+the server's aggregate equals the sum of the worker memories.
 
-    server -> worker   model (whole, its quantized change, or nothing where the worker has it), what the rule shares (the two
-                       numbers of the last step, from which the worker computes the same), the last upload that was accepted
-    worker -> server   nothing but a head (silent), or a head and the bytes that `message_bytes` bills
+Broadcasts. In each round the server sends one message to every selected worker. It holds:
 
-A worker keeps its memory before and after its last upload, and goes on from the one that the server says it has: an upload
-counts when the server names it, by round and digest, in a later broadcast. A worker that has neither (it lost its state, or
-the server came back from an older checkpoint) begins anew with one full upload, the whole vector, which takes the place of
-what the server had of it. Late, repeated and reordered replies belong to another round, or are the second of theirs, and are
-refused; who does not answer until the deadline counts as silent.
+- a header with the round, the PRNG key, and the id of the worker's last upload that the server accepted;
+- the whole model, its compressed change, or nothing if the worker already has the model;
+- the rule's shared state, or two norms of the server's last step, from which the worker computes the same state.
+
+Replies. A silent worker replies with a header only. A sending worker adds a body of as many bytes as `message_bytes`
+counts.
+
+Accepted uploads. A worker stores its memory from before and after its last round. An upload counts once a later
+broadcast names it as accepted, by round and digest. The worker then continues from the memory that includes it.
+
+Lost state. A worker may have neither memory, because it lost its state or the server restarted from an older
+checkpoint. It then starts again with one full upload: the uncompressed vector. The server replaces the worker's old
+contribution to the aggregate by this vector.
+
+Late replies. The server rejects a reply that belongs to another round, and a second reply from the same worker.
+Delayed, duplicated and reordered messages therefore change nothing. A worker that misses the deadline counts as silent.
 """
 
 from laqjax.federation._client import FederatedClient, client_app

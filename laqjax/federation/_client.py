@@ -1,4 +1,4 @@
-"""One worker of a federation: `FederatedClient` and the Flower ClientApp around it."""
+"""Client side of a federation: `FederatedClient` and the Flower ClientApp around it."""
 
 import struct
 import time
@@ -50,7 +50,11 @@ from laqjax.types import AlgorithmState, RoundKeys, ServerStep, Shards, WorkerSt
 @register_dataclass
 @dataclass(frozen=True)
 class ForcedUpload(BaseUploadRule):
-    """`rule` of a worker that got a broadcast, so it is asked; `force_send`: it sends in any case."""
+    """Upload rule of a worker that received a broadcast, so it is selected.
+
+    rule: the algorithm's own upload rule.
+    force_send: whether the worker sends regardless of that rule.
+    """
 
     rule: types.UploadRule
     force_send: bool = static_field()
@@ -65,27 +69,31 @@ class ForcedUpload(BaseUploadRule):
 
 @jax.jit
 def _update_shared_state(rule: types.UploadRule, shared_state: Any, step: ServerStep) -> Any:
-    """What a rule shares after a step."""
+    """Return the rule's shared state after a server step."""
     return rule.update(shared_state, step)
 
 
 @jax.jit
 def _fresh_worker_state(alg: Algorithm, params: Array) -> WorkerState:
-    """A worker that remembers nothing."""
+    """Initialize the state of a worker without history."""
     return WorkerState(alg.memory.init(params), alg.rule.init(params)[1])
 
 
 class ClientState(NamedTuple):
-    """What a worker keeps from one message to the next: of its last round, the worker before and after it."""
+    """State that a worker keeps between two messages: its last round, with the worker before and after it.
 
-    session: int
-    round: int
-    base: UploadId  # what `before` has of the server's acceptance
-    last: UploadId  # what `after` has, once it is accepted; `base` where the worker was silent
-    params: Any
-    history: Any
-    before: WorkerState
-    after: WorkerState
+    The worker cannot know whether the server accepted its last upload. It keeps both worker states until the next
+    broadcast says which one the server has.
+    """
+
+    session: int  # session of the server that sent the last broadcast
+    round: int  # round of that broadcast
+    base: UploadId  # last accepted upload that `before` includes
+    last: UploadId  # upload that `after` includes; equals `base` if the worker was silent
+    params: Any  # [p], the model of that round
+    history: Any  # the rule's shared state in that round
+    before: WorkerState  # this worker before that round
+    after: WorkerState  # this worker after that round
 
 
 CLIENT_STATE_HEADER = struct.Struct("<Qii8si8s")
@@ -95,7 +103,21 @@ CLIENT_STATE_HEADER = struct.Struct("<Qii8si8s")
 def _run_worker_round(
     alg: Algorithm, worker: WorkerState, state: AlgorithmState, shards: Shards, key: PRNGKeyArray, index: Any, at: Any
 ):
-    """`worker_step` of the one worker whose data these are; `at`: the round that its draws belong to."""
+    """Run `worker_step` for one worker.
+
+    Args:
+        alg: the algorithm.
+        worker: state of this worker.
+        state: the model, the round and the rule's shared state; its other fields are None.
+        shards: the data of this worker, one row [1, N, ...].
+        key: PRNG key of the run.
+        index: id of the worker.
+        at: round from which the random draws are derived.
+
+    Returns:
+        The new worker state, the payload, whether it is sent, its size in bytes, the loss, and the number of gradient
+        evaluations.
+    """
     own, shared = worker_keys(alg, key, at, index)
     keys = RoundKeys(own, shared, key, at, index, jnp.int32(0))
     worker, upload, facts = worker_step(alg, worker, state, shards, keys)
@@ -103,7 +125,10 @@ def _run_worker_round(
 
 
 class FederatedClient:
-    """One worker a Flower node: what it keeps is in the node's context, so it may end after each message."""
+    """Handler of broadcasts for one worker on a Flower node.
+
+    All state is stored in the node's context, so the process may end after each message.
+    """
 
     def __init__(self, alg: Algorithm, load_shard: Callable[[int], Shards]) -> None:
         self.alg = replace(alg, rule=ForcedUpload(alg.rule, False))
@@ -113,12 +138,17 @@ class FederatedClient:
             else self.alg
         )
         self.rule, self.scheme, self.down = alg.rule, scheme_digest(alg), down_compressor(alg)
-        self.load_shard, self.shards = load_shard, {}  # a worker's data, once loaded; no `cache`: Ray copies apps
+        # a dictionary of loaded shards instead of functools.cache, because Ray copies apps
+        self.load_shard, self.shards = load_shard, {}
         self.model = jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)
         self.like = jax.eval_shape(alg.rule.init, self.model)[0], jax.eval_shape(_fresh_worker_state, alg, self.model)
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """The reply to a broadcast."""
+        """Answer one broadcast and save the new worker state in the context.
+
+        Raises:
+            ValueError: the message has another form, or is addressed to another worker than this node's `partition-id`.
+        """
         down, parts = parse_message(BroadcastHeader, message)
         worker = int(context.node_config["partition-id"])
         if down.worker != worker:
@@ -142,7 +172,7 @@ class FederatedClient:
         if known is None:
             return Message(make_record(blank), reply_to=message)
         before, base = self._select_base_state(down, kept, known[0])
-        fresh = base == UNKNOWN_UPLOAD  # begins as in round 0, in which every method begins
+        fresh = base == UNKNOWN_UPLOAD  # then run as in round 0, where every method starts
         began = time.perf_counter()
         after, payload, *rest = _run_worker_round(
             self.full if fresh else self.alg,
@@ -166,7 +196,7 @@ class FederatedClient:
         return Message(make_record(head, body=body), reply_to=message)
 
     def _load_shard(self, worker: int) -> Shards:
-        """The data of a worker, on the device."""
+        """Return the data of a worker on the device; load it on the first call."""
         if worker not in self.shards:
             self.shards[worker] = jax.tree.map(jnp.asarray, _check_worker_shard(self.alg, self.load_shard(worker)))
         return self.shards[worker]
@@ -174,10 +204,20 @@ class FederatedClient:
     def _resolve_broadcast(
         self, down: BroadcastHeader, parts: dict[str, Any], kept: ClientState | None
     ) -> tuple[Any, Any] | None:
-        """(model, history) that a broadcast means; None where this worker lacks what it builds on, or it is an old one."""
+        """Reconstruct the model and the rule's shared state from a broadcast.
+
+        Args:
+            down: header of the broadcast.
+            parts: its other parts, `body` and `history`.
+            kept: state from the previous message, or None.
+
+        Returns:
+            The model [p] and the shared state. None if the broadcast is older than `kept`, or if this worker lacks
+            the model or history that the broadcast refers to.
+        """
         if kept and (down.session, down.round) < kept[:2]:
             return None
-        again = kept is not None and kept.round == down.round  # a repeated broadcast, or the server came back
+        again = kept is not None and kept.round == down.round  # a repeated broadcast, or the server was restarted
         try:
             if down.model == MODEL_FULL:
                 params = tree_from_bytes(parts.get("body", b""), self.model)
@@ -193,7 +233,7 @@ class FederatedClient:
                 history = _update_shared_state(self.rule, kept.history, step)
             else:
                 history = kept.history if kept else None
-        except ValueError:  # bytes of another length
+        except ValueError:  # the body or the history has a wrong length
             return None
         missing = params is None or (kept is None and down.history != MODEL_FULL)
         return (
@@ -205,13 +245,19 @@ class FederatedClient:
     def _select_base_state(
         self, down: BroadcastHeader, kept: ClientState | None, params: Any
     ) -> tuple[WorkerState, UploadId]:
-        """(worker, the upload that it stands on): the one that the server has, or a new one."""
+        """Select the worker state that matches the server's.
+
+        Returns:
+            The worker state and the id of the last upload that it includes. If no stored state matches, this is a new
+            state. Its id is then `UNKNOWN_UPLOAD`, which makes the worker send a full upload, unless the memory is not
+            persistent or the worker is new to the federation.
+        """
         accepted = down.accepted, down.digest
         if kept is None or (not self.alg.memory.is_persistent and accepted not in (kept.base, kept.last)):
             return _fresh_worker_state(
                 self.alg, params
             ), UNKNOWN_UPLOAD if accepted != NO_UPLOAD and self.alg.memory.is_persistent else accepted
-        if accepted == kept.last and kept.round != down.round:  # else the round is done once more
+        if accepted == kept.last and kept.round != down.round:  # a repeated round runs again from `before`
             return kept.after, accepted
         return (
             (kept.before, accepted)
@@ -220,7 +266,7 @@ class FederatedClient:
         )
 
     def load(self, context: Context) -> ClientState | None:
-        """What was kept; None where there is nothing, or nothing usable."""
+        """Load the worker's state from the node's context; return None if it is missing or unusable."""
         found = context.state.get(RECORD_KEY)
         try:
             parts: dict[str, Any] = dict(found) if isinstance(found, ConfigRecord) else {}
@@ -232,14 +278,18 @@ class FederatedClient:
         return ClientState(session, round, (base, base_digest), (last, last_digest), *arrays)
 
     def save(self, context: Context, kept: ClientState) -> None:
-        """Into the node's context."""
+        """Save the worker's state in the node's context."""
         head = CLIENT_STATE_HEADER.pack(kept.session, kept.round, *kept.base, *kept.last)
         parts = {name: tree_to_bytes(getattr(kept, name)) for name in ("params", "history", "before", "after")}
         context.state[RECORD_KEY] = ConfigRecord({"head": head, **parts})
 
 
 def _check_worker_shard(alg: Algorithm, shards: Shards) -> Shards:
-    """The data of one worker."""
+    """Check the data of one worker and return it.
+
+    Raises:
+        ValueError: the weights do not have shape [1, N], or the oracle rejects the data.
+    """
     if np.ndim(shards.weight) != 2 or len(shards.weight) != 1:
         raise ValueError(f"shard with weight {list(np.shape(shards.weight))}: expected [1, N], the rows of one worker")
     alg.oracle.validate(shards)
@@ -249,16 +299,17 @@ def _check_worker_shard(alg: Algorithm, shards: Shards) -> Shards:
 def client_app(
     alg: Algorithm, load_shard: Callable[[int], Shards], *, compilation_cache_dir: str | Path | None = None
 ) -> ClientApp:
-    """A worker as a Flower ClientApp.
+    """Build the Flower ClientApp of a worker.
 
     Args:
-        alg: the algorithm, the same as the server's.
-        load_shard: number of the worker -> its data, `Shards` of one row; the number is the node's `partition-id`.
-        compilation_cache_dir: a folder for compiled programs; with Flower's processes, which end after each message, each would else
-            compile anew.
+        alg: the algorithm; it must be the same as the server's.
+        load_shard: function from the worker's id to its data, `Shards` of one row ([1, N, ...]). The id is the node's
+            `partition-id`.
+        compilation_cache_dir: folder for compiled programs. Flower's processes end after each message; without this
+            folder each of them compiles again.
 
     Returns:
-        The app; a node keeps the worker in its context.
+        The app. Each node stores its worker's state in its context.
     """
     enable_compilation_cache(compilation_cache_dir)
     app, client = ClientApp(), FederatedClient(alg, load_shard)

@@ -1,4 +1,7 @@
-"""What server and workers of a federation say to each other: heads, bytes and digests; the protocol is in `laqjax.federation`."""
+"""Message format of a federation: headers, byte layouts, digests and keys.
+
+`laqjax.federation` describes the protocol that these messages implement.
+"""
 
 import hashlib
 import itertools
@@ -16,57 +19,58 @@ from laqjax._core.round import Algorithm
 from laqjax.downlinks import CompressedModel, CompressedStep
 
 RECORD_KEY = "laqjax"
-UploadId = tuple[int, bytes]  # the name of an upload: its round and digest
-NO_UPLOAD: UploadId = (-1, bytes(8))
-UNKNOWN_UPLOAD: UploadId = (-2, bytes(8))  # of a memory that the server does not have: no upload is called so
-MODEL_UNCHANGED, MODEL_FULL, MODEL_DELTA = range(
-    3
-)  # how model and history travel; the change of a history is the step that the server made
-REPLY_SILENT, REPLY_UPLOAD, REPLY_FULL, REPLY_OUT_OF_SYNC = range(
-    4
-)  # what a reply is; BEHIND: the worker lacks what the broadcast builds on
+UploadId = tuple[int, bytes]  # (round, 8-byte digest) of an upload
+NO_UPLOAD: UploadId = (-1, bytes(8))  # the server has accepted no upload of this worker yet
+UNKNOWN_UPLOAD: UploadId = (-2, bytes(8))  # base of a memory that the server does not hold; no upload has this id
+# How a broadcast carries the model and the rule's shared history. The delta of a history is the server's last step.
+MODEL_UNCHANGED, MODEL_FULL, MODEL_DELTA = range(3)
+# Kinds of replies. OUT_OF_SYNC: the worker lacks the model or the history that the broadcast refers to.
+REPLY_SILENT, REPLY_UPLOAD, REPLY_FULL, REPLY_OUT_OF_SYNC = range(4)
 
 
 class BroadcastHeader(NamedTuple):
-    """The head of a broadcast."""
+    """Header of a broadcast from the server to one worker."""
 
-    session: int  # of the server: a restarted one has a larger number
+    session: int  # id of the server process; a restarted server has a larger one
     round: int
     worker: int
-    model: int
-    history: int
-    accepted: int  # the round and the digest of this worker's last upload that the server accepted
-    digest: bytes
-    state_digest: bytes  # digest of model and history as the worker must have them now
-    key: bytes  # of the run
-    direction_sq: float  # of the server's last step
-    step_sq: float
+    model: int  # MODEL_UNCHANGED, MODEL_FULL or MODEL_DELTA
+    history: int  # likewise, for the rule's shared state
+    accepted: int  # round of this worker's last upload that the server accepted
+    digest: bytes  # digest of that upload
+    state_digest: bytes  # digest of the model and history that the worker must have in this round
+    key: bytes  # PRNG key of the run, 8 bytes
+    direction_sq: float  # ||direction||^2 of the server's last step
+    step_sq: float  # ||model change||^2 of the server's last step
 
 
 class ReplyHeader(NamedTuple):
-    """The head of a reply."""
+    """Header of a reply from one worker to the server."""
 
     session: int
     round: int
     worker: int
-    kind: int
-    base: int  # the upload from which this worker went on
-    base_digest: bytes
-    digest: bytes  # of this upload
-    scheme: bytes  # p, dtype and compressor
-    size: int  # of the message in bytes, as the library bills it
-    gradients: int
+    kind: int  # REPLY_SILENT, REPLY_UPLOAD, REPLY_FULL or REPLY_OUT_OF_SYNC
+    base: int  # round of the upload that the worker's memory includes
+    base_digest: bytes  # digest of that upload
+    digest: bytes  # digest of this upload; zeros if the worker is silent
+    scheme: bytes  # digest of p, dtype and compressor
+    size: int  # message size in bytes, as the library counts it
+    gradients: int  # gradient evaluations in this round
     loss: float
-    compute: float  # seconds
-    pack: float
+    compute: float  # seconds for the worker's step
+    pack: float  # seconds for packing the message into bytes
 
 
-HEADER_DIGEST_BYTES = 4  # bytes of a digest of the head, which follow it
+HEADER_DIGEST_BYTES = 4  # length of the header's digest, which follows the header
 HEADER_STRUCTS = {BroadcastHeader: struct.Struct("<QiiBBi8s8s8sdd"), ReplyHeader: struct.Struct("<QiiBi8s8s8siidff")}
 
 
 def short_digest(*parts: Any) -> bytes:
-    """Of arrays, bytes and numbers, 8 bytes: it tells messages apart, TLS guards them."""
+    """Return an 8-byte SHA-256 prefix of arrays, bytes and numbers.
+
+    The digest identifies messages. It is not a security measure; TLS is.
+    """
     whole = hashlib.sha256()
     for part in parts:
         whole.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
@@ -74,19 +78,33 @@ def short_digest(*parts: Any) -> bytes:
 
 
 def scheme_digest(alg: Algorithm) -> bytes:
-    """Of p, the dtype, the compressor and its numbers: two sides that differ in one do not understand each other."""
+    """Return a digest of p, the dtype, the compressor and its numbers.
+
+    Client and server must agree on it, because each decodes the other's messages.
+    """
     leaves, structure = jax.tree.flatten(alg.compressor)
     about = f"{alg.oracle.size} {alg.oracle.dtype} {structure}".encode()
     return short_digest(about, *(np.asarray(leaf) for leaf in leaves))
 
 
 def tree_to_bytes(tree: Any) -> bytes:
-    """The leaves of a pytree of arrays, one after another."""
+    """Concatenate the raw bytes of a pytree's array leaves."""
     return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))
 
 
 def tree_from_bytes(data: bytes, like: Any) -> Any:
-    """The inverse of `packed`; ValueError for bytes of another length."""
+    """Invert `tree_to_bytes`.
+
+    Args:
+        data: the bytes of all leaves, one after another.
+        like: a pytree of arrays or `ShapeDtypeStruct`s that gives structure, shapes and dtypes.
+
+    Returns:
+        A pytree of read-only NumPy arrays that share memory with `data`.
+
+    Raises:
+        ValueError: `data` has another length than the leaves of `like` need.
+    """
     leaves, structure = jax.tree.flatten(like)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
     if len(data) != sum(sizes):
@@ -97,19 +115,42 @@ def tree_from_bytes(data: bytes, like: Any) -> Any:
 
 
 def upload_id(body: bytes, round: int, base: UploadId) -> UploadId:
-    """The name of an upload; with its body and with the upload that it stands on, it stands for the whole memory."""
+    """Return the id of an upload.
+
+    The digest covers the body, the round and the id of the previous accepted upload (`base`). Through this chain
+    one id identifies the worker's whole memory, not only the last message.
+    """
     return round, short_digest(body, struct.pack("<ii8s", round, *base))
 
 
 def make_record(head: Any, **parts: bytes) -> RecordDict:
-    """The content of a message; parts of no bytes are left out."""
+    """Build the content of a Flower message.
+
+    Args:
+        head: a `BroadcastHeader` or `ReplyHeader`.
+        **parts: named bytes (`body`, `history`); empty ones are left out.
+
+    Returns:
+        A record with the packed header, its digest, and the parts.
+    """
     there = {name: part for name, part in parts.items() if part}
     data = HEADER_STRUCTS[type(head)].pack(*head)
     return RecordDict({RECORD_KEY: ConfigRecord({"head": data + short_digest(data)[:HEADER_DIGEST_BYTES], **there})})
 
 
 def parse_message(kind: Any, message: Message) -> tuple[Any, dict[str, Any]]:
-    """(head, other parts) of a message; ValueError where it has another form, or its head is damaged."""
+    """Parse a message that `make_record` built.
+
+    Args:
+        kind: the expected header class, `BroadcastHeader` or `ReplyHeader`.
+        message: the Flower message.
+
+    Returns:
+        The header, and a dictionary of the other parts (`body`, `history`).
+
+    Raises:
+        ValueError: the message has another form, or its header is damaged.
+    """
     found = message.content.get(RECORD_KEY) if message.has_content() else None
     parts: dict[str, Any] = dict(found) if isinstance(found, ConfigRecord) else {}
     head, size = parts.pop("head", b""), HEADER_STRUCTS[kind].size
@@ -126,29 +167,35 @@ def parse_message(kind: Any, message: Message) -> tuple[Any, dict[str, Any]]:
 
 
 def serialized_size(message: Message) -> int:
-    """Bytes of a message as Flower serialises it, metadata included."""
+    """Return the bytes of a message as Flower serializes it, metadata included."""
     return message_to_proto(message).ByteSize()
 
 
 def down_compressor(alg: Algorithm) -> Any:
-    """What the change of the model travels in; None where the whole model does."""
+    """Return the compressor of the model change, or None if the server broadcasts the whole model."""
     return alg.downlink.compressor if isinstance(alg.downlink, CompressedStep | CompressedModel) else None
 
 
 @jax.jit
 def add_delta(params: Array, change: Array) -> Array:
-    """The model after a change: one program on both sides, so that they agree to the last bit."""
+    """Add a change to the model.
+
+    Client and server both run this jitted program, so that their models are bit-identical.
+    """
     return params + change
 
 
 def worker_keys(alg: Algorithm, key: PRNGKeyArray, round: Any, worker: Any) -> tuple[PRNGKeyArray, PRNGKeyArray]:
-    """(own, shared) keys of a worker in a round, those of `Algorithm.step`."""
+    """Return the worker's own key and the shared key of a round, derived as in `Algorithm.step`."""
     of_round = jax.random.fold_in(key, round)
     return jax.random.fold_in(of_round, worker), jax.random.fold_in(of_round, alg.num_workers)
 
 
 def enable_compilation_cache(folder: str | Path | None) -> None:
-    """Compiled programs are kept on disk: Flower starts a process for each message."""
+    """Cache compiled programs in a folder; None leaves JAX's settings unchanged.
+
+    Flower's processes end after each message, so without the cache each one compiles again.
+    """
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,4 +1,4 @@
-"""The server of a federation: `FederatedServer` and the Flower ServerApp around it."""
+"""Server side of a federation: `FederatedServer` and the Flower ServerApp around it."""
 
 import logging
 import os
@@ -53,40 +53,44 @@ log = logging.getLogger(__name__)
 
 
 class RejectedReply(ValueError):
-    """A message that the server does not take, and why."""
+    """Error of a reply that the server rejects; its message gives the reason."""
 
 
 @dataclass
 class RoundStats:
-    """What a round did and cost; arrays are [M], sizes in bytes, times in seconds."""
+    """Results and costs of one federation round.
+
+    Arrays have shape [M], one entry for each worker. Fields that begin with `bits` are in bits, other sizes in bytes,
+    times in seconds.
+    """
 
     round: int
-    loss: float  # mean over those that answered
-    bits_down: int  # as the library bills them: one broadcast
-    answered: np.ndarray
-    sent: np.ndarray
-    bits_up: np.ndarray  # as the library bills them
-    gradients: np.ndarray
-    payload_up: np.ndarray  # of the messages without heads
-    payload_down: np.ndarray
-    bytes_up: np.ndarray  # of the messages as Flower serialises them, refused ones too
-    bytes_down: np.ndarray
-    compute: np.ndarray
-    pack: np.ndarray
-    transfer: float  # waiting for replies, less the slowest worker's work
-    decode: float
-    refused: int
+    loss: float  # mean over the workers that answered; NaN if none did
+    bits_down: int  # as the library counts them (`info.bits_down`)
+    answered: np.ndarray  # bool: the worker is in sync and its reply was accepted
+    sent: np.ndarray  # bool: the accepted reply holds a message
+    bits_up: np.ndarray  # as the library counts them (`info.bits_up`)
+    gradients: np.ndarray  # gradient evaluations
+    payload_up: np.ndarray  # message bodies without headers
+    payload_down: np.ndarray  # model bodies without headers
+    bytes_up: np.ndarray  # replies as Flower serializes them, rejected ones included
+    bytes_down: np.ndarray  # broadcasts as Flower serializes them
+    compute: np.ndarray  # the worker's step, as the worker reports it
+    pack: np.ndarray  # packing the message into bytes, as the worker reports it
+    transfer: float  # waiting for replies, less the work of the slowest worker
+    decode: float  # checking the replies and the server's step
+    refused: int  # rejected replies, answers to hello messages included
 
     @classmethod
     def empty(cls, round: int, workers: int) -> "RoundStats":
-        """Of a round in which nothing happened."""
+        """Create the stats of a round without broadcasts or replies."""
         zeros = lambda kind: np.zeros(workers, kind)  # noqa: E731
         arrays: Any = [zeros(kind) for kind in (*[bool] * 2, *[np.int64] * 6, *[np.float64] * 2)]
         return cls(round, np.nan, 0, *arrays, transfer=0.0, decode=0.0, refused=0)
 
 
 class _RecordingCompressor:
-    """A compressor that keeps what it encoded."""
+    """Compressor that also stores the last payload it encoded."""
 
     def __init__(self, compressor: Any) -> None:
         self.inner, self.payload = compressor, None
@@ -101,7 +105,12 @@ class _RecordingCompressor:
 
 @jax.jit
 def _run_server_round(alg: Algorithm, state: AlgorithmState, total: Array, asked: Any, key: PRNGKeyArray) -> Any:
-    """(state, bytes down, payload of the change of the model, ||direction||^2, ||step||^2) of `server_step`."""
+    """Run `server_step` and record the payload of the compressed model change.
+
+    Returns:
+        The new state, the bytes sent down, the payload (None without a `down_compressor`), ||direction||^2 and
+        ||step||^2.
+    """
     shared = worker_keys(alg, key, state.round, alg.num_workers)[1]
     keys = RoundKeys(shared, shared, key, state.round, jnp.int32(alg.num_workers))
     tap = _RecordingCompressor(down_compressor(alg))
@@ -113,15 +122,29 @@ def _run_server_round(alg: Algorithm, state: AlgorithmState, total: Array, asked
 
 @jax.jit
 def _accumulate(alg: Algorithm, total: Array, memory: Any, decoded: Array) -> tuple[Array, Any]:
-    """(total, what the aggregate holds of a worker) with one more message of it."""
+    """Add one message to the sum of messages and to the worker's part of the aggregate.
+
+    Returns:
+        The new sum [p], and the worker's new part of the aggregate [p] (None if `memory` is None).
+    """
     return total + decoded, None if memory is None else alg.memory.update_aggregate(memory, decoded)[1]
 
 
 @jax.jit
 def _select_workers(alg: Algorithm, state: AlgorithmState, own: Any, key: PRNGKeyArray, sent: Any) -> tuple[Array, Any]:
-    """(whom the rule asks [M], what it keeps of each worker after a round in which `sent` [M] did).
+    """Evaluate a rule with `server_selects` on the server.
 
-    A rule by which the server decides, decides on what the server knows; the gradients in its evidence are zeros here.
+    Such a rule decides from what the server knows. The gradients in its context are zeros here.
+
+    Args:
+        alg: the algorithm.
+        state: the server's state.
+        own: the rule's state of each worker, [M, ...].
+        key: PRNG key of the run.
+        sent: [M], which workers sent a message in this round.
+
+    Returns:
+        The mask [M] of selected workers, and the rule's state of each worker after the round.
     """
 
     def one(worker: Array, own: Any, sent: Array) -> tuple[Array, Any]:
@@ -141,8 +164,10 @@ def _select_workers(alg: Algorithm, state: AlgorithmState, own: Any, key: PRNGKe
 
 
 class FederatedServer:
-    """The server, round by round: `run_round(grid)`. What it keeps is all in one checkpoint: the state, and M p numbers, what the
-    aggregate holds of each worker, so that one that lost its memory can begin anew.
+    """Server of a federation; `run` executes rounds, `run_round` a single one.
+
+    For a memory that is persistent, the server also stores each worker's part of the aggregate: M p numbers. With them
+    it can replace the part of a worker that lost its state. One checkpoint holds everything that the next round needs.
     """
 
     def __init__(
@@ -155,18 +180,20 @@ class FederatedServer:
         checkpoint_path: Path | None = None,
         outlier_factor: float = 1e3,
     ) -> None:
-        """Begin, or go on from a checkpoint.
+        """Initialize the server, or restore it from an existing checkpoint.
 
         Args:
-            alg: the algorithm.
-            params: the model, a pytree or a flat vector [p].
-            key: of the run, as `laqjax.run` takes it.
+            alg: the algorithm; it must be the same as the workers'.
+            params: initial model, a pytree or a flat vector [p].
+            key: PRNG key of the run, as in `laqjax.run`.
             round_timeout: seconds that a round waits for replies.
-            checkpoint_path: a file, written after every round; where it is there, the run goes on from it.
-            outlier_factor: a message whose largest number is so many times the median of what workers sent is refused.
+            checkpoint_path: file that is written after every round. If it exists, the server resumes from it.
+            outlier_factor: a message is rejected if its largest absolute value exceeds this many times the median of
+                the workers' largest values so far.
 
         Raises:
-            ValueError: the checkpoint is of another algorithm or damaged, the key is not of JAX's default kind.
+            ValueError: the checkpoint is damaged or belongs to another algorithm, or the key is not of JAX's default
+                kind.
         """
         self.alg, self.round_timeout, self.checkpoint_path, self.outlier_factor = (
             alg,
@@ -182,37 +209,36 @@ class FederatedServer:
         self.like = jax.ShapeDtypeStruct(state.params.shape, state.params.dtype)
         self.own, self.state = state.workers.rule, state._replace(workers=None)  # pyright: ignore[reportArgumentType]
         zeros = jnp.zeros_like(state.params) if alg.memory.is_persistent else None
-        self.memories: list[Any] = [zeros for _ in self.workers]  # what the aggregate holds of each
+        self.memories: list[Any] = [zeros for _ in self.workers]  # each worker's part of the aggregate
         self.accepted = [NO_UPLOAD for _ in self.workers]
-        self.model_rounds: list[int | None] = [
-            None for _ in self.workers
-        ]  # the round whose model a worker is known to have
-        self.max_magnitudes: dict[int, float] = {}  # the largest number that each worker sent
+        # the round whose model each worker is known to have; None if unknown
+        self.model_rounds: list[int | None] = [None for _ in self.workers]
+        self.max_magnitudes: dict[int, float] = {}  # worker -> largest absolute value that it has sent
         self.nodes: dict[int, int] = {}  # node id -> worker
-        self.unassigned_nodes: set[int] = set()
+        self.unassigned_nodes: set[int] = set()  # nodes whose worker id was rejected
         self.session, self.change, self.squares, self.refusals = time.time_ns(), b"", (0.0, 0.0), 0
         if checkpoint_path is not None and checkpoint_path.exists():
             self.restore(checkpoint_path)
 
-    # -- who is there
+    # -- membership
 
     def _hello_messages(self, grid: Grid) -> list[Message]:
-        """A question to each node that is new, and no memory of those that are gone."""
+        """Build a hello message for every new node and forget nodes that have left."""
         there = set(grid.get_node_ids())
-        if self.nodes.keys() - there:  # somebody may come in the place of who is gone
+        if self.nodes.keys() - there:  # a rejected node may now take the id of a lost one
             self.unassigned_nodes.clear()
         self.nodes = {node: worker for node, worker in self.nodes.items() if node in there}
         new = sorted(there - self.nodes.keys() - self.unassigned_nodes)
         return [Message(RecordDict(), node, MessageType.QUERY, ttl=self.round_timeout) for node in new]
 
     def _register_node(self, reply: Message) -> None:
-        """A node says which worker it is."""
+        """Assign a node to the worker id in its answer to a hello message, or reject the node."""
         node = reply.metadata.src_node_id
-        if reply.has_error():  # asked again in the next round
+        if reply.has_error():  # the node gets another hello message in the next round
             return self._log_rejection(node, f"its app failed: {reply.error.reason:.200}")
         found = reply.content.get(RECORD_KEY)
         worker = found.get("worker") if isinstance(found, ConfigRecord) else None
-        if worker is not None and self.nodes.get(node) == worker:  # it has said so before
+        if worker is not None and self.nodes.get(node) == worker:  # the node is already registered
             return
         if worker not in self.workers or isinstance(worker, bool) or worker in self.nodes.values():
             self.unassigned_nodes.add(node)
@@ -224,7 +250,11 @@ class FederatedServer:
             self.model_rounds[int(worker)] = None  # pyright: ignore[reportArgumentType]
 
     def wait_for_workers(self, grid: Grid, workers: int, max_missed_rounds: int) -> None:
-        """Wait until so many workers are there. RuntimeError after `max_missed_rounds` deadlines."""
+        """Wait until `workers` workers are registered.
+
+        Raises:
+            RuntimeError: too few workers registered within `max_missed_rounds` deadlines.
+        """
         end = time.monotonic() + max_missed_rounds * self.round_timeout
         while len(self.nodes) < workers:
             for reply in self._send_and_receive(grid, self._hello_messages(grid)):
@@ -235,18 +265,26 @@ class FederatedServer:
                 time.sleep(min(1.0, self.round_timeout))
 
     def _send_and_receive(self, grid: Grid, messages: list[Message]) -> list[Message]:
-        """What is answered before the deadline."""
+        """Send messages and return the replies that arrive before the deadline."""
         return list(grid.send_and_receive(messages, timeout=self.round_timeout)) if messages else []
 
     def _log_rejection(self, node: int, reason: str) -> None:
-        """One line in the log."""
+        """Count a rejected message and log the reason."""
         self.refusals += 1
         log.warning("worker %s (node %s) refused: %s", self.nodes.get(node, "?"), node, reason)
 
-    # -- a round
+    # -- one round
 
     def _make_broadcast(self, node: int, reads: bytes) -> Message:
-        """What a worker gets: only what it does not have."""
+        """Build the broadcast to one node, with only the parts that its worker lacks.
+
+        Args:
+            node: id of the node.
+            reads: digest of the current model and of the rule's shared state.
+
+        Returns:
+            The message for the node.
+        """
         worker, round = self.nodes[node], int(self.state.round)
         near = self.model_rounds[worker] == round - 1
         model = MODEL_DELTA if near and self.change else MODEL_FULL
@@ -258,12 +296,17 @@ class FederatedServer:
         head = BroadcastHeader(
             self.session, round, worker, model, history, *self.accepted[worker], reads, self.key_bytes, *self.squares
         )
-        # past its deadline Flower need not deliver it: a slow node does not fall behind further and further
+        # the ttl lets Flower drop an expired broadcast, so that a slow node does not build up a backlog
         content, group = make_record(head, body=body, history=shared), str(round)
         return Message(content, node, MessageType.TRAIN, group_id=group, ttl=self.round_timeout)
 
     def run_round(self, grid: Grid) -> RoundStats | None:
-        """One round; None where all were asked and nobody answered: then nothing has changed, and the round comes again."""
+        """Run one round.
+
+        Returns:
+            The stats of the round. None if no selected worker answered, and either all workers were selected or no
+            node is registered. In that case the state is unchanged, and the next call repeats the round.
+        """
         refusals, facts = self.refusals, RoundStats.empty(int(self.state.round), len(self.workers))
         greetings = self._hello_messages(grid)
         messages, all_asked = self._make_broadcasts()
@@ -289,7 +332,11 @@ class FederatedServer:
         return facts
 
     def _make_broadcasts(self) -> tuple[dict[int, Message], bool]:
-        """(what goes to the nodes of the workers that are asked, whether that are all workers)."""
+        """Build the broadcasts of this round.
+
+        Returns:
+            A dictionary from the nodes of the selected workers to their messages, and whether all workers are selected.
+        """
         asked = np.ones(len(self.workers), bool)
         if self.alg.rule.server_selects:
             asked = np.asarray(
@@ -302,7 +349,11 @@ class FederatedServer:
     def _collect_replies(
         self, replies: Iterable[Message], messages: dict[int, Message], facts: RoundStats
     ) -> dict[int, Any]:
-        """Worker -> (head, decoded message or None), of the replies that are taken."""
+        """Validate replies, log the rejected ones, and register new nodes.
+
+        Returns:
+            A dictionary from worker to (header, decoded message [p] or None), for the accepted replies.
+        """
         taken: dict[int, Any] = {}
         for reply in replies:
             node = reply.metadata.src_node_id
@@ -322,7 +373,20 @@ class FederatedServer:
     def _validate_reply(
         self, reply: Message, asked: Iterable[int], taken: dict[int, Any]
     ) -> tuple[int, ReplyHeader, Any]:
-        """(worker, head, decoded message or None) of a reply; ValueError where it is refused."""
+        """Check and decode one reply.
+
+        Args:
+            reply: the reply.
+            asked: nodes that received a broadcast in this round.
+            taken: replies accepted so far, by worker.
+
+        Returns:
+            The worker, the header, and the decoded message [p]. The message is None if the worker is silent or out of
+            sync.
+
+        Raises:
+            ValueError: the reply is rejected.
+        """
         node = reply.metadata.src_node_id
         if node not in self.nodes:
             raise RejectedReply("an unknown worker")
@@ -362,7 +426,11 @@ class FederatedServer:
         return worker, up, decoded
 
     def _drop_outliers(self, taken: dict[int, Any]) -> None:
-        """Without messages that are far larger than what others send."""
+        """Remove messages from `taken` whose largest absolute value is an outlier.
+
+        The limit is `outlier_factor` times the median of the workers' largest values in earlier rounds. Before the
+        first accepted message it is computed from the messages of this round.
+        """
         sizes = {worker: float(jnp.max(jnp.abs(pair[1]))) for worker, pair in taken.items() if pair[1] is not None}
         usual = [size for size in (self.max_magnitudes or sizes).values() if size > 0]
         for worker, size in sizes.items():
@@ -374,7 +442,7 @@ class FederatedServer:
                 self.max_magnitudes[worker] = max(size, self.max_magnitudes.get(worker, 0.0))
 
     def _fill_stats(self, facts: RoundStats, answered: dict[int, Any]) -> None:
-        """What the replies say of the round."""
+        """Fill the stats of a round from the accepted replies."""
         for worker, (up, decoded) in answered.items():
             facts.answered[worker], facts.sent[worker] = True, decoded is not None
             facts.bits_up[worker], facts.gradients[worker] = 8 * up.size, up.gradients
@@ -385,13 +453,18 @@ class FederatedServer:
         facts.transfer -= float((facts.compute + facts.pack).max())
 
     def step(self, answered: dict[int, Any], facts: RoundStats) -> None:
-        """The server's step on what was sent, in the order of the workers."""
+        """Run the server's step on the accepted messages, summed in worker order.
+
+        Args:
+            answered: worker -> (header, decoded message or None), sorted by worker.
+            facts: stats of the round; this method sets `bits_down`.
+        """
         uploads = {worker: pair for worker, pair in answered.items() if pair[1] is not None}
         total = jnp.zeros_like(self.state.params)
         again = [
             worker for worker, (up, _) in uploads.items() if up.kind == REPLY_FULL and self.memories[worker] is not None
         ]
-        if again:  # what they send takes the place of what the aggregate holds of them
+        if again:  # a full upload replaces the worker's part of the aggregate
             for worker in again:
                 self.memories[worker] = jnp.zeros_like(total)
             self.state = self.state._replace(aggregate=self.sum_of_memories())
@@ -404,21 +477,21 @@ class FederatedServer:
         self.state, size, payload, *squares = _run_server_round(self.alg, self.state, total, asked, self.key)
         facts.bits_down, self.squares = 8 * int(size), tuple(float(square) for square in squares)
         self.change, down = b"", down_compressor(self.alg)
-        if down is not None:  # the model is what the workers make of the message
+        if down is not None:  # use the decoded message, so that server and workers hold the same model
             self.change = to_bytes(down, payload, self.like)
             self.state = self.state._replace(params=add_delta(before, from_bytes(down, self.change, self.like)))
 
     def sum_of_memories(self) -> Array:
-        """What the aggregate is, up to rounding."""
+        """Return the sum of the workers' parts, which equals the aggregate up to rounding."""
         total = jnp.zeros(self.like.shape, self.like.dtype)
         for memory in self.memories:
             total = add_delta(total, memory)
         return total
 
-    # -- what is kept
+    # -- checkpoints
 
     def _checkpoint_tree(self) -> Any:
-        """All that the next round needs."""
+        """Build a pytree of everything that the next round needs."""
         accepted = [np.asarray(first, np.int32) for first, _ in self.accepted]
         digests = [np.frombuffer(second, np.uint8) for _, second in self.accepted]
         peaks = np.asarray([self.max_magnitudes.get(worker, -1.0) for worker in self.workers])
@@ -426,7 +499,7 @@ class FederatedServer:
         return about, self.state, self.memories, self.own, accepted, digests, peaks
 
     def save(self, path: Path) -> None:
-        """A file that is whole or the one before."""
+        """Write the checkpoint atomically: a crash leaves the old file or the complete new one."""
         part = path.with_name(f".{path.name}.part")
         with part.open("wb") as file:
             np.savez(file, *(np.asarray(leaf) for leaf in jax.tree.leaves(self._checkpoint_tree())))
@@ -435,7 +508,11 @@ class FederatedServer:
         part.replace(path)
 
     def restore(self, path: Path) -> None:
-        """From such a file."""
+        """Restore the server from a file that `save` wrote.
+
+        Raises:
+            ValueError: the file is damaged, or belongs to another algorithm, model or key.
+        """
         like = self._checkpoint_tree()
         try:
             with np.load(path) as file:
@@ -460,10 +537,19 @@ class FederatedServer:
     def run(
         self, grid: Grid, rounds: int, *, workers: int | None = None, max_missed_rounds: int = 10
     ) -> Iterator[RoundStats]:
-        """Rounds up to number `saved_rounds`, each as soon as it is done.
+        """Run rounds until the state has completed `rounds` of them, counted from round 0.
+
+        Args:
+            grid: the Flower grid.
+            rounds: total number of rounds, rounds before a checkpoint included.
+            workers: number of workers to wait for before the first round (None: all).
+            max_missed_rounds: number of deadlines without an answer after which the run fails.
+
+        Yields:
+            The stats of each round, as soon as it is complete.
 
         Raises:
-            RuntimeError: too few workers came, or nobody answered, `max_missed_rounds` deadlines long.
+            RuntimeError: too few workers registered, or no worker answered, for `max_missed_rounds` deadlines.
         """
         self.wait_for_workers(grid, len(self.workers) if workers is None else workers, max_missed_rounds)
         missed = 0
@@ -490,18 +576,18 @@ def server_app(
     compilation_cache_dir: str | Path | None = None,
     **options: Any,
 ) -> ServerApp:
-    """The server as a Flower ServerApp.
+    """Build the Flower ServerApp of a federation.
 
     Args:
-        alg: the algorithm, the same as the workers'.
-        params: the model to begin with, a pytree or a flat vector [p].
-        key: of the run, as `laqjax.run` takes it.
-        rounds: how many.
-        on_round: called with the facts of each round, and the server.
-        workers: begin when so many are there (None: all).
-        max_missed_rounds: deadlines without an answer until the run ends.
-        compilation_cache_dir: a folder for compiled programs.
-        options: of `FederatedServer`: deadline, checkpoint, absurd.
+        alg: the algorithm; it must be the same as the workers'.
+        params: initial model, a pytree or a flat vector [p].
+        key: PRNG key of the run, as in `laqjax.run`.
+        rounds: total number of rounds, rounds before a checkpoint included.
+        on_round: function called after each round with its stats and the server.
+        workers: number of workers to wait for before the first round (None: all).
+        max_missed_rounds: number of deadlines without an answer after which the run fails.
+        compilation_cache_dir: folder for compiled programs.
+        **options: further arguments of `FederatedServer`: `round_timeout`, `checkpoint_path`, `outlier_factor`.
 
     Returns:
         The app.

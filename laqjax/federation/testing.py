@@ -1,7 +1,9 @@
-"""A Flower grid in one process: the ClientApp is called directly, every message is serialised, counted and read again.
+"""Flower grid in one process, for tests and for experiments on one machine.
 
-For tests and for experiments on one machine. `down` and `up` are where faults come in: each takes a message and returns those
-that arrive now, none (lost), two (repeated), another one (damaged), or one that was held back before (late, reordered).
+The grid calls the ClientApp directly. It serializes, counts and parses every message.
+
+`downlink_fault` and `uplink_fault` inject faults. Each function receives a message and returns the messages that arrive
+now: none (lost), two (duplicated), a different one (damaged), or one from an earlier call (late, reordered).
 """
 
 from collections.abc import Callable, Iterable
@@ -21,12 +23,19 @@ FaultInjector = Callable[[Message], Iterable[Message]]
 
 
 def no_fault(message: Message) -> list[Message]:
-    """No fault."""
+    """Return the message unchanged."""
     return [message]
 
 
 class InProcessGrid(Grid):
-    """Nodes in this process, worker m at node 100 + m; `contexts` is what they keep."""
+    """Flower grid whose nodes live in this process; worker m runs on node 100 + m.
+
+    client: the ClientApp of all workers.
+    downlink_fault, uplink_fault: fault injectors for broadcasts and for replies.
+    contexts: node id -> Flower context, with the worker's state.
+    bytes_down, bytes_up: serialized size of all messages so far.
+    pending_replies: replies that have arrived and that no call has pulled yet.
+    """
 
     def __init__(
         self,
@@ -37,42 +46,42 @@ class InProcessGrid(Grid):
     ) -> None:
         self.client, self.downlink_fault, self.uplink_fault = client, downlink_fault, uplink_fault
         self.contexts: dict[int, Context] = {}
-        self.bytes_down = self.bytes_up = 0  # serialised, of all messages
+        self.bytes_down = self.bytes_up = 0
         self.pending_replies: list[Message] = []
         self.count = 0
         for worker in workers:
             self.join(worker)
-        # who a message is from; Flower sets it in each process that it starts
+        # The sender of a message is read from TaskIdentity, which Flower sets in every process that it starts.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
     def join(self, worker: int, node: int | None = None) -> int:
-        """A node that begins without a state; its id."""
+        """Add a node with an empty context and return its id (default: 100 + worker)."""
         node = 100 + worker if node is None else node
         self.contexts[node] = Context(1, node, {"partition-id": worker}, RecordDict(), {})
         return node
 
     def leave(self, node: int) -> Context:
-        """A node that is gone, and what it kept."""
+        """Remove a node and return its context."""
         return self.contexts.pop(node)
 
     def set_run(self, run: Run) -> None:
-        """There is one run."""
+        """Ignore the run, because this grid has only one."""
 
     @property
     def run(self) -> Run:
-        """The one run."""
+        """The only run of this grid."""
         return Run.create_empty(1)
 
     def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:  # fmt: skip
-        """A message; `Message(...)` does the same."""
+        """Create a message, like the constructor `Message(...)`."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
-        """Those who are there."""
+        """Return the ids of all nodes."""
         return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Deliver at once; replies wait to be pulled."""
+        """Deliver messages immediately and return their ids; replies wait in `pending_replies`."""
         ids = []
         for message in messages:
             self.count += 1
@@ -85,23 +94,23 @@ class InProcessGrid(Grid):
         return ids
 
     def deliver(self, message: Message) -> None:
-        """One message to its node, and the reply on its way back."""
+        """Deliver one message to its node and queue the reply; drop the message if the node has left."""
         context = self.contexts.get(message.metadata.dst_node_id)
         if context is None:
             return
         try:
             reply = self.client(message, context)
-        except Exception as error:  # as Flower does
+        except Exception as error:  # Flower also turns an exception into an error reply
             reply = Message(Error(0, f"{type(error).__name__}: {error}"), reply_to=message)
         data = message_to_proto(reply).SerializeToString()
         self.bytes_up += len(data)
         self.pending_replies += self.uplink_fault(message_from_proto(Serialised.FromString(data)))
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """All that has arrived, late ones too: a server must know them by itself."""
+        """Return all pending replies, late ones included; the server has to recognize those."""
         arrived, self.pending_replies = self.pending_replies, []
         return arrived
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """What arrives before the deadline: here all that is not lost or held back."""
+        """Send messages and return every reply that no fault injector has dropped or delayed."""
         return self.pull_messages(self.push_messages(messages))
