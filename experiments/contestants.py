@@ -42,7 +42,7 @@ def laqjax_run(shards: laqjax.Shards, kind: str, algorithm: str, rounds: int, **
     )
     oracle = problem.oracle()
     alg = getattr(laqjax.algorithms, algorithm)(oracle, lr=0.02, num_workers=len(shards.x), **knobs)
-    theta0, key = problem.theta0(oracle), jax.random.key(0)
+    theta0, key = problem.init_vector(oracle), jax.random.key(0)
     run = repeat(lambda: laqjax.run(alg, theta0, shards, rounds, key), 1)
     return Contestant(run.call, rounds, FLOPS[kind])
 
@@ -78,7 +78,7 @@ def laqjax_sweep(shards: laqjax.Shards, kind: str, points: int, rounds: int) -> 
     oracle = problem.oracle()
     knobs: dict[str, Any] = {"lr": 0.02, "num_workers": len(shards.x), "bits": BITS[kind]}
     algs = laqjax.stack_algorithms([laqjax.algorithms.laq(oracle, max_silence=10 + i, **knobs) for i in range(points)])
-    theta0, keys = problem.theta0(oracle), jax.random.split(jax.random.key(0), points)
+    theta0, keys = problem.init_vector(oracle), jax.random.split(jax.random.key(0), points)
     run = repeat(lambda: laqjax.sweep(algs, theta0, shards, rounds, keys, batch_size=points), 1)
     return Contestant(run.call, rounds * points, FLOPS[kind])
 

@@ -66,7 +66,7 @@ def made(
     mesh = sharding.make_mesh() if jax.device_count() > 1 else None
     part = partial(shards_of, rows=rows)
     shards = part(0, workers) if mesh is None else sharding.load_local_shards(mesh, workers, part)
-    given = {"alg": alg, "start": problem.theta0(oracle), "shards": shards, "key": jax.random.key(0)}
+    given = {"alg": alg, "start": problem.init_vector(oracle), "shards": shards, "key": jax.random.key(0)}
     return given | {"mesh": mesh, "collective": collective}
 
 

@@ -150,6 +150,7 @@ def test_it_goes_on_to_more_rounds_and_a_smaller_target(whole: Path, home: Path)
         run(home / "more")
 
 
+@pytest.mark.long
 def test_a_setting_is_reported_once_and_nothing_reached_is_said(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The step of theory is the best of a grid of one, and a NumPy number."""
     run(home / "once", "--algorithm", "ef21", "--steps", "1", "--rounds", "20", "--target", "1e-30")

@@ -51,6 +51,7 @@ def test_four_devices_are_one(tmp_path: Path) -> None:
     assert set(results.values()) == {""}, results
 
 
+@pytest.mark.distributed
 def test_points_and_workers_are_spread_at_once(tmp_path: Path) -> None:
     assert on_devices("swept", tmp_path, 4) == {"swept-all_gather": "", "swept-all_to_all": ""}
 

@@ -85,6 +85,7 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
+@pytest.mark.long
 def test_the_whole_table_of_little_sets(folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One problem, coarsely: the command writes its tables and figures."""
     monkeypatch.setattr(lag, "SETS", {"logistic": lag.SETS["logistic"]})
@@ -102,7 +103,7 @@ def test_the_whole_table_of_little_sets(folder: Path, home: Path, monkeypatch: p
     assert not jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@pytest.mark.parametrize(("command", "bits"), [(laq.logistic, 4), (laq.network, 8)])
+@pytest.mark.parametrize(("command", "bits"), [(laq.logistic, 4), pytest.param(laq.network, 8, marks=pytest.mark.long)])
 def test_laq_and_its_rivals(command: Any, bits: int, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rounds in (7, 12)[bits // 8 :]:  # it goes on to more
         command(laq.Settings(home, rounds=rounds, starts=2, smoke=True))
@@ -166,6 +167,7 @@ def test_the_family_at_the_steps_of_theory(members: int, home: Path, monkeypatch
     assert table["f - f* at the end"].is_between(0, 1).all()
 
 
+@pytest.mark.long
 def test_heterogeneity(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(family, "DECADES", (0, 1.5))
     monkeypatch.setattr(family, "ALPHAS", (0.1, 10))
@@ -199,7 +201,7 @@ def test_half_the_errors_is_between_the_rule_and_none() -> None:
         evidence = make(innovation_sq=jnp.float32(change))
         decided = [
             r.should_send((zeros, None), (one, None), evidence)[0]
-            for r in (rule, replace(rule, errors=np.asarray(1.5, np.float32)))
+            for r in (rule, replace(rule, error_weight=np.asarray(1.5, np.float32)))
         ]
         assert tuple(map(bool, decided)) == sends
 

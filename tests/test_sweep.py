@@ -198,6 +198,7 @@ def test_one_program_for_a_group(tmp_path: Path) -> None:
     assert not rows(out)["reached"].any()
 
 
+@pytest.mark.distributed
 def test_four_devices(whole: Path, tmp_path: Path) -> None:
     given = ["--batch", "8", *EIGHT, "--rounds", "50"]
     env = ENV | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}

@@ -149,7 +149,7 @@ def stochastic(oracle: Any, network: bool) -> dict[str, Any]:
     authors: dict[str, Any] = {"rescale_short_history": True, "force_first_upload": False}
     a: Any = algorithms
     slaq = a.slaq(oracle, bits=3, **each, **authors)
-    lazy = replace(slaq.rule.rule, errors=np.asarray(1.5, oracle.dtype))  # 3 in the paper
+    lazy = replace(slaq.rule.rule, error_weight=np.asarray(1.5, oracle.dtype))  # 3 in the paper
     more = 8 if network else 4
     return {
         "SGD": a.sgd(oracle, **each),
