@@ -413,9 +413,11 @@ def test_a_restarted_server_goes_on_as_if_it_had_not_stopped(tmp_path: Path, toy
     np.testing.assert_array_equal(again.state.params, server.state.params)  # pyright: ignore[reportPossiblyUnboundVariable]
     with pytest.raises(ValueError, match="of another algorithm, model or key"):
         _server.FederatedServer(METHODS["qgd"](toy.oracle), toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
-    (tmp_path / "state.npz").write_bytes(b"no")
-    with pytest.raises(ValueError, match="is damaged"):
-        _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
+    whole = (tmp_path / "state.npz").read_bytes()
+    for damaged in (b"no", whole[: len(whole) // 2]):
+        (tmp_path / "state.npz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
 
 
 def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -517,7 +518,7 @@ class FederatedServer:
         try:
             with np.load(path) as file:
                 leaves = [file[f"arr_{i}"] for i in range(len(file.files))]
-        except (OSError, ValueError, EOFError, KeyError) as error:
+        except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
             raise ValueError(f"{path} is damaged ({error}): remove it, or give another checkpoint") from None
         shapes = [
             [(np.shape(leaf), np.asarray(leaf).dtype) for leaf in leaves] for leaves in (jax.tree.leaves(like), leaves)
