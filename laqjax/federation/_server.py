@@ -516,7 +516,7 @@ class FederatedServer:
         """
         like = self._checkpoint_tree()
         try:
-            with np.load(path) as file:
+            with path.open("rb") as opened, np.load(opened) as file:  # NumPy leaves a damaged file open
                 leaves = [file[f"arr_{i}"] for i in range(len(file.files))]
         except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
             raise ValueError(f"{path} is damaged ({error}): remove it, or give another checkpoint") from None
