@@ -98,7 +98,7 @@ ROWS = {
     "cada2": Row(algorithms.cada2, EPOCHS | CADA_KNOBS, LR | CADA),
 }
 LAZY_ROWS = ["lag_wk", "laq"]
-# all of whose parts are those of others: `make test-long` checks them
+# whose parts are those of others, or close to them: `make test-long` checks them
 COVERED = [
     "qgd",
     "lag_ps",
@@ -116,6 +116,13 @@ COVERED = [
     "lasg_wk2",
     "lasg_ps",
     "cada1",
+    "lag_wk",
+    "diana",
+    "vr_marina",
+    "ef21_sgdm",
+    "dasha",
+    "qsgd",
+    "ef_sign_sgd",
 ]
 MANY = [pytest.param(name, marks=[pytest.mark.long] * (name in COVERED)) for name in ROWS]
 # one member for each kind of part, for laws that compile programs of their own: a lazy rule, a selecting server, a compressed

@@ -69,6 +69,7 @@ def test_what_a_mesh_cannot_do_is_refused(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.distributed
 def test_a_loop_of_ones_own_sends_what_a_run_sends(tmp_path: Path) -> None:
     results = on_devices("lazy", tmp_path, 4)
     assert results == {"lazy-all_gather": "", "lazy-all_to_all": ""}

@@ -156,7 +156,7 @@ def test_the_stochastic_methods(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert table["f"].is_between(0.5, 2.4).all()
 
 
-@pytest.mark.parametrize("members", [6, pytest.param(34, marks=pytest.mark.long)])
+@pytest.mark.parametrize("members", [2, pytest.param(34, marks=pytest.mark.long)])
 def test_the_family_at_the_steps_of_theory(members: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compare.Comparison.first
     monkeypatch.setattr(compare.Comparison, "first", lambda self: first(self)[:: 34 // members])

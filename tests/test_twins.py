@@ -164,10 +164,25 @@ def check_that_the_rule_decides(name: str, sent: np.ndarray) -> None:
     assert sent[1:].mean() < 0.95
 
 
+# whose parts other members have: `make test-long` compares them
+COVERED = [
+    "qgd",
+    "iag_cyclic",
+    "slaq",
+    "ef_bv",
+    "topk_ef",
+    "lasg_wk2",
+    "lasg_wk1_c",
+    "lasg_wk2_c",
+    "lasg_ps_c",
+    "cada1",
+]
+
+
 def in_turn(members: Iterable[str], kinds: Sequence[str]) -> list[Any]:
     """Return all pairs; in `make test` each member with one kind, one after another."""
     return [
-        pytest.param(name, kind, marks=[pytest.mark.long] * (i % len(kinds) != j))
+        pytest.param(name, kind, marks=[pytest.mark.long] * (name in COVERED or i % len(kinds) != j))
         for i, name in enumerate(members)
         for j, kind in enumerate(kinds)
     ]
@@ -203,7 +218,9 @@ def test_the_twin_with_another_server(name: str, server: str, toy64: Toy) -> Non
         check_that_the_rule_decides(name, out.info.sent)
 
 
-@pytest.mark.parametrize("name", ["lag_wk", "laq", "lasg_wk1_c", "gd"])
+@pytest.mark.parametrize(
+    "name", ["laq", "gd", *(pytest.param(n, marks=pytest.mark.long) for n in ("lag_wk", "lasg_wk1_c"))]
+)
 def test_the_twin_on_a_schedule(name: str, toy64: Toy) -> None:
     """It begins at zero, as warm-up does."""
     out = agree(
