@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from beartype import BeartypeConf, FrozenDict, beartype
 from hypothesis import settings
+from jax._src import compiler  # the options of every compilation, which JAX offers for single functions only
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -120,12 +121,36 @@ def few_programs():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Half the time of XLA, for tests that compile many programs and run each for a moment."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def _accepts(option: dict[str, Any]) -> bool:
+    """Return whether this version of XLA knows an option."""
+    try:
+        jax.jit(lambda: 0, compiler_options=option).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request: pytest.FixtureRequest):
+    """Compile in a third of the time; not in modules with the marker `optimized`, whose claims depend on the compiler."""
+    if request.node.get_closest_marker("optimized"):
+        yield
+        return
+    options = {"xla_cpu_use_fusion_emitters": False}
+    known = options if _accepts(options) else {}
+    original = compiler.get_compile_options
+
+    def get_compile_options(*args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        return original(*args, env_options_overrides=(env_options_overrides or {}) | known, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", get_compile_options)
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # these two for processes that the tests start
+        if known:
+            patch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ from test_laws import CHUNK, RECORD, ROWS, identical, make, points_of, run
 from test_laws import test_a_sweep_is_a_loop as check_that_a_sweep_is_a_loop
 
 import laqjax
-from laqjax import Shards
+from laqjax import Shards, compressors
+
+pytestmark = pytest.mark.optimized
 
 # In `make test` one member for each kind of part: the grid with a lazy rule, a history and a compressed downlink; a memory of
 # estimates with gradients at other models, minibatches and shared draws; partial participation with local steps.
@@ -79,3 +81,16 @@ def test_a_sweep_cut_anywhere_is_the_same_sweep(name: str, toy: Toy) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_sweep_is_a_loop_of_runs(name: str, quadratic: Toy) -> None:
     check_that_a_sweep_is_a_loop(name, quadratic)
+
+
+def test_clag_with_the_identity_waits_as_3pc_says(quadratic: Toy) -> None:
+    """||g - h||^2 > zeta ||g - last g||^2 with zeta = 1: in the round after an upload both sides are equal, nobody sends."""
+    clag = make("clag", quadratic, compressor=compressors.identity(), zeta=1.0)
+    info = run(clag, quadratic.theta0, quadratic.shards, ROUNDS).info
+    grads, memory, sent = info.extra["grad"], np.zeros((4, 5)), np.zeros((ROUNDS, 4), bool)
+    for k in range(ROUNDS):
+        progress = np.sum((grads[k] - grads[k - 1]) ** 2, axis=1)
+        sent[k] = (np.sum((grads[k] - memory) ** 2, axis=1) > progress) | (k == 0)
+        memory = np.where(sent[k][:, None], grads[k], memory)
+    np.testing.assert_array_equal(info.sent, sent)
+    assert 0.3 < sent.mean() < 0.7

@@ -18,7 +18,6 @@ from rich.console import Console
 
 from experiments import compare, files, plots, points, report, report_figures, study, terminal
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parents[1]
 TASK = ["--dataset", "synthetic-logistic?workers=4&samples=30&features=10", "--problem", "logistic", "--workers", "4"]
 TASK += ["--compute-ms", "1", "--target", "10", "4", "--rounds", "80", "--every", "20", "--batch", "8"]

@@ -89,7 +89,7 @@ LONG = (
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in METHODS])
-def test_it_is_the_simulation(name: str, toy: Toy, quick_compilation: None) -> None:
+def test_it_is_the_simulation(name: str, toy: Toy) -> None:
     alg = METHODS[name](toy.oracle)
     out = laqjax.run(alg, toy.theta0, toy.shards, 12, KEY, metrics=["gradients"])
     facts, server, _ = federated(alg, toy.theta0, toy.shards, 12)

@@ -16,6 +16,8 @@ from conftest import KEY, Toy, softmax_loss
 import laqjax
 from laqjax import algorithms
 
+pytestmark = pytest.mark.optimized
+
 GOLDEN = np.load(Path(__file__).parent / "golden_laq_logistic.npz")
 
 
@@ -55,6 +57,7 @@ def test_the_authors_trajectory_in_float32(mnist: laqjax.Shards) -> None:
     assert distance < 0.02 * np.linalg.norm(end - start)
 
 
+@pytest.mark.long
 def test_the_authors_trajectory_in_float64_and_the_twin(mnist: laqjax.Shards, x64: None) -> None:
     out = authors_run(mnist, np.float64, 50)
     check_golden(out)
@@ -80,7 +83,10 @@ TWINS = {
 }
 
 
-@pytest.mark.parametrize("name", TWINS)
+# in `make test` the one with every argument; test_twins.py holds the others to twins of their own
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name != "laq-weights")) for name in TWINS]
+)
 def test_the_twin_on_the_toy(name: str, toy64: Toy) -> None:
     named, switches, knobs = TWINS[name]
     weight = np.asarray(toy64.shards.weight) > 0

@@ -18,8 +18,6 @@ from laqjax import Algorithm, Shards, algorithms, compressors, downlinks, memori
 from laqjax._core import validation, wire_format
 from laqjax.algorithms import _shared
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Row(NamedTuple):
     """A named algorithm, knobs to test it with, and other values of all of them in every kind of number."""

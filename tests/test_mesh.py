@@ -21,6 +21,7 @@ from laqjax import algorithms, compressors, distributed, types
 from laqjax._engine import collectives
 
 HERE = Path(__file__).parent
+OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}  # compiled as users compile
 # JAX in its optimised form rounds the gradients of these otherwise when a round is compiled for a mesh: two gradients, or a
 # width of the code that only the run knows, are fused with what reads them. Their decisions are the same.
 ROUNDED = {"laq_adaptive", "lasg_wk1", "lasg_wk2", "cada1", "cada2"}
@@ -30,9 +31,9 @@ def command(case: str, out: Path, devices: int, *process: int) -> list[str]:
     return [sys.executable, str(HERE / "on_mesh.py"), case, str(out), str(devices), *map(str, process)]
 
 
-def on_devices(case: str, out: Path, devices: int) -> dict[str, str]:
+def on_devices(case: str, out: Path, devices: int, **env: str) -> dict[str, str]:
     """What one process with so many devices leaves, file by file."""
-    subprocess.run(command(case, out, devices), check=True, cwd=HERE.parent, timeout=600)
+    subprocess.run(command(case, out, devices), check=True, cwd=HERE.parent, env=os.environ | env, timeout=600)
     return {path.name: path.read_text() for path in out.iterdir()}
 
 
@@ -41,7 +42,7 @@ def on_processes(case: str, out: Path, **env: str) -> list[subprocess.Popen[str]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options: Any = {"cwd": HERE.parent, "env": os.environ | env, "stderr": subprocess.PIPE, "text": True}
+    options: Any = {"cwd": HERE.parent, "env": os.environ | OPTIMIZED | env, "stderr": subprocess.PIPE, "text": True}
     return [subprocess.Popen(command(case, out, 2, 2, rank, port), **options) for rank in (0, 1)]
 
 
@@ -53,7 +54,7 @@ def test_four_devices_are_one(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_points_and_workers_are_spread_at_once(tmp_path: Path) -> None:
-    assert on_devices("swept", tmp_path, 4) == {"swept-all_gather": "", "swept-all_to_all": ""}
+    assert on_devices("swept", tmp_path, 4, **OPTIMIZED) == {"swept-all_gather": "", "swept-all_to_all": ""}
 
 
 def test_what_a_mesh_cannot_do_is_refused(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_what_a_mesh_cannot_do_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_a_loop_of_ones_own_sends_what_a_run_sends(tmp_path: Path) -> None:
-    results = on_devices("lazy", tmp_path, 4)
+    results = on_devices("lazy", tmp_path, 4, **OPTIMIZED)
     assert results == {"lazy-all_gather": "", "lazy-all_to_all": ""}
 
 
@@ -83,7 +84,7 @@ def test_parameters_split_over_a_second_axis_do_not_deadlock(tmp_path: Path) -> 
 
 @pytest.mark.distributed
 def test_four_devices_are_one_over_two_hundred_rounds(tmp_path: Path) -> None:
-    results = on_devices("smaller", tmp_path, 4)
+    results = on_devices("smaller", tmp_path, 4, **OPTIMIZED)
     assert len(results) == 14
     assert set(results.values()) == {""}, results
 
@@ -100,7 +101,7 @@ def test_two_processes_are_one_over_two_hundred_rounds_of_the_reference_problem(
 
 @pytest.mark.distributed
 def test_every_member_is_the_same_on_a_mesh(tmp_path: Path) -> None:
-    results = on_devices("family", tmp_path, 3)
+    results = on_devices("family", tmp_path, 3, **OPTIMIZED)
     assert {name for name, differs in results.items() if differs} <= ROUNDED, results
     assert not any("sent" in differs or "bits" in differs for differs in results.values())
 

@@ -10,7 +10,6 @@ import pytest
 
 from experiments import compare, datasets, files, plots, points, report, report_figures, sweep, tune
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXAMPLES = Path(__file__).parents[1] / "experiments" / "examples"
 OWN = """
 import numpy as np, jax, jax.numpy as jnp, laqjax, optax

@@ -19,7 +19,6 @@ from experiments.reproduce import family, lag, laq
 from laqjax import rules, types
 from laqjax.algorithms import _shared
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIZES = {"linear": (7, 10, 13), "logistic": (9, 6, 8)}  # rows of the three sets
 
 
@@ -103,7 +102,8 @@ def test_the_whole_table_of_little_sets(folder: Path, home: Path, monkeypatch: p
     assert not jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@pytest.mark.parametrize(("command", "bits"), [(laq.logistic, 4), pytest.param(laq.network, 8, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("command", "bits"), [(laq.logistic, 4), (laq.network, 8)])
 def test_laq_and_its_rivals(command: Any, bits: int, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rounds in (7, 12)[bits // 8 :]:  # it goes on to more
         command(laq.Settings(home, rounds=rounds, starts=2, smoke=True))
@@ -146,7 +146,7 @@ def test_a_published_value_lies_inside_the_starts_or_not() -> None:
 
 
 def test_the_stochastic_methods(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = ("SGD", "SLAQ", "SLAQ, half the errors", "CADA1")
+    few = ("SGD", "SLAQ, half the errors")
     every = laq.stochastic
     monkeypatch.setattr(laq, "stochastic", lambda *given: {n: a for n, a in every(*given).items() if n in few})
     laq.slaq(home, rounds=3, smoke=True)

@@ -24,7 +24,6 @@ from laqjax._engine import loop
 from laqjax._engine import sweep as many
 
 ROOT = Path(__file__).parents[1]
-ENV = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 DATA = "synthetic-logistic?workers=4&samples=30&features=10"
 TASK = ["--dataset", DATA, "--problem", "logistic", "--workers", "4", "--compute-ms", "1"]
 TASK += ["--target", "10", "5", "3", "--rounds", "100"]
@@ -53,6 +52,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     quicken(monkeypatch, home)
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a command in another process."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
 def quicken(patch: pytest.MonkeyPatch, home: Path) -> None:
@@ -201,7 +205,8 @@ def test_one_program_for_a_group(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_four_devices(whole: Path, tmp_path: Path) -> None:
     given = ["--batch", "8", *EIGHT, "--rounds", "50"]
-    env = ENV | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    env = environment() | {"XLA_FLAGS": flags}
     subprocess.run(command(*given, out=tmp_path), env=env, check=True, stdout=subprocess.DEVNULL)
     assert files.read_json(tmp_path / "plan.json") == {"batch": [8], "every": [50], "compute_ms": [1.0], "devices": 4}
     mine = rows(whole)["bits"] == 4
@@ -217,7 +222,7 @@ def test_three_kills_lose_nothing(whole: Path, tmp_path: Path) -> None:
     """Killed three times, a random moment after so many of the 15 batch files are there."""
     given, rng = ["--batch", "5", *GRID], np.random.default_rng()
     for wanted in (0, 7, 12):
-        process = subprocess.Popen(command(*given, out=tmp_path), env=ENV, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command(*given, out=tmp_path), env=environment(), stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while not (tmp_path / "plan.json").exists() or len(list(tmp_path.glob("batches/0*.parquet"))) < wanted:
             assert process.poll() is None
@@ -241,14 +246,14 @@ def test_three_kills_lose_nothing(whole: Path, tmp_path: Path) -> None:
 def processes(*more: str, out: Path) -> list["subprocess.Popen[str]"]:
     """The same command in two processes, which share the points."""
     where = ["--coordinator", f"127.0.0.1:{teams.free_port()}", "--num-processes", "2", "--process-id"]
-    given: dict[str, Any] = {"env": ENV, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    given: dict[str, Any] = {"env": environment(), "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return [subprocess.Popen([*command(*more, *where, str(i), out=out)], **given) for i in (0, 1)]
 
 
 def test_processes_are_named_whole_or_found() -> None:
     assert "num_processes = 2, process_id = None: expected all three" in refusal("--num-processes", "2")
     alone = command("--coordinator", "auto", out=Path("refused"))  # in a process that has not used JAX yet
-    told = subprocess.run(alone, env=ENV, capture_output=True, text=True, check=False)
+    told = subprocess.run(alone, env=environment(), capture_output=True, text=True, check=False)
     assert told.returncode == 2
     assert "JAX finds no processes of Slurm" in told.stderr
 
@@ -282,7 +287,12 @@ def test_processes_that_do_not_belong_together(fault: str, tmp_path: Path) -> No
     more = [[], ["--rounds", "90"]] if fault == "settings" else [[], []]
     places = [tmp_path / name for name in (("a", "b") if fault == "folder" else ("a", "a"))]
     where = ["--coordinator", f"127.0.0.1:{teams.free_port()}", "--num-processes", "2", "--process-id"]
-    given: dict[str, Any] = {"env": ENV, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    given: dict[str, Any] = {
+        "env": environment(),
+        "text": True,
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.PIPE,
+    }
     pair = []
     for rank, (place, options) in enumerate(zip(places, more, strict=True)):
         place.mkdir(exist_ok=True)
@@ -736,7 +746,7 @@ print("grew", peak() - before)
 def test_the_memory_budget_holds(tmp_path: Path) -> None:
     """48 points of 39 thousand parameters on 4 workers would take 0.3 GiB at once."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED], env=ENV, cwd=tmp_path, check=True, capture_output=True, text=True
+        [sys.executable, "-c", MEASURED], env=environment(), cwd=tmp_path, check=True, capture_output=True, text=True
     )
     (batch,) = files.read_json(tmp_path / "out" / "plan.json")["batch"]
     assert 5 < batch < 30

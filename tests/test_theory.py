@@ -12,7 +12,6 @@ from conftest import KEY, Toy, square_loss
 import laqjax
 from laqjax import Algorithm, Shards, algorithms, compressors, problems, theory
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 L2 = 0.05
 
 

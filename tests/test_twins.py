@@ -21,7 +21,6 @@ from test_laws import keys_of
 import laqjax
 from laqjax import Shards, algorithms, compressors, memories, rules, samplers, types
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROUNDS, WORKERS, LR = 60, 3, 0.05
 EACH = [1.0, 2.0, 0.5]
 TOP, TWIN_TOP = compressors.top_k(7), twins.top_k(7)

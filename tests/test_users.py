@@ -23,9 +23,6 @@ import laqjax
 from laqjax import Shards, algorithms, compressors, downlinks, memories, oracles, problems, rules, samplers
 from laqjax.types import register_dataclass
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 # ---- a loop of one's own ----------------------------------------------------------------------------------------
 
 
