@@ -132,7 +132,7 @@ class Comparison:
         identity = json.loads(json.dumps({"seeds": seeds, "settings": wanted}, default=str))
 
         def aside() -> str | None:
-            other = path.exists() and files.read_json(path) != identity
+            other = path.exists() and files.read_identity(path.parent) != identity
             return files.set_aside(path.parent, "before") if other else None
 
         if kept := distributed.run_on_process_zero(aside):

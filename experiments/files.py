@@ -31,6 +31,7 @@ import laqjax
 REFUSED = (ValueError, OSError, ImportError, pl.exceptions.PolarsError)
 # of these, what fails in the work and not in what was asked for: a full disk, no rights, a process that ended
 GIVEN = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+FORMAT = 1  # of a folder of results; a change of its files or columns gets the next number
 TARGETS = "further targets behind these"
 MORE = {"rounds": "more rounds"} | dict.fromkeys(("target", "targets", "target_accuracy"), TARGETS)
 
@@ -121,7 +122,7 @@ def claimed(folder: Path, identity: dict[str, Any], ended: str = "") -> Iterator
     identity = json.loads(json.dumps(identity, default=str))
 
     def same() -> bool:
-        there = read_json(path) if path.exists() else identity
+        there = read_identity(folder) if path.exists() else identity
         keys = sorted(k for k in there.keys() | identity.keys() if there.get(k) != identity.get(k))
         more = [k for k in keys if k in MORE and further(there.get(k), identity.get(k))]
         words = {k: f"{k}: {there.get(k)} there, {identity.get(k)} asked for" for k in keys if ended or k not in more}
@@ -147,7 +148,7 @@ def claimed(folder: Path, identity: dict[str, Any], ended: str = "") -> Iterator
         fresh = not path.exists()
         if not same():
             (folder / "run.json").unlink(missing_ok=True)  # it says that all is done
-            write_json(path, identity)
+            write_json(path, {"format": FORMAT, **identity})
         try:
             yield
         except Exception:  # whatever a function of the user's raises
@@ -158,6 +159,21 @@ def claimed(folder: Path, identity: dict[str, Any], ended: str = "") -> Iterator
                 path.unlink()
                 (folder / "plan.json").unlink(missing_ok=True)
             raise
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """Read what was asked for in a folder of results.
+
+    Raises:
+        ValueError: another version of laqjax wrote the folder in another format, or the file is damaged.
+    """
+    there = read_json(folder / "identity.json")
+    if (found := there.pop("format", None)) != FORMAT:
+        raise ValueError(
+            f"{folder} holds results of format {found}: must be format {FORMAT}; give another folder, or use the version of "
+            "laqjax that wrote it"
+        )
+    return there
 
 
 def set_aside(path: Path, why: str = "damaged") -> str:

@@ -27,7 +27,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
 
 from experiments import terminal
-from experiments.files import read_json, replacing
+from experiments.files import read_identity, replacing
 from experiments.ledger import HEADS, goals_of, said, settings_of, unpacked
 
 STYLE: dict[Any, Any] = {
@@ -476,8 +476,7 @@ def main(folder: Folder, /, csv: bool = False) -> None:
     """
     draw = {"sweep": sweep, "tune": tune, "methods": methods, "heterogeneity": heterogeneity, "compare": compare}
     draw["federated"] = federated
-    path = folder / "identity.json"
-    kind = read_json(path).get("experiment") if path.exists() else None
+    kind = read_identity(folder).get("experiment") if (folder / "identity.json").exists() else None
     if kind not in draw:
         raise ValueError(f"{folder}: expected a folder that an experiment wrote, with its identity.json")
     draw[kind](folder)

@@ -66,8 +66,7 @@ def read(folder: Path) -> Section:
     """A result folder; ValueError when it is none, FileNotFoundError when it is missing."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing: expected the --out folder of an experiment")
-    identity = folder / "identity.json"
-    asked = files.read_json(identity) if identity.exists() else {}
+    asked = files.read_identity(folder) if (folder / "identity.json").exists() else {}
     if asked.get("target_accuracy"):  # it replaces the targets of the loss, whose default stands in the file
         asked.pop("target", None)
     kind = asked.pop("experiment", "scaling" if (folder / "goals.parquet").exists() else None)

@@ -187,8 +187,7 @@ def held(folder: Path, identity: dict[str, Any], ended: str = "") -> Iterator[No
     distributed.assert_same_on_all_processes("the settings", np.frombuffer(text.encode(), np.uint8))
     with ExitStack() as stack:
         distributed.run_on_process_zero(lambda: stack.enter_context(files.claimed(folder, identity, ended)))
-        path = folder / "identity.json"
-        seen = path.exists() and files.read_json(path) == json.loads(text)
+        seen = (folder / "identity.json").exists() and files.read_identity(folder) == json.loads(text)
         distributed.assert_same_on_all_processes(f"{folder}, a folder that all processes must see", np.array(seen))
         yield
 

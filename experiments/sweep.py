@@ -160,7 +160,7 @@ def merge(folders: terminal.Folders, /, out: Path) -> None:
     for folder in folders:
         if not (folder / "identity.json").exists():
             raise ValueError(f"{folder} holds no sweep: expected identity.json there")
-        there = files.read_json(folder / "identity.json")
+        there = files.read_identity(folder)
         if there.get("experiment") != "sweep":
             raise ValueError(f"{folder} holds no sweep but {there.get('experiment')}: expected folders of --shard i/n")
         shards.append(there.pop("shard"))

@@ -1,5 +1,6 @@
 """A run with checkpoints, stopped anywhere, is a run without; folders of others and damaged ones."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,14 @@ def test_other_data_start_and_key_are_refused(toy: Toy, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"is of another run: {name} differs"):
             laqjax.run(algorithm(toy), start, data, ROUNDS, key, **given)
+
+
+def test_checkpoints_of_another_format_are_refused(toy: Toy, tmp_path: Path) -> None:
+    run(toy, tmp_path / "run", CHUNK)
+    path = tmp_path / "run" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": checkpoint.FORMAT + 1}))
+    with pytest.raises(ValueError, match=r"checkpoints of format 2: must be format 1"):
+        run(toy, tmp_path / "run", CHUNK)
 
 
 def test_a_folder_with_other_files_is_refused(toy: Toy, tmp_path: Path) -> None:

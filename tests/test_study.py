@@ -15,7 +15,7 @@ from polars.testing import assert_frame_equal
 from rich.console import Console
 
 import laqjax
-from experiments import files, ledger, problems, study
+from experiments import files, ledger, problems, report, study
 from experiments.ledger import Link, Targets
 from experiments.study import Budget, Point
 from laqjax import algorithms
@@ -242,6 +242,21 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
             files.claimed(tmp_path, {"a": 2}).__enter__()
     with files.claimed(tmp_path, {"a": 1}):
         pass
+
+
+def test_results_of_another_format_are_refused(tmp_path: Path) -> None:
+    with files.claimed(tmp_path, {"experiment": "sweep"}):
+        pass
+    assert files.read_identity(tmp_path) == {"experiment": "sweep"}
+    path = tmp_path / "identity.json"
+    for other, found in ({"format": 2}, "2"), ({}, "None"):
+        files.write_json(path, {"experiment": "sweep"} | other)
+        for read in (
+            lambda: files.claimed(tmp_path, {"experiment": "sweep"}).__enter__(),
+            lambda: report.read(tmp_path),
+        ):
+            with pytest.raises(ValueError, match=f"holds results of format {found}: must be format 1"):
+                read()
 
 
 @pytest.mark.parametrize("error", [ValueError, CrashError])

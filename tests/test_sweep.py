@@ -1,6 +1,7 @@
 """The sweep's promises: rows are single runs, kills lose nothing, wrong requests are named, memory stays inside."""
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -559,7 +560,7 @@ def test_names_are_choices_and_other_folders_are_no_sweeps(tmp_path: Path) -> No
     (tmp_path / "a.yaml").write_text("set: {momentum: [0.5, 0.9]}\nalgorithm: dgc\n")
     read = points.parsed(sweep.Settings, ["--config", str(tmp_path / "a.yaml")], None)
     assert points.values_of(read.axes, read.data)["momentum"] == (0.5, 0.9)
-    (tmp_path / "identity.json").write_text('{"experiment": "tune"}')
+    (tmp_path / "identity.json").write_text(json.dumps({"format": files.FORMAT, "experiment": "tune"}))
     with pytest.raises(SystemExit, match="holds no sweep but tune"):
         sweep.main(["merge", str(tmp_path), "--out", str(tmp_path / "out")])
 

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from laqjax import distributed, sharding
 
+FORMAT = 1  # of a folder of checkpoints; a change of its files or of a state's leaves gets the next number
 MAX_TO_KEEP = 2  # a second one, since the newest may be damaged
 
 
@@ -55,7 +56,7 @@ class RunCheckpointer:
 
         Raises:
             ImportError: orbax is not installed.
-            ValueError: the folder holds other files, or the checkpoints of another run.
+            ValueError: the folder holds other files, or checkpoints of another run or another format.
         """
         try:
             import orbax.checkpoint as orbax
@@ -70,15 +71,18 @@ class RunCheckpointer:
         self.writer = orbax.StandardCheckpointer(async_options=threads, multiprocessing_options=processes)
         self.remover = ThreadPoolExecutor(1)
         logging.getLogger("absl").addFilter(_drop_orbax_merge_warning)
-        path, mine = (
-            self.folder / "run.json",
-            {name: distributed.fingerprint(value) for name, value in contents.items()},
-        )
+        path = self.folder / "run.json"
+        mine = {"format": FORMAT} | {name: distributed.fingerprint(value) for name, value in contents.items()}
         if self.folder.exists() and any(self.folder.iterdir()) and not path.exists():
             raise ValueError(
                 f"checkpoint_dir = {folder}: expected a new folder, or one of checkpoints; this one holds other files"
             )
         there = json.loads(path.read_text()) if path.exists() else mine
+        if there.get("format") != FORMAT:
+            raise ValueError(
+                f"checkpoint_dir = {folder} holds checkpoints of format {there.get('format')}: must be format {FORMAT}; give "
+                "another folder, or use the version of laqjax that wrote it"
+            )
         differs = [name for name in mine if there.get(name) != mine[name]]
         if differs:
             raise ValueError(
