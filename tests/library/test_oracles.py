@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import KEY, Toy, softmax_loss
 from flax import linen, nnx
 
 import laqjax
 from laqjax import Shards, oracles, samplers
 from laqjax._core import cpu_layouts
+from tests.support import KEY, Toy, softmax_loss
+
+pytestmark = pytest.mark.core
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import KEY, Toy, make_toy, softmax_loss
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 import laqjax
 from laqjax import algorithms, compressors
+from tests.laws import reference
+from tests.laws.golden import GOLDEN, authors_run, flat
+from tests.support import KEY, Toy, make_toy, softmax_loss
 
 pytest.importorskip("flwr")
 from flwr.app import ConfigRecord, Error, Message, RecordDict
@@ -105,9 +107,6 @@ def test_it_is_the_simulation(name: str, toy: Toy) -> None:
 @pytest.mark.long
 def test_the_reference_problem(mnist: laqjax.Shards) -> None:
     """60 rounds: the masks of the simulation, and of the authors' program as far as the simulation has them."""
-    import reference
-    from test_golden import GOLDEN, authors_run, flat
-
     out = authors_run(mnist, np.float32, 60)
     theta0 = jnp.asarray(flat(GOLDEN["theta0"]), np.float32)
     params = {"bias": theta0[:10], "weight": theta0[10:].reshape(10, 784)}

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import KEY, Toy, make_toy
 
 import laqjax
 from laqjax import algorithms, sharding
 from laqjax._engine import checkpoint, loop
+from tests.support import KEY, Toy, make_toy
 
 ROUNDS, CHUNK = 40, 8
 

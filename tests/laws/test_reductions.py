@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import KEY, Toy, make_quadratic
-from test_laws import BLOCKS, EACH, EPOCHS, LAZY_KNOBS, identical, keys_of, make, run
 
 import laqjax
 from laqjax import Algorithm, algorithms, compressors, downlinks, types
+from tests.laws.registry import BLOCKS, EACH, EPOCHS, LAZY_KNOBS, make
+from tests.support import KEY, Toy, identical, keys_of, make_quadratic, run
 
 ROUNDS = 40
 TOP, IDENTITY = compressors.top_k(3), compressors.identity()

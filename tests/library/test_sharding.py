@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import KEY, Toy
 from hypothesis import given
 from hypothesis import strategies as st
 
 from laqjax import algorithms, compressors, distributed, types
 from laqjax._engine import collectives
+from tests.support import KEY, Toy
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}  # compiled as users compile
 # JAX in its optimised form rounds the gradients of these otherwise when a round is compiled for a mesh: two gradients, or a
 # width of the code that only the run knows, are fused with what reads them. Their decisions are the same.
@@ -28,12 +28,12 @@ ROUNDED = {"laq_adaptive", "lasg_wk1", "lasg_wk2", "cada1", "cada2"}
 
 
 def command(case: str, out: Path, devices: int, *process: int) -> list[str]:
-    return [sys.executable, str(HERE / "on_mesh.py"), case, str(out), str(devices), *map(str, process)]
+    return [sys.executable, "-m", "tests.library.on_mesh", case, str(out), str(devices), *map(str, process)]
 
 
 def on_devices(case: str, out: Path, devices: int, **env: str) -> dict[str, str]:
     """What one process with so many devices leaves, file by file."""
-    subprocess.run(command(case, out, devices), check=True, cwd=HERE.parent, env=os.environ | env, timeout=600)
+    subprocess.run(command(case, out, devices), check=True, cwd=ROOT, env=os.environ | env, timeout=600)
     return {path.name: path.read_text() for path in out.iterdir()}
 
 
@@ -42,7 +42,7 @@ def on_processes(case: str, out: Path, **env: str) -> list[subprocess.Popen[str]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options: Any = {"cwd": HERE.parent, "env": os.environ | OPTIMIZED | env, "stderr": subprocess.PIPE, "text": True}
+    options: Any = {"cwd": ROOT, "env": os.environ | OPTIMIZED | env, "stderr": subprocess.PIPE, "text": True}
     return [subprocess.Popen(command(case, out, 2, 2, rank, port), **options) for rank in (0, 1)]
 
 

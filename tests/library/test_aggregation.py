@@ -1,4 +1,4 @@
-"""`lazy_aggregate` refuses in one sentence what cannot work; tests/test_mesh.py runs it on several devices."""
+"""`lazy_aggregate` refuses in one sentence what cannot work; test_sharding.py runs it on several devices."""
 
 import inspect
 import re

@@ -22,7 +22,7 @@ import laqjax
 from laqjax import compressors, rules
 from laqjax._core.round import worker_step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "experiments" / "laqjax_colab.py"
 NOTEBOOK = SOURCE.with_suffix(".ipynb")
 CELLS = jupytext.read(SOURCE).cells

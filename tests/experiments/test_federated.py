@@ -20,7 +20,7 @@ pytest.importorskip("flwr")
 from experiments import deployment, federated, ledger, plots, points, terminal
 from experiments.apps import Plan
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DATA = "synthetic-logistic?workers=3&samples=40&features=12&condition=10&heterogeneity=1"
 SMALL = ["--problem", "logistic", "--dataset", DATA, "--workers", "3", "--lr", "0.002"]
 

@@ -13,13 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-import twins
-from conftest import KEY, Toy
-from test_laws import keys_of
 
 import laqjax
 from laqjax import Shards, algorithms, compressors, memories, rules, samplers, types
+from tests.laws import reference, twins
+from tests.support import KEY, Toy, keys_of
 
 ROUNDS, WORKERS, LR = 60, 3, 0.05
 EACH = [1.0, 2.0, 0.5]

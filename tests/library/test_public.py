@@ -3,20 +3,13 @@
 import ast
 import importlib
 import inspect
-import pkgutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import laqjax
-
-ROOT = Path(__file__).parent.parent
-MODULES = sorted(
-    info.name
-    for info in pkgutil.walk_packages(laqjax.__path__, "laqjax.")
-    if not any(part.startswith("_") for part in info.name.split("."))
-)
+from tests.support import MODULES, ROOT
 
 
 @pytest.mark.parametrize("name", ["laqjax", *MODULES])

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import KEY, Toy, square_loss
 
 import laqjax
 from laqjax import Algorithm, Shards, algorithms, compressors, problems, theory
+from tests.support import KEY, Toy, square_loss
+
+pytestmark = pytest.mark.core
 
 L2 = 0.05
 

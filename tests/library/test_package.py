@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from test_public import MODULES
 
 import laqjax
+from tests.support import MODULES, ROOT
 
-ROOT = Path(__file__).parent.parent
 NAME = f"laqjax-{laqjax.__version__}"
 NEEDED = {"jax", "jaxlib", "jaxtyping", "numpy", "optax"}
 METADATA = ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt")

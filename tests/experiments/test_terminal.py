@@ -15,7 +15,7 @@ import pytest
 from experiments import __main__ as listing
 from experiments import plots, study, sweep, terminal
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TASK = ["--dataset", "synthetic-logistic?workers=4&samples=30&features=10", "--problem", "logistic", "--workers", "4"]
 TASK += ["--compute-ms", "1", "--target", "5", "-b", "2", "4", "-C", "5", "-D", "1", "--lr", "0.05", "--rounds", "30"]
 

@@ -27,7 +27,7 @@ from experiments import terminal
 from laqjax import types
 from laqjax._core import wire_format
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXTS = {path.name: path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
 QUOTE = re.compile(r'```python title="(.*?)"\n(.*?)```', re.DOTALL)
 PLACES = ("DIR", "FILE", "HOST", "example.org", "{1..8}", "part-", "--shard")  # of the reader's

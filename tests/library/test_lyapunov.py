@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import KEY, square_loss
 from hypothesis import given
 from hypothesis import strategies as st
 
 import laqjax
 from laqjax import Algorithm, Shards, algorithms, theory
+from tests.support import KEY, square_loss
 
 M, N, P, WINDOW, ROUNDS = 3, 6, 4, 5, 40
 L2 = 0.05

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import compare, datasets, files, plots, points, report, report_figures, sweep, tune
 
-EXAMPLES = Path(__file__).parents[1] / "experiments" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "experiments" / "examples"
 OWN = """
 import numpy as np, jax, jax.numpy as jnp, laqjax, optax
 from flax import linen as nn

@@ -4,34 +4,17 @@ LAQ is discontinuous: a floor decides each code, a threshold each upload. Two co
 of them rounds a tie the other way, so trajectories are compared over the rounds before that, and masks exactly.
 """
 
-from pathlib import Path
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from conftest import KEY, Toy, softmax_loss
 
 import laqjax
 from laqjax import algorithms
+from tests.laws import reference
+from tests.laws.golden import GOLDEN, authors_run, flat
+from tests.support import KEY, Toy
 
-pytestmark = pytest.mark.optimized
-
-GOLDEN = np.load(Path(__file__).parent / "golden_laq_logistic.npz")
-
-
-def flat(theta: np.ndarray) -> np.ndarray:
-    """From the authors' order, weight [784, 10] then bias, to ours, bias then weight [10, 784]."""
-    return np.concatenate([theta[7840:], theta[:7840].reshape(784, 10).T.ravel()])
-
-
-def authors_run(mnist: laqjax.Shards, dtype, rounds: int) -> laqjax.RunResult:
-    theta0 = jnp.asarray(flat(GOLDEN["theta0"]), dtype)
-    params = {"bias": theta0[:10], "weight": theta0[10:].reshape(10, 784)}
-    oracle = laqjax.oracles.from_loss(softmax_loss, params, l2=reference.AUTHORS_L2)
-    alg = algorithms.laq(oracle, num_workers=10, **reference.AUTHORS)
-    return laqjax.run(alg, theta0, mnist, rounds, KEY, metrics=["direction_sq"], chunk_size=rounds)
+pytestmark = [pytest.mark.core, pytest.mark.optimized]
 
 
 def check_golden(out: laqjax.RunResult) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from experiments import compare, files, plots, points, report, report_figures, study, terminal
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TASK = ["--dataset", "synthetic-logistic?workers=4&samples=30&features=10", "--problem", "logistic", "--workers", "4"]
 TASK += ["--compute-ms", "1", "--target", "10", "4", "--rounds", "80", "--every", "20", "--batch", "8"]
 TASK += ["--steps", "2", "--seeds", "0", "1", "--report-seeds", "2", "3", "4"]

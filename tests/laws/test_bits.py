@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import KEY, Toy
-from test_laws import CHUNK, RECORD, ROWS, identical, make, points_of, run
-from test_laws import test_a_sweep_is_a_loop as check_that_a_sweep_is_a_loop
 
 import laqjax
 from laqjax import Shards, compressors
+from tests.laws.laws import check_sweep_is_loop
+from tests.laws.registry import ROWS, make, points_of
+from tests.support import CHUNK, KEY, RECORD, Toy, identical, run
 
 pytestmark = pytest.mark.optimized
 
@@ -80,7 +80,7 @@ def test_a_sweep_cut_anywhere_is_the_same_sweep(name: str, toy: Toy) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", ROWS)
 def test_a_sweep_is_a_loop_of_runs(name: str, quadratic: Toy) -> None:
-    check_that_a_sweep_is_a_loop(name, quadratic)
+    check_sweep_is_loop(points_of(name, quadratic), quadratic)
 
 
 def test_clag_with_the_identity_waits_as_3pc_says(quadratic: Toy) -> None:

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import KEY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laqjax import compressors, types
 from laqjax._core import wire_format
+from tests.support import KEY
+
+pytestmark = pytest.mark.core
 
 BITS = st.integers(1, 16)
 SIZES = [1, 7, 8, 63]

@@ -121,7 +121,7 @@ def test_nothing_is_left_behind(member, error):
 @pytest.mark.distributed
 def test_members_end_when_the_one_who_asks_is_killed(member):
     program = f"from experiments import teams; t = teams.Team({member!r}, 1, 3); print(t.ask()[0][3], flush=True); t.ask(); import time; time.sleep(60)"
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     with subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
         pid = int(parent.stdout.readline())
@@ -171,7 +171,7 @@ def test_devices_come_before_all_else():
 def test_example_of_hosts():
     command = [sys.executable, "-m", "experiments.examples.hosts", "--coordinator", f"127.0.0.1:{teams.free_port()}"]
     command += ["--num-processes", "2", "--rows", "60", "--rounds", "20", "--process-id"]
-    options = {"cwd": Path(__file__).parent.parent, "env": os.environ | {"JAX_PLATFORMS": "cpu"}}
+    options = {"cwd": Path(__file__).parents[2], "env": os.environ | {"JAX_PLATFORMS": "cpu"}}
     with contextlib.ExitStack() as stack:
         pair = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True, **options) for i in (0, 1)]
         for process in pair:

@@ -16,12 +16,12 @@ import jaxtyping
 import numpy as np
 import optax
 import pytest
-from conftest import KEY, Toy, programs, softmax_loss
-from test_laws import identical, make
 
 import laqjax
 from laqjax import Shards, algorithms, compressors, downlinks, memories, oracles, problems, rules, samplers
 from laqjax.types import register_dataclass
+from tests.laws.registry import make
+from tests.support import KEY, Toy, identical, keys_of, programs, softmax_loss
 
 # ---- a loop of one's own ----------------------------------------------------------------------------------------
 
@@ -234,8 +234,6 @@ def test_a_dead_pixel_does_not_drift_under_signs(workers: int, toy: Toy) -> None
 )
 def test_zero_and_its_sign_are_zero(scheme: Any) -> None:
     """-0.0 is no negative number: what goes up for it moves nothing."""
-    from test_laws import keys_of
-
     for zero in (jnp.zeros(5), -jnp.zeros(5)):
         assert not np.any(scheme.decode(scheme.encode(zero, keys_of(0, 0)), zero))
     vote: Any = compressors.sign(scaled=False)

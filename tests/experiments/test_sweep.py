@@ -16,15 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import pytest
-from conftest import programs
 from polars.testing import assert_frame_equal
 
 import laqjax
 from experiments import files, ledger, plots, points, problems, study, sweep, teams
 from laqjax._engine import loop
 from laqjax._engine import sweep as many
+from tests.support import programs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DATA = "synthetic-logistic?workers=4&samples=30&features=10"
 TASK = ["--dataset", DATA, "--problem", "logistic", "--workers", "4", "--compute-ms", "1"]
 TASK += ["--target", "10", "5", "3", "--rounds", "100"]

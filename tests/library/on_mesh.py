@@ -1,6 +1,6 @@
-"""A program of one process of a mesh, for test_mesh.py: runs a case on all devices and leaves what came out as .npz.
+"""A program of one process of a mesh, for test_sharding.py: runs a case on all devices and leaves what came out as .npz.
 
-python tests/on_mesh.py CASE OUT DEVICES [PROCESSES RANK PORT]
+python -m tests.library.on_mesh CASE OUT DEVICES [PROCESSES RANK PORT]
 """
 
 import os
@@ -101,11 +101,11 @@ def reference(rows: int, rounds: int, counts: tuple[int, ...] = (10, 7), names: 
 
 def family() -> None:
     """Every named algorithm on 4 workers, on 3 devices two of which have a row of padding."""
-    import test_laws
-    from conftest import make_toy
+    from tests.laws import registry
+    from tests.support import make_toy
 
     toy = make_toy(np.float32)
-    for name, row in test_laws.ROWS.items():
+    for name, row in registry.ROWS.items():
         alg = row.factory(toy.oracle, num_workers=4, **{"lr": 0.05} | row.knobs)
         options: Any = {"worker_batch_size": 1}
         alone = laqjax.run(alg, toy.theta0, toy.shards, 12, KEY, **options)

@@ -15,12 +15,12 @@ import jaxtyping
 import numpy as np
 import optax
 import pytest
-from conftest import KEY, Toy, programs, softmax_loss
 
 import laqjax
 from laqjax import algorithms, oracles, rules
 from laqjax._core import validation
 from laqjax.algorithms import _shared
+from tests.support import KEY, Toy, programs, softmax_loss
 
 
 @pytest.fixture(autouse=True)
