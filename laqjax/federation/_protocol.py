@@ -17,6 +17,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from laqjax._core.round import Algorithm
 from laqjax.downlinks import CompressedModel, CompressedStep
+from laqjax.types import AlgorithmState
 
 RECORD_KEY = "laqjax"
 UploadId = tuple[int, bytes]  # (round, 8-byte digest) of an upload
@@ -138,6 +139,28 @@ def make_record(head: Any, **parts: bytes) -> RecordDict:
     return RecordDict({RECORD_KEY: ConfigRecord({"head": data + short_digest(data)[:HEADER_DIGEST_BYTES], **there})})
 
 
+def make_broadcast(head: BroadcastHeader, state: AlgorithmState, model_round: int | None, change: bytes) -> RecordDict:
+    """Build the content of the broadcast to one worker, with only the parts that the worker lacks.
+
+    Args:
+        head: the header; this function sets its fields `model` and `history`.
+        state: state of the server.
+        model_round: round whose model the worker is known to have; None if unknown.
+        change: message with the last model change; empty if the server broadcasts the whole model.
+
+    Returns:
+        The content.
+    """
+    if model_round == head.round:
+        return make_record(head._replace(model=MODEL_UNCHANGED, history=MODEL_UNCHANGED))
+    if model_round != head.round - 1:
+        model, shared = tree_to_bytes(state.params), tree_to_bytes(state.rule)
+        return make_record(head._replace(model=MODEL_FULL, history=MODEL_FULL), body=model, history=shared)
+    model = MODEL_DELTA if change else MODEL_FULL
+    body = change or tree_to_bytes(state.params)
+    return make_record(head._replace(model=model, history=MODEL_DELTA), body=body)
+
+
 def parse_message(kind: Any, message: Message) -> tuple[Any, dict[str, Any]]:
     """Parse a message that `make_record` built.
 
@@ -164,6 +187,11 @@ def parse_message(kind: Any, message: Message) -> tuple[Any, dict[str, Any]]:
             f"a message with {sorted(parts)}: expected a head of {size} bytes and its digest, body, history"
         )
     return kind(*HEADER_STRUCTS[kind].unpack(head[:size])), parts
+
+
+def body_size(content: RecordDict) -> int:
+    """Return the bytes of the body in the content of a message."""
+    return len(content.config_records[RECORD_KEY].get("body", b""))  # pyright: ignore[reportArgumentType]
 
 
 def serialized_size(message: Message) -> int:
