@@ -78,23 +78,21 @@ def collect_replies(
         roster: table of the nodes; this function adds new ones.
 
     Returns:
-        The accepted replies by worker, and the rejections.
+        The accepted replies of workers in sync, sorted by worker, and the rejections.
     """
-    taken: dict[int, AcceptedReply] = {}
-    rejections: list[Rejection] = []
+    taken, rejections, due = {}, [], dict(expected)
     for reply in replies:
         if reply.metadata.message_type == MessageType.QUERY:
             result = register_node(roster, reply)
         else:
-            due = expected.get(reply.metadata.src_node_id)
-            if due is not None and due.worker in taken:
-                due = due._replace(is_due=False)
-            result = validate_reply(alg, params, reply, due)
-        if isinstance(result, AcceptedReply):
-            taken[result.header.worker] = result
-        elif result is not None:
+            result = validate_reply(alg, params, reply, due.get(reply.metadata.src_node_id))
+        if isinstance(result, Rejection):
             rejections.append(result)
-    return taken, rejections
+        elif result is not None:
+            due[result.node] = due[result.node]._replace(is_due=False)
+            if result.header.kind != _protocol.REPLY_OUT_OF_SYNC:
+                taken[result.header.worker] = result
+    return dict(sorted(taken.items())), rejections
 
 
 def _find_fault(header: _protocol.ReplyHeader, body: bytes, expected: ExpectedReply, is_persistent: bool) -> str | None:
@@ -137,9 +135,8 @@ def find_outliers(
     Returns:
         The rejected messages by worker, and `max_magnitudes` after the other messages of this round.
     """
-    sizes = {
-        worker: float(jnp.max(jnp.abs(reply.decoded))) for worker, reply in replies.items() if reply.decoded is not None
-    }
+    decoded = {worker: reply.decoded for worker, reply in replies.items() if reply.decoded is not None}
+    sizes = {worker: float(jnp.max(jnp.abs(message))) for worker, message in decoded.items()}
     usual = np.median([size for size in (max_magnitudes or sizes).values() if size > 0] or [np.inf])
     outliers, magnitudes = {}, dict(max_magnitudes)
     for worker, size in sizes.items():

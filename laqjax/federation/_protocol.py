@@ -139,26 +139,27 @@ def make_record(head: Any, **parts: bytes) -> RecordDict:
     return RecordDict({RECORD_KEY: ConfigRecord({"head": data + short_digest(data)[:HEADER_DIGEST_BYTES], **there})})
 
 
-def make_broadcast(head: BroadcastHeader, state: AlgorithmState, model_round: int | None, change: bytes) -> RecordDict:
+def make_broadcast(
+    head: BroadcastHeader, state: AlgorithmState, known: int | None, change: bytes
+) -> tuple[RecordDict, int]:
     """Build the content of the broadcast to one worker, with only the parts that the worker lacks.
 
     Args:
         head: the header; this function sets its fields `model` and `history`.
         state: state of the server.
-        model_round: round whose model the worker is known to have; None if unknown.
+        known: round whose model the worker is known to have; None if unknown.
         change: message with the last model change; empty if the server broadcasts the whole model.
 
     Returns:
-        The content.
+        The content, and the size of its body in bytes.
     """
-    if model_round == head.round:
-        return make_record(head._replace(model=MODEL_UNCHANGED, history=MODEL_UNCHANGED))
-    if model_round != head.round - 1:
-        model, shared = tree_to_bytes(state.params), tree_to_bytes(state.rule)
-        return make_record(head._replace(model=MODEL_FULL, history=MODEL_FULL), body=model, history=shared)
-    model = MODEL_DELTA if change else MODEL_FULL
-    body = change or tree_to_bytes(state.params)
-    return make_record(head._replace(model=model, history=MODEL_DELTA), body=body)
+    if known == head.round:
+        return make_record(head._replace(model=MODEL_UNCHANGED, history=MODEL_UNCHANGED)), 0
+    is_near = known == head.round - 1
+    model, history = MODEL_DELTA if is_near and change else MODEL_FULL, MODEL_DELTA if is_near else MODEL_FULL
+    body = change if model == MODEL_DELTA else tree_to_bytes(state.params)
+    shared = tree_to_bytes(state.rule) if history == MODEL_FULL else b""
+    return make_record(head._replace(model=model, history=history), body=body, history=shared), len(body)
 
 
 def parse_message(kind: Any, message: Message) -> tuple[Any, dict[str, Any]]:
@@ -178,20 +179,11 @@ def parse_message(kind: Any, message: Message) -> tuple[Any, dict[str, Any]]:
     parts: dict[str, Any] = dict(found) if isinstance(found, ConfigRecord) else {}
     head, size = parts.pop("head", b""), HEADER_STRUCTS[kind].size
     form = all(isinstance(part, bytes) for part in (head, *parts.values())) and not set(parts) - {"body", "history"}
-    if (
-        not form
-        or len(head) != size + HEADER_DIGEST_BYTES
-        or short_digest(head[:size])[:HEADER_DIGEST_BYTES] != head[size:]
-    ):
+    if not form or short_digest(head[:size])[:HEADER_DIGEST_BYTES] != head[size:]:
         raise ValueError(
             f"a message with {sorted(parts)}: expected a head of {size} bytes and its digest, body, history"
         )
     return kind(*HEADER_STRUCTS[kind].unpack(head[:size])), parts
-
-
-def body_size(content: RecordDict) -> int:
-    """Return the bytes of the body in the content of a message."""
-    return len(content.config_records[RECORD_KEY].get("body", b""))  # pyright: ignore[reportArgumentType]
 
 
 def serialized_size(message: Message) -> int:

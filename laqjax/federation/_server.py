@@ -204,10 +204,15 @@ def _find_selected(alg: Algorithm, key: PRNGKeyArray, state: AlgorithmState, rul
     return np.asarray(_select_workers(alg, state, rule_states, key, nobody)[0])
 
 
-def _log_rejections(roster: Roster, rejections: Iterable[Rejection]) -> None:
-    """Log the reason of each rejection."""
+def _log_rejections(nodes: dict[int, int], rejections: Iterable[Rejection]) -> None:
+    """Log the reason of each rejection; `nodes` maps node ids to workers, before the messages arrived."""
     for node, reason in rejections:
-        log.warning("worker %s (node %s) refused: %s", roster.nodes.get(node, "?"), node, reason)
+        log.warning("worker %s (node %s) refused: %s", nodes.get(node, "?"), node, reason)
+
+
+def _exchange(grid: Grid, messages: list[Message], timeout: float) -> list[Message]:
+    """Send messages and return the replies that arrive before the deadline."""
+    return list(grid.send_and_receive(messages, timeout=timeout)) if messages else []
 
 
 class FederatedServer:
@@ -257,8 +262,7 @@ class FederatedServer:
         state = alg.init(params)
         self.state: AlgorithmState = state._replace(workers=None)  # pyright: ignore[reportArgumentType]
         memories: list[Any] = [jnp.zeros_like(state.params) if alg.memory.is_persistent else None] * alg.num_workers
-        accepted = [_protocol.NO_UPLOAD] * alg.num_workers
-        self._workers = WorkerRecords(state.workers.rule, memories, accepted, max_magnitudes={})
+        self._workers = WorkerRecords(state.workers.rule, memories, [_protocol.NO_UPLOAD] * alg.num_workers, {})
         self._change = ModelChange()
         if checkpoint_path is not None and checkpoint_path.exists():
             restored = restore_checkpoint(checkpoint_path, self._checkpoint())
@@ -304,7 +308,7 @@ class FederatedServer:
         selected = _find_selected(self.alg, self._key, self.state, self._workers.rule_states)
         broadcasts = self._make_broadcasts(selected, facts)
         began = time.perf_counter()
-        replies = self._send_and_receive(grid, [*broadcasts.values(), *hello_messages])
+        replies = _exchange(grid, [*broadcasts.values(), *hello_messages], self._timeout)
         facts.transfer, began = time.perf_counter() - began, time.perf_counter()
         answered = self._admit(replies, broadcasts, facts)
         for worker in (roster.nodes[node] for node in broadcasts):
@@ -324,22 +328,19 @@ class FederatedServer:
         messages, reads = {}, _protocol.short_digest(_protocol.tree_to_bytes((self.state.params, self.state.rule)))
         for node, worker in self._roster.nodes.items():
             if selected[worker]:
-                known, accepted = self._roster.model_rounds[worker], self._workers.accepted[worker]
-                about = reads, self._key_bytes, *self._change[1:]
-                head = _protocol.BroadcastHeader(self._session, facts.round, worker, 0, 0, *accepted, *about)
-                content, group = _protocol.make_broadcast(head, self.state, known, self._change.body), str(facts.round)
+                about = *self._workers.accepted[worker], reads, self._key_bytes, *self._change[1:]
+                head = _protocol.BroadcastHeader(self._session, facts.round, worker, 0, 0, *about)
+                known = self._roster.model_rounds[worker]
+                content, size = _protocol.make_broadcast(head, self.state, known, self._change.body)
                 # the ttl lets Flower drop an expired broadcast, so that a slow node does not build up a backlog
-                message = Message(content, node, MessageType.TRAIN, group_id=group, ttl=self._timeout)
-                facts.bytes_down[worker], facts.payload_down[worker] = (
-                    _protocol.serialized_size(message),
-                    _protocol.body_size(content),
-                )
+                message = Message(content, node, MessageType.TRAIN, group_id=str(facts.round), ttl=self._timeout)
+                facts.bytes_down[worker], facts.payload_down[worker] = _protocol.serialized_size(message), size
                 messages[node] = message
         return messages
 
     def _admit(self, replies: list[Message], asked: Container[int], facts: RoundStats) -> dict[int, AcceptedReply]:
         """Return the replies of workers in sync, sorted by worker; log and count the rejected ones."""
-        nodes, records, about = self._roster.nodes, self._workers, (self._session, facts.round, self._scheme)
+        nodes, records, about = dict(self._roster.nodes), self._workers, (self._session, facts.round, self._scheme)
         for reply in replies:
             if (worker := nodes.get(reply.metadata.src_node_id)) is not None:
                 facts.bytes_up[worker] += _protocol.serialized_size(reply)
@@ -347,22 +348,15 @@ class FederatedServer:
         taken, rejections = collect_replies(self.alg, self.state.params, replies, expected, self._roster)
         outliers, records.max_magnitudes = find_outliers(taken, records.max_magnitudes, self._outlier_factor)
         facts.refused = len(rejections) + len(outliers)
-        _log_rejections(self._roster, [*rejections, *outliers.values()])
-        return {
-            w: r for w, r in sorted(taken.items()) if w not in outliers and r.header.kind != _protocol.REPLY_OUT_OF_SYNC
-        }
-
-    def _send_and_receive(self, grid: Grid, messages: list[Message]) -> list[Message]:
-        """Send messages and return the replies that arrive before the deadline."""
-        return list(grid.send_and_receive(messages, timeout=self._timeout)) if messages else []
+        _log_rejections(nodes, [*rejections, *outliers.values()])
+        return {worker: reply for worker, reply in taken.items() if worker not in outliers}
 
     def _wait_for_workers(self, grid: Grid, workers: int, max_missed_rounds: int) -> None:
         """Wait until `workers` workers are registered, for at most `max_missed_rounds` deadlines."""
         end, roster = time.monotonic() + max_missed_rounds * self._timeout, self._roster
         while len(roster.nodes) < workers:
-            hello_messages = make_hello_messages(roster, grid.get_node_ids(), self._timeout)
-            replies = self._send_and_receive(grid, hello_messages)
-            _log_rejections(roster, collect_replies(self.alg, self.state.params, replies, {}, roster)[1])
+            replies = _exchange(grid, make_hello_messages(roster, grid.get_node_ids(), self._timeout), self._timeout)
+            _log_rejections(dict(roster.nodes), collect_replies(self.alg, self.state.params, replies, {}, roster)[1])
             if (came := len(roster.nodes)) < workers:
                 if time.monotonic() > end:
                     raise RuntimeError(f"{came} workers came: expected {workers}; are their nodes running?")
