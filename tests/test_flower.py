@@ -433,6 +433,13 @@ def test_a_checkpoint_of_another_format_is_refused(found: int | None, tmp_path: 
         _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path)
 
 
+def test_a_restarted_server_has_a_later_session_though_the_clock_went_back(tmp_path: Path, toy: Toy) -> None:
+    alg, path = algorithms.gd(toy.oracle, **RULE), tmp_path / "state.npz"
+    contents = _server.FederatedServer(alg, toy.theta0, KEY)._checkpoint()
+    _checkpoint.save_checkpoint(path, contents._replace(session=2**62))
+    assert _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path)._session == 2**62 + 1
+
+
 def test_a_client_state_of_another_format_is_ignored(toy: Toy) -> None:
     client = _client.FederatedClient(algorithms.gd(toy.oracle, **RULE), loader(toy.shards))
     context = InProcessGrid(_client.client_app(algorithms.gd(toy.oracle, **RULE), loader(toy.shards)), [0]).contexts[
