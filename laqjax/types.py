@@ -47,6 +47,7 @@ __all__ = [
     "AlgorithmState",
     "Collective",
     "Compressor",
+    "Decision",
     "Downlink",
     "Memory",
     "Oracle",
@@ -245,6 +246,20 @@ class UploadContext(RoundContext):
     target_sq: Float[Array, ""]
     innovation_sq: Float[Array, ""]
     error_sq: Float[Array, ""]
+
+
+class Decision(NamedTuple):
+    """Decision of an upload rule for one worker in one round: the result of `UploadRule.should_send`.
+
+    Attributes:
+        send: whether the worker sends its message, a scalar bool.
+        if_sent: next rule state of the worker if it sends, a pytree or None.
+        if_silent: next rule state of the worker if it stays silent or is not selected, with the same structure.
+    """
+
+    send: Bool[Array, ""]
+    if_sent: Any
+    if_silent: Any
 
 
 class ServerStep(NamedTuple):
@@ -640,7 +655,7 @@ class UploadRule(Protocol):
 
         def should_send(self, shared_state, worker_state, context):
             send = context.innovation_sq > self.fraction * worker_state
-            return send, context.innovation_sq, worker_state
+            return Decision(send, if_sent=context.innovation_sq, if_silent=worker_state)
     ```
     """
 
@@ -691,14 +706,12 @@ class UploadRule(Protocol):
         """
         ...
 
-    def should_send(
-        self, shared_state: Any, worker_state: Any, context: UploadContext
-    ) -> tuple[Bool[Array, ""], Any, Any]:
+    def should_send(self, shared_state: Any, worker_state: Any, context: UploadContext) -> Decision:
         """Decide whether a selected worker sends its message.
 
-        It is evaluated for workers that are not selected too. These send nothing and get the third result as their
-        state. In a federation, a server whose rule has `server_selects` evaluates it with zeros in place of gradients
-        and messages.
+        It is evaluated for workers that are not selected too. These send nothing, and `if_silent` becomes their state.
+        In a federation, a server whose rule has `server_selects` evaluates it with zeros in place of gradients and
+        messages.
 
         Args:
             shared_state: state that the rule shares with all workers.
@@ -706,7 +719,7 @@ class UploadRule(Protocol):
             context: gradient and message of the worker, in addition to the fields of `RoundContext`.
 
         Returns:
-            Whether to send (a scalar bool), the worker's next state if it sends, and its next state if it does not.
+            Whether to send, and the worker's next state for both outcomes.
         """
         ...
 

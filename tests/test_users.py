@@ -21,7 +21,7 @@ from test_laws import identical, make
 
 import laqjax
 from laqjax import Shards, algorithms, compressors, downlinks, memories, oracles, problems, rules, samplers
-from laqjax.types import register_dataclass
+from laqjax.types import Decision, register_dataclass
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -316,7 +316,8 @@ class Doubling(rules.BaseUploadRule):
 
     def should_send(self, shared_state: Any, worker_state: Any, context: Any) -> Any:
         wait, waited = worker_state
-        return waited >= wait, (jnp.minimum(2 * wait + 1, self.most), jnp.int32(0)), (wait, waited + 1)
+        begin_again = jnp.minimum(2 * wait + 1, self.most), jnp.int32(0)
+        return Decision(waited >= wait, if_sent=begin_again, if_silent=(wait, waited + 1))
 
     def update(self, shared_state: Any, step: Any) -> Any:
         return shared_state + 1

@@ -412,13 +412,13 @@ def worker_step(
     evidence = UploadContext(
         **known, grad=grad, target=target, decoded=decoded, **dict(zip(NORM_METRICS, squares, strict=True))
     )
-    send, sent_rule, silent_rule = alg.rule.should_send(state.rule, worker.rule, evidence)
-    sent = asked & send
+    decision = alg.rule.should_send(state.rule, worker.rule, evidence)
+    sent = asked & decision.send
 
     # a worker that is not selected keeps its memory; its rule state is the one that the rule returned for silence
     silent_memory = tree_where(asked, silent, worker.memory)
     memory = tree_where(sent, alg.memory.update(silent, grad, target, decoded), silent_memory)
-    worker = WorkerState(memory, tree_where(sent, sent_rule, silent_rule))
+    worker = WorkerState(memory, tree_where(sent, decision.if_sent, decision.if_silent))
     upload = WorkerUpload(payload, decoded, sent, asked, message_bytes(alg.compressor.wire_fields(payload, target)))
     # a worker that is not selected counts as computing no gradient, although the simulation computes one
     gradients = jnp.where(asked, jnp.asarray(sum(counted), jnp.int32), 0)

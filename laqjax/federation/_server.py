@@ -156,9 +156,9 @@ def _select_workers(alg: Algorithm, state: AlgorithmState, own: Any, key: PRNGKe
         )
         known: dict[str, Any] = vars(now)
         evidence = UploadContext(**known, grad=nothing, target=nothing, decoded=nothing, target_sq=zero, innovation_sq=zero, error_sq=zero)  # fmt: skip
-        _, after, silent = alg.rule.should_send(state.rule, own, evidence)
+        decision = alg.rule.should_send(state.rule, own, evidence)
         return alg.rule.is_selected(state.rule, own, now), jax.tree.map(
-            lambda a, b: jnp.where(sent, a, b), after, silent
+            lambda a, b: jnp.where(sent, a, b), decision.if_sent, decision.if_silent
         )
 
     return jax.vmap(one)(jnp.arange(alg.num_workers, dtype=jnp.int32), own, sent)

@@ -1,0 +1,62 @@
+"""What parts return has names, and what a part does not declare has a default."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import KEY
+
+from laqjax import rules, types
+
+P, WORKERS = 5, 3
+KEYS = types.RoundKeys(KEY, jax.random.key(1), KEY, jnp.int32(2), jnp.int32(1))
+VECTOR = jnp.arange(1, P + 1, dtype=jnp.float32)
+HISTORY = rules.make_history(0.8, 3, np.float32)
+HALF = np.float32(0.5)
+
+
+def lazy(change_measure: Any) -> rules.LazyRule:
+    return rules.LazyRule(HISTORY, change_measure, np.float32(3))  # pyright: ignore[reportArgumentType]
+
+
+RULES: list[Any] = [
+    rules.Always(),
+    rules.Cyclic(),
+    rules.sample_one_worker(np.ones(WORKERS), np.float32),
+    rules.ClagRule(HALF),  # pyright: ignore[reportArgumentType]
+    lazy(rules.InnovationChange()),
+    lazy(rules.StaleModelChange()),
+    lazy(rules.SnapshotChange(np.int32(4))),  # pyright: ignore[reportArgumentType]
+    rules.ServerLazyRule(HISTORY, np.ones(WORKERS, np.float32)),  # pyright: ignore[reportArgumentType]
+    rules.limit_silence(rules.Always(), 3),
+    rules.partial_participation(rules.Always(), WORKERS, count=2),
+]
+
+
+def make_context(**changed: Any) -> types.UploadContext:
+    """The context of a worker whose message is its gradient."""
+    known: dict[str, Any] = dict(
+        params=VECTOR, keys=KEYS, lr=jnp.float32(0.1), num_workers=WORKERS, gradient_at=lambda params, **_: params,
+        grad=2 * VECTOR, target=2 * VECTOR, decoded=2 * VECTOR,
+        target_sq=jnp.float32(220), innovation_sq=jnp.float32(220), error_sq=jnp.float32(0),
+    )  # fmt: skip
+    return types.UploadContext(**known | changed)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_a_rule_returns_a_decision(rule: Any) -> None:
+    """With one state for each outcome, of the structure of the state before."""
+    shared, own = rule.init(VECTOR)
+    decision = rule.should_send(shared, own, make_context())
+    assert isinstance(decision, types.Decision)
+    assert jnp.shape(decision.send) == ()
+    assert jax.tree.structure(decision.if_sent) == jax.tree.structure(decision.if_silent) == jax.tree.structure(own)
+
+
+def test_all_rules_are_in_the_list() -> None:
+    listed = {type(rule) for rule in RULES}
+    public = [getattr(rules, name) for name in rules.__all__]
+    kinds = {kind for kind in public if isinstance(kind, type) and issubclass(kind, rules.BaseUploadRule)}
+    assert kinds - {rules.BaseUploadRule} == listed
