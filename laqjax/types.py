@@ -19,7 +19,8 @@ Each worker:
 The collective then adds up the messages that were sent, and the server continues:
 
 9. `memory.update_aggregate(...)` turns their sum [p] into the direction [p] for the optimizer.
-10. `downlink.broadcast(...)` calls the server optimizer and returns the next model [p] of the workers.
+10. `downlink.broadcast(...)` calls the server optimizer and returns the next model [p] of the workers, with the message
+    that brings it to them.
 11. `rule.update(...)` updates the state that the rule shares with all workers.
 
 The methods of a part are written for one worker, and `Algorithm.step` adds the worker axis. They must be pure functions
@@ -45,6 +46,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 __all__ = [
     "AlgorithmState",
+    "Broadcast",
     "Collective",
     "Compressor",
     "Decision",
@@ -55,6 +57,7 @@ __all__ = [
     "RoundInfo",
     "RoundKeys",
     "Sampler",
+    "ServerResult",
     "ServerStep",
     "Shards",
     "UploadContext",
@@ -332,6 +335,41 @@ class WorkerUpload(NamedTuple):
     sent: Bool[Array, ""]
     selected: Bool[Array, ""]
     bytes: Int[Array, ""]
+
+
+class Broadcast(NamedTuple):
+    """Message of the server to the workers in one round, and its effects: the result of `Downlink.broadcast`.
+
+    Attributes:
+        params: next model of the workers, [p].
+        state: next state of the downlink, a pytree or None.
+        optimizer: next state of the optax transformation of the server.
+        payload: result of `Compressor.encode` for the message. None if the full model is sent.
+        bytes: size of the message to one worker in bytes, an int32 scalar.
+    """
+
+    params: Float[Array, " p"]
+    state: Any
+    optimizer: Any
+    payload: Any
+    bytes: Int[Array, ""]
+
+
+class ServerResult(NamedTuple):
+    """Result of `laqjax.server_step`.
+
+    Attributes:
+        state: state after the round, with `workers` unchanged.
+        bytes_down: bytes that the server sends in this round, an int32 scalar.
+        payload: payload of the broadcast, see `Broadcast`.
+        metrics: metrics of the server by name: "direction_sq", "step_sq" (scalars) and "params" [p], the model before
+            the step.
+    """
+
+    state: AlgorithmState
+    bytes_down: Int[Array, ""]
+    payload: Any
+    metrics: dict[str, Array]
 
 
 class RoundInfo(NamedTuple):
@@ -825,7 +863,7 @@ class Downlink(Protocol):
         direction: Float[Array, " p"],
         optimize: Callable[..., Any],
         keys: RoundKeys,
-    ) -> tuple[Float[Array, " p"], Any, Any, Int[Array, ""]]:
+    ) -> Broadcast:
         """Run the server optimizer and send the result to the workers.
 
         Args:
@@ -838,7 +876,6 @@ class Downlink(Protocol):
             keys: PRNG keys of the server.
 
         Returns:
-            The next model of the workers [p], the next state of the downlink, the next optimizer state, and the bytes
-            of one broadcast (a scalar int32).
+            The next model of the workers, the next states of downlink and optimizer, and the message.
         """
         ...

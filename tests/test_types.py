@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import KEY
+from conftest import KEY, Toy
 
-from laqjax import rules, types
+import laqjax
+from laqjax import compressors, downlinks, rules, types
 
 P, WORKERS = 5, 3
 KEYS = types.RoundKeys(KEY, jax.random.key(1), KEY, jnp.int32(2), jnp.int32(1))
@@ -60,3 +61,42 @@ def test_all_rules_are_in_the_list() -> None:
     public = [getattr(rules, name) for name in rules.__all__]
     kinds = {kind for kind in public if isinstance(kind, type) and issubclass(kind, rules.BaseUploadRule)}
     assert kinds - {rules.BaseUploadRule} == listed
+
+
+def optimize(direction: Any, params: Any) -> Any:
+    """Gradient descent with lr 0.5."""
+    return -HALF * direction, ("optimizer state",)
+
+
+DOWNLINKS: dict[str, tuple[Any, Any]] = {  # the downlink, and the vector that it compresses below
+    "full": (downlinks.FullModelDownlink(), None),
+    "step": (downlinks.CompressedStep(compressors.grid(3)), -HALF * VECTOR),
+    "direction": (downlinks.CompressedDirection(compressors.grid(3)), VECTOR),
+    "model": (downlinks.CompressedModel(compressors.grid(3)), -HALF * VECTOR),
+}
+
+
+@pytest.mark.parametrize("name", DOWNLINKS)
+def test_a_downlink_returns_a_broadcast_with_its_payload(name: str) -> None:
+    downlink, target = DOWNLINKS[name]
+    sent = downlink.broadcast(downlink.init(2 * VECTOR), 2 * VECTOR, VECTOR, optimize, KEYS)
+    assert isinstance(sent, types.Broadcast)
+    assert sent.params.shape == VECTOR.shape
+    assert sent.optimizer == ("optimizer state",)
+    assert jax.tree.structure(sent.state) == jax.tree.structure(downlink.init(VECTOR))
+    if target is None:
+        assert sent.payload is None
+        assert sent.bytes == 4 * P
+    else:
+        jax.tree.map(np.testing.assert_array_equal, sent.payload, downlink.compressor.encode(target, KEYS))
+        assert sent.bytes == len(laqjax.compressors.to_bytes(downlink.compressor, sent.payload, VECTOR))
+
+
+def test_the_server_passes_the_payload_on(toy: Toy) -> None:
+    alg = laqjax.algorithms.two_laq(toy.oracle, lr=0.1, num_workers=4, bits=3)
+    state, total = alg.init(toy.theta0), jnp.ones_like(toy.theta0)
+    result = laqjax.server_step(alg, state, total, jnp.int32(4), KEYS)
+    assert isinstance(result, types.ServerResult)
+    decoded = alg.downlink.compressor.decode(result.payload, total)  # pyright: ignore[reportAttributeAccessIssue]
+    np.testing.assert_array_equal(result.state.params, toy.theta0 + decoded)
+    assert set(result.metrics) == {"direction_sq", "step_sq", "params"}

@@ -52,6 +52,7 @@ from laqjax.types import (
     RoundInfo,
     RoundKeys,
     Sampler,
+    ServerResult,
     ServerStep,
     Shards,
     UploadContext,
@@ -182,22 +183,20 @@ class Algorithm:
         uploads, facts, losses = collective.gather_metrics(rest, alg.num_workers)
         total = collective.reduce(alg, messages, uploads.sent, state.params)
         keys = RoundKeys(shared_key, shared_key, key, state.round, jnp.int32(alg.num_workers))
-        after, bytes_down, server_facts = server_step(
-            alg, state, total, jnp.sum(uploads.selected, dtype=jnp.int32), keys
-        )
-        facts |= {name: fact for name, fact in server_facts.items() if name in metrics}
+        result = server_step(alg, state, total, jnp.sum(uploads.selected, dtype=jnp.int32), keys)
+        facts |= {name: fact for name, fact in result.metrics.items() if name in metrics}
         unknown = sorted(set(metrics) - set(facts))
         if unknown:
-            known = sorted({*WORKER_METRICS, *server_facts})
+            known = sorted({*WORKER_METRICS, *result.metrics})
             raise ValueError(f"metrics = {unknown}: expected names among {known}{suggest(unknown[0], known)}")
         info = RoundInfo(
             loss=jnp.mean(losses),
             sent=uploads.sent,
             bytes_up=jnp.where(uploads.sent, uploads.bytes, 0),
-            bytes_down=bytes_down,
+            bytes_down=result.bytes_down,
             extra=facts,
         )
-        return after._replace(workers=workers), info
+        return result.state._replace(workers=workers), info
 
     def default_worker_batch_size(self, shards: Shards) -> int:
         """Return how many workers are computed in one batch: all of them or one at a time.
@@ -428,7 +427,7 @@ def worker_step(
 
 def server_step(
     alg: Algorithm, state: AlgorithmState, total: Float[Array, " p"], asked: Int[Array, ""], keys: RoundKeys
-) -> tuple[AlgorithmState, Int[Array, ""], dict[str, Array]]:
+) -> ServerResult:
     """Compute one round of the server.
 
     Args:
@@ -439,8 +438,7 @@ def server_step(
         keys: PRNG keys of the server, whose `worker` is M.
 
     Returns:
-        The next state (with `workers` unchanged), the bytes sent down (a scalar), and the metrics of the server by
-        name: "direction_sq", "step_sq" (scalars) and "params" [p], the model before the step.
+        The next state, the bytes and the payload of the broadcast, and the metrics of the server.
     """
     direction, aggregate = alg.memory.update_aggregate(state.aggregate, total)
 
@@ -448,13 +446,18 @@ def server_step(
         with jax.numpy_dtype_promotion("standard"):  # optax combines floats and integers
             return alg.optimizer(alg.learning_rate_at(state.round)).update(direction, state.optimizer, params)
 
-    params, downlink, optimizer, sent_down = alg.downlink.broadcast(
-        state.downlink, state.params, direction, optimize, keys
-    )
-    step = ServerStep(state.params, params, squared_norm(direction), squared_norm(params - state.params), state.round)
+    message = alg.downlink.broadcast(state.downlink, state.params, direction, optimize, keys)
+    step_sq = squared_norm(message.params - state.params)
+    step = ServerStep(state.params, message.params, squared_norm(direction), step_sq, state.round)
     after = AlgorithmState(
-        params, state.round + 1, aggregate, optimizer, alg.rule.update(state.rule, step), downlink, state.workers
+        params=message.params,
+        round=state.round + 1,
+        aggregate=aggregate,
+        optimizer=message.optimizer,
+        rule=alg.rule.update(state.rule, step),
+        downlink=message.state,
+        workers=state.workers,
     )
-    facts = {"direction_sq": step.direction_sq, "step_sq": step.step_sq, "params": state.params}
+    metrics = {"direction_sq": step.direction_sq, "step_sq": step.step_sq, "params": state.params}
     # one broadcast to all workers, or one message to each selected worker
-    return after, sent_down * (asked if alg.rule.server_selects else 1), facts
+    return ServerResult(after, message.bytes * (asked if alg.rule.server_selects else 1), message.payload, metrics)

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -47,6 +47,7 @@ from laqjax.types import (
     AlgorithmState,
     RoundContext,
     RoundKeys,
+    ServerResult,
     UploadContext,
 )
 
@@ -90,35 +91,14 @@ class RoundStats:
         return cls(round, np.nan, 0, *arrays, transfer=0.0, decode=0.0, refused=0)
 
 
-class _RecordingCompressor:
-    """Compressor that also stores the last payload it encoded."""
-
-    def __init__(self, compressor: Any) -> None:
-        self.inner, self.payload = compressor, None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def encode(self, target, keys):
-        self.payload = self.inner.encode(target, keys)
-        return self.payload
-
-
 @jax.jit
-def _run_server_round(alg: Algorithm, state: AlgorithmState, total: Array, asked: Any, key: PRNGKeyArray) -> Any:
-    """Run `server_step` and record the payload of the compressed model change.
-
-    Returns:
-        The new state, the bytes sent down, the payload (None without a `down_compressor`), ||direction||^2 and
-        ||step||^2.
-    """
+def _run_server_round(
+    alg: Algorithm, state: AlgorithmState, total: Array, asked: Any, key: PRNGKeyArray
+) -> ServerResult:
+    """Run `server_step` and return its `ServerResult`."""
     shared = worker_keys(alg, key, state.round, alg.num_workers)[1]
     keys = RoundKeys(shared, shared, key, state.round, jnp.int32(alg.num_workers))
-    tap = _RecordingCompressor(down_compressor(alg))
-    if tap.inner is not None:
-        alg = replace(alg, downlink=replace(alg.downlink, compressor=tap))  # pyright: ignore[reportArgumentType]
-    after, size, facts = server_step(alg, state, total, asked, keys)
-    return after, size, tap.payload, facts["direction_sq"], facts["step_sq"]
+    return server_step(alg, state, total, asked, keys)
 
 
 @jax.jit
@@ -475,11 +455,12 @@ class FederatedServer:
         if self.alg.rule.server_selects:
             self.own = _select_workers(self.alg, self.state, self.own, self.key, jnp.asarray(facts.sent))[1]
         asked, before = np.int32(np.count_nonzero(facts.bytes_down)), self.state.params
-        self.state, size, payload, *squares = _run_server_round(self.alg, self.state, total, asked, self.key)
-        facts.bits_down, self.squares = 8 * int(size), tuple(float(square) for square in squares)
+        result = _run_server_round(self.alg, self.state, total, asked, self.key)
+        self.state, facts.bits_down = result.state, 8 * int(result.bytes_down)
+        self.squares = float(result.metrics["direction_sq"]), float(result.metrics["step_sq"])
         self.change, down = b"", down_compressor(self.alg)
         if down is not None:  # use the decoded message, so that server and workers hold the same model
-            self.change = to_bytes(down, payload, self.like)
+            self.change = to_bytes(down, result.payload, self.like)
             self.state = self.state._replace(params=add_delta(before, from_bytes(down, self.change, self.like)))
 
     def sum_of_memories(self) -> Array:
