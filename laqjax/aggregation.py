@@ -27,7 +27,7 @@ from laqjax._core.validation import check_number, suggest
 from laqjax._engine import collectives
 from laqjax.algorithms import _shared, laq
 from laqjax.compressors import blockwise
-from laqjax.types import AlgorithmState, RoundKeys, Shards, _count_bits, register_dataclass, static_field
+from laqjax.types import AlgorithmState, OracleResult, RoundKeys, Shards, _count_bits, register_dataclass, static_field
 
 __all__ = ["LazyAggregateState", "lazy_aggregate", "partition_specs"]
 
@@ -87,7 +87,7 @@ class _PrecomputedGradient:
         """Return False, since no convolution is computed."""
         return False
 
-    def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> tuple[Array, Array]:
+    def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> OracleResult:
         """Return a loss of 0 and the given gradient.
 
         Raises:
@@ -98,7 +98,7 @@ class _PrecomputedGradient:
                 "lazy_aggregate with a method that asks for gradients at other models (MARINA on minibatches, LASG, CADA): "
                 "expected one that lives on the gradients it is given, such as laq, lag_wk, ef21, diana"
             )
-        return jnp.zeros((), self.dtype), shards.x[worker]
+        return OracleResult(jnp.zeros((), self.dtype), shards.x[worker])
 
 
 # optimizer of the server: it leaves the model unchanged and keeps the direction in its state, where `update` reads it

@@ -53,6 +53,7 @@ __all__ = [
     "Downlink",
     "Memory",
     "Oracle",
+    "OracleResult",
     "RoundContext",
     "RoundInfo",
     "RoundKeys",
@@ -249,6 +250,20 @@ class UploadContext(RoundContext):
     target_sq: Float[Array, ""]
     innovation_sq: Float[Array, ""]
     error_sq: Float[Array, ""]
+
+
+class OracleResult(NamedTuple):
+    """Loss and gradient of one worker: the result of an oracle.
+
+    Attributes:
+        loss: loss at the model that was given, a scalar.
+        grad: gradient, [p].
+        state: None; reserved for oracles that keep a state for each worker.
+    """
+
+    loss: Float[Array, ""]
+    grad: Float[Array, " p"]
+    state: Any = None
 
 
 class Decision(NamedTuple):
@@ -499,7 +514,7 @@ class Oracle(Protocol):
         """
         ...
 
-    def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> tuple[Array, Array]:
+    def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> OracleResult:
         """Compute the loss and the gradient of one worker.
 
         Args:
@@ -509,7 +524,7 @@ class Oracle(Protocol):
             rows: minibatch, a `laqjax.samplers.RowSelection`. None: the whole shard.
 
         Returns:
-            The loss (a scalar) and the gradient [p]. With `rows`, both are estimates from these rows alone.
+            The loss and the gradient. With `rows`, both are estimates from these rows alone.
         """
         ...
 

@@ -1,5 +1,6 @@
 """What parts return has names, and what a part does not declare has a default."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,7 +10,8 @@ import pytest
 from conftest import KEY, Toy
 
 import laqjax
-from laqjax import compressors, downlinks, rules, types
+from laqjax import compressors, downlinks, oracles, rules, types
+from laqjax.types import register_dataclass
 
 P, WORKERS = 5, 3
 KEYS = types.RoundKeys(KEY, jax.random.key(1), KEY, jnp.int32(2), jnp.int32(1))
@@ -100,3 +102,61 @@ def test_the_server_passes_the_payload_on(toy: Toy) -> None:
     decoded = alg.downlink.compressor.decode(result.payload, total)  # pyright: ignore[reportAttributeAccessIssue]
     np.testing.assert_array_equal(result.state.params, toy.theta0 + decoded)
     assert set(result.metrics) == {"direction_sq", "step_sq", "params"}
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class OwnOracle:
+    """An oracle of the user's around another one, with the required members only."""
+
+    inner: Any
+    convert: Any = types.static_field()  # applied to what the inner oracle returns
+
+    @property
+    def size(self) -> int:
+        return self.inner.size
+
+    @property
+    def dtype(self) -> Any:
+        return self.inner.dtype
+
+    def ravel(self, params: Any) -> Any:
+        return self.inner.ravel(params)
+
+    def unravel(self, params: Any) -> Any:
+        return self.inner.unravel(params)
+
+    def validate(self, shards: Any) -> None:
+        self.inner.validate(shards)
+
+    def activation_bytes(self, shards: Any) -> int:
+        return 0
+
+    def prefers_sequential(self, shards: Any) -> bool:
+        return False
+
+    def __call__(self, params: Any, shards: Any, worker: Any, rows: Any = None) -> Any:
+        return self.convert(self.inner(params, shards, worker, rows))
+
+
+def evaluate(oracle: Any, toy: Toy) -> Any:
+    """The shapes of what an oracle returns."""
+    return jax.eval_shape(oracle, toy.theta0, toy.shards, jnp.int32(0))
+
+
+def test_an_oracle_returns_loss_gradient_and_no_state(toy: Toy) -> None:
+    for oracle in (toy.oracle, oracles.with_local_steps(toy.oracle, 2, 0.1)):
+        result = evaluate(oracle, toy)
+        assert isinstance(result, types.OracleResult)
+        assert (result.loss.shape, result.grad.shape, result.state) == ((), toy.theta0.shape, None)
+
+
+@pytest.mark.parametrize("returned", [tuple, lambda result: (result.loss, result.grad), lambda result: result.grad])
+def test_an_oracle_without_names_is_refused(returned: Any, toy: Toy) -> None:
+    own: Any = OwnOracle(toy.oracle, returned)
+    alg = laqjax.algorithms.gd(own, lr=0.1, num_workers=4)
+    expected = r"oracle OwnOracle returned a \w+: must be laqjax\.types\.OracleResult\(loss, grad\)"
+    with pytest.raises(ValueError, match=expected):
+        jax.eval_shape(alg.step, alg.init(toy.theta0), toy.shards, KEY)
+    with pytest.raises(ValueError, match=expected):
+        evaluate(oracles.with_local_steps(own, 2, 0.1), toy)

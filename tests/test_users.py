@@ -184,7 +184,7 @@ def test_fedavg_averages_the_local_models_of_those_who_take_part(toy64: Toy) -> 
     alg = algorithms.fedavg(toy64.oracle, num_workers=4, num_local_steps=3, local_lr=0.2, num_participants=2)
     shards = jax.tree.map(jnp.asarray, toy64.shards)
     out = laqjax.run(alg, toy64.theta0, shards, 6, KEY, metrics=["params", "gradients"])
-    gradient = jax.jit(lambda model, worker: toy64.oracle(model, shards, worker)[1])
+    gradient = jax.jit(lambda model, worker: toy64.oracle(model, shards, worker).grad)
     for k in range(5):
         theta, local = out.info.extra["params"][k], []
         for m in np.flatnonzero(out.info.sent[k]):

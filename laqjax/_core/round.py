@@ -36,6 +36,7 @@ from laqjax._core.validation import (
     as_schedule,
     check_implements,
     check_number,
+    check_oracle_result,
     oracle_dtype,
     suggest,
 )
@@ -48,6 +49,7 @@ from laqjax.types import (
     Downlink,
     Memory,
     Oracle,
+    OracleResult,
     RoundContext,
     RoundInfo,
     RoundKeys,
@@ -393,16 +395,19 @@ def worker_step(
     rows = alg.sampler(keys, shards) if alg.sampler else None
     counted: list[Any] = [1]
 
+    def evaluate(params: Any, rows: Any) -> OracleResult:
+        return check_oracle_result(alg.oracle, alg.oracle(params, shards, keys.shard, rows))
+
     def gradient_at(params: Any, full: bool = False, when: bool | Bool[Array, ""] = True) -> Float[Array, " p"]:
         def there(params: Any) -> Any:
-            return alg.oracle(params, shards, keys.shard, None if full else rows)[1]
+            return evaluate(params, None if full else rows).grad
 
         counted.append(jnp.asarray(when, jnp.int32))
         return there(params) if when is True else jax.lax.cond(when, there, jnp.zeros_like, params)
 
     now = RoundContext(state.params, keys, alg.learning_rate_at(state.round), alg.num_workers, gradient_at)
     asked = alg.rule.is_selected(state.rule, worker.rule, now)
-    loss, grad = alg.oracle(state.params, shards, keys.shard, rows)
+    loss, grad, _ = evaluate(state.params, rows)
     target, silent = alg.memory.compression_target(worker.memory, grad, now)
     payload = alg.compressor.encode(target, keys)
     decoded = alg.compressor.decode(payload, target)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from laqjax.types import Shards
+from laqjax.types import OracleResult, Shards
 
 
 def check_number(
@@ -164,6 +164,16 @@ def oracle_dtype(oracle: Any) -> np.dtype:
         how = "problem.oracle()" if problem else "laqjax.oracles.from_loss(loss_fn, params)"
         raise ValueError(f"oracle = {oracle!r}: must be an oracle; pass {how}")
     return oracle.dtype
+
+
+def check_oracle_result(oracle: Any, result: Any) -> OracleResult:
+    """Return what an oracle returned; raise ValueError unless it is an `OracleResult`."""
+    if not isinstance(result, OracleResult):
+        raise ValueError(
+            f"oracle {type(oracle).__name__} returned a {type(result).__name__}: must be "
+            "laqjax.types.OracleResult(loss, grad)"
+        )
+    return result
 
 
 def check_implements(name: str, value: Any, methods: tuple[str, ...], expected: str) -> None:
