@@ -42,7 +42,15 @@ from laqjax._core.wire_format import (
     scalar_struct,
     to_bytes,
 )
-from laqjax.types import Compressor, WireField, register_dataclass, shared_bernoulli, static_field
+from laqjax.types import (
+    Compressor,
+    WireField,
+    max_abs,
+    register_dataclass,
+    shared_bernoulli,
+    squared_norm,
+    static_field,
+)
 
 __all__ = [
     "QSGD",
@@ -118,7 +126,7 @@ class Grid:
     bits: Int[Array, ""]
 
     def encode(self, target, keys):
-        radius = jnp.max(jnp.abs(target))
+        radius = max_abs(target)
         return {"radius": radius, "codes": quantize_to_grid(target, radius, self.bits)}
 
     def decode(self, payload, like):
@@ -147,7 +155,7 @@ class AdaptiveGrid:
     max_bits: Int[Array, ""]
 
     def encode(self, target, keys):
-        radius, norm = jnp.max(jnp.abs(target)), jnp.sqrt(jnp.sum(target * target))
+        radius, norm = max_abs(target), jnp.sqrt(squared_norm(target))
         spread = radius * np.sqrt(target.size).astype(target.dtype) / jnp.where(norm > 0, norm, 1)
         bits = jnp.clip(jnp.floor(jnp.log2(spread + 1)).astype(jnp.int32), self.min_bits, self.max_bits)
         return {"bits": bits, "radius": radius, "codes": quantize_to_grid(target, radius, bits)}
@@ -178,7 +186,7 @@ class QSGD:
     levels: Int[Array, ""]
 
     def encode(self, target, keys):
-        norm = jnp.sqrt(jnp.sum(target * target))
+        norm = jnp.sqrt(squared_norm(target))
         share = jnp.abs(target) / jnp.where(norm > 0, norm, 1) * self.levels.astype(target.dtype)
         level = jnp.floor(share + jax.random.uniform(keys.worker_key, target.shape, target.dtype))
         return {
@@ -206,7 +214,7 @@ class Ternary:
     """
 
     def encode(self, target, keys):
-        radius = jnp.max(jnp.abs(target))
+        radius = max_abs(target)
         kept = jax.random.uniform(keys.worker_key, target.shape, target.dtype) * radius < jnp.abs(target)
         return {"radius": radius, "codes": jnp.where(kept, jnp.sign(target), 0) + 1}
 

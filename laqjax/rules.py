@@ -28,7 +28,6 @@ from laqjax.types import (
     ServerStep,
     UploadContext,
     register_dataclass,
-    squared_norm,
     static_field,
 )
 
@@ -186,7 +185,7 @@ class ClagRule(BaseUploadRule):
     def should_send(self, shared_state, worker_state, context):
         last, begun = worker_state
         after = context.grad, jnp.asarray(True)
-        send = (context.target_sq > self.zeta * squared_norm(context.grad - last)) | ~begun
+        send = (context.target_sq > self.zeta * context.squared_norm(context.grad - last)) | ~begun
         return Decision(send, after, after)
 
 
@@ -287,7 +286,7 @@ class StaleModelChange:
         return None, params
 
     def measure(self, shared_state, worker_state, context):
-        return squared_norm(context.grad - context.gradient_at(worker_state)), context.params
+        return context.squared_norm(context.grad - context.gradient_at(worker_state)), context.params
 
     def update(self, shared_state, step):
         return None
@@ -313,7 +312,7 @@ class SnapshotChange:
 
     def measure(self, shared_state, worker_state, context):
         reduced = context.grad - context.gradient_at(shared_state)
-        return squared_norm(reduced - worker_state), reduced
+        return context.squared_norm(reduced - worker_state), reduced
 
     def update(self, shared_state, step):
         return jnp.where((step.round + 1) % self.period == 0, step.after, shared_state)
@@ -382,7 +381,7 @@ class ServerLazyRule(BaseUploadRule):
         return self.history.init(), params
 
     def is_selected(self, shared_state, worker_state, context):
-        change = self.smoothness[context.keys.worker] ** 2 * squared_norm(context.params - worker_state)
+        change = self.smoothness[context.keys.worker] ** 2 * context.squared_norm(context.params - worker_state)
         return change >= self.history.threshold(shared_state, context)
 
     def should_send(self, shared_state, worker_state, context):

@@ -66,6 +66,7 @@ __all__ = [
     "WireField",
     "WorkerState",
     "WorkerUpload",
+    "max_abs",
     "register_dataclass",
     "shared_bernoulli",
     "squared_norm",
@@ -127,9 +128,17 @@ def register_dataclass(cls: type[_T]) -> type[_T]:
     return cls
 
 
+# All parts compute norms of vectors [p] with these two functions, so that a sharded model can replace them here.
+
+
 def squared_norm(v: Float[Array, " p"]) -> Float[Array, ""]:
     """Return the squared Euclidean norm of a vector [p]."""
     return jnp.sum(v * v)
+
+
+def max_abs(v: Float[Array, " p"]) -> Float[Array, ""]:
+    """Return the largest absolute value of a vector [p]."""
+    return jnp.max(jnp.abs(v))
 
 
 def _count_bits(name: str, size: Any) -> np.ndarray:
@@ -229,6 +238,14 @@ class RoundContext:
     lr: Float[Array, ""]
     num_workers: int
     gradient_at: Callable[..., Float[Array, " p"]]
+
+    def squared_norm(self, v: Float[Array, " p"]) -> Float[Array, ""]:
+        """Return the squared Euclidean norm of a vector [p]; see `laqjax.types.squared_norm`."""
+        return squared_norm(v)
+
+    def max_abs(self, v: Float[Array, " p"]) -> Float[Array, ""]:
+        """Return the largest absolute value of a vector [p]; see `laqjax.types.max_abs`."""
+        return max_abs(v)
 
 
 @dataclass(frozen=True)
@@ -646,7 +663,7 @@ class Compressor(Protocol):
         """Compress a vector.
 
         Args:
-            target: vector to compress, [p].
+            target: vector to compress, [p]. Compute its norms with `squared_norm` and `max_abs` of this module.
             keys: PRNG keys. `worker_key` gives each worker its own draws, `shared_key` gives all workers the same
                 draws.
 

@@ -1,5 +1,6 @@
 """What parts return has names, and what a part does not declare has a default."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,3 +161,49 @@ def test_an_oracle_without_names_is_refused(returned: Any, toy: Toy) -> None:
         jax.eval_shape(alg.step, alg.init(toy.theta0), toy.shards, KEY)
     with pytest.raises(ValueError, match=expected):
         evaluate(oracles.with_local_steps(own, 2, 0.1), toy)
+
+
+def replace_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of another scale in their one place, and wherever a module has imported them from there."""
+    others = {
+        "squared_norm": lambda v: 100 * jnp.sum(v * v),
+        "max_abs": lambda v: 100 * jnp.max(jnp.abs(v)),
+    }
+    for module in [module for name, module in sys.modules.items() if name.startswith("laqjax.")]:
+        for name, other in others.items():
+            if getattr(module, name, None) is not None and module is not types:
+                assert getattr(module, name) is getattr(types, name), module
+                monkeypatch.setattr(module, name, other)
+    for name, other in others.items():
+        monkeypatch.setattr(types, name, other)
+
+
+def test_norms_have_one_place(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every norm of compressors, rules and server changes with the two functions of `laqjax.types`."""
+    assert (types.squared_norm(VECTOR), types.max_abs(-VECTOR)) == (55, 5)
+    clag: Any = rules.ClagRule(HALF)  # pyright: ignore[reportArgumentType]
+    selects: Any = rules.ServerLazyRule(HISTORY, np.ones(WORKERS, np.float32))  # pyright: ignore[reportArgumentType]
+    motion = jnp.ones(3), 0 * VECTOR
+    state = VECTOR, jnp.asarray(True)
+    # 220 > 55 / 2 and, with the norms replaced, 220 < 5500 / 2
+    assert clag.should_send(None, state, make_context()).send
+    assert not selects.is_selected(motion[0], VECTOR + HALF, make_context())  # 5 / 4 < 0.8 / 0.09
+    replace_norms(monkeypatch)
+    context = make_context()
+    assert (context.squared_norm(VECTOR), context.max_abs(VECTOR)) == (5500, 500)
+    assert not clag.should_send(None, state, context).send
+    assert selects.is_selected(motion[0], VECTOR + HALF, context)
+    for measure in (rules.StaleModelChange(), rules.SnapshotChange(np.int32(4))):  # pyright: ignore[reportArgumentType]
+        assert (
+            measure.measure(VECTOR, 0 * VECTOR if isinstance(measure, rules.SnapshotChange) else VECTOR, context)[0]
+            == 5500
+        )
+    for compressor in (compressors.grid(3), compressors.ternary(), compressors.adaptive_grid(1, 9)):
+        payload = compressor.encode(VECTOR, KEYS)
+        assert payload["radius"] == 500
+    assert payload["bits"] == 4  # floor(log2(500 sqrt(5) / sqrt(5500) + 1)), where it was 1
+    np.testing.assert_allclose(compressors.qsgd(3).encode(VECTOR, KEYS)["norm"], 5500**0.5, rtol=1e-6)
+    alg = laqjax.algorithms.gd(toy.oracle, lr=1.0, num_workers=4)
+    metrics = laqjax.server_step(alg, alg.init(toy.theta0), jnp.ones_like(toy.theta0), jnp.int32(4), KEYS).metrics
+    assert metrics["direction_sq"] == 6300
+    np.testing.assert_allclose(metrics["step_sq"], 6300, rtol=1e-5)

@@ -49,6 +49,7 @@ from laqjax.types import (
     RoundKeys,
     ServerResult,
     UploadContext,
+    max_abs,
 )
 
 log = logging.getLogger(__name__)
@@ -412,7 +413,7 @@ class FederatedServer:
         The limit is `outlier_factor` times the median of the workers' largest values in earlier rounds. Before the
         first accepted message it is computed from the messages of this round.
         """
-        sizes = {worker: float(jnp.max(jnp.abs(pair[1]))) for worker, pair in taken.items() if pair[1] is not None}
+        sizes = {worker: float(max_abs(pair[1])) for worker, pair in taken.items() if pair[1] is not None}
         usual = [size for size in (self.max_magnitudes or sizes).values() if size > 0]
         for worker, size in sizes.items():
             if usual and size > self.outlier_factor * np.median(usual):
