@@ -49,6 +49,7 @@ __all__ = [
     "Broadcast",
     "Collective",
     "Compressor",
+    "CompressorTraits",
     "Decision",
     "Downlink",
     "Memory",
@@ -642,12 +643,18 @@ class Sampler(Protocol):
 class Compressor(Protocol):
     """Conversion of a vector [p] to a message and back; see `laqjax.compressors`.
 
+    A compressor may also declare the members of `CompressorTraits`. Without them it works everywhere, but devices of a
+    mesh exchange its messages in decoded form.
+
     As an example, this compressor sends float16 values, 16 p bits:
 
     ```python
     @register_dataclass
     @dataclass(frozen=True)
     class Half:
+        is_coordinatewise = True
+        has_static_layout = True
+
         def encode(self, target, keys):
             return {"values": target.astype(jnp.float16)}
 
@@ -689,9 +696,8 @@ class Compressor(Protocol):
 
         The size of a message, its bytes and the reading of these bytes all follow from this list. It should be a
         generator: a reader starts with an empty payload and stores each field in it before it requests the next one.
-        The width of a field may therefore depend on earlier entries. A collective also lists the fields of an empty
-        payload. If that raises KeyError, the width is known only at run time, and messages are moved between devices in
-        decoded form.
+        The width of a field may therefore depend on earlier entries, unless the compressor declares a static layout
+        (`CompressorTraits`).
 
         Args:
             payload: result of `encode`, or a dict that the caller fills while it reads.
@@ -701,6 +707,23 @@ class Compressor(Protocol):
             The fields.
         """
         ...
+
+
+@runtime_checkable
+class CompressorTraits(Protocol):
+    """Optional declarations of a compressor. A member that the compressor lacks has the value given here.
+
+    Attributes:
+        is_coordinatewise: whether a coordinate is decoded from its own numbers, and from numbers of the whole message.
+            Each entry of the payload is then a scalar or has one number for each coordinate. `collective="all_to_all"`
+            needs this to exchange parts of packed messages.
+        has_static_layout: whether shapes and widths of the fields are the same for all messages, and no field has a
+            mask. `wire_fields({}, like)` then lists the fields without reading the payload. Only such messages are
+            packed for the exchange between devices.
+    """
+
+    is_coordinatewise: bool = False
+    has_static_layout: bool = False
 
 
 @runtime_checkable

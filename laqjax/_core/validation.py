@@ -166,6 +166,18 @@ def oracle_dtype(oracle: Any) -> np.dtype:
     return oracle.dtype
 
 
+def get_declaration(part: Any, protocol: type, name: str) -> Any:
+    """Return an optional member of a part, or its default where the part does not define it.
+
+    Args:
+        part: the part, such as a compressor.
+        protocol: protocol whose members are optional, and which defines their defaults.
+        name: name of the member, an attribute or a method.
+    """
+    default = getattr(protocol, name)
+    return getattr(part, name, partial(default, part) if callable(default) else default)
+
+
 def check_oracle_result(oracle: Any, result: Any) -> OracleResult:
     """Return what an oracle returned; raise ValueError unless it is an `OracleResult`."""
     if not isinstance(result, OracleResult):
