@@ -19,9 +19,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from laqjax._core import cpu_layouts
-from laqjax._core.validation import check_number, check_oracle_result, check_type, oracle_dtype, suggest
+from laqjax._core.validation import (
+    check_evaluates_anywhere,
+    check_number,
+    check_oracle_result,
+    check_type,
+    get_declaration,
+    oracle_dtype,
+    suggest,
+)
 from laqjax.samplers import RowSelection
-from laqjax.types import Oracle, OracleResult, Shards, register_dataclass, static_field
+from laqjax.types import Oracle, OracleHints, OracleResult, Shards, register_dataclass, static_field
 
 __all__ = ["LocalSgdOracle", "PytreeLayout", "TiledOracle", "from_loss", "with_local_steps"]
 
@@ -366,11 +374,11 @@ class LocalSgdOracle:
 
     def activation_bytes(self, shards: Shards) -> int:
         """Return the bytes of activations that one local gradient needs."""
-        return self.oracle.activation_bytes(shards)
+        return get_declaration(self.oracle, OracleHints, "activation_bytes")(shards)
 
     def prefers_sequential(self, shards: Shards) -> bool:
         """Return whether the points of a sweep run one after another."""
-        return self.oracle.prefers_sequential(shards)
+        return get_declaration(self.oracle, OracleHints, "prefers_sequential")(shards)
 
     def __call__(
         self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""], rows: RowSelection | None = None
@@ -387,8 +395,10 @@ class LocalSgdOracle:
             The loss on the rows of the first local step, and the mean gradient [p].
 
         Raises:
-            ValueError: the size of the minibatch is not a multiple of `num_local_steps`.
+            ValueError: the size of the minibatch is not a multiple of `num_local_steps`, or the inner oracle cannot be
+                evaluated at other models than that of the round.
         """
+        check_evaluates_anywhere(self.oracle)
         if rows and rows.size % self.num_local_steps:
             raise ValueError(
                 f"minibatches of {rows.size} rows for num_local_steps = {self.num_local_steps}: expected a multiple, every local step uses its own part"

@@ -54,6 +54,7 @@ __all__ = [
     "Downlink",
     "Memory",
     "Oracle",
+    "OracleHints",
     "OracleResult",
     "RoundContext",
     "RoundInfo",
@@ -482,7 +483,8 @@ class WireField(NamedTuple):
 class Oracle(Protocol):
     """Loss and gradient of one worker, as functions of the model as a flat vector [p].
 
-    `laqjax.oracles.from_loss` builds an oracle from a loss per example.
+    `laqjax.oracles.from_loss` builds an oracle from a loss per example. An oracle may also define members of
+    `OracleHints`.
     """
 
     @property
@@ -518,20 +520,6 @@ class Oracle(Protocol):
         """
         ...
 
-    def activation_bytes(self, shards: Shards) -> int:
-        """Estimate the memory in bytes that one gradient needs in addition to the parameters and the gradient.
-
-        `laqjax.max_batch_size` uses it to compute how many points of a sweep fit in memory.
-        """
-        ...
-
-    def prefers_sequential(self, shards: Shards) -> bool:
-        """Return whether gradients are faster one after another than batched with `vmap`.
-
-        It is a hint for the points of a sweep, and on the CPU also for the workers of a round.
-        """
-        ...
-
     def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> OracleResult:
         """Compute the loss and the gradient of one worker.
 
@@ -545,6 +533,32 @@ class Oracle(Protocol):
             The loss and the gradient. With `rows`, both are estimates from these rows alone.
         """
         ...
+
+
+@runtime_checkable
+class OracleHints(Protocol):
+    """Optional declarations of an oracle. A member that the oracle lacks behaves as the one given here.
+
+    Attributes:
+        evaluates_anywhere: whether the oracle can be evaluated at any model. If it is False, methods that ask for
+            gradients at other models than that of the round, or for local steps, are refused.
+    """
+
+    evaluates_anywhere: bool = True
+
+    def activation_bytes(self, shards: Shards) -> int:
+        """Estimate the memory in bytes that one gradient needs in addition to the parameters and the gradient.
+
+        `laqjax.max_batch_size` uses it to compute how many points of a sweep fit in memory.
+        """
+        return 0
+
+    def prefers_sequential(self, shards: Shards) -> bool:
+        """Return whether gradients are faster one after another than batched with `vmap`.
+
+        It is a hint for the points of a sweep, and on the CPU also for the workers of a round.
+        """
+        return False
 
 
 @runtime_checkable

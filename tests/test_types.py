@@ -1,5 +1,6 @@
 """What parts return has names, and what a part does not declare has a default."""
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from conftest import KEY, Toy
 
 import laqjax
-from laqjax import compressors, downlinks, oracles, rules, types
+from laqjax import compressors, downlinks, memories, oracles, rules, types
 from laqjax.types import register_dataclass
 
 P, WORKERS = 5, 3
@@ -130,12 +131,6 @@ class OwnOracle:
     def validate(self, shards: Any) -> None:
         self.inner.validate(shards)
 
-    def activation_bytes(self, shards: Any) -> int:
-        return 0
-
-    def prefers_sequential(self, shards: Any) -> bool:
-        return False
-
     def __call__(self, params: Any, shards: Any, worker: Any, rows: Any = None) -> Any:
         return self.convert(self.inner(params, shards, worker, rows))
 
@@ -207,3 +202,68 @@ def test_norms_have_one_place(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None
     metrics = laqjax.server_step(alg, alg.init(toy.theta0), jnp.ones_like(toy.theta0), jnp.int32(4), KEYS).metrics
     assert metrics["direction_sq"] == 6300
     np.testing.assert_allclose(metrics["step_sq"], 6300, rtol=1e-5)
+
+
+def keep(result: Any) -> Any:
+    return result
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class CurrentOracle(OwnOracle):
+    """One that has the gradient at the model of the round only."""
+
+    evaluates_anywhere = False
+
+
+def test_an_oracle_needs_no_hints(toy: Toy, quick_compilation: None) -> None:
+    """Nor one of local steps around it; a hint that is there is used."""
+    own: Any = OwnOracle(toy.oracle, keep)
+    assert isinstance(own, types.Oracle)
+    for oracle in (own, oracles.with_local_steps(own, 2, 0.1)):
+        alg = laqjax.algorithms.gd(oracle, lr=0.1, num_workers=4)
+        assert alg.default_worker_batch_size(toy.shards) == 4
+        assert laqjax.max_batch_size(alg, toy.shards, memory_limit=2**20, devices=1) > 0
+    algs = [laqjax.algorithms.gd(own, lr=lr, num_workers=4) for lr in (0.1, 0.2)]
+    many = laqjax.sweep(laqjax.stack_algorithms(algs), toy.theta0, toy.shards, 2, jax.random.split(KEY, 2))
+    assert np.isfinite(many.info.loss).all()
+
+
+def test_hints_of_an_oracle_are_used(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnOracle, "prefers_sequential", lambda self, shards: True, raising=False)
+    monkeypatch.setattr(OwnOracle, "activation_bytes", lambda self, shards: 2**20, raising=False)
+    own: Any = OwnOracle(toy.oracle, keep)
+    for oracle in (own, oracles.with_local_steps(own, 2, 0.1)):
+        alg = laqjax.algorithms.gd(oracle, lr=0.1, num_workers=4)
+        assert alg.default_worker_batch_size(toy.shards) == 1
+        with pytest.raises(ValueError, match="expected at least the"):
+            laqjax.max_batch_size(alg, toy.shards, memory_limit=2**21, devices=1)
+
+
+def test_other_models_are_refused_where_the_oracle_has_the_current_one_only(toy: Toy) -> None:
+    own: Any = CurrentOracle(toy.oracle, keep)
+    settings: dict[str, Any] = {"lr": 0.1, "num_workers": 4}
+    block, algorithms = laqjax.samplers.BlockSampler(3), laqjax.algorithms
+
+    def trace(alg: laqjax.Algorithm) -> Any:
+        return jax.eval_shape(alg.step, alg.init(toy.theta0), toy.shards, KEY)
+
+    trace(algorithms.laq(own, **settings))
+    for alg in (
+        algorithms.lasg_wk2(own, sampler=block, **settings),
+        algorithms.marina(own, sampler=block, compressor=compressors.rand_k(3), probability=0.5, **settings),
+        algorithms.fedavg(own, num_workers=4, num_local_steps=1, local_lr=0.1),
+    ):
+        with pytest.raises(ValueError, match="a method that asks for gradients at other models"):
+            trace(alg)
+    with pytest.raises(ValueError, match="a method that asks for gradients at other models"):  # the whole shard, here
+        trace(dataclasses.replace(algorithms.gd(own, **settings), memory=WholeShard()))
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class WholeShard(memories.NoMemory):
+    """A memory that asks for the gradient of the whole shard at the model of the round."""
+
+    def compression_target(self, worker_state: Any, grad: Any, context: Any) -> Any:
+        return context.gradient_at(context.params, full=True), None

@@ -34,9 +34,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from laqjax._core.validation import (
     as_optimizer_factory,
     as_schedule,
+    check_evaluates_anywhere,
     check_implements,
     check_number,
     check_oracle_result,
+    get_declaration,
     oracle_dtype,
     suggest,
 )
@@ -49,6 +51,7 @@ from laqjax.types import (
     Downlink,
     Memory,
     Oracle,
+    OracleHints,
     OracleResult,
     RoundContext,
     RoundInfo,
@@ -219,7 +222,8 @@ class Algorithm:
         medium = vector < CACHE_RESIDENT_PARAMS_BYTES and (
             data > CACHE_RESIDENT_DATA_BYTES or self.num_workers * vector > CACHE_RESIDENT_PARAMS_BYTES
         )
-        alone = jax.default_backend() == "cpu" and (medium or self.oracle.prefers_sequential(shards))
+        prefers_sequential = get_declaration(self.oracle, OracleHints, "prefers_sequential")
+        alone = jax.default_backend() == "cpu" and (medium or prefers_sequential(shards))
         return 1 if alone else self.num_workers
 
     def params(self, state: AlgorithmState) -> Any:
@@ -402,6 +406,7 @@ def worker_step(
         def there(params: Any) -> Any:
             return evaluate(params, None if full else rows).grad
 
+        check_evaluates_anywhere(alg.oracle)
         counted.append(jnp.asarray(when, jnp.int32))
         return there(params) if when is True else jax.lax.cond(when, there, jnp.zeros_like, params)
 

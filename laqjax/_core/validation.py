@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from laqjax.types import OracleResult, Shards
+from laqjax.types import OracleHints, OracleResult, Shards
 
 
 def check_number(
@@ -186,6 +186,15 @@ def check_oracle_result(oracle: Any, result: Any) -> OracleResult:
             "laqjax.types.OracleResult(loss, grad)"
         )
     return result
+
+
+def check_evaluates_anywhere(oracle: Any) -> None:
+    """Raise ValueError if an oracle declares that it has gradients at the model of the round only."""
+    if not get_declaration(oracle, OracleHints, "evaluates_anywhere"):
+        raise ValueError(
+            "lazy_aggregate with a method that asks for gradients at other models (MARINA on minibatches, LASG, CADA): "
+            "expected one that lives on the gradients it is given, such as laq, lag_wk, ef21, diana"
+        )
 
 
 def check_implements(name: str, value: Any, methods: tuple[str, ...], expected: str) -> None:
