@@ -425,7 +425,8 @@ def test_the_loss(wrong: Any, message: str, toy: Toy) -> None:
     def loss_fn(params: Any, x: Any, y: Any) -> Any:
         return wrong(softmax_loss(params, x, y))
 
-    alg = algorithms.laq(replace(toy.oracle, loss_fn=loss_fn), lr=0.1, num_workers=4)
+    given = replace(toy.oracle, loss_fn=loss_fn)
+    alg = algorithms.laq(given, lr=0.1, num_workers=4)
     for call in every_start(alg, toy.theta0, toy.shards):
         refused(call, message)
     refused(lambda: laqjax.max_batch_size(alg, toy.shards), message)
@@ -436,8 +437,8 @@ def test_the_loss(wrong: Any, message: str, toy: Toy) -> None:
     # before any check, and on whole tiles
     everywhere = message.replace("[2]", "[")[: message.index("[2]") + 1] if "[2]" in message else message
     refused(lambda: jax.eval_shape(alg.oracle, toy.theta0, toy.shards, jnp.int32(0)), everywhere)
-    refused(lambda: alg.oracle.prefers_sequential(toy.shards), message)
-    refused(lambda: alg.oracle.activation_bytes(toy.shards), everywhere)
+    refused(lambda: given.prefers_sequential(toy.shards), message)
+    refused(lambda: given.activation_bytes(toy.shards), everywhere)
 
 
 def test_a_diverging_run_says_where(toy: Toy) -> None:

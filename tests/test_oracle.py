@@ -30,7 +30,8 @@ def plain(loss_fn: Any, reduction: str, params: Any, x: Any, y: Any, weight: Any
 
 @jax.jit
 def tiled(tiled: oracles.TiledOracle, theta: Any, shards: Shards, worker: Any) -> tuple[Any, Any]:
-    return tiled(theta, shards, worker)
+    result = tiled(theta, shards, worker)
+    return result.loss, result.grad
 
 
 def check(given: oracles.TiledOracle, params: Any, shards: Shards, workers: int = 4) -> None:

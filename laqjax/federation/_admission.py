@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from flwr.app import Message, MessageType
 from jaxtyping import Array
@@ -13,6 +12,7 @@ from laqjax._core.wire_format import from_bytes
 from laqjax.compressors import Identity
 from laqjax.federation import _protocol
 from laqjax.federation._roster import Rejection, Roster, register_node
+from laqjax.types import max_abs
 
 
 class AcceptedReply(NamedTuple):
@@ -136,7 +136,7 @@ def find_outliers(
         The rejected messages by worker, and `max_magnitudes` after the other messages of this round.
     """
     decoded = {worker: reply.decoded for worker, reply in replies.items() if reply.decoded is not None}
-    sizes = {worker: float(jnp.max(jnp.abs(message))) for worker, message in decoded.items()}
+    sizes = {worker: float(max_abs(message)) for worker, message in decoded.items()}
     usual = np.median([size for size in (max_magnitudes or sizes).values() if size > 0] or [np.inf])
     outliers, magnitudes = {}, dict(max_magnitudes)
     for worker, size in sizes.items():

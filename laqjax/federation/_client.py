@@ -39,8 +39,8 @@ class ForcedUpload(BaseUploadRule):
         return self.rule.init(params)
 
     def should_send(self, shared_state, worker_state, context):
-        send, sent, silent = self.rule.should_send(shared_state, worker_state, context)
-        return send | self.force_send, sent, silent
+        decision = self.rule.should_send(shared_state, worker_state, context)
+        return decision._replace(send=decision.send | self.force_send)
 
 
 @jax.jit

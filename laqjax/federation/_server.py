@@ -4,7 +4,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from laqjax.federation._admission import AcceptedReply, ExpectedReply, collect_r
 from laqjax.federation._checkpoint import Checkpoint, WorkerRecords, restore_checkpoint, save_checkpoint
 from laqjax.federation._protocol import add_delta, down_compressor, worker_keys
 from laqjax.federation._roster import Rejection, Roster, make_hello_messages
-from laqjax.types import AlgorithmState, RoundContext, RoundKeys, UploadContext
+from laqjax.types import AlgorithmState, RoundContext, RoundKeys, ServerResult, UploadContext
 
 log = logging.getLogger(__name__)
 
@@ -60,35 +60,14 @@ class RoundStats:
         return cls(round, np.nan, 0, *arrays, transfer=0.0, decode=0.0, refused=0)
 
 
-class _RecordingCompressor:
-    """Compressor that also stores the last payload it encoded."""
-
-    def __init__(self, compressor: Any) -> None:
-        self.inner, self.payload = compressor, None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def encode(self, target, keys):
-        self.payload = self.inner.encode(target, keys)
-        return self.payload
-
-
 @jax.jit
-def _run_server_round(alg: Algorithm, state: AlgorithmState, total: Array, asked: Any, key: PRNGKeyArray) -> Any:
-    """Run `server_step` and record the payload of the compressed model change.
-
-    Returns:
-        The new state, the bytes sent down, the payload (None without a `down_compressor`), ||direction||^2 and
-        ||step||^2.
-    """
+def _run_server_round(
+    alg: Algorithm, state: AlgorithmState, total: Array, asked: Any, key: PRNGKeyArray
+) -> ServerResult:
+    """Run `server_step` and return its `ServerResult`."""
     shared = worker_keys(alg, key, state.round, alg.num_workers)[1]
     keys = RoundKeys(shared, shared, key, state.round, jnp.int32(alg.num_workers))
-    tap = _RecordingCompressor(down_compressor(alg))
-    if tap.inner is not None:
-        alg = replace(alg, downlink=replace(alg.downlink, compressor=tap))  # pyright: ignore[reportArgumentType]
-    after, size, facts = server_step(alg, state, total, asked, keys)
-    return after, size, tap.payload, facts["direction_sq"], facts["step_sq"]
+    return server_step(alg, state, total, asked, keys)
 
 
 @jax.jit
@@ -126,9 +105,9 @@ def _select_workers(alg: Algorithm, state: AlgorithmState, own: Any, key: PRNGKe
         )
         known: dict[str, Any] = vars(now)
         evidence = UploadContext(**known, grad=nothing, target=nothing, decoded=nothing, target_sq=zero, innovation_sq=zero, error_sq=zero)  # fmt: skip
-        _, after, silent = alg.rule.should_send(state.rule, own, evidence)
+        decision = alg.rule.should_send(state.rule, own, evidence)
         return alg.rule.is_selected(state.rule, own, now), jax.tree.map(
-            lambda a, b: jnp.where(sent, a, b), after, silent
+            lambda a, b: jnp.where(sent, a, b), decision.if_sent, decision.if_silent
         )
 
     return jax.vmap(one)(jnp.arange(alg.num_workers, dtype=jnp.int32), own, sent)
@@ -176,12 +155,12 @@ def _run_step(
     if alg.rule.server_selects:
         workers.rule_states = _select_workers(alg, state, workers.rule_states, key, jnp.asarray(facts.sent))[1]
     asked, before = np.int32(np.count_nonzero(facts.bytes_down)), state.params
-    state, size, payload, *squares = _run_server_round(alg, state, total, asked, key)
-    facts.bits_down, change, down = 8 * int(size), b"", down_compressor(alg)
+    result = _run_server_round(alg, state, total, asked, key)
+    state, facts.bits_down, change, down = result.state, 8 * int(result.bytes_down), b"", down_compressor(alg)
     if down is not None:  # use the decoded message, so that server and workers hold the same model
-        change = to_bytes(down, payload, before)
+        change = to_bytes(down, result.payload, before)
         state = state._replace(params=add_delta(before, from_bytes(down, change, before)))
-    return state, ModelChange(change, *map(float, squares))
+    return state, ModelChange(change, float(result.metrics["direction_sq"]), float(result.metrics["step_sq"]))
 
 
 def _fill_stats(facts: RoundStats, answered: dict[int, AcceptedReply]) -> None:
