@@ -110,6 +110,7 @@ class TiledOracle:
         reduction: "mean" or "sum" over the rows of a shard, weighted by `Shards.weight`.
         tile: rows per tile, or None for a default by device.
         precision: precision of the matrix products.
+        use_cpu_layouts: whether gradients on the CPU are rewritten for XLA's fast kernels.
     """
 
     l2: Float[Array, ""]
@@ -118,6 +119,7 @@ class TiledOracle:
     reduction: str = static_field()
     tile: int | None = static_field()
     precision: str = static_field()
+    use_cpu_layouts: bool = static_field(default=True)
 
     @property
     def size(self) -> int:
@@ -183,7 +185,7 @@ class TiledOracle:
             x, y, weight = jax.tree.map(lambda a: _slice_rows(a, worker, rows, start, count), shards)
             weight = weight.astype(self.dtype)
             value_and_grad = jax.value_and_grad(lambda tree, x, y: jnp.vdot(self._losses(tree, x, y), weight))
-            if jax.default_backend() == "cpu":
+            if self.use_cpu_layouts and jax.default_backend() == "cpu":
                 loss, grad = cpu_layouts.with_canonical_layouts(value_and_grad, tree, x, y)
             else:
                 loss, grad = value_and_grad(tree, x, y)
@@ -293,6 +295,7 @@ def from_loss(
     reduction: str = "mean",
     tile: int | None = None,
     precision: str = "highest",
+    use_cpu_layouts: bool = True,
 ) -> TiledOracle:
     """Build an oracle from a loss per example.
 
@@ -305,12 +308,15 @@ def from_loss(
         tile: rows read at a time. None: about 4 MiB per tile on the CPU; on GPU and TPU 1 GiB for all workers together.
         precision: precision of the matrix products. "highest" is true float32 on every device. A lower precision
             changes trajectories on GPU and TPU.
+        use_cpu_layouts: on the CPU, rewrite gradients with transposed convolutions and products so that XLA uses its fast
+            kernels inside loops. False: gradients as JAX gives them, equal up to rounding and often slower.
 
     Returns:
         `oracle(params [p], shards, worker)`, which returns loss and gradient [p], with the methods `ravel` and `unravel`.
 
     Raises:
-        ValueError: `reduction` is not "mean" or "sum", l2 < 0, tile < 1, or `params` has mixed or non-floating dtypes.
+        ValueError: `reduction` is not "mean" or "sum", l2 < 0, tile < 1, `use_cpu_layouts` is not a bool, or `params` has
+            mixed or non-floating dtypes.
 
     Example:
         >>> import jax.numpy as jnp, laqjax
@@ -324,10 +330,12 @@ def from_loss(
         raise ValueError(f"params: expected arrays of one floating dtype, got {sorted(map(str, dtypes))}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction = {reduction!r}: expected 'mean' or 'sum'{suggest(reduction, ('mean', 'sum'))}")
+    if not isinstance(use_cpu_layouts, bool | np.bool_):
+        raise ValueError(f"use_cpu_layouts = {use_cpu_layouts!r}: expected True or False")
     layout = PytreeLayout(tree, tuple(np.shape(leaf) for leaf in leaves), dtypes.pop())
     strength = check_number("l2", l2, layout.dtype, minimum=0)
     tile = None if tile is None else int(check_number("tile", tile, np.int32, minimum=1))
-    return TiledOracle(strength, loss_fn, layout, reduction, tile, precision)
+    return TiledOracle(strength, loss_fn, layout, reduction, tile, precision, bool(use_cpu_layouts))
 
 
 # ---- local steps ------------------------------------------------------------------------------------------------

@@ -141,6 +141,7 @@ ORACLE: list[tuple[dict[str, Any], str]] = [
     (dict(l2=np.nan), "l2 = nan: expected one finite number and >= 0"),
     (dict(l2=np.inf), "l2 = inf: expected one finite number and >= 0"),
     (dict(tile=0), "tile = 0: expected one whole number and >= 1"),
+    (dict(use_cpu_layouts="no"), "use_cpu_layouts = 'no': expected True or False"),
     (dict(tile=2.5), "tile = 2.5: expected one whole number and >= 1"),
 ]
 
