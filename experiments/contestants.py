@@ -145,7 +145,7 @@ def large(hidden: int, form: str) -> Contestant:
     def plain(theta: Any, data: Any) -> Any:
         def one(theta: Any, _: Any) -> Any:
             def worker(total: Any, m: Any) -> Any:
-                loss, grad = oracle(theta, data, m)
+                loss, grad, _ = oracle(theta, data, m)
                 return total + grad, loss
 
             total, losses = jax.lax.scan(worker, jnp.zeros_like(theta), jnp.arange(workers, dtype=jnp.int32))

@@ -132,7 +132,7 @@ class Case:
 def full_loss(oracle: Any, shards: laqjax.Shards) -> Callable[[Any], Any]:
     """The mean of the workers' losses, as a function of a flat parameter vector; traced."""
     workers = jnp.arange(len(shards.weight), dtype=jnp.int32)
-    return lambda params: jnp.mean(jax.lax.map(lambda m: oracle(params, shards, m)[0], workers))
+    return lambda params: jnp.mean(jax.lax.map(lambda m: oracle(params, shards, m).loss, workers))
 
 
 @cache
@@ -210,7 +210,7 @@ def optimum(problem: Problem, shards: laqjax.Shards, folder: Path | None = None)
 
         @jax.jit
         def mean(params: Array) -> tuple[Array, Array]:
-            losses, grads = jax.lax.map(lambda m: oracle(params, case.on_device, m), workers)
+            losses, grads, _ = jax.lax.map(lambda m: oracle(params, case.on_device, m), workers)
             return jnp.mean(losses), jnp.mean(grads, axis=0)
 
         def value_and_grad(params: np.ndarray) -> tuple[float, np.ndarray]:

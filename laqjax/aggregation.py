@@ -27,7 +27,7 @@ from laqjax._core.validation import check_number, suggest
 from laqjax._engine import collectives
 from laqjax.algorithms import _shared, laq
 from laqjax.compressors import blockwise
-from laqjax.types import AlgorithmState, RoundKeys, Shards, _count_bits, register_dataclass, static_field
+from laqjax.types import AlgorithmState, OracleResult, RoundKeys, Shards, _count_bits, register_dataclass, static_field
 
 __all__ = ["LazyAggregateState", "lazy_aggregate", "partition_specs"]
 
@@ -59,13 +59,11 @@ class LazyAggregateState(NamedTuple):
 @register_dataclass
 @dataclass(frozen=True)
 class _PrecomputedGradient:
-    """Oracle that returns a given gradient.
-
-    Its data are gradients in `shards.x` [m, p], and the model at which they were computed in `shards.y` [p].
-    """
+    """Oracle that returns given gradients: its data are the gradients in `shards.x` [m, p]."""
 
     size: int = static_field()
     dtype: np.dtype = static_field()
+    evaluates_anywhere = False
 
     def ravel(self, params: Any) -> Float[Array, " p"]:
         """Concatenate the leaves of a pytree, of any floating dtypes, into one vector."""
@@ -79,26 +77,9 @@ class _PrecomputedGradient:
     def validate(self, shards: Shards) -> None:
         """Accept all shards."""
 
-    def activation_bytes(self, shards: Shards) -> int:
-        """Return 0, since no gradient is computed."""
-        return 0
-
-    def prefers_sequential(self, shards: Shards) -> bool:
-        """Return False, since no convolution is computed."""
-        return False
-
-    def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> tuple[Array, Array]:
-        """Return a loss of 0 and the given gradient.
-
-        Raises:
-            ValueError: `params` is not the model at which the gradient was computed.
-        """
-        if params is not shards.y:
-            raise ValueError(
-                "lazy_aggregate with a method that asks for gradients at other models (MARINA on minibatches, LASG, CADA): "
-                "expected one that lives on the gradients it is given, such as laq, lag_wk, ef21, diana"
-            )
-        return jnp.zeros((), self.dtype), shards.x[worker]
+    def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> OracleResult:
+        """Return a loss of 0 and the given gradient."""
+        return OracleResult(jnp.zeros((), self.dtype), shards.x[worker])
 
 
 # optimizer of the server: it leaves the model unchanged and keeps the direction in its state, where `update` reads it
@@ -191,7 +172,7 @@ def lazy_aggregate(
         _check_state(state, jax.eval_shape(init, params))
         alg = make_algorithm(params)
         here, how = alg.oracle.ravel(params), collectives.resolve_collective(collective, alg, axis)
-        shards = Shards(alg.oracle.ravel(gradients)[None], here, jnp.ones((1, 1), alg.oracle.dtype))
+        shards = Shards(alg.oracle.ravel(gradients)[None], None, jnp.ones((1, 1), alg.oracle.dtype))
         before, key = state.algorithm_state._replace(params=here), jax.random.key(seed)
         _check_branches(alg, before, shards, key)
         after, info = alg.step(before, shards, key, worker_batch_size=1, collective=how)

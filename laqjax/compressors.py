@@ -1,6 +1,7 @@
 """Compressors, which turn a vector of p numbers into a short message and back.
 
-A compressor implements `laqjax.types.Compressor`. Its methods are pure functions that JAX can trace:
+A compressor implements `laqjax.types.Compressor`, and declares the members of `laqjax.types.CompressorTraits` that hold.
+Its methods are pure functions that JAX can trace:
 
 - `encode(target, keys) -> payload` compresses the vector `target` [p]. The payload is a dictionary of arrays.
 - `decode(payload, like) -> [p]` returns the vector that the receiver reconstructs.
@@ -32,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from laqjax._core.validation import check_implements, check_number
+from laqjax._core.validation import check_implements, check_number, get_declaration
 from laqjax._core.wire_format import (
     bool_struct,
     float_bits,
@@ -42,7 +43,16 @@ from laqjax._core.wire_format import (
     scalar_struct,
     to_bytes,
 )
-from laqjax.types import Compressor, WireField, register_dataclass, shared_bernoulli, static_field
+from laqjax.types import (
+    Compressor,
+    CompressorTraits,
+    WireField,
+    max_abs,
+    register_dataclass,
+    shared_bernoulli,
+    squared_norm,
+    static_field,
+)
 
 __all__ = [
     "QSGD",
@@ -85,6 +95,9 @@ __all__ = [
 class Identity:
     """Compressor that sends the vector unchanged, in 32 p bits (64 p in float64)."""
 
+    is_coordinatewise = True
+    has_static_layout = True
+
     def encode(self, target, keys):
         return {"values": target}
 
@@ -116,9 +129,11 @@ class Grid:
     """
 
     bits: Int[Array, ""]
+    is_coordinatewise = True
+    has_static_layout = True
 
     def encode(self, target, keys):
-        radius = jnp.max(jnp.abs(target))
+        radius = max_abs(target)
         return {"radius": radius, "codes": quantize_to_grid(target, radius, self.bits)}
 
     def decode(self, payload, like):
@@ -145,9 +160,10 @@ class AdaptiveGrid:
 
     min_bits: Int[Array, ""]
     max_bits: Int[Array, ""]
+    is_coordinatewise = True
 
     def encode(self, target, keys):
-        radius, norm = jnp.max(jnp.abs(target)), jnp.sqrt(jnp.sum(target * target))
+        radius, norm = max_abs(target), jnp.sqrt(squared_norm(target))
         spread = radius * np.sqrt(target.size).astype(target.dtype) / jnp.where(norm > 0, norm, 1)
         bits = jnp.clip(jnp.floor(jnp.log2(spread + 1)).astype(jnp.int32), self.min_bits, self.max_bits)
         return {"bits": bits, "radius": radius, "codes": quantize_to_grid(target, radius, bits)}
@@ -176,9 +192,11 @@ class QSGD:
     """
 
     levels: Int[Array, ""]
+    is_coordinatewise = True
+    has_static_layout = True
 
     def encode(self, target, keys):
-        norm = jnp.sqrt(jnp.sum(target * target))
+        norm = jnp.sqrt(squared_norm(target))
         share = jnp.abs(target) / jnp.where(norm > 0, norm, 1) * self.levels.astype(target.dtype)
         level = jnp.floor(share + jax.random.uniform(keys.worker_key, target.shape, target.dtype))
         return {
@@ -205,8 +223,11 @@ class Ternary:
     It is unbiased. Each coordinate takes one of three values (one of them zero), which needs two bits.
     """
 
+    is_coordinatewise = True
+    has_static_layout = True
+
     def encode(self, target, keys):
-        radius = jnp.max(jnp.abs(target))
+        radius = max_abs(target)
         kept = jax.random.uniform(keys.worker_key, target.shape, target.dtype) * radius < jnp.abs(target)
         return {"radius": radius, "codes": jnp.where(kept, jnp.sign(target), 0) + 1}
 
@@ -236,6 +257,8 @@ class Sign:
     """
 
     scaled: bool = static_field()
+    is_coordinatewise = True
+    has_static_layout = True
 
     def encode(self, target, keys):
         if self.scaled:
@@ -269,6 +292,7 @@ class Sparse:
 
     k: int = static_field()
     random: bool = static_field()
+    has_static_layout = True
 
     def encode(self, target, keys):
         if self.random:
@@ -302,6 +326,7 @@ class OptimalSparsifier:
     """
 
     density: Float[Array, ""]
+    is_coordinatewise = True
 
     def inclusion_probabilities(self, target: Float[Array, " p"]) -> Float[Array, " p"]:
         """Compute the probability of each coordinate to be kept.
@@ -354,6 +379,9 @@ class NaturalCompressor:
     E ||decode - target||^2 <= ||target||^2 / 8.
     """
 
+    is_coordinatewise = True
+    has_static_layout = True
+
     def encode(self, target, keys):
         fraction, exponent = jnp.frexp(jnp.abs(target))  # |target| = fraction 2^exponent, fraction in [1/2, 1)
         up = jax.random.uniform(keys.worker_key, target.shape, target.dtype) < 2 * fraction - 1
@@ -385,6 +413,11 @@ class Blockwise:
 
     compressor: Compressor
     sizes: tuple[int, ...] = static_field()
+
+    @property
+    def has_static_layout(self) -> bool:
+        """Return whether the layout of a block's message is static."""
+        return get_declaration(self.compressor, CompressorTraits, "has_static_layout")
 
     def encode(self, target, keys):
         blocks = jnp.split(target, np.cumsum([block.size for block in self._blocks(target)])[:-1])
@@ -419,6 +452,11 @@ class BernoulliFull:
 
     compressor: Compressor
     probability: Float[Array, ""]
+
+    @property
+    def is_coordinatewise(self) -> bool:
+        """Return whether the compressor of the other rounds is."""
+        return get_declaration(self.compressor, CompressorTraits, "is_coordinatewise")
 
     def encode(self, target, keys):
         full = shared_bernoulli(keys, self.probability)

@@ -2,8 +2,8 @@
 
     FullModelDownlink, CompressedStep, CompressedDirection, CompressedModel
 
-`broadcast` applies the optimizer. It returns the workers' model [p], the server state of the downlink, the optimizer
-state and the bytes of the message.
+`broadcast` applies the optimizer. It returns a `laqjax.types.Broadcast`: the workers' model [p], the states of downlink
+and optimizer, and the payload and bytes of the message.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from laqjax._core.wire_format import float_bits, message_bytes
-from laqjax.types import Compressor, register_dataclass
+from laqjax.types import Broadcast, Compressor, register_dataclass
 
 __all__ = ["CompressedDirection", "CompressedModel", "CompressedStep", "FullModelDownlink"]
 
@@ -30,7 +30,8 @@ class FullModelDownlink:
 
     def broadcast(self, server_state, params, direction, optimize, keys):
         step, optimizer = optimize(direction, params)
-        return _apply_step(params, step), None, optimizer, jnp.int32(params.size * float_bits(params) // 8)
+        size = jnp.int32(params.size * float_bits(params) // 8)
+        return Broadcast(_apply_step(params, step), None, optimizer, payload=None, bytes=size)
 
 
 @register_dataclass
@@ -51,8 +52,8 @@ class CompressedStep:
 
     def broadcast(self, server_state, params, direction, optimize, keys):
         step, optimizer = optimize(direction, params)
-        step, size = _compress_and_count_bits(self.compressor, step, keys)
-        return _apply_step(params, step), None, optimizer, size
+        payload, step, size = _compress(self.compressor, step, keys)
+        return Broadcast(_apply_step(params, step), None, optimizer, payload, size)
 
 
 @register_dataclass
@@ -70,9 +71,9 @@ class CompressedDirection:
         return None
 
     def broadcast(self, server_state, params, direction, optimize, keys):
-        direction, size = _compress_and_count_bits(self.compressor, direction, keys)
+        payload, direction, size = _compress(self.compressor, direction, keys)
         step, optimizer = optimize(direction, params)
-        return _apply_step(params, step), None, optimizer, size
+        return Broadcast(_apply_step(params, step), None, optimizer, payload, size)
 
 
 @register_dataclass
@@ -97,8 +98,8 @@ class CompressedModel:
     def broadcast(self, server_state, params, direction, optimize, keys):
         step, optimizer = optimize(direction, server_state)
         exact = _apply_step(server_state, step)
-        change, size = _compress_and_count_bits(self.compressor, exact - params, keys)
-        return params + change, exact, optimizer, size
+        payload, change, size = _compress(self.compressor, exact - params, keys)
+        return Broadcast(params + change, exact, optimizer, payload, size)
 
 
 def _apply_step(params: Float[Array, " p"], step: Any) -> Float[Array, " p"]:
@@ -107,10 +108,10 @@ def _apply_step(params: Float[Array, " p"], step: Any) -> Float[Array, " p"]:
     return moved
 
 
-def _compress_and_count_bits(
+def _compress(
     compressor: Compressor, target: Float[Array, " p"], keys: Any
-) -> tuple[Float[Array, " p"], Int[Array, ""]]:
-    """Compress `target`, and return the decoded vector [p] and the bytes of the message."""
+) -> tuple[Any, Float[Array, " p"], Int[Array, ""]]:
+    """Compress `target`, and return the payload, the decoded vector [p] and the bytes of the message."""
     payload = compressor.encode(target, keys)
     like = jax.ShapeDtypeStruct(target.shape, target.dtype)
-    return compressor.decode(payload, like), message_bytes(compressor.wire_fields(payload, like))
+    return payload, compressor.decode(payload, like), message_bytes(compressor.wire_fields(payload, like))

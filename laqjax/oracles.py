@@ -19,9 +19,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from laqjax._core import cpu_layouts
-from laqjax._core.validation import check_number, check_type, oracle_dtype, suggest
+from laqjax._core.validation import (
+    check_evaluates_anywhere,
+    check_number,
+    check_oracle_result,
+    check_type,
+    get_declaration,
+    oracle_dtype,
+    suggest,
+)
 from laqjax.samplers import RowSelection
-from laqjax.types import Oracle, Shards, register_dataclass, static_field
+from laqjax.types import Oracle, OracleHints, OracleResult, Shards, register_dataclass, static_field
 
 __all__ = ["LocalSgdOracle", "PytreeLayout", "TiledOracle", "from_loss", "with_local_steps"]
 
@@ -93,7 +101,7 @@ class PytreeLayout:
 @register_dataclass
 @dataclass(frozen=True)
 class TiledOracle:
-    """Oracle that reads a shard in tiles: `oracle(params, shards, worker) -> (loss, grad)`. Build it with `from_loss`.
+    """Oracle that reads a shard in tiles: `oracle(params, shards, worker)` -> loss, gradient. Build it with `from_loss`.
 
     Attributes:
         l2: weight of (l2 / 2) ||params||^2.
@@ -102,6 +110,7 @@ class TiledOracle:
         reduction: "mean" or "sum" over the rows of a shard, weighted by `Shards.weight`.
         tile: rows per tile, or None for a default by device.
         precision: precision of the matrix products.
+        use_cpu_layouts: whether gradients on the CPU are rewritten for XLA's fast kernels.
     """
 
     l2: Float[Array, ""]
@@ -110,6 +119,7 @@ class TiledOracle:
     reduction: str = static_field()
     tile: int | None = static_field()
     precision: str = static_field()
+    use_cpu_layouts: bool = static_field(default=True)
 
     @property
     def size(self) -> int:
@@ -153,7 +163,7 @@ class TiledOracle:
 
     def __call__(
         self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""], rows: RowSelection | None = None
-    ) -> tuple[Float[Array, ""], Float[Array, " p"]]:
+    ) -> OracleResult:
         """Compute the loss and the gradient of one worker at `params`.
 
         The loss is the reduction over the rows of the worker, plus (l2 / 2) ||params||^2.
@@ -165,7 +175,7 @@ class TiledOracle:
             rows: the minibatch, from which loss and gradient are estimated; None for the whole shard.
 
         Returns:
-            (loss, gradient [p]).
+            The loss and the gradient [p].
         """
         tree = self.unravel(params)
         size = rows.size if rows else shards.weight.shape[1]
@@ -175,7 +185,7 @@ class TiledOracle:
             x, y, weight = jax.tree.map(lambda a: _slice_rows(a, worker, rows, start, count), shards)
             weight = weight.astype(self.dtype)
             value_and_grad = jax.value_and_grad(lambda tree, x, y: jnp.vdot(self._losses(tree, x, y), weight))
-            if jax.default_backend() == "cpu":
+            if self.use_cpu_layouts and jax.default_backend() == "cpu":
                 loss, grad = cpu_layouts.with_canonical_layouts(value_and_grad, tree, x, y)
             else:
                 loss, grad = value_and_grad(tree, x, y)
@@ -190,7 +200,7 @@ class TiledOracle:
         if self.reduction == "sum" and rows:
             whole_shard = jnp.sum(shards.weight[worker]).astype(self.dtype)
             loss, grad = loss * whole_shard, grad * whole_shard
-        return loss + self.l2 / 2 * jnp.sum(params * params), grad + self.l2 * params
+        return OracleResult(loss + self.l2 / 2 * jnp.sum(params * params), grad + self.l2 * params)
 
     def validate(self, shards: Shards) -> None:
         """Raise ValueError unless the loss accepts these shards and returns one loss per example.
@@ -285,6 +295,7 @@ def from_loss(
     reduction: str = "mean",
     tile: int | None = None,
     precision: str = "highest",
+    use_cpu_layouts: bool = True,
 ) -> TiledOracle:
     """Build an oracle from a loss per example.
 
@@ -297,12 +308,15 @@ def from_loss(
         tile: rows read at a time. None: about 4 MiB per tile on the CPU; on GPU and TPU 1 GiB for all workers together.
         precision: precision of the matrix products. "highest" is true float32 on every device. A lower precision
             changes trajectories on GPU and TPU.
+        use_cpu_layouts: on the CPU, rewrite gradients with transposed convolutions and products so that XLA uses its fast
+            kernels inside loops. False: gradients as JAX gives them, equal up to rounding and often slower.
 
     Returns:
-        `oracle(params [p], shards, worker) -> (loss, gradient [p])`, with the methods `ravel` and `unravel`.
+        `oracle(params [p], shards, worker)`, which returns loss and gradient [p], with the methods `ravel` and `unravel`.
 
     Raises:
-        ValueError: `reduction` is not "mean" or "sum", l2 < 0, tile < 1, or `params` has mixed or non-floating dtypes.
+        ValueError: `reduction` is not "mean" or "sum", l2 < 0, tile < 1, `use_cpu_layouts` is not a bool, or `params` has
+            mixed or non-floating dtypes.
 
     Example:
         >>> import jax.numpy as jnp, laqjax
@@ -316,10 +330,12 @@ def from_loss(
         raise ValueError(f"params: expected arrays of one floating dtype, got {sorted(map(str, dtypes))}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction = {reduction!r}: expected 'mean' or 'sum'{suggest(reduction, ('mean', 'sum'))}")
+    if not isinstance(use_cpu_layouts, bool | np.bool_):
+        raise ValueError(f"use_cpu_layouts = {use_cpu_layouts!r}: expected True or False")
     layout = PytreeLayout(tree, tuple(np.shape(leaf) for leaf in leaves), dtypes.pop())
     strength = check_number("l2", l2, layout.dtype, minimum=0)
     tile = None if tile is None else int(check_number("tile", tile, np.int32, minimum=1))
-    return TiledOracle(strength, loss_fn, layout, reduction, tile, precision)
+    return TiledOracle(strength, loss_fn, layout, reduction, tile, precision, bool(use_cpu_layouts))
 
 
 # ---- local steps ------------------------------------------------------------------------------------------------
@@ -366,15 +382,15 @@ class LocalSgdOracle:
 
     def activation_bytes(self, shards: Shards) -> int:
         """Return the bytes of activations that one local gradient needs."""
-        return self.oracle.activation_bytes(shards)
+        return get_declaration(self.oracle, OracleHints, "activation_bytes")(shards)
 
     def prefers_sequential(self, shards: Shards) -> bool:
         """Return whether the points of a sweep run one after another."""
-        return self.oracle.prefers_sequential(shards)
+        return get_declaration(self.oracle, OracleHints, "prefers_sequential")(shards)
 
     def __call__(
         self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""], rows: RowSelection | None = None
-    ) -> tuple[Float[Array, ""], Float[Array, " p"]]:
+    ) -> OracleResult:
         """Compute the loss at `params` and the mean of the local gradients.
 
         Args:
@@ -384,27 +400,30 @@ class LocalSgdOracle:
             rows: the minibatch, split into one part for each local step; None for the whole shard in every step.
 
         Returns:
-            (loss on the rows of the first local step, mean gradient [p]).
+            The loss on the rows of the first local step, and the mean gradient [p].
 
         Raises:
-            ValueError: the size of the minibatch is not a multiple of `num_local_steps`.
+            ValueError: the size of the minibatch is not a multiple of `num_local_steps`, or the inner oracle cannot be
+                evaluated at other models than that of the round.
         """
+        check_evaluates_anywhere(self.oracle)
         if rows and rows.size % self.num_local_steps:
             raise ValueError(
                 f"minibatches of {rows.size} rows for num_local_steps = {self.num_local_steps}: expected a multiple, every local step uses its own part"
             )
 
-        def gradient(t: Any, local: Any) -> Any:
+        def evaluate(t: Any, local: Any) -> OracleResult:
             part = rows.slice(t, rows.size // self.num_local_steps) if rows else None
-            return self.oracle(local, shards, worker, part)
+            return check_oracle_result(self.oracle, self.oracle(local, shards, worker, part))
 
         def local_step(local: Any, t: Any) -> Any:
-            return local - self.lr * gradient(t, local)[1], None
+            return local - self.lr * evaluate(t, local).grad, None
 
-        loss, grad = gradient(jnp.int32(0), params)
+        loss, grad, _ = evaluate(jnp.int32(0), params)
         first = params - self.lr * grad
         last, _ = jax.lax.scan(local_step, first, jnp.arange(1, self.num_local_steps, dtype=jnp.int32))
-        return loss, grad if self.num_local_steps == 1 else (params - last) / (self.num_local_steps * self.lr)
+        mean = grad if self.num_local_steps == 1 else (params - last) / (self.num_local_steps * self.lr)
+        return OracleResult(loss, mean)
 
 
 def with_local_steps(oracle: Oracle, num_local_steps: int, lr: float) -> LocalSgdOracle:

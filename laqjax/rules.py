@@ -22,7 +22,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from laqjax import types
 from laqjax._core.validation import check_nonnegative_array, check_number
-from laqjax.types import RoundContext, ServerStep, UploadContext, register_dataclass, squared_norm, static_field
+from laqjax.types import (
+    Decision,
+    RoundContext,
+    ServerStep,
+    UploadContext,
+    register_dataclass,
+    static_field,
+)
 
 __all__ = [
     "Always",
@@ -89,9 +96,7 @@ class BaseUploadRule:
         """
         return jnp.asarray(True)
 
-    def should_send(
-        self, shared_state: Any, worker_state: Any, context: UploadContext
-    ) -> tuple[Bool[Array, ""], Any, Any]:
+    def should_send(self, shared_state: Any, worker_state: Any, context: UploadContext) -> Decision:
         """Decide whether a selected worker sends, and return its next state for both outcomes.
 
         Args:
@@ -100,9 +105,9 @@ class BaseUploadRule:
             context: the gradient, the compressed message and the compression error of this worker.
 
         Returns:
-            (whether it sends, its state if it sends, its state if it stays silent or is not selected).
+            Whether it sends, its state if it sends, and its state if it stays silent or is not selected.
         """
-        return jnp.asarray(True), worker_state, worker_state
+        return Decision(jnp.asarray(True), worker_state, worker_state)
 
     def update(self, shared_state: Any, step: ServerStep) -> Any:
         """Return the shared state after the step of the server.
@@ -180,7 +185,8 @@ class ClagRule(BaseUploadRule):
     def should_send(self, shared_state, worker_state, context):
         last, begun = worker_state
         after = context.grad, jnp.asarray(True)
-        return (context.target_sq > self.zeta * squared_norm(context.grad - last)) | ~begun, after, after
+        send = (context.target_sq > self.zeta * context.squared_norm(context.grad - last)) | ~begun
+        return Decision(send, after, after)
 
 
 # ---- lazy rules -------------------------------------------------------------------------------------------------
@@ -280,7 +286,7 @@ class StaleModelChange:
         return None, params
 
     def measure(self, shared_state, worker_state, context):
-        return squared_norm(context.grad - context.gradient_at(worker_state)), context.params
+        return context.squared_norm(context.grad - context.gradient_at(worker_state)), context.params
 
     def update(self, shared_state, step):
         return None
@@ -306,7 +312,7 @@ class SnapshotChange:
 
     def measure(self, shared_state, worker_state, context):
         reduced = context.grad - context.gradient_at(shared_state)
-        return squared_norm(reduced - worker_state), reduced
+        return context.squared_norm(reduced - worker_state), reduced
 
     def update(self, shared_state, step):
         return jnp.where((step.round + 1) % self.period == 0, step.after, shared_state)
@@ -347,7 +353,7 @@ class LazyRule(BaseUploadRule):
         last_error_sq, kept = worker_state
         change, renewed = self.change_measure.measure(reference, kept, context)
         threshold = self.history.threshold(motion, context) + self.error_weight * (context.error_sq + last_error_sq)
-        return change >= threshold, (context.error_sq, renewed), worker_state
+        return Decision(change >= threshold, (context.error_sq, renewed), worker_state)
 
     def update(self, shared_state, step):
         motion, reference = shared_state
@@ -375,11 +381,11 @@ class ServerLazyRule(BaseUploadRule):
         return self.history.init(), params
 
     def is_selected(self, shared_state, worker_state, context):
-        change = self.smoothness[context.keys.worker] ** 2 * squared_norm(context.params - worker_state)
+        change = self.smoothness[context.keys.worker] ** 2 * context.squared_norm(context.params - worker_state)
         return change >= self.history.threshold(shared_state, context)
 
     def should_send(self, shared_state, worker_state, context):
-        return jnp.asarray(True), context.params, worker_state
+        return Decision(jnp.asarray(True), context.params, worker_state)
 
     def update(self, shared_state, step):
         return self.history.push(shared_state, step)
@@ -423,9 +429,13 @@ class MaxSilence(BaseUploadRule):
 
     def should_send(self, shared_state, worker_state, context):
         silence, inner = worker_state
-        send, sent, silent = self.rule.should_send(shared_state, inner, context)
+        decision = self.rule.should_send(shared_state, inner, context)
         longer = jnp.minimum(silence, _NO_LIMIT - 1) + 1  # stops at the largest int32 instead of overflowing
-        return send | (silence >= self.max_silence), (jnp.zeros_like(silence), sent), (longer, silent)
+        return Decision(
+            send=decision.send | (silence >= self.max_silence),
+            if_sent=(jnp.zeros_like(silence), decision.if_sent),
+            if_silent=(longer, decision.if_silent),
+        )
 
     def update(self, shared_state, step):
         return self.rule.update(shared_state, step)
@@ -473,9 +483,10 @@ class PartialParticipation(BaseUploadRule):
         return self.is_participating(context) & self.rule.is_selected(shared_state, worker_state, context)
 
     def should_send(self, shared_state, worker_state, context):
-        send, sent, silent = self.rule.should_send(shared_state, worker_state, context)
+        decision = self.rule.should_send(shared_state, worker_state, context)
         there = self.is_participating(context)
-        return send, sent, jax.tree.map(lambda a, b: jnp.where(there, a, b), silent, worker_state)
+        silent = jax.tree.map(lambda a, b: jnp.where(there, a, b), decision.if_silent, worker_state)
+        return decision._replace(if_silent=silent)
 
     def update(self, shared_state, step):
         return self.rule.update(shared_state, step)

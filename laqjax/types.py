@@ -19,7 +19,8 @@ Each worker:
 The collective then adds up the messages that were sent, and the server continues:
 
 9. `memory.update_aggregate(...)` turns their sum [p] into the direction [p] for the optimizer.
-10. `downlink.broadcast(...)` calls the server optimizer and returns the next model [p] of the workers.
+10. `downlink.broadcast(...)` calls the server optimizer and returns the next model [p] of the workers, with the message
+    that brings it to them.
 11. `rule.update(...)` updates the state that the rule shares with all workers.
 
 The methods of a part are written for one worker, and `Algorithm.step` adds the worker axis. They must be pure functions
@@ -45,15 +46,21 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 __all__ = [
     "AlgorithmState",
+    "Broadcast",
     "Collective",
     "Compressor",
+    "CompressorTraits",
+    "Decision",
     "Downlink",
     "Memory",
     "Oracle",
+    "OracleHints",
+    "OracleResult",
     "RoundContext",
     "RoundInfo",
     "RoundKeys",
     "Sampler",
+    "ServerResult",
     "ServerStep",
     "Shards",
     "UploadContext",
@@ -61,6 +68,7 @@ __all__ = [
     "WireField",
     "WorkerState",
     "WorkerUpload",
+    "max_abs",
     "register_dataclass",
     "shared_bernoulli",
     "squared_norm",
@@ -122,9 +130,17 @@ def register_dataclass(cls: type[_T]) -> type[_T]:
     return cls
 
 
+# All parts compute norms of vectors [p] with these two functions, so that a sharded model can replace them here.
+
+
 def squared_norm(v: Float[Array, " p"]) -> Float[Array, ""]:
     """Return the squared Euclidean norm of a vector [p]."""
     return jnp.sum(v * v)
+
+
+def max_abs(v: Float[Array, " p"]) -> Float[Array, ""]:
+    """Return the largest absolute value of a vector [p]."""
+    return jnp.max(jnp.abs(v))
 
 
 def _count_bits(name: str, size: Any) -> np.ndarray:
@@ -225,6 +241,14 @@ class RoundContext:
     num_workers: int
     gradient_at: Callable[..., Float[Array, " p"]]
 
+    def squared_norm(self, v: Float[Array, " p"]) -> Float[Array, ""]:
+        """Return the squared Euclidean norm of a vector [p]; see `laqjax.types.squared_norm`."""
+        return squared_norm(v)
+
+    def max_abs(self, v: Float[Array, " p"]) -> Float[Array, ""]:
+        """Return the largest absolute value of a vector [p]; see `laqjax.types.max_abs`."""
+        return max_abs(v)
+
 
 @dataclass(frozen=True)
 class UploadContext(RoundContext):
@@ -245,6 +269,34 @@ class UploadContext(RoundContext):
     target_sq: Float[Array, ""]
     innovation_sq: Float[Array, ""]
     error_sq: Float[Array, ""]
+
+
+class OracleResult(NamedTuple):
+    """Loss and gradient of one worker: the result of an oracle.
+
+    Attributes:
+        loss: loss at the model that was given, a scalar.
+        grad: gradient, [p].
+        state: None; reserved for oracles that keep a state for each worker.
+    """
+
+    loss: Float[Array, ""]
+    grad: Float[Array, " p"]
+    state: Any = None
+
+
+class Decision(NamedTuple):
+    """Decision of an upload rule for one worker in one round: the result of `UploadRule.should_send`.
+
+    Attributes:
+        send: whether the worker sends its message, a scalar bool.
+        if_sent: next rule state of the worker if it sends, a pytree or None.
+        if_silent: next rule state of the worker if it stays silent or is not selected, with the same structure.
+    """
+
+    send: Bool[Array, ""]
+    if_sent: Any
+    if_silent: Any
 
 
 class ServerStep(NamedTuple):
@@ -317,6 +369,41 @@ class WorkerUpload(NamedTuple):
     sent: Bool[Array, ""]
     selected: Bool[Array, ""]
     bytes: Int[Array, ""]
+
+
+class Broadcast(NamedTuple):
+    """Message of the server to the workers in one round, and its effects: the result of `Downlink.broadcast`.
+
+    Attributes:
+        params: next model of the workers, [p].
+        state: next state of the downlink, a pytree or None.
+        optimizer: next state of the optax transformation of the server.
+        payload: result of `Compressor.encode` for the message. None if the full model is sent.
+        bytes: size of the message to one worker in bytes, an int32 scalar.
+    """
+
+    params: Float[Array, " p"]
+    state: Any
+    optimizer: Any
+    payload: Any
+    bytes: Int[Array, ""]
+
+
+class ServerResult(NamedTuple):
+    """Result of `laqjax.server_step`.
+
+    Attributes:
+        state: state after the round, with `workers` unchanged.
+        bytes_down: bytes that the server sends in this round, an int32 scalar.
+        payload: payload of the broadcast, see `Broadcast`.
+        metrics: metrics of the server by name: "direction_sq", "step_sq" (scalars) and "params" [p], the model before
+            the step.
+    """
+
+    state: AlgorithmState
+    bytes_down: Int[Array, ""]
+    payload: Any
+    metrics: dict[str, Array]
 
 
 class RoundInfo(NamedTuple):
@@ -396,7 +483,8 @@ class WireField(NamedTuple):
 class Oracle(Protocol):
     """Loss and gradient of one worker, as functions of the model as a flat vector [p].
 
-    `laqjax.oracles.from_loss` builds an oracle from a loss per example.
+    `laqjax.oracles.from_loss` builds an oracle from a loss per example. An oracle may also define members of
+    `OracleHints`.
     """
 
     @property
@@ -432,21 +520,7 @@ class Oracle(Protocol):
         """
         ...
 
-    def activation_bytes(self, shards: Shards) -> int:
-        """Estimate the memory in bytes that one gradient needs in addition to the parameters and the gradient.
-
-        `laqjax.max_batch_size` uses it to compute how many points of a sweep fit in memory.
-        """
-        ...
-
-    def prefers_sequential(self, shards: Shards) -> bool:
-        """Return whether gradients are faster one after another than batched with `vmap`.
-
-        It is a hint for the points of a sweep, and on the CPU also for the workers of a round.
-        """
-        ...
-
-    def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> tuple[Array, Array]:
+    def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> OracleResult:
         """Compute the loss and the gradient of one worker.
 
         Args:
@@ -456,9 +530,35 @@ class Oracle(Protocol):
             rows: minibatch, a `laqjax.samplers.RowSelection`. None: the whole shard.
 
         Returns:
-            The loss (a scalar) and the gradient [p]. With `rows`, both are estimates from these rows alone.
+            The loss and the gradient. With `rows`, both are estimates from these rows alone.
         """
         ...
+
+
+@runtime_checkable
+class OracleHints(Protocol):
+    """Optional declarations of an oracle. A member that the oracle lacks behaves as the one given here.
+
+    Attributes:
+        evaluates_anywhere: whether the oracle can be evaluated at any model. If it is False, methods that ask for
+            gradients at other models than that of the round, or for local steps, are refused.
+    """
+
+    evaluates_anywhere: bool = True
+
+    def activation_bytes(self, shards: Shards) -> int:
+        """Estimate the memory in bytes that one gradient needs in addition to the parameters and the gradient.
+
+        `laqjax.max_batch_size` uses it to compute how many points of a sweep fit in memory.
+        """
+        return 0
+
+    def prefers_sequential(self, shards: Shards) -> bool:
+        """Return whether gradients are faster one after another than batched with `vmap`.
+
+        It is a hint for the points of a sweep, and on the CPU also for the workers of a round.
+        """
+        return False
 
 
 @runtime_checkable
@@ -557,12 +657,18 @@ class Sampler(Protocol):
 class Compressor(Protocol):
     """Conversion of a vector [p] to a message and back; see `laqjax.compressors`.
 
+    A compressor may also declare the members of `CompressorTraits`. Without them it works everywhere, but devices of a
+    mesh exchange its messages in decoded form.
+
     As an example, this compressor sends float16 values, 16 p bits:
 
     ```python
     @register_dataclass
     @dataclass(frozen=True)
     class Half:
+        is_coordinatewise = True
+        has_static_layout = True
+
         def encode(self, target, keys):
             return {"values": target.astype(jnp.float16)}
 
@@ -578,7 +684,7 @@ class Compressor(Protocol):
         """Compress a vector.
 
         Args:
-            target: vector to compress, [p].
+            target: vector to compress, [p]. Compute its norms with `squared_norm` and `max_abs` of this module.
             keys: PRNG keys. `worker_key` gives each worker its own draws, `shared_key` gives all workers the same
                 draws.
 
@@ -604,9 +710,8 @@ class Compressor(Protocol):
 
         The size of a message, its bytes and the reading of these bytes all follow from this list. It should be a
         generator: a reader starts with an empty payload and stores each field in it before it requests the next one.
-        The width of a field may therefore depend on earlier entries. A collective also lists the fields of an empty
-        payload. If that raises KeyError, the width is known only at run time, and messages are moved between devices in
-        decoded form.
+        The width of a field may therefore depend on earlier entries, unless the compressor declares a static layout
+        (`CompressorTraits`).
 
         Args:
             payload: result of `encode`, or a dict that the caller fills while it reads.
@@ -616,6 +721,23 @@ class Compressor(Protocol):
             The fields.
         """
         ...
+
+
+@runtime_checkable
+class CompressorTraits(Protocol):
+    """Optional declarations of a compressor. A member that the compressor lacks has the value given here.
+
+    Attributes:
+        is_coordinatewise: whether a coordinate is decoded from its own numbers, and from numbers of the whole message.
+            Each entry of the payload is then a scalar or has one number for each coordinate. `collective="all_to_all"`
+            needs this to exchange parts of packed messages.
+        has_static_layout: whether shapes and widths of the fields are the same for all messages, and no field has a
+            mask. `wire_fields({}, like)` then lists the fields without reading the payload. Only such messages are
+            packed for the exchange between devices.
+    """
+
+    is_coordinatewise: bool = False
+    has_static_layout: bool = False
 
 
 @runtime_checkable
@@ -640,7 +762,7 @@ class UploadRule(Protocol):
 
         def should_send(self, shared_state, worker_state, context):
             send = context.innovation_sq > self.fraction * worker_state
-            return send, context.innovation_sq, worker_state
+            return Decision(send, if_sent=context.innovation_sq, if_silent=worker_state)
     ```
     """
 
@@ -691,14 +813,12 @@ class UploadRule(Protocol):
         """
         ...
 
-    def should_send(
-        self, shared_state: Any, worker_state: Any, context: UploadContext
-    ) -> tuple[Bool[Array, ""], Any, Any]:
+    def should_send(self, shared_state: Any, worker_state: Any, context: UploadContext) -> Decision:
         """Decide whether a selected worker sends its message.
 
-        It is evaluated for workers that are not selected too. These send nothing and get the third result as their
-        state. In a federation, a server whose rule has `server_selects` evaluates it with zeros in place of gradients
-        and messages.
+        It is evaluated for workers that are not selected too. These send nothing, and `if_silent` becomes their state.
+        In a federation, a server whose rule has `server_selects` evaluates it with zeros in place of gradients and
+        messages.
 
         Args:
             shared_state: state that the rule shares with all workers.
@@ -706,7 +826,7 @@ class UploadRule(Protocol):
             context: gradient and message of the worker, in addition to the fields of `RoundContext`.
 
         Returns:
-            Whether to send (a scalar bool), the worker's next state if it sends, and its next state if it does not.
+            Whether to send, and the worker's next state for both outcomes.
         """
         ...
 
@@ -812,7 +932,7 @@ class Downlink(Protocol):
         direction: Float[Array, " p"],
         optimize: Callable[..., Any],
         keys: RoundKeys,
-    ) -> tuple[Float[Array, " p"], Any, Any, Int[Array, ""]]:
+    ) -> Broadcast:
         """Run the server optimizer and send the result to the workers.
 
         Args:
@@ -825,7 +945,6 @@ class Downlink(Protocol):
             keys: PRNG keys of the server.
 
         Returns:
-            The next model of the workers [p], the next state of the downlink, the next optimizer state, and the bytes
-            of one broadcast (a scalar int32).
+            The next model of the workers, the next states of downlink and optimizer, and the message.
         """
         ...

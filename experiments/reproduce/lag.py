@@ -56,8 +56,8 @@ class After(BaseUploadRule):
         return asked & (context.keys.round >= self.rounds) if self.server_selects else asked
 
     def should_send(self, shared_state, worker_state, context):
-        send, sent, silent = self.rule.should_send(shared_state, worker_state, context)
-        return send & (context.keys.round >= self.rounds), sent, silent
+        decision = self.rule.should_send(shared_state, worker_state, context)
+        return decision._replace(send=decision.send & (context.keys.round >= self.rounds))
 
     def update(self, shared_state, step):
         return self.rule.update(shared_state, step)

@@ -34,8 +34,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from laqjax._core.validation import (
     as_optimizer_factory,
     as_schedule,
+    check_evaluates_anywhere,
     check_implements,
     check_number,
+    check_oracle_result,
+    get_declaration,
     oracle_dtype,
     suggest,
 )
@@ -48,10 +51,13 @@ from laqjax.types import (
     Downlink,
     Memory,
     Oracle,
+    OracleHints,
+    OracleResult,
     RoundContext,
     RoundInfo,
     RoundKeys,
     Sampler,
+    ServerResult,
     ServerStep,
     Shards,
     UploadContext,
@@ -182,22 +188,20 @@ class Algorithm:
         uploads, facts, losses = collective.gather_metrics(rest, alg.num_workers)
         total = collective.reduce(alg, messages, uploads.sent, state.params)
         keys = RoundKeys(shared_key, shared_key, key, state.round, jnp.int32(alg.num_workers))
-        after, bytes_down, server_facts = server_step(
-            alg, state, total, jnp.sum(uploads.selected, dtype=jnp.int32), keys
-        )
-        facts |= {name: fact for name, fact in server_facts.items() if name in metrics}
+        result = server_step(alg, state, total, jnp.sum(uploads.selected, dtype=jnp.int32), keys)
+        facts |= {name: fact for name, fact in result.metrics.items() if name in metrics}
         unknown = sorted(set(metrics) - set(facts))
         if unknown:
-            known = sorted({*WORKER_METRICS, *server_facts})
+            known = sorted({*WORKER_METRICS, *result.metrics})
             raise ValueError(f"metrics = {unknown}: expected names among {known}{suggest(unknown[0], known)}")
         info = RoundInfo(
             loss=jnp.mean(losses),
             sent=uploads.sent,
             bytes_up=jnp.where(uploads.sent, uploads.bytes, 0),
-            bytes_down=bytes_down,
+            bytes_down=result.bytes_down,
             extra=facts,
         )
-        return after._replace(workers=workers), info
+        return result.state._replace(workers=workers), info
 
     def default_worker_batch_size(self, shards: Shards) -> int:
         """Return how many workers are computed in one batch: all of them or one at a time.
@@ -218,7 +222,8 @@ class Algorithm:
         medium = vector < CACHE_RESIDENT_PARAMS_BYTES and (
             data > CACHE_RESIDENT_DATA_BYTES or self.num_workers * vector > CACHE_RESIDENT_PARAMS_BYTES
         )
-        alone = jax.default_backend() == "cpu" and (medium or self.oracle.prefers_sequential(shards))
+        prefers_sequential = get_declaration(self.oracle, OracleHints, "prefers_sequential")
+        alone = jax.default_backend() == "cpu" and (medium or prefers_sequential(shards))
         return 1 if alone else self.num_workers
 
     def params(self, state: AlgorithmState) -> Any:
@@ -394,16 +399,20 @@ def worker_step(
     rows = alg.sampler(keys, shards) if alg.sampler else None
     counted: list[Any] = [1]
 
+    def evaluate(params: Any, rows: Any) -> OracleResult:
+        return check_oracle_result(alg.oracle, alg.oracle(params, shards, keys.shard, rows))
+
     def gradient_at(params: Any, full: bool = False, when: bool | Bool[Array, ""] = True) -> Float[Array, " p"]:
         def there(params: Any) -> Any:
-            return alg.oracle(params, shards, keys.shard, None if full else rows)[1]
+            return evaluate(params, None if full else rows).grad
 
+        check_evaluates_anywhere(alg.oracle)
         counted.append(jnp.asarray(when, jnp.int32))
         return there(params) if when is True else jax.lax.cond(when, there, jnp.zeros_like, params)
 
     now = RoundContext(state.params, keys, alg.learning_rate_at(state.round), alg.num_workers, gradient_at)
     asked = alg.rule.is_selected(state.rule, worker.rule, now)
-    loss, grad = alg.oracle(state.params, shards, keys.shard, rows)
+    loss, grad, _ = evaluate(state.params, rows)
     target, silent = alg.memory.compression_target(worker.memory, grad, now)
     payload = alg.compressor.encode(target, keys)
     decoded = alg.compressor.decode(payload, target)
@@ -412,13 +421,13 @@ def worker_step(
     evidence = UploadContext(
         **known, grad=grad, target=target, decoded=decoded, **dict(zip(NORM_METRICS, squares, strict=True))
     )
-    send, sent_rule, silent_rule = alg.rule.should_send(state.rule, worker.rule, evidence)
-    sent = asked & send
+    decision = alg.rule.should_send(state.rule, worker.rule, evidence)
+    sent = asked & decision.send
 
     # a worker that is not selected keeps its memory; its rule state is the one that the rule returned for silence
     silent_memory = tree_where(asked, silent, worker.memory)
     memory = tree_where(sent, alg.memory.update(silent, grad, target, decoded), silent_memory)
-    worker = WorkerState(memory, tree_where(sent, sent_rule, silent_rule))
+    worker = WorkerState(memory, tree_where(sent, decision.if_sent, decision.if_silent))
     upload = WorkerUpload(payload, decoded, sent, asked, message_bytes(alg.compressor.wire_fields(payload, target)))
     # a worker that is not selected counts as computing no gradient, although the simulation computes one
     gradients = jnp.where(asked, jnp.asarray(sum(counted), jnp.int32), 0)
@@ -428,7 +437,7 @@ def worker_step(
 
 def server_step(
     alg: Algorithm, state: AlgorithmState, total: Float[Array, " p"], asked: Int[Array, ""], keys: RoundKeys
-) -> tuple[AlgorithmState, Int[Array, ""], dict[str, Array]]:
+) -> ServerResult:
     """Compute one round of the server.
 
     Args:
@@ -439,8 +448,7 @@ def server_step(
         keys: PRNG keys of the server, whose `worker` is M.
 
     Returns:
-        The next state (with `workers` unchanged), the bytes sent down (a scalar), and the metrics of the server by
-        name: "direction_sq", "step_sq" (scalars) and "params" [p], the model before the step.
+        The next state, the bytes and the payload of the broadcast, and the metrics of the server.
     """
     direction, aggregate = alg.memory.update_aggregate(state.aggregate, total)
 
@@ -448,13 +456,18 @@ def server_step(
         with jax.numpy_dtype_promotion("standard"):  # optax combines floats and integers
             return alg.optimizer(alg.learning_rate_at(state.round)).update(direction, state.optimizer, params)
 
-    params, downlink, optimizer, sent_down = alg.downlink.broadcast(
-        state.downlink, state.params, direction, optimize, keys
-    )
-    step = ServerStep(state.params, params, squared_norm(direction), squared_norm(params - state.params), state.round)
+    message = alg.downlink.broadcast(state.downlink, state.params, direction, optimize, keys)
+    step_sq = squared_norm(message.params - state.params)
+    step = ServerStep(state.params, message.params, squared_norm(direction), step_sq, state.round)
     after = AlgorithmState(
-        params, state.round + 1, aggregate, optimizer, alg.rule.update(state.rule, step), downlink, state.workers
+        params=message.params,
+        round=state.round + 1,
+        aggregate=aggregate,
+        optimizer=message.optimizer,
+        rule=alg.rule.update(state.rule, step),
+        downlink=message.state,
+        workers=state.workers,
     )
-    facts = {"direction_sq": step.direction_sq, "step_sq": step.step_sq, "params": state.params}
+    metrics = {"direction_sq": step.direction_sq, "step_sq": step.step_sq, "params": state.params}
     # one broadcast to all workers, or one message to each selected worker
-    return after, sent_down * (asked if alg.rule.server_selects else 1), facts
+    return ServerResult(after, message.bytes * (asked if alg.rule.server_selects else 1), message.payload, metrics)

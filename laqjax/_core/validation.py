@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from laqjax.types import Shards
+from laqjax.types import OracleHints, OracleResult, Shards
 
 
 def check_number(
@@ -164,6 +164,37 @@ def oracle_dtype(oracle: Any) -> np.dtype:
         how = "problem.oracle()" if problem else "laqjax.oracles.from_loss(loss_fn, params)"
         raise ValueError(f"oracle = {oracle!r}: must be an oracle; pass {how}")
     return oracle.dtype
+
+
+def get_declaration(part: Any, protocol: type, name: str) -> Any:
+    """Return an optional member of a part, or its default where the part does not define it.
+
+    Args:
+        part: the part, such as a compressor.
+        protocol: protocol whose members are optional, and which defines their defaults.
+        name: name of the member, an attribute or a method.
+    """
+    default = getattr(protocol, name)
+    return getattr(part, name, partial(default, part) if callable(default) else default)
+
+
+def check_oracle_result(oracle: Any, result: Any) -> OracleResult:
+    """Return what an oracle returned; raise ValueError unless it is an `OracleResult`."""
+    if not isinstance(result, OracleResult):
+        raise ValueError(
+            f"oracle {type(oracle).__name__} returned a {type(result).__name__}: must be "
+            "laqjax.types.OracleResult(loss, grad)"
+        )
+    return result
+
+
+def check_evaluates_anywhere(oracle: Any) -> None:
+    """Raise ValueError if an oracle declares that it has gradients at the model of the round only."""
+    if not get_declaration(oracle, OracleHints, "evaluates_anywhere"):
+        raise ValueError(
+            "lazy_aggregate with a method that asks for gradients at other models (MARINA on minibatches, LASG, CADA): "
+            "expected one that lives on the gradients it is given, such as laq, lag_wk, ef21, diana"
+        )
 
 
 def check_implements(name: str, value: Any, methods: tuple[str, ...], expected: str) -> None:

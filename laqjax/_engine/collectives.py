@@ -13,8 +13,9 @@ A collective is an argument of `Algorithm.step`. In a round with an upload:
 
 All three begin with an all-gather of a few words: the loss, the upload decision and the bytes of each worker. They skip
 the rest entirely in rounds without an upload. Shapes are static, so a round with one upload moves the slots of all
-workers. The width of some messages is known at run time only: a b chosen for each message, a shared Bernoulli variable,
-a bitmap. Such a message moves in decoded form.
+workers. The layout of some messages is known at run time only: a b chosen for each message, a shared Bernoulli variable,
+a bitmap. Such a message moves in decoded form, and so does that of a compressor which does not declare a static layout
+(`laqjax.types.CompressorTraits`).
 """
 
 import dataclasses
@@ -28,8 +29,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, UInt32
 
-from laqjax._core.validation import suggest
-from laqjax.types import Collective, Compressor, RoundKeys, Shards, WorkerUpload
+from laqjax._core.validation import get_declaration, suggest
+from laqjax.types import Collective, Compressor, CompressorTraits, Shards, WorkerUpload
 
 WORD_BITS = 32
 
@@ -237,8 +238,7 @@ def all_to_all(alg: Any, axis: str = "workers") -> AllToAll:
             coordinate separately.
     """
     known = field_widths(alg)
-    compressor = jax.tree.map(lambda number: np.ravel(number)[0], alg.compressor)  # of the first point
-    if known is not None and not _is_coordinatewise(compressor, alg.oracle.dtype):
+    if known is not None and not get_declaration(alg.compressor, CompressorTraits, "is_coordinatewise"):
         raise ValueError(
             f"all_to_all of {type(alg.compressor).__name__} messages: expected a compressor with a code for each "
             "coordinate, such as a grid; use collective='all_gather'"
@@ -308,16 +308,14 @@ def field_widths(alg: Any) -> tuple[int, ...] | None:
         alg: algorithm with concrete numbers, or a stack of them.
 
     Returns:
-        The widths in the order of the fields. None: they are known at run time only.
+        The widths in the order of the fields. None: the compressor does not declare a static layout.
 
     Raises:
         ValueError: the points of a stack differ in a width.
     """
-    like = jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)
-    try:
-        fields = list(alg.compressor.wire_fields({}, like))
-    except KeyError:  # the payload itself holds a width, or determines which numbers are sent
+    if not get_declaration(alg.compressor, CompressorTraits, "has_static_layout"):
         return None
+    fields = list(alg.compressor.wire_fields({}, jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)))
     bits = [np.unique(np.asarray(field.bits)) for field in fields]
     for field, values in zip(fields, bits, strict=True):
         if values.size > 1:
@@ -468,21 +466,3 @@ def sum_messages(decode: Any, messages: Array, sent: Bool[Array, " M"], like: An
         return lax.cond(sent, lambda: total + decode(words), lambda: total), None
 
     return lax.scan(add, jnp.zeros(like.shape, like.dtype), (messages, sent))[0]
-
-
-def _is_coordinatewise(compressor: Compressor, dtype: Any) -> bool:
-    """Return whether half of a message decodes to half of the vector.
-
-    This is tried with a vector of 8 random numbers.
-    """
-    key = jax.random.key(0)
-    keys = RoundKeys(key, key, key, jnp.int32(1), jnp.int32(0))
-    target = jax.random.normal(key, (8,), dtype)
-    try:
-        payload = compressor.encode(target, keys)
-        parts = [jax.tree.map(lambda a: a[half] if a.ndim else a, payload) for half in (slice(4), slice(4, 8))]  # noqa: B023
-        decoded = [compressor.decode(part, jax.ShapeDtypeStruct((4,), dtype)) for part in parts]
-    except (ValueError, TypeError, IndexError):
-        return False
-    whole = compressor.decode(payload, jax.ShapeDtypeStruct((8,), dtype))
-    return all(part.shape == (4,) for part in decoded) and bool(jnp.array_equal(jnp.concatenate(decoded), whole))

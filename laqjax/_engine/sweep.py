@@ -17,7 +17,14 @@ from jaxtyping import Array, Int, Key
 
 from laqjax import distributed, sharding
 from laqjax._core.round import Algorithm
-from laqjax._core.validation import check_keys, check_not_traced, check_number, check_run_inputs, check_schedule
+from laqjax._core.validation import (
+    check_keys,
+    check_not_traced,
+    check_number,
+    check_run_inputs,
+    check_schedule,
+    get_declaration,
+)
 from laqjax._engine import collectives
 from laqjax._engine.loop import (
     DEFAULT_CHUNK_SIZE,
@@ -28,7 +35,7 @@ from laqjax._engine.loop import (
     fori_rounds,
     truncate_info,
 )
-from laqjax.types import AlgorithmState, RoundInfo, Shards
+from laqjax.types import AlgorithmState, OracleHints, RoundInfo, Shards
 
 
 def stack_algorithms(algs: Sequence[Algorithm]) -> Algorithm:
@@ -302,7 +309,8 @@ def max_batch_size(
     state = jax.eval_shape(alg.init, jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype))
     # 6 states: the input, the output and the temporaries (measured: 3.5 states); below, the activations of a tile
     point = 6 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    point += 2 * alg.oracle.activation_bytes(shards) + rounds * 16 * (alg.num_workers + 3)
+    point += 2 * get_declaration(alg.oracle, OracleHints, "activation_bytes")(shards)
+    point += rounds * 16 * (alg.num_workers + 3)
     fits = int(memory_limit // point)
     if fits < 1:
         raise ValueError(
@@ -368,7 +376,7 @@ def run_sweep_chunk(
 
     specs = sharding.state_partition_specs(mesh, sharding.SWEEP_AXIS)
     split = jax.shard_map(
-        in_turn if algs.oracle.prefers_sequential(shards) else together,
+        in_turn if get_declaration(algs.oracle, OracleHints, "prefers_sequential")(shards) else together,
         mesh=mesh,
         in_specs=(specs.params, specs, sharding.partition_spec(mesh, sharding.WORKER_AXIS), specs.params, P()),
         out_specs=(specs, sharding.partition_spec(mesh, None, sharding.SWEEP_AXIS)),

@@ -25,6 +25,6 @@ Delayed, duplicated and reordered messages therefore change nothing. A worker th
 """
 
 from laqjax.federation._client import FederatedClient, client_app
-from laqjax.federation._server import FederatedServer, RejectedReply, RoundStats, server_app
+from laqjax.federation._server import FederatedServer, RoundStats, server_app
 
-__all__ = ["FederatedClient", "FederatedServer", "RejectedReply", "RoundStats", "client_app", "server_app"]
+__all__ = ["FederatedClient", "FederatedServer", "RoundStats", "client_app", "server_app"]

@@ -2,7 +2,7 @@
 
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,31 +18,7 @@ from laqjax import types
 from laqjax._core.round import Algorithm, worker_step
 from laqjax._core.wire_format import from_bytes, to_bytes
 from laqjax.compressors import Identity
-from laqjax.federation._protocol import (
-    MODEL_DELTA,
-    MODEL_FULL,
-    NO_UPLOAD,
-    RECORD_KEY,
-    REPLY_FULL,
-    REPLY_OUT_OF_SYNC,
-    REPLY_SILENT,
-    REPLY_UPLOAD,
-    UNKNOWN_UPLOAD,
-    BroadcastHeader,
-    ReplyHeader,
-    UploadId,
-    add_delta,
-    down_compressor,
-    enable_compilation_cache,
-    make_record,
-    parse_message,
-    scheme_digest,
-    short_digest,
-    tree_from_bytes,
-    tree_to_bytes,
-    upload_id,
-    worker_keys,
-)
+from laqjax.federation import _protocol
 from laqjax.rules import BaseUploadRule
 from laqjax.types import AlgorithmState, RoundKeys, ServerStep, Shards, WorkerState, register_dataclass, static_field
 
@@ -63,8 +39,8 @@ class ForcedUpload(BaseUploadRule):
         return self.rule.init(params)
 
     def should_send(self, shared_state, worker_state, context):
-        send, sent, silent = self.rule.should_send(shared_state, worker_state, context)
-        return send | self.force_send, sent, silent
+        decision = self.rule.should_send(shared_state, worker_state, context)
+        return decision._replace(send=decision.send | self.force_send)
 
 
 @jax.jit
@@ -88,15 +64,46 @@ class ClientState(NamedTuple):
 
     session: int  # session of the server that sent the last broadcast
     round: int  # round of that broadcast
-    base: UploadId  # last accepted upload that `before` includes
-    last: UploadId  # upload that `after` includes; equals `base` if the worker was silent
+    base: _protocol.UploadId  # last accepted upload that `before` includes
+    last: _protocol.UploadId  # upload that `after` includes; equals `base` if the worker was silent
     params: Any  # [p], the model of that round
     history: Any  # the rule's shared state in that round
     before: WorkerState  # this worker before that round
     after: WorkerState  # this worker after that round
 
 
-CLIENT_STATE_HEADER = struct.Struct("<Qii8si8s")
+CLIENT_STATE_FORMAT = 1  # raise it when the header or the parts change
+CLIENT_STATE_HEADER = struct.Struct("<iQii8si8s")
+CLIENT_STATE_PARTS = ("params", "history", "before", "after")
+
+
+def load_state(context: Context, likes: Sequence[Any]) -> ClientState | None:
+    """Load the worker's state from the node's context.
+
+    Args:
+        context: the node's context.
+        likes: shapes and dtypes of `params`, `history`, `before` and `after`.
+
+    Returns:
+        The state. None if it is missing, damaged, or of another format or algorithm.
+    """
+    found = context.state.get(_protocol.RECORD_KEY)
+    try:
+        parts: dict[str, Any] = dict(found) if isinstance(found, ConfigRecord) else {}
+        number, session, round, base, digest, last, last_digest = CLIENT_STATE_HEADER.unpack(parts["head"])
+        pairs = zip(CLIENT_STATE_PARTS, likes, strict=True)
+        arrays = [_protocol.tree_from_bytes(parts[name], like) for name, like in pairs]
+    except (KeyError, TypeError, ValueError, struct.error):
+        return None
+    state = ClientState(session, round, (base, digest), (last, last_digest), *arrays)
+    return state if number == CLIENT_STATE_FORMAT else None
+
+
+def save_state(context: Context, kept: ClientState) -> None:
+    """Save the worker's state in the node's context."""
+    head = CLIENT_STATE_HEADER.pack(CLIENT_STATE_FORMAT, kept.session, kept.round, *kept.base, *kept.last)
+    parts = {name: _protocol.tree_to_bytes(getattr(kept, name)) for name in CLIENT_STATE_PARTS}
+    context.state[_protocol.RECORD_KEY] = ConfigRecord({"head": head, **parts})
 
 
 @jax.jit
@@ -118,7 +125,7 @@ def _run_worker_round(
         The new worker state, the payload, whether it is sent, its size in bytes, the loss, and the number of gradient
         evaluations.
     """
-    own, shared = worker_keys(alg, key, at, index)
+    own, shared = _protocol.worker_keys(alg, key, at, index)
     keys = RoundKeys(own, shared, key, at, index, jnp.int32(0))
     worker, upload, facts = worker_step(alg, worker, state, shards, keys)
     return worker, upload.payload, upload.sent, upload.bytes, facts["worker_loss"], facts["gradients"]
@@ -131,17 +138,16 @@ class FederatedClient:
     """
 
     def __init__(self, alg: Algorithm, load_shard: Callable[[int], Shards]) -> None:
-        self.alg = replace(alg, rule=ForcedUpload(alg.rule, False))
-        self.full = (
-            replace(alg, rule=ForcedUpload(alg.rule, True), compressor=Identity())
-            if alg.memory.is_persistent
-            else self.alg
-        )
-        self.rule, self.scheme, self.down = alg.rule, scheme_digest(alg), down_compressor(alg)
+        self._alg = replace(alg, rule=ForcedUpload(alg.rule, False))
+        full = replace(alg, rule=ForcedUpload(alg.rule, True), compressor=Identity())
+        self._full = full if alg.memory.is_persistent else self._alg
+        self._rule, self._scheme, self._down = alg.rule, _protocol.scheme_digest(alg), _protocol.down_compressor(alg)
         # a dictionary of loaded shards instead of functools.cache, because Ray copies apps
-        self.load_shard, self.shards = load_shard, {}
-        self.model = jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)
-        self.like = jax.eval_shape(alg.rule.init, self.model)[0], jax.eval_shape(_fresh_worker_state, alg, self.model)
+        self._load_shard, self._shards = load_shard, {}
+        self._model = jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)
+        worker = jax.eval_shape(_fresh_worker_state, alg, self._model)
+        # shapes of the arrays of a `ClientState`
+        self._likes = self._model, jax.eval_shape(alg.rule.init, self._model)[0], worker, worker
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer one broadcast and save the new worker state in the context.
@@ -149,60 +155,49 @@ class FederatedClient:
         Raises:
             ValueError: the message has another form, or is addressed to another worker than this node's `partition-id`.
         """
-        down, parts = parse_message(BroadcastHeader, message)
+        down, parts = _protocol.parse_message(_protocol.BroadcastHeader, message)
         worker = int(context.node_config["partition-id"])
         if down.worker != worker:
             raise ValueError(f"a broadcast to worker {down.worker}: expected one to {worker}, the node's partition-id")
-        kept = self.load(context)
+        kept = load_state(context, self._likes)
         known = self._resolve_broadcast(down, parts, kept)
-        blank = ReplyHeader(
-            down.session,
-            down.round,
-            worker,
-            REPLY_OUT_OF_SYNC,
-            *UNKNOWN_UPLOAD,
-            bytes(8),
-            self.scheme,
-            0,
-            0,
-            0.0,
-            0.0,
-            0.0,
-        )
+        about = down.session, down.round, worker, _protocol.REPLY_OUT_OF_SYNC, *_protocol.UNKNOWN_UPLOAD
+        blank = _protocol.ReplyHeader(*about, bytes(8), self._scheme, 0, 0, 0.0, 0.0, 0.0)
         if known is None:
-            return Message(make_record(blank), reply_to=message)
+            return Message(_protocol.make_record(blank), reply_to=message)
         before, base = self._select_base_state(down, kept, known[0])
-        fresh = base == UNKNOWN_UPLOAD  # then run as in round 0, where every method starts
+        fresh = base == _protocol.UNKNOWN_UPLOAD  # then run as in round 0, where every method starts
         began = time.perf_counter()
         after, payload, *rest = _run_worker_round(
-            self.full if fresh else self.alg,
+            self._full if fresh else self._alg,
             before,
             AlgorithmState(known[0], jnp.int32(down.round), None, None, known[1], None, None),  # pyright: ignore[reportArgumentType]
-            self._load_shard(worker),
+            self._get_shard(worker),
             jax.random.wrap_key_data(jnp.asarray(np.frombuffer(down.key, np.uint32))),
             np.int32(worker),
             np.int32(0 if fresh else down.round),
         )
         sent, size, loss, gradients = (np.asarray(fact).item() for fact in jax.device_get(rest))
         computed = time.perf_counter()
-        compressor = self.full.compressor if fresh else self.alg.compressor
-        body = to_bytes(compressor, payload, self.model) if sent else b""
-        last = upload_id(body, down.round, base) if sent else base
-        kind = (REPLY_FULL if fresh and self.alg.memory.is_persistent else REPLY_UPLOAD) if sent else REPLY_SILENT
+        compressor = self._full.compressor if fresh else self._alg.compressor
+        body = to_bytes(compressor, payload, self._model) if sent else b""
+        last = _protocol.upload_id(body, down.round, base) if sent else base
+        upload = _protocol.REPLY_FULL if fresh and self._alg.memory.is_persistent else _protocol.REPLY_UPLOAD
+        kind = upload if sent else _protocol.REPLY_SILENT
         times = computed - began, time.perf_counter() - computed
-        self.save(context, ClientState(down.session, down.round, base, last, *known, before, after))
+        save_state(context, ClientState(down.session, down.round, base, last, *known, before, after))
         head = blank._replace(kind=kind, base=base[0], base_digest=base[1], digest=last[1] if sent else bytes(8))
         head = head._replace(size=size if sent else 0, gradients=gradients, loss=loss, compute=times[0], pack=times[1])
-        return Message(make_record(head, body=body), reply_to=message)
+        return Message(_protocol.make_record(head, body=body), reply_to=message)
 
-    def _load_shard(self, worker: int) -> Shards:
+    def _get_shard(self, worker: int) -> Shards:
         """Return the data of a worker on the device; load it on the first call."""
-        if worker not in self.shards:
-            self.shards[worker] = jax.tree.map(jnp.asarray, _check_worker_shard(self.alg, self.load_shard(worker)))
-        return self.shards[worker]
+        if worker not in self._shards:
+            self._shards[worker] = jax.tree.map(jnp.asarray, _check_worker_shard(self._alg, self._load_shard(worker)))
+        return self._shards[worker]
 
     def _resolve_broadcast(
-        self, down: BroadcastHeader, parts: dict[str, Any], kept: ClientState | None
+        self, down: _protocol.BroadcastHeader, parts: dict[str, Any], kept: ClientState | None
     ) -> tuple[Any, Any] | None:
         """Reconstruct the model and the rule's shared state from a broadcast.
 
@@ -219,32 +214,29 @@ class FederatedClient:
             return None
         again = kept is not None and kept.round == down.round  # a repeated broadcast, or the server was restarted
         try:
-            if down.model == MODEL_FULL:
-                params = tree_from_bytes(parts.get("body", b""), self.model)
-            elif kept and down.model == MODEL_DELTA and not again:
-                params = add_delta(kept.params, from_bytes(self.down, parts.get("body", b""), self.model))
+            if down.model == _protocol.MODEL_FULL:
+                params = _protocol.tree_from_bytes(parts.get("body", b""), self._model)
+            elif kept and down.model == _protocol.MODEL_DELTA and not again:
+                params = _protocol.add_delta(kept.params, from_bytes(self._down, parts.get("body", b""), self._model))
             else:
                 params = kept.params if kept else None
-            if down.history == MODEL_FULL:
-                history = tree_from_bytes(parts.get("history", b""), self.like[0])
-            elif kept and down.history == MODEL_DELTA and not again:
-                squares: Any = [np.asarray(square, self.model.dtype) for square in (down.direction_sq, down.step_sq)]
+            if down.history == _protocol.MODEL_FULL:
+                history = _protocol.tree_from_bytes(parts.get("history", b""), self._likes[1])
+            elif kept and down.history == _protocol.MODEL_DELTA and not again:
+                squares: Any = [np.asarray(square, self._model.dtype) for square in (down.direction_sq, down.step_sq)]
                 step = ServerStep(kept.params, params, squares[0], squares[1], np.int32(down.round - 1))  # pyright: ignore[reportArgumentType]
-                history = _update_shared_state(self.rule, kept.history, step)
+                history = _update_shared_state(self._rule, kept.history, step)
             else:
                 history = kept.history if kept else None
         except ValueError:  # the body or the history has a wrong length
             return None
-        missing = params is None or (kept is None and down.history != MODEL_FULL)
-        return (
-            None
-            if missing or short_digest(tree_to_bytes((params, history))) != down.state_digest
-            else (params, history)
-        )
+        missing = params is None or (kept is None and down.history != _protocol.MODEL_FULL)
+        digest = _protocol.short_digest(_protocol.tree_to_bytes((params, history)))
+        return None if missing or digest != down.state_digest else (params, history)
 
     def _select_base_state(
-        self, down: BroadcastHeader, kept: ClientState | None, params: Any
-    ) -> tuple[WorkerState, UploadId]:
+        self, down: _protocol.BroadcastHeader, kept: ClientState | None, params: Any
+    ) -> tuple[WorkerState, _protocol.UploadId]:
         """Select the worker state that matches the server's.
 
         Returns:
@@ -252,36 +244,15 @@ class FederatedClient:
             state. Its id is then `UNKNOWN_UPLOAD`, which makes the worker send a full upload, unless the memory is not
             persistent or the worker is new to the federation.
         """
-        accepted = down.accepted, down.digest
-        if kept is None or (not self.alg.memory.is_persistent and accepted not in (kept.base, kept.last)):
-            return _fresh_worker_state(
-                self.alg, params
-            ), UNKNOWN_UPLOAD if accepted != NO_UPLOAD and self.alg.memory.is_persistent else accepted
+        accepted, is_persistent = (down.accepted, down.digest), self._alg.memory.is_persistent
+        if kept is None or (not is_persistent and accepted not in (kept.base, kept.last)):
+            base = _protocol.UNKNOWN_UPLOAD if accepted != _protocol.NO_UPLOAD and is_persistent else accepted
+            return _fresh_worker_state(self._alg, params), base
         if accepted == kept.last and kept.round != down.round:  # a repeated round runs again from `before`
             return kept.after, accepted
-        return (
-            (kept.before, accepted)
-            if accepted == kept.base
-            else (_fresh_worker_state(self.alg, params), UNKNOWN_UPLOAD)
-        )
-
-    def load(self, context: Context) -> ClientState | None:
-        """Load the worker's state from the node's context; return None if it is missing or unusable."""
-        found = context.state.get(RECORD_KEY)
-        try:
-            parts: dict[str, Any] = dict(found) if isinstance(found, ConfigRecord) else {}
-            session, round, base, base_digest, last, last_digest = CLIENT_STATE_HEADER.unpack(parts["head"])
-            names, likes = ("params", "history", "before", "after"), (self.model, self.like[0], *[self.like[1]] * 2)
-            arrays = [tree_from_bytes(parts[name], like) for name, like in zip(names, likes, strict=True)]
-        except (KeyError, TypeError, ValueError, struct.error):
-            return None
-        return ClientState(session, round, (base, base_digest), (last, last_digest), *arrays)
-
-    def save(self, context: Context, kept: ClientState) -> None:
-        """Save the worker's state in the node's context."""
-        head = CLIENT_STATE_HEADER.pack(kept.session, kept.round, *kept.base, *kept.last)
-        parts = {name: tree_to_bytes(getattr(kept, name)) for name in ("params", "history", "before", "after")}
-        context.state[RECORD_KEY] = ConfigRecord({"head": head, **parts})
+        if accepted == kept.base:
+            return kept.before, accepted
+        return _fresh_worker_state(self._alg, params), _protocol.UNKNOWN_UPLOAD
 
 
 def _check_worker_shard(alg: Algorithm, shards: Shards) -> Shards:
@@ -311,15 +282,13 @@ def client_app(
     Returns:
         The app. Each node stores its worker's state in its context.
     """
-    enable_compilation_cache(compilation_cache_dir)
+    _protocol.enable_compilation_cache(compilation_cache_dir)
     app, client = ClientApp(), FederatedClient(alg, load_shard)
     app.train()(client)
 
     @app.query()
     def greet(message: Message, context: Context) -> Message:
-        return Message(
-            RecordDict({RECORD_KEY: ConfigRecord({"worker": int(context.node_config["partition-id"])})}),
-            reply_to=message,
-        )
+        hello = ConfigRecord({"worker": int(context.node_config["partition-id"])})
+        return Message(RecordDict({_protocol.RECORD_KEY: hello}), reply_to=message)
 
     return app

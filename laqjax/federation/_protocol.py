@@ -17,6 +17,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from laqjax._core.round import Algorithm
 from laqjax.downlinks import CompressedModel, CompressedStep
+from laqjax.types import AlgorithmState
 
 RECORD_KEY = "laqjax"
 UploadId = tuple[int, bytes]  # (round, 8-byte digest) of an upload
@@ -138,6 +139,29 @@ def make_record(head: Any, **parts: bytes) -> RecordDict:
     return RecordDict({RECORD_KEY: ConfigRecord({"head": data + short_digest(data)[:HEADER_DIGEST_BYTES], **there})})
 
 
+def make_broadcast(
+    head: BroadcastHeader, state: AlgorithmState, known: int | None, change: bytes
+) -> tuple[RecordDict, int]:
+    """Build the content of the broadcast to one worker, with only the parts that the worker lacks.
+
+    Args:
+        head: the header; this function sets its fields `model` and `history`.
+        state: state of the server.
+        known: round whose model the worker is known to have; None if unknown.
+        change: message with the last model change; empty if the server broadcasts the whole model.
+
+    Returns:
+        The content, and the size of its body in bytes.
+    """
+    if known == head.round:
+        return make_record(head._replace(model=MODEL_UNCHANGED, history=MODEL_UNCHANGED)), 0
+    is_near = known == head.round - 1
+    model, history = MODEL_DELTA if is_near and change else MODEL_FULL, MODEL_DELTA if is_near else MODEL_FULL
+    body = change if model == MODEL_DELTA else tree_to_bytes(state.params)
+    shared = tree_to_bytes(state.rule) if history == MODEL_FULL else b""
+    return make_record(head._replace(model=model, history=history), body=body, history=shared), len(body)
+
+
 def parse_message(kind: Any, message: Message) -> tuple[Any, dict[str, Any]]:
     """Parse a message that `make_record` built.
 
@@ -155,11 +179,7 @@ def parse_message(kind: Any, message: Message) -> tuple[Any, dict[str, Any]]:
     parts: dict[str, Any] = dict(found) if isinstance(found, ConfigRecord) else {}
     head, size = parts.pop("head", b""), HEADER_STRUCTS[kind].size
     form = all(isinstance(part, bytes) for part in (head, *parts.values())) and not set(parts) - {"body", "history"}
-    if (
-        not form
-        or len(head) != size + HEADER_DIGEST_BYTES
-        or short_digest(head[:size])[:HEADER_DIGEST_BYTES] != head[size:]
-    ):
+    if not form or short_digest(head[:size])[:HEADER_DIGEST_BYTES] != head[size:]:
         raise ValueError(
             f"a message with {sorted(parts)}: expected a head of {size} bytes and its digest, body, history"
         )

@@ -1,60 +1,30 @@
 """Server side of a federation: `FederatedServer` and the Flower ServerApp around it."""
 
+import functools
 import logging
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Context, Message, MessageType
 from flwr.serverapp import Grid, ServerApp
 from jaxtyping import Array, PRNGKeyArray
 
 from laqjax._core.round import Algorithm, server_step
 from laqjax._core.wire_format import from_bytes, to_bytes
-from laqjax.compressors import Identity
-from laqjax.federation._protocol import (
-    MODEL_DELTA,
-    MODEL_FULL,
-    MODEL_UNCHANGED,
-    NO_UPLOAD,
-    RECORD_KEY,
-    REPLY_FULL,
-    REPLY_OUT_OF_SYNC,
-    REPLY_SILENT,
-    REPLY_UPLOAD,
-    BroadcastHeader,
-    ReplyHeader,
-    add_delta,
-    down_compressor,
-    enable_compilation_cache,
-    make_record,
-    parse_message,
-    scheme_digest,
-    serialized_size,
-    short_digest,
-    tree_to_bytes,
-    upload_id,
-    worker_keys,
-)
-from laqjax.types import (
-    AlgorithmState,
-    RoundContext,
-    RoundKeys,
-    UploadContext,
-)
+from laqjax.federation import _protocol
+from laqjax.federation._admission import AcceptedReply, ExpectedReply, collect_replies, find_outliers
+from laqjax.federation._checkpoint import Checkpoint, WorkerRecords, restore_checkpoint, save_checkpoint
+from laqjax.federation._protocol import add_delta, down_compressor, worker_keys
+from laqjax.federation._roster import Rejection, Roster, make_hello_messages
+from laqjax.types import AlgorithmState, RoundContext, RoundKeys, ServerResult, UploadContext
 
 log = logging.getLogger(__name__)
-
-
-class RejectedReply(ValueError):
-    """Error of a reply that the server rejects; its message gives the reason."""
 
 
 @dataclass
@@ -90,35 +60,14 @@ class RoundStats:
         return cls(round, np.nan, 0, *arrays, transfer=0.0, decode=0.0, refused=0)
 
 
-class _RecordingCompressor:
-    """Compressor that also stores the last payload it encoded."""
-
-    def __init__(self, compressor: Any) -> None:
-        self.inner, self.payload = compressor, None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def encode(self, target, keys):
-        self.payload = self.inner.encode(target, keys)
-        return self.payload
-
-
 @jax.jit
-def _run_server_round(alg: Algorithm, state: AlgorithmState, total: Array, asked: Any, key: PRNGKeyArray) -> Any:
-    """Run `server_step` and record the payload of the compressed model change.
-
-    Returns:
-        The new state, the bytes sent down, the payload (None without a `down_compressor`), ||direction||^2 and
-        ||step||^2.
-    """
+def _run_server_round(
+    alg: Algorithm, state: AlgorithmState, total: Array, asked: Any, key: PRNGKeyArray
+) -> ServerResult:
+    """Run `server_step` and return its `ServerResult`."""
     shared = worker_keys(alg, key, state.round, alg.num_workers)[1]
     keys = RoundKeys(shared, shared, key, state.round, jnp.int32(alg.num_workers))
-    tap = _RecordingCompressor(down_compressor(alg))
-    if tap.inner is not None:
-        alg = replace(alg, downlink=replace(alg.downlink, compressor=tap))  # pyright: ignore[reportArgumentType]
-    after, size, facts = server_step(alg, state, total, asked, keys)
-    return after, size, tap.payload, facts["direction_sq"], facts["step_sq"]
+    return server_step(alg, state, total, asked, keys)
 
 
 @jax.jit
@@ -156,12 +105,93 @@ def _select_workers(alg: Algorithm, state: AlgorithmState, own: Any, key: PRNGKe
         )
         known: dict[str, Any] = vars(now)
         evidence = UploadContext(**known, grad=nothing, target=nothing, decoded=nothing, target_sq=zero, innovation_sq=zero, error_sq=zero)  # fmt: skip
-        _, after, silent = alg.rule.should_send(state.rule, own, evidence)
+        decision = alg.rule.should_send(state.rule, own, evidence)
         return alg.rule.is_selected(state.rule, own, now), jax.tree.map(
-            lambda a, b: jnp.where(sent, a, b), after, silent
+            lambda a, b: jnp.where(sent, a, b), decision.if_sent, decision.if_silent
         )
 
     return jax.vmap(one)(jnp.arange(alg.num_workers, dtype=jnp.int32), own, sent)
+
+
+class ModelChange(NamedTuple):
+    """Last step of the server, as broadcasts carry it."""
+
+    body: bytes = b""  # message with the change of the model; empty if the server broadcasts the whole model
+    direction_sq: float = 0.0  # ||direction||^2
+    step_sq: float = 0.0  # ||model change||^2
+
+
+def _run_step(
+    alg: Algorithm,
+    key: PRNGKeyArray,
+    state: AlgorithmState,
+    workers: WorkerRecords,
+    answered: dict[int, AcceptedReply],
+    facts: RoundStats,
+) -> tuple[AlgorithmState, ModelChange]:
+    """Run the server's step on the accepted messages, summed in worker order.
+
+    Args:
+        alg: the algorithm.
+        key: PRNG key of the run.
+        state: state of the server.
+        workers: records of the workers; this function updates them.
+        answered: accepted replies, sorted by worker.
+        facts: stats of the round; this function sets `bits_down`.
+
+    Returns:
+        The new state, and the change of the model.
+    """
+    uploads = {worker: reply for worker, reply in answered.items() if reply.decoded is not None}
+    total, memories = jnp.zeros_like(state.params), workers.memories
+    again = [m for m, reply in uploads.items() if reply.header.kind == _protocol.REPLY_FULL and memories[m] is not None]
+    if again:  # a full upload replaces the worker's part of the aggregate
+        for worker in again:
+            memories[worker] = jnp.zeros_like(total)
+        state = state._replace(aggregate=functools.reduce(add_delta, memories, total))
+    for worker, (_, head, decoded) in uploads.items():
+        total, memories[worker] = _accumulate(alg, total, memories[worker], decoded)
+        workers.accepted[worker] = head.round, head.digest
+    if alg.rule.server_selects:
+        workers.rule_states = _select_workers(alg, state, workers.rule_states, key, jnp.asarray(facts.sent))[1]
+    asked, before = np.int32(np.count_nonzero(facts.bytes_down)), state.params
+    result = _run_server_round(alg, state, total, asked, key)
+    state, facts.bits_down, change, down = result.state, 8 * int(result.bytes_down), b"", down_compressor(alg)
+    if down is not None:  # use the decoded message, so that server and workers hold the same model
+        change = to_bytes(down, result.payload, before)
+        state = state._replace(params=add_delta(before, from_bytes(down, change, before)))
+    return state, ModelChange(change, float(result.metrics["direction_sq"]), float(result.metrics["step_sq"]))
+
+
+def _fill_stats(facts: RoundStats, answered: dict[int, AcceptedReply]) -> None:
+    """Fill the stats of a round from the accepted replies."""
+    for worker, (_, up, decoded) in answered.items():
+        facts.answered[worker], facts.sent[worker] = True, decoded is not None
+        facts.bits_up[worker], facts.gradients[worker] = 8 * up.size, up.gradients
+        facts.payload_up[worker] = up.size
+        facts.compute[worker], facts.pack[worker] = up.compute, up.pack
+    if answered:
+        facts.loss = float(np.mean([reply.header.loss for reply in answered.values()]))
+    facts.transfer -= float((facts.compute + facts.pack).max())
+
+
+def _find_selected(alg: Algorithm, key: PRNGKeyArray, state: AlgorithmState, rule_states: Any) -> np.ndarray:
+    """Return the mask [M] of workers that receive a broadcast in this round."""
+    nobody = np.zeros(alg.num_workers, bool)
+    if not alg.rule.server_selects:
+        return ~nobody
+    return np.asarray(_select_workers(alg, state, rule_states, key, nobody)[0])
+
+
+def _log_rejections(nodes: dict[int, int], rejections: Iterable[Rejection]) -> None:
+    """Log the reason of each rejection; `nodes` maps node ids to workers, before the messages arrived."""
+    for node, reason in rejections:
+        log.warning("worker %s (node %s) refused: %s", nodes.get(node, "?"), node, reason)
+
+
+def _exchange(grid: Grid, messages: list[Message], timeout: float) -> list[Message]:
+    """Send messages and return the replies that arrive before the deadline."""
+    return list(grid.send_and_receive(messages, timeout=timeout)) if messages else []
 
 
 class FederatedServer:
@@ -169,6 +199,9 @@ class FederatedServer:
 
     For a memory that is persistent, the server also stores each worker's part of the aggregate: M p numbers. With them
     it can replace the part of a worker that lost its state. One checkpoint holds everything that the next round needs.
+
+    alg: the algorithm.
+    state: its state without the workers; `alg.params(state)` returns the model.
     """
 
     def __init__(
@@ -193,347 +226,27 @@ class FederatedServer:
                 the workers' largest values so far.
 
         Raises:
-            ValueError: the checkpoint is damaged or belongs to another algorithm, or the key is not of JAX's default
-                kind.
+            ValueError: the checkpoint is damaged, has another format or belongs to another algorithm, or the key is
+                not of JAX's default kind.
         """
-        self.alg, self.round_timeout, self.checkpoint_path, self.outlier_factor = (
-            alg,
-            round_timeout,
-            checkpoint_path,
-            outlier_factor,
+        self.alg, self._key, self._key_bytes = alg, key, np.asarray(jax.random.key_data(key)).tobytes()
+        if (size := len(self._key_bytes)) != 8:
+            raise ValueError(f"key of {size} bytes: expected jax.random.key(seed) of JAX's default kind")
+        self._timeout, self._checkpoint_path, self._outlier_factor = round_timeout, checkpoint_path, outlier_factor
+        self._scheme, self._session, self._roster = (
+            _protocol.scheme_digest(alg),
+            time.time_ns(),
+            Roster(range(alg.num_workers)),
         )
-        self.key, self.scheme, self.workers = key, scheme_digest(alg), range(alg.num_workers)
-        self.key_bytes = np.asarray(jax.random.key_data(key)).tobytes()
-        if len(self.key_bytes) != 8:
-            raise ValueError(f"key of {len(self.key_bytes)} bytes: expected jax.random.key(seed) of JAX's default kind")
         state = alg.init(params)
-        self.like = jax.ShapeDtypeStruct(state.params.shape, state.params.dtype)
-        self.own, self.state = state.workers.rule, state._replace(workers=None)  # pyright: ignore[reportArgumentType]
-        zeros = jnp.zeros_like(state.params) if alg.memory.is_persistent else None
-        self.memories: list[Any] = [zeros for _ in self.workers]  # each worker's part of the aggregate
-        self.accepted = [NO_UPLOAD for _ in self.workers]
-        # the round whose model each worker is known to have; None if unknown
-        self.model_rounds: list[int | None] = [None for _ in self.workers]
-        self.max_magnitudes: dict[int, float] = {}  # worker -> largest absolute value that it has sent
-        self.nodes: dict[int, int] = {}  # node id -> worker
-        self.unassigned_nodes: set[int] = set()  # nodes whose worker id was rejected
-        self.session, self.change, self.squares, self.refusals = time.time_ns(), b"", (0.0, 0.0), 0
+        self.state: AlgorithmState = state._replace(workers=None)  # pyright: ignore[reportArgumentType]
+        memories: list[Any] = [jnp.zeros_like(state.params) if alg.memory.is_persistent else None] * alg.num_workers
+        self._workers = WorkerRecords(state.workers.rule, memories, [_protocol.NO_UPLOAD] * alg.num_workers, {})
+        self._change = ModelChange()
         if checkpoint_path is not None and checkpoint_path.exists():
-            self.restore(checkpoint_path)
-
-    # -- membership
-
-    def _hello_messages(self, grid: Grid) -> list[Message]:
-        """Build a hello message for every new node and forget nodes that have left."""
-        there = set(grid.get_node_ids())
-        if self.nodes.keys() - there:  # a rejected node may now take the id of a lost one
-            self.unassigned_nodes.clear()
-        self.nodes = {node: worker for node, worker in self.nodes.items() if node in there}
-        new = sorted(there - self.nodes.keys() - self.unassigned_nodes)
-        return [Message(RecordDict(), node, MessageType.QUERY, ttl=self.round_timeout) for node in new]
-
-    def _register_node(self, reply: Message) -> None:
-        """Assign a node to the worker id in its answer to a hello message, or reject the node."""
-        node = reply.metadata.src_node_id
-        if reply.has_error():  # the node gets another hello message in the next round
-            return self._log_rejection(node, f"its app failed: {reply.error.reason:.200}")
-        found = reply.content.get(RECORD_KEY)
-        worker = found.get("worker") if isinstance(found, ConfigRecord) else None
-        if worker is not None and self.nodes.get(node) == worker:  # the node is already registered
-            return
-        if worker not in self.workers or isinstance(worker, bool) or worker in self.nodes.values():
-            self.unassigned_nodes.add(node)
-            self._log_rejection(
-                node, f"it says that it is worker {worker!r:.20}: expected one of {self.workers} that is not there yet"
-            )
-        else:
-            self.nodes[node] = int(worker)  # pyright: ignore[reportArgumentType]
-            self.model_rounds[int(worker)] = None  # pyright: ignore[reportArgumentType]
-
-    def wait_for_workers(self, grid: Grid, workers: int, max_missed_rounds: int) -> None:
-        """Wait until `workers` workers are registered.
-
-        Raises:
-            RuntimeError: too few workers registered within `max_missed_rounds` deadlines.
-        """
-        end = time.monotonic() + max_missed_rounds * self.round_timeout
-        while len(self.nodes) < workers:
-            for reply in self._send_and_receive(grid, self._hello_messages(grid)):
-                self._register_node(reply)
-            if len(self.nodes) < workers:
-                if time.monotonic() > end:
-                    raise RuntimeError(f"{len(self.nodes)} workers came: expected {workers}; are their nodes running?")
-                time.sleep(min(1.0, self.round_timeout))
-
-    def _send_and_receive(self, grid: Grid, messages: list[Message]) -> list[Message]:
-        """Send messages and return the replies that arrive before the deadline."""
-        return list(grid.send_and_receive(messages, timeout=self.round_timeout)) if messages else []
-
-    def _log_rejection(self, node: int, reason: str) -> None:
-        """Count a rejected message and log the reason."""
-        self.refusals += 1
-        log.warning("worker %s (node %s) refused: %s", self.nodes.get(node, "?"), node, reason)
-
-    # -- one round
-
-    def _make_broadcast(self, node: int, reads: bytes) -> Message:
-        """Build the broadcast to one node, with only the parts that its worker lacks.
-
-        Args:
-            node: id of the node.
-            reads: digest of the current model and of the rule's shared state.
-
-        Returns:
-            The message for the node.
-        """
-        worker, round = self.nodes[node], int(self.state.round)
-        near = self.model_rounds[worker] == round - 1
-        model = MODEL_DELTA if near and self.change else MODEL_FULL
-        body = self.change if model == MODEL_DELTA else tree_to_bytes(self.state.params)
-        history = MODEL_DELTA if near else MODEL_FULL
-        if self.model_rounds[worker] == round:
-            model, history, body = MODEL_UNCHANGED, MODEL_UNCHANGED, b""
-        shared = tree_to_bytes(self.state.rule) if history == MODEL_FULL else b""
-        head = BroadcastHeader(
-            self.session, round, worker, model, history, *self.accepted[worker], reads, self.key_bytes, *self.squares
-        )
-        # the ttl lets Flower drop an expired broadcast, so that a slow node does not build up a backlog
-        content, group = make_record(head, body=body, history=shared), str(round)
-        return Message(content, node, MessageType.TRAIN, group_id=group, ttl=self.round_timeout)
-
-    def run_round(self, grid: Grid) -> RoundStats | None:
-        """Run one round.
-
-        Returns:
-            The stats of the round. None if no selected worker answered, and either all workers were selected or no
-            node is registered. In that case the state is unchanged, and the next call repeats the round.
-        """
-        refusals, facts = self.refusals, RoundStats.empty(int(self.state.round), len(self.workers))
-        greetings = self._hello_messages(grid)
-        messages, all_asked = self._make_broadcasts()
-        for node, message in messages.items():
-            worker, content = self.nodes[node], message.content.config_records[RECORD_KEY]
-            facts.bytes_down[worker], facts.payload_down[worker] = serialized_size(message), len(content.get("body", b""))  # pyright: ignore[reportArgumentType]  # fmt: skip
-        began = time.perf_counter()
-        replies = self._send_and_receive(grid, [*messages.values(), *greetings])
-        facts.transfer, began = time.perf_counter() - began, time.perf_counter()
-        taken = self._collect_replies(replies, messages, facts)
-        self._drop_outliers(taken)
-        answered = {worker: pair for worker, pair in sorted(taken.items()) if pair[0].kind != REPLY_OUT_OF_SYNC}
-        for node in messages:
-            self.model_rounds[self.nodes[node]] = facts.round if self.nodes[node] in answered else None
-        if not answered and (all_asked or not self.nodes):
-            return None
-        self._fill_stats(facts, answered)
-        self.step(answered, facts)
-        jax.block_until_ready(self.state)
-        facts.decode, facts.refused = time.perf_counter() - began, self.refusals - refusals
-        if self.checkpoint_path is not None:
-            self.save(self.checkpoint_path)
-        return facts
-
-    def _make_broadcasts(self) -> tuple[dict[int, Message], bool]:
-        """Build the broadcasts of this round.
-
-        Returns:
-            A dictionary from the nodes of the selected workers to their messages, and whether all workers are selected.
-        """
-        asked = np.ones(len(self.workers), bool)
-        if self.alg.rule.server_selects:
-            asked = np.asarray(
-                _select_workers(self.alg, self.state, self.own, self.key, jnp.zeros(len(asked), bool))[0]
-            )
-        reads = short_digest(tree_to_bytes((self.state.params, self.state.rule)))
-        messages = {node: self._make_broadcast(node, reads) for node, worker in self.nodes.items() if asked[worker]}
-        return messages, bool(asked.all())
-
-    def _collect_replies(
-        self, replies: Iterable[Message], messages: dict[int, Message], facts: RoundStats
-    ) -> dict[int, Any]:
-        """Validate replies, log the rejected ones, and register new nodes.
-
-        Returns:
-            A dictionary from worker to (header, decoded message [p] or None), for the accepted replies.
-        """
-        taken: dict[int, Any] = {}
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            if node in self.nodes:
-                facts.bytes_up[self.nodes[node]] += serialized_size(reply)
-            if reply.metadata.message_type == MessageType.QUERY:
-                self._register_node(reply)
-                continue
-            try:
-                worker, up, decoded = self._validate_reply(reply, messages, taken)
-            except ValueError as error:
-                self._log_rejection(node, str(error))
-            else:
-                taken[worker] = up, decoded
-        return taken
-
-    def _validate_reply(
-        self, reply: Message, asked: Iterable[int], taken: dict[int, Any]
-    ) -> tuple[int, ReplyHeader, Any]:
-        """Check and decode one reply.
-
-        Args:
-            reply: the reply.
-            asked: nodes that received a broadcast in this round.
-            taken: replies accepted so far, by worker.
-
-        Returns:
-            The worker, the header, and the decoded message [p]. The message is None if the worker is silent or out of
-            sync.
-
-        Raises:
-            ValueError: the reply is rejected.
-        """
-        node = reply.metadata.src_node_id
-        if node not in self.nodes:
-            raise RejectedReply("an unknown worker")
-        if reply.has_error():
-            raise RejectedReply(f"its app failed: {reply.error.reason:.200}")
-        up, parts = parse_message(ReplyHeader, reply)
-        worker, body = self.nodes[node], parts.get("body", b"")
-        expected = {"session": self.session, "round": int(self.state.round), "worker": worker, "scheme": self.scheme}
-        for name, value in expected.items():
-            if getattr(up, name) != value:
-                raise RejectedReply(
-                    f"{name} {getattr(up, name)}: expected {value}" + (", it is late" if name == "round" else "")
-                )
-        if node not in asked or worker in taken:
-            raise RejectedReply("a second reply, or one that nobody asked for")
-        if up.kind == REPLY_OUT_OF_SYNC:
-            return worker, up, None
-        if up.kind not in (REPLY_SILENT, REPLY_UPLOAD, REPLY_FULL) or not np.isfinite(up.loss):
-            raise RejectedReply(
-                f"kind {up.kind}, loss {up.loss}: expected {REPLY_SILENT}, {REPLY_UPLOAD} or {REPLY_FULL}, and a finite loss"
-            )
-        if (
-            up.kind != REPLY_FULL
-            and self.alg.memory.is_persistent
-            and (up.base, up.base_digest) != self.accepted[worker]
-        ):
-            raise RejectedReply(
-                f"it stands on its upload of round {up.base}: expected that of {self.accepted[worker][0]}"
-            )
-        if up.kind == REPLY_SILENT:
-            return worker, up, None
-        if up.size != len(body) or up.digest != upload_id(body, up.round, (up.base, up.base_digest))[1]:
-            raise RejectedReply(f"{len(body)} bytes billed as {up.size}: expected what was billed, and its digest")
-        decoded = from_bytes(Identity() if up.kind == REPLY_FULL else self.alg.compressor, body, self.like)
-        if not np.all(np.isfinite(np.asarray(decoded))):
-            raise RejectedReply("numbers that are not finite")
-        return worker, up, decoded
-
-    def _drop_outliers(self, taken: dict[int, Any]) -> None:
-        """Remove messages from `taken` whose largest absolute value is an outlier.
-
-        The limit is `outlier_factor` times the median of the workers' largest values in earlier rounds. Before the
-        first accepted message it is computed from the messages of this round.
-        """
-        sizes = {worker: float(jnp.max(jnp.abs(pair[1]))) for worker, pair in taken.items() if pair[1] is not None}
-        usual = [size for size in (self.max_magnitudes or sizes).values() if size > 0]
-        for worker, size in sizes.items():
-            if usual and size > self.outlier_factor * np.median(usual):
-                node = next(node for node, there in self.nodes.items() if there == worker)
-                self._log_rejection(node, f"numbers up to {size:.3g}: expected at most {self.outlier_factor:g} times the usual {np.median(usual):.3g}")  # fmt: skip
-                del taken[worker]
-            else:
-                self.max_magnitudes[worker] = max(size, self.max_magnitudes.get(worker, 0.0))
-
-    def _fill_stats(self, facts: RoundStats, answered: dict[int, Any]) -> None:
-        """Fill the stats of a round from the accepted replies."""
-        for worker, (up, decoded) in answered.items():
-            facts.answered[worker], facts.sent[worker] = True, decoded is not None
-            facts.bits_up[worker], facts.gradients[worker] = 8 * up.size, up.gradients
-            facts.payload_up[worker] = up.size
-            facts.compute[worker], facts.pack[worker] = up.compute, up.pack
-        if answered:
-            facts.loss = float(np.mean([up.loss for up, _ in answered.values()]))
-        facts.transfer -= float((facts.compute + facts.pack).max())
-
-    def step(self, answered: dict[int, Any], facts: RoundStats) -> None:
-        """Run the server's step on the accepted messages, summed in worker order.
-
-        Args:
-            answered: worker -> (header, decoded message or None), sorted by worker.
-            facts: stats of the round; this method sets `bits_down`.
-        """
-        uploads = {worker: pair for worker, pair in answered.items() if pair[1] is not None}
-        total = jnp.zeros_like(self.state.params)
-        again = [
-            worker for worker, (up, _) in uploads.items() if up.kind == REPLY_FULL and self.memories[worker] is not None
-        ]
-        if again:  # a full upload replaces the worker's part of the aggregate
-            for worker in again:
-                self.memories[worker] = jnp.zeros_like(total)
-            self.state = self.state._replace(aggregate=self.sum_of_memories())
-        for worker, (up, decoded) in uploads.items():
-            total, self.memories[worker] = _accumulate(self.alg, total, self.memories[worker], decoded)
-            self.accepted[worker] = up.round, up.digest
-        if self.alg.rule.server_selects:
-            self.own = _select_workers(self.alg, self.state, self.own, self.key, jnp.asarray(facts.sent))[1]
-        asked, before = np.int32(np.count_nonzero(facts.bytes_down)), self.state.params
-        self.state, size, payload, *squares = _run_server_round(self.alg, self.state, total, asked, self.key)
-        facts.bits_down, self.squares = 8 * int(size), tuple(float(square) for square in squares)
-        self.change, down = b"", down_compressor(self.alg)
-        if down is not None:  # use the decoded message, so that server and workers hold the same model
-            self.change = to_bytes(down, payload, self.like)
-            self.state = self.state._replace(params=add_delta(before, from_bytes(down, self.change, self.like)))
-
-    def sum_of_memories(self) -> Array:
-        """Return the sum of the workers' parts, which equals the aggregate up to rounding."""
-        total = jnp.zeros(self.like.shape, self.like.dtype)
-        for memory in self.memories:
-            total = add_delta(total, memory)
-        return total
-
-    # -- checkpoints
-
-    def _checkpoint_tree(self) -> Any:
-        """Build a pytree of everything that the next round needs."""
-        accepted = [np.asarray(first, np.int32) for first, _ in self.accepted]
-        digests = [np.frombuffer(second, np.uint8) for _, second in self.accepted]
-        peaks = np.asarray([self.max_magnitudes.get(worker, -1.0) for worker in self.workers])
-        about = np.frombuffer(self.scheme + self.key_bytes, np.uint8), np.asarray(self.session, np.int64)
-        return about, self.state, self.memories, self.own, accepted, digests, peaks
-
-    def save(self, path: Path) -> None:
-        """Write the checkpoint atomically: a crash leaves the old file or the complete new one."""
-        part = path.with_name(f".{path.name}.part")
-        with part.open("wb") as file:
-            np.savez(file, *(np.asarray(leaf) for leaf in jax.tree.leaves(self._checkpoint_tree())))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-
-    def restore(self, path: Path) -> None:
-        """Restore the server from a file that `save` wrote.
-
-        Raises:
-            ValueError: the file is damaged, or belongs to another algorithm, model or key.
-        """
-        like = self._checkpoint_tree()
-        try:
-            with path.open("rb") as opened, np.load(opened) as file:  # NumPy leaves a damaged file open
-                leaves = [file[f"arr_{i}"] for i in range(len(file.files))]
-        except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
-            raise ValueError(f"{path} is damaged ({error}): remove it, or give another checkpoint") from None
-        shapes = [
-            [(np.shape(leaf), np.asarray(leaf).dtype) for leaf in leaves] for leaves in (jax.tree.leaves(like), leaves)
-        ]
-        if shapes[0] != shapes[1] or not np.array_equal(leaves[0], like[0][0]):
-            raise ValueError(
-                f"{path} is of another algorithm, model or key: expected that of this run; give another file"
-            )
-        about, state, memories, self.own, accepted, digests, peaks = jax.tree.unflatten(
-            jax.tree.structure(like), leaves
-        )
-        self.state, self.memories = jax.tree.map(jnp.asarray, (state, memories))
-        self.accepted = [(int(first), second.tobytes()) for first, second in zip(accepted, digests, strict=True)]
-        self.max_magnitudes = {worker: float(peak) for worker, peak in enumerate(peaks) if peak >= 0}
-        self.session = max(self.session, int(about[1]) + 1)
+            restored = restore_checkpoint(checkpoint_path, self._checkpoint())
+            self.state, self._workers = restored.state, restored.workers
+            self._session = max(self._session, restored.session + 1)
 
     def run(
         self, grid: Grid, rounds: int, *, workers: int | None = None, max_missed_rounds: int = 10
@@ -552,17 +265,85 @@ class FederatedServer:
         Raises:
             RuntimeError: too few workers registered, or no worker answered, for `max_missed_rounds` deadlines.
         """
-        self.wait_for_workers(grid, len(self.workers) if workers is None else workers, max_missed_rounds)
+        self._wait_for_workers(grid, self.alg.num_workers if workers is None else workers, max_missed_rounds)
         missed = 0
-        while int(self.state.round) < rounds:
+        while (round := int(self.state.round)) < rounds:
             facts = self.run_round(grid)
             if facts is not None:
                 missed = 0
                 yield facts
             elif (missed := missed + 1) >= max_missed_rounds:
-                raise RuntimeError(
-                    f"nobody answered in round {int(self.state.round)}, {max_missed_rounds} times: see the log"
-                )
+                raise RuntimeError(f"nobody answered in round {round}, {max_missed_rounds} times: see the log")
+
+    def run_round(self, grid: Grid) -> RoundStats | None:
+        """Run one round.
+
+        Returns:
+            The stats of the round. None if no selected worker answered, and either all workers were selected or no
+            node is registered. In that case the state is unchanged, and the next call repeats the round.
+        """
+        roster, facts = self._roster, RoundStats.empty(int(self.state.round), self.alg.num_workers)
+        hello_messages = make_hello_messages(roster, grid.get_node_ids(), self._timeout)
+        selected = _find_selected(self.alg, self._key, self.state, self._workers.rule_states)
+        broadcasts = self._make_broadcasts(selected, facts)
+        began = time.perf_counter()
+        replies = _exchange(grid, [*broadcasts.values(), *hello_messages], self._timeout)
+        facts.transfer, began = time.perf_counter() - began, time.perf_counter()
+        answered = self._admit(replies, broadcasts, facts)
+        for worker in (roster.nodes[node] for node in broadcasts):
+            roster.model_rounds[worker] = facts.round if worker in answered else None
+        if not answered and (selected.all() or not roster.nodes):
+            return None
+        _fill_stats(facts, answered)
+        self.state, self._change = _run_step(self.alg, self._key, self.state, self._workers, answered, facts)
+        jax.block_until_ready(self.state)
+        facts.decode = time.perf_counter() - began
+        if self._checkpoint_path is not None:
+            save_checkpoint(self._checkpoint_path, self._checkpoint())
+        return facts
+
+    def _make_broadcasts(self, selected: np.ndarray, facts: RoundStats) -> dict[int, Message]:
+        """Return the broadcasts of this round by node, and add their sizes to the stats."""
+        messages, reads = {}, _protocol.short_digest(_protocol.tree_to_bytes((self.state.params, self.state.rule)))
+        for node, worker in self._roster.nodes.items():
+            if selected[worker]:
+                about = *self._workers.accepted[worker], reads, self._key_bytes, *self._change[1:]
+                head = _protocol.BroadcastHeader(self._session, facts.round, worker, 0, 0, *about)
+                known = self._roster.model_rounds[worker]
+                content, size = _protocol.make_broadcast(head, self.state, known, self._change.body)
+                # the ttl lets Flower drop an expired broadcast, so that a slow node does not build up a backlog
+                message = Message(content, node, MessageType.TRAIN, group_id=str(facts.round), ttl=self._timeout)
+                facts.bytes_down[worker], facts.payload_down[worker] = _protocol.serialized_size(message), size
+                messages[node] = message
+        return messages
+
+    def _admit(self, replies: list[Message], asked: Container[int], facts: RoundStats) -> dict[int, AcceptedReply]:
+        """Return the replies of workers in sync, sorted by worker; log and count the rejected ones."""
+        nodes, records, about = dict(self._roster.nodes), self._workers, (self._session, facts.round, self._scheme)
+        for reply in replies:
+            if (worker := nodes.get(reply.metadata.src_node_id)) is not None:
+                facts.bytes_up[worker] += _protocol.serialized_size(reply)
+        expected = {node: ExpectedReply(*about, w, records.accepted[w], node in asked) for node, w in nodes.items()}
+        taken, rejections = collect_replies(self.alg, self.state.params, replies, expected, self._roster)
+        outliers, records.max_magnitudes = find_outliers(taken, records.max_magnitudes, self._outlier_factor)
+        facts.refused = len(rejections) + len(outliers)
+        _log_rejections(nodes, [*rejections, *outliers.values()])
+        return {worker: reply for worker, reply in taken.items() if worker not in outliers}
+
+    def _wait_for_workers(self, grid: Grid, workers: int, max_missed_rounds: int) -> None:
+        """Wait until `workers` workers are registered, for at most `max_missed_rounds` deadlines."""
+        end, roster = time.monotonic() + max_missed_rounds * self._timeout, self._roster
+        while len(roster.nodes) < workers:
+            replies = _exchange(grid, make_hello_messages(roster, grid.get_node_ids(), self._timeout), self._timeout)
+            _log_rejections(dict(roster.nodes), collect_replies(self.alg, self.state.params, replies, {}, roster)[1])
+            if (came := len(roster.nodes)) < workers:
+                if time.monotonic() > end:
+                    raise RuntimeError(f"{came} workers came: expected {workers}; are their nodes running?")
+                time.sleep(min(1.0, self._timeout))
+
+    def _checkpoint(self) -> Checkpoint:
+        """Return everything that the next round needs."""
+        return Checkpoint(self._scheme + self._key_bytes, self._session, self.state, self._workers)
 
 
 def server_app(
@@ -593,7 +374,7 @@ def server_app(
     Returns:
         The app.
     """
-    enable_compilation_cache(compilation_cache_dir)
+    _protocol.enable_compilation_cache(compilation_cache_dir)
     app = ServerApp()
 
     @app.main()

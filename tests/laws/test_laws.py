@@ -167,7 +167,7 @@ def looked(alg: Algorithm, toy: Toy, keys: types.RoundKeys, params: Any, full: b
 @jax.jit
 def gradient(oracle: Any, sampler: Any, params: Any, shards: Shards, keys: types.RoundKeys) -> Any:
     """The gradient of the worker of `keys`, compiled once for each sampler."""
-    return oracle(params, shards, keys.worker, sampler and sampler(keys, shards))[1]
+    return oracle(params, shards, keys.worker, sampler and sampler(keys, shards)).grad
 
 
 @pytest.mark.parametrize("name", MANY)

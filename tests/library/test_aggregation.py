@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import laqjax
-from laqjax import algorithms, compressors
+from laqjax import algorithms, compressors, oracles
 from laqjax.samplers import BlockSampler
 
 PARAMS = {"b": jnp.zeros(6), "w": jnp.ones((8, 6))}
@@ -105,8 +105,15 @@ def test_what_can_work_is_not_refused(tx: Any, options: Any) -> None:
     assert {leaf.shape[0] for leaf in jax.tree.leaves(state.algorithm_state.workers)} == {4}
 
 
+def fedavg(oracle: Any, *, lr: Any, num_workers: int, optimizer: Any) -> laqjax.Algorithm:
+    """Local steps on the server's learning rate."""
+    local = oracles.with_local_steps(oracle, 1, 0.1)
+    return algorithms.gd(local, lr=lr, num_workers=num_workers, optimizer=optimizer)
+
+
 LAQ = laqjax.lazy_aggregate("data", 4)
 SAMPLED = laqjax.lazy_aggregate("data", 4, algorithms.ef21, compressor=compressors.optimal_sparsifier(0.2))
+LOCAL = laqjax.lazy_aggregate("data", 4, fedavg)
 OTHER = laqjax.lazy_aggregate("data", 4, algorithms.lasg_wk2, sampler=BlockSampler(10))
 
 
@@ -123,7 +130,8 @@ OTHER = laqjax.lazy_aggregate("data", 4, algorithms.lasg_wk2, sampler=BlockSampl
             "with the axes ('model',) beside: expected a method without",
         ),
         (laqjax.lazy_aggregate("data", 8), {}, "num_workers = 8 on the axis 'data' of 4 devices"),
-        (OTHER, {}, "a method that asks for gradients at other models"),
+        (OTHER, {}, "lazy_aggregate with a method that asks for gradients at other models"),
+        (LOCAL, {}, "lazy_aggregate with a method that asks for gradients at other models"),
         (laqjax.lazy_aggregate("data", 4, quantizer_blocks=(1, 2)), {}, "expected p = 54"),
     ],
 )

@@ -25,7 +25,7 @@ from tests.support import KEY, Toy, make_toy, softmax_loss
 pytest.importorskip("flwr")
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from laqjax.federation import _client, _protocol, _server
+from laqjax.federation import _admission, _checkpoint, _client, _protocol, _server
 from laqjax.federation.testing import InProcessGrid
 
 L2 = 0.01
@@ -155,10 +155,10 @@ def test_a_model_that_did_not_change_is_not_sent_again(toy: Toy) -> None:
     grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4))
     server = _server.FederatedServer(alg, toy.theta0, KEY)
     list(server.run(grid, 3))
-    server.model_rounds = [3] * 4  # as if they had answered in round 3
+    server._roster.model_rounds = dict.fromkeys(range(4), 3)  # as if they had answered in round 3
     before = {node: context.state for node, context in grid.contexts.items()}
     assert before
-    message = server._make_broadcast(100, b"")
+    message = server._make_broadcasts(np.ones(4, bool), _server.RoundStats.empty(3, 4))[100]
     assert _protocol.parse_message(_protocol.BroadcastHeader, message)[0].model == _protocol.MODEL_UNCHANGED
     assert "body" not in message.content[_protocol.RECORD_KEY]
 
@@ -226,7 +226,7 @@ class Faulty:
         self.file = folder / "checkpoint.npz"
         self.file.unlink(missing_ok=True)
         self.server = _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=self.file)
-        self.server.save(self.file)
+        _checkpoint.save_checkpoint(self.file, self.server._checkpoint())
         self.backups = [self.file.read_bytes()]
 
     def round(self, plan: dict[tuple[str, int], tuple[str, int]], reorder: bool = False) -> Any:
@@ -259,13 +259,13 @@ class Faulty:
             return 0
         compared = 0
         for worker in range(4):
-            memory = np.asarray(server.memories[worker])
+            memory = np.asarray(server._workers.memories[worker])
             total += memory
             for context in self.grid.contexts.values():
-                kept = self.client.load(context)
+                kept = _client.load_state(context, self.client._likes)
                 if context.node_config["partition-id"] != worker or kept is None:
                     continue
-                found = {kept.base: kept.before, kept.last: kept.after}.get(server.accepted[worker])
+                found = {kept.base: kept.before, kept.last: kept.after}.get(server._workers.accepted[worker])
                 if found is not None:  # else it is out of step, and will say so
                     mine = found.memory if not isinstance(found.memory, tuple) else found.memory[0]
                     np.testing.assert_allclose(mine, memory, rtol=1e-5, atol=1e-6)
@@ -358,8 +358,8 @@ class Federated(RuleBasedStateMachine):
                 self.faulty.round({})
             assert self.faulty.check() == 4
             for context in self.faulty.grid.contexts.values():
-                kept = self.faulty.client.load(context)
-                accepted = self.faulty.server.accepted[int(context.node_config["partition-id"])]
+                kept = _client.load_state(context, self.faulty.client._likes)
+                accepted = self.faulty.server._workers.accepted[int(context.node_config["partition-id"])]
                 assert kept is not None
                 assert accepted in (kept.base, kept.last)
 
@@ -419,6 +419,42 @@ def test_a_restarted_server_goes_on_as_if_it_had_not_stopped(tmp_path: Path, toy
             _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
 
 
+@pytest.mark.parametrize("found", [None, 0])
+def test_a_checkpoint_of_another_format_is_refused(found: int | None, tmp_path: Path, toy: Toy) -> None:
+    alg, path = algorithms.gd(toy.oracle, **RULE), tmp_path / "state.npz"
+    _checkpoint.save_checkpoint(path, _server.FederatedServer(alg, toy.theta0, KEY)._checkpoint())
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files if name != "format"}
+    if found is not None:
+        arrays["format"] = np.asarray(found)
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=rf"is of format {found}: expected format 1; remove it, or give another file"):
+        _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path)
+
+
+def test_a_restarted_server_has_a_later_session_though_the_clock_went_back(tmp_path: Path, toy: Toy) -> None:
+    alg, path = algorithms.gd(toy.oracle, **RULE), tmp_path / "state.npz"
+    contents = _server.FederatedServer(alg, toy.theta0, KEY)._checkpoint()
+    _checkpoint.save_checkpoint(path, contents._replace(session=2**62))
+    assert _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path)._session == 2**62 + 1
+
+
+def test_a_client_state_of_another_format_is_ignored(toy: Toy) -> None:
+    client = _client.FederatedClient(algorithms.gd(toy.oracle, **RULE), loader(toy.shards))
+    context = InProcessGrid(_client.client_app(algorithms.gd(toy.oracle, **RULE), loader(toy.shards)), [0]).contexts[
+        100
+    ]
+    arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), client._likes)
+    upload = 3, bytes(8)
+    _client.save_state(context, _client.ClientState(1, 4, upload, upload, *arrays))
+    kept = _client.load_state(context, client._likes)
+    assert kept is not None
+    assert kept[:4] == (1, 4, upload, upload)
+    parts = context.state.config_records[_protocol.RECORD_KEY]
+    parts["head"] = b"\2" + parts["head"][1:]  # pyright: ignore[reportIndexIssue, reportOperatorIssue]
+    assert _client.load_state(context, client._likes) is None
+
+
 def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:
     """Its gradient of the round takes the place of what the server had of it."""
     alg = METHODS["laq"](toy.oracle)
@@ -429,7 +465,7 @@ def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:
     assert first.answered.sum() == 3
     assert second.bits_up[2] == 32 * 63
     assert third.bits_up[2] in (0, 32 + 3 * 63 + 3)
-    np.testing.assert_allclose(server.state.aggregate, server.sum_of_memories(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
 
 
 def test_a_worker_that_joins_late(toy: Toy) -> None:
@@ -442,7 +478,7 @@ def test_a_worker_that_joins_late(toy: Toy) -> None:
     assert not column(facts, "answered")[:6, 3].any()  # greeted in round 5
     assert column(facts, "sent")[6, 3]
     assert column(facts, "answered")[6:, 3].all()
-    np.testing.assert_allclose(server.state.aggregate, server.sum_of_memories(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
 
 
 def test_a_round_without_an_answer_comes_again(toy: Toy) -> None:
@@ -621,7 +657,7 @@ def test_a_worker_believes_no_forged_acknowledgement(toy: Toy) -> None:
         facts = server.run_round(grid)
         assert facts is not None
         assert facts.answered.all()
-    np.testing.assert_allclose(server.state.aggregate, server.sum_of_memories(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
 
 
 def test_a_node_that_says_it_is_somebody_else(toy: Toy, caplog: Any) -> None:
@@ -631,14 +667,14 @@ def test_a_node_that_says_it_is_somebody_else(toy: Toy, caplog: Any) -> None:
     grid.join(7, node=501)
     server = _server.FederatedServer(alg, toy.theta0, KEY)
     facts = list(server.run(grid, 3))
-    assert sorted(server.nodes) == [100, 101, 102, 103]
+    assert sorted(server._roster.nodes) == [100, 101, 102, 103]
     assert column(facts, "answered").all()
     said = [line.getMessage() for line in caplog.records]
     assert len(said) == 2
     assert "it says that it is worker 1: expected one of range(0, 4) that is not there yet" in said[0]
     grid.leave(101)  # the other may take its place
     list(server.run(grid, 6))
-    assert server.nodes[500] == 1
+    assert server._roster.nodes[500] == 1
 
 
 def test_a_node_that_fails_to_say_who_it_is_is_asked_again(toy: Toy, caplog: Any) -> None:
@@ -651,8 +687,8 @@ def test_a_node_that_fails_to_say_who_it_is_is_asked_again(toy: Toy, caplog: Any
     alg = algorithms.gd(toy.oracle, **RULE)
     grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), uplink_fault=up)
     server = _server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.01)
-    server.wait_for_workers(grid, 4, 1000)
-    assert sorted(server.nodes) == [100, 101, 102, 103]
+    assert list(server.run(grid, 0, max_missed_rounds=1000)) == []
+    assert sorted(server._roster.nodes) == [100, 101, 102, 103]
     assert [line.getMessage() for line in caplog.records] == [
         "worker ? (node 101) refused: its app failed: out of memory"
     ] * 2
@@ -662,7 +698,7 @@ def test_ten_thousand_replies_at_random(toy: Toy) -> None:
     """No crash but the word that it is refused, and nothing that is taken is other than finite."""
     alg = algorithms.qgd(toy.oracle, bits=3, **RULE)
     _, server, grid = federated(alg, toy.theta0, toy.shards, 3)
-    sent = server._make_broadcasts()[0]
+    sent = server._make_broadcasts(np.ones(4, bool), _server.RoundStats.empty(3, 4))
     replies = [grid.client(message, grid.contexts[node]) for node, message in sent.items()]
     rng, state, taken = np.random.default_rng(0), server.state, 0
     contents = [_protocol.parse_message(_protocol.ReplyHeader, reply) for reply in replies]
@@ -684,11 +720,11 @@ def test_ten_thousand_replies_at_random(toy: Toy) -> None:
             head = bytearray(reply.content.config_records[_protocol.RECORD_KEY]["head"])  # pyright: ignore[reportArgumentType]
             head[rng.integers(len(head))] ^= 1 << rng.integers(8)
             with_content(reply, {"head": bytes(head), "body": body})
-        try:
-            _, _, decoded = server._validate_reply(reply, sent, {})
-        except ValueError:
-            continue
-        taken += 1
-        assert decoded is None or np.all(np.isfinite(np.asarray(decoded)))
+        accepted = server._workers.accepted[case % 4]
+        due = _admission.ExpectedReply(server._session, 3, server._scheme, case % 4, accepted, True)
+        result = _admission.validate_reply(alg, state.params, reply, due)
+        if isinstance(result, _admission.AcceptedReply):
+            taken += 1
+            assert result.decoded is None or np.all(np.isfinite(np.asarray(result.decoded)))
     assert server.state is state
     assert 1000 < taken < 9000

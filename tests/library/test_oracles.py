@@ -1,5 +1,7 @@
 """The oracle against `jax.grad` of the plain loss of the whole shard, without tiles, padding or flat vectors."""
 
+import re
+import warnings
 from functools import partial
 from typing import Any
 
@@ -32,7 +34,8 @@ def plain(loss_fn: Any, reduction: str, params: Any, x: Any, y: Any, weight: Any
 
 @jax.jit
 def tiled(tiled: oracles.TiledOracle, theta: Any, shards: Shards, worker: Any) -> tuple[Any, Any]:
-    return tiled(theta, shards, worker)
+    result = tiled(theta, shards, worker)
+    return result.loss, result.grad
 
 
 def check(given: oracles.TiledOracle, params: Any, shards: Shards, workers: int = 4) -> None:
@@ -196,6 +199,38 @@ def test_gradients_in_the_form_of_the_fast_kernels_are_the_gradients(toy: Toy) -
         collect(jax.make_jaxpr(lambda p, x: cpu_layouts.with_canonical_layouts(both, p, x))(params, x).jaxpr)
     assert len(found) >= 7  # forward and backward ones
     assert {(n.lhs_spec, n.rhs_spec, n.out_spec) for n in found} == {((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))}
+
+
+def convolution_layouts(use_cpu_layouts: bool) -> set[str]:
+    """Return the layouts of the convolutions in the program of two gradient steps of a model."""
+    kernel = jnp.ones((3, 3, 2, 4))
+
+    def loss(kernel: Any, x: Any, y: Any) -> Any:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        image = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=numbers)
+        return jnp.sum(jnp.tanh(image), axis=(1, 2, 3))
+
+    oracle = oracles.from_loss(loss, kernel, use_cpu_layouts=use_cpu_layouts)
+    shards = Shards(jnp.ones((1, 6, 8, 8, 2)), jnp.zeros((1, 6)), jnp.ones((1, 6)))
+
+    @jax.jit
+    def train(params: Any) -> Any:
+        return jax.lax.fori_loop(0, 2, lambda _, params: params - oracle(params, shards, jnp.int32(0)).grad, params)
+
+    program = train.lower(oracle.ravel(kernel)).compile().as_text()
+    assert program is not None
+    return set(re.findall(r"dim_labels=(\S+?),", program))
+
+
+NEEDLESS = "XLA itself brings convolutions inside loops into its fast form, so that laqjax._core.cpu_layouts may go"
+
+
+@pytest.mark.filterwarnings(f"default:{NEEDLESS}")
+def test_the_layouts_in_the_program_are_those_of_the_fast_kernels() -> None:
+    fast = "b01f_01io->b01f"
+    assert convolution_layouts(True) == {fast}
+    if convolution_layouts(False) == {fast}:
+        warnings.warn(NEEDLESS, stacklevel=1)
 
 
 def test_points_of_convolutions_run_in_turn() -> None:

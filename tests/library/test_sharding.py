@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laqjax import algorithms, compressors, distributed, types
+from laqjax._core.validation import get_declaration
 from laqjax._engine import collectives
 from tests.support import KEY, Toy
 
@@ -166,6 +167,19 @@ def test_facts_of_every_dtype_come_back_from_words(x64, dtype: Any) -> None:
     np.testing.assert_array_equal(back, values)
 
 
+class Undeclared:
+    """A compressor of the user's, in the form of `Identity`."""
+
+    def encode(self, target: Any, keys: Any) -> Any:
+        return {"values": target}
+
+    def decode(self, payload: Any, like: Any) -> Any:
+        return payload["values"]
+
+    def wire_fields(self, payload: Any, like: Any) -> Any:
+        yield types.WireField(payload, "values", like, 32)
+
+
 SCHEMES = {
     "identity": (compressors.identity(), (32,), True),
     "grid": (compressors.grid(3), (32, 3), True),
@@ -177,6 +191,59 @@ SCHEMES = {
     "adaptive": (compressors.adaptive_grid(), None, True),
     "sampled": (compressors.optimal_sparsifier(0.3), None, True),
 }
+
+
+MORE_SCHEMES: list[Any] = [
+    compressors.sign(scaled=False),
+    compressors.ternary(),
+    compressors.rand_k(3),
+    compressors.bernoulli_full(compressors.grid(3), 0.1),
+    compressors.bernoulli_full(compressors.top_k(3), 0.1),
+    compressors.blockwise(compressors.grid(3), (8,)),
+    compressors.blockwise(compressors.adaptive_grid(), (20, 43)),
+]
+
+
+def has_static_layout(compressor: Any) -> bool:
+    """Whether the fields of a message can be listed without a message."""
+    try:
+        list(compressor.wire_fields({}, jax.ShapeDtypeStruct((63,), np.float32)))
+    except (KeyError, ValueError):  # a field reads the payload; blocks for another p
+        return isinstance(compressor, compressors.Blockwise) and has_static_layout(compressor.compressor)
+    return True
+
+
+def is_coordinatewise(compressor: Any) -> bool:
+    """Whether half of a message decodes to half of the vector, for 8 random numbers."""
+    keys = types.RoundKeys(KEY, KEY, KEY, jnp.int32(1), jnp.int32(0))
+    target = jax.random.normal(KEY, (8,))
+    try:
+        payload = compressor.encode(target, keys)
+        parts = [jax.tree.map(lambda a: a[half] if a.ndim else a, payload) for half in (slice(4), slice(4, 8))]  # noqa: B023
+        decoded = [compressor.decode(part, jax.ShapeDtypeStruct((4,), np.float32)) for part in parts]
+    except (ValueError, TypeError, IndexError):
+        return False
+    whole = compressor.decode(payload, jax.ShapeDtypeStruct((8,), np.float32))
+    return all(part.shape == (4,) for part in decoded) and bool(jnp.array_equal(jnp.concatenate(decoded), whole))
+
+
+def test_what_compressors_declare_is_true(toy: Toy) -> None:
+    """And a compressor that declares nothing moves decoded, whatever its messages are."""
+    listed = [*(scheme for scheme, _, _ in SCHEMES.values()), *MORE_SCHEMES]
+    public = [getattr(compressors, name) for name in compressors.__all__]
+    assert {kind for kind in public if isinstance(kind, type)} == {type(compressor) for compressor in listed}
+    for compressor in listed:
+        declared = [
+            get_declaration(compressor, types.CompressorTraits, name)
+            for name in ("has_static_layout", "is_coordinatewise")
+        ]
+        assert declared == [has_static_layout(compressor), is_coordinatewise(compressor)], compressor
+    alg = algorithms.ef21(toy.oracle, lr=0.1, num_workers=4, compressor=Undeclared())
+    assert collectives.field_widths(alg) is None
+    assert collectives.all_to_all(alg).widths is None
+    one = algorithms.ef21(toy.oracle, lr=0.1, num_workers=4, compressor=compressors.top_k(1))
+    with pytest.raises(ValueError, match="expected a compressor with a code for each coordinate"):
+        collectives.all_to_all(one)  # half of a message of one number may look like half of a vector
 
 
 @pytest.mark.parametrize("name", SCHEMES)

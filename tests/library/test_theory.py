@@ -35,7 +35,7 @@ def hessians(oracle: Any, shards: Shards, theta: Any) -> np.ndarray:
     """Of every worker, [M, p, p]."""
 
     def grad(theta: Any, m: Any) -> Any:
-        return oracle(theta, jax.tree.map(jnp.asarray, shards), m)[1]
+        return oracle(theta, jax.tree.map(jnp.asarray, shards), m).grad
 
     return np.asarray(jax.jit(jax.vmap(jax.jacfwd(grad), (None, 0)))(theta, jnp.arange(3, dtype=jnp.int32)))
 

@@ -19,7 +19,7 @@ import pytest
 
 import laqjax
 from laqjax import Shards, algorithms, compressors, downlinks, memories, oracles, problems, rules, samplers
-from laqjax.types import register_dataclass
+from laqjax.types import Decision, register_dataclass
 from tests.laws.registry import make
 from tests.support import KEY, Toy, identical, keys_of, programs, softmax_loss
 
@@ -181,7 +181,7 @@ def test_fedavg_averages_the_local_models_of_those_who_take_part(toy64: Toy) -> 
     alg = algorithms.fedavg(toy64.oracle, num_workers=4, num_local_steps=3, local_lr=0.2, num_participants=2)
     shards = jax.tree.map(jnp.asarray, toy64.shards)
     out = laqjax.run(alg, toy64.theta0, shards, 6, KEY, metrics=["params", "gradients"])
-    gradient = jax.jit(lambda model, worker: toy64.oracle(model, shards, worker)[1])
+    gradient = jax.jit(lambda model, worker: toy64.oracle(model, shards, worker).grad)
     for k in range(5):
         theta, local = out.info.extra["params"][k], []
         for m in np.flatnonzero(out.info.sent[k]):
@@ -311,7 +311,8 @@ class Doubling(rules.BaseUploadRule):
 
     def should_send(self, shared_state: Any, worker_state: Any, context: Any) -> Any:
         wait, waited = worker_state
-        return waited >= wait, (jnp.minimum(2 * wait + 1, self.most), jnp.int32(0)), (wait, waited + 1)
+        begin_again = jnp.minimum(2 * wait + 1, self.most), jnp.int32(0)
+        return Decision(waited >= wait, if_sent=begin_again, if_silent=(wait, waited + 1))
 
     def update(self, shared_state: Any, step: Any) -> Any:
         return shared_state + 1

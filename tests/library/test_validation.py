@@ -141,6 +141,7 @@ ORACLE: list[tuple[dict[str, Any], str]] = [
     (dict(l2=np.nan), "l2 = nan: expected one finite number and >= 0"),
     (dict(l2=np.inf), "l2 = inf: expected one finite number and >= 0"),
     (dict(tile=0), "tile = 0: expected one whole number and >= 1"),
+    (dict(use_cpu_layouts="no"), "use_cpu_layouts = 'no': expected True or False"),
     (dict(tile=2.5), "tile = 2.5: expected one whole number and >= 1"),
 ]
 
@@ -425,7 +426,8 @@ def test_the_loss(wrong: Any, message: str, toy: Toy) -> None:
     def loss_fn(params: Any, x: Any, y: Any) -> Any:
         return wrong(softmax_loss(params, x, y))
 
-    alg = algorithms.laq(replace(toy.oracle, loss_fn=loss_fn), lr=0.1, num_workers=4)
+    given = replace(toy.oracle, loss_fn=loss_fn)
+    alg = algorithms.laq(given, lr=0.1, num_workers=4)
     for call in every_start(alg, toy.theta0, toy.shards):
         refused(call, message)
     refused(lambda: laqjax.max_batch_size(alg, toy.shards), message)
@@ -436,8 +438,8 @@ def test_the_loss(wrong: Any, message: str, toy: Toy) -> None:
     # before any check, and on whole tiles
     everywhere = message.replace("[2]", "[")[: message.index("[2]") + 1] if "[2]" in message else message
     refused(lambda: jax.eval_shape(alg.oracle, toy.theta0, toy.shards, jnp.int32(0)), everywhere)
-    refused(lambda: alg.oracle.prefers_sequential(toy.shards), message)
-    refused(lambda: alg.oracle.activation_bytes(toy.shards), everywhere)
+    refused(lambda: given.prefers_sequential(toy.shards), message)
+    refused(lambda: given.activation_bytes(toy.shards), everywhere)
 
 
 def test_a_diverging_run_says_where(toy: Toy) -> None:

@@ -1,0 +1,148 @@
+"""Admission of replies: validation of each message, and a check for outliers among the messages of a round."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from flwr.app import Message, MessageType
+from jaxtyping import Array
+
+from laqjax._core.round import Algorithm
+from laqjax._core.wire_format import from_bytes
+from laqjax.compressors import Identity
+from laqjax.federation import _protocol
+from laqjax.federation._roster import Rejection, Roster, register_node
+from laqjax.types import max_abs
+
+
+class AcceptedReply(NamedTuple):
+    """Reply that passed validation."""
+
+    node: int  # the sender
+    header: _protocol.ReplyHeader
+    decoded: Any  # message [p]; None if the worker is silent or out of sync
+
+
+class ExpectedReply(NamedTuple):
+    """Values that the next reply of one worker must have."""
+
+    session: int
+    round: int
+    scheme: bytes
+    worker: int
+    accepted: _protocol.UploadId  # last accepted upload of the worker
+    is_due: bool  # whether the worker received a broadcast and has not replied yet
+
+
+def validate_reply(
+    alg: Algorithm, params: Array, reply: Message, expected: ExpectedReply | None
+) -> AcceptedReply | Rejection:
+    """Check and decode one reply.
+
+    Args:
+        alg: the algorithm.
+        params: model [p], for the shape and dtype of a message.
+        reply: the reply.
+        expected: values that the reply must have; None if the sender is not registered.
+
+    Returns:
+        The accepted reply, or why it is rejected.
+    """
+    node = reply.metadata.src_node_id
+    if expected is None:
+        return Rejection(node, "an unknown worker")
+    if reply.has_error():
+        return Rejection(node, f"its app failed: {reply.error.reason:.200}")
+    try:
+        header, parts = _protocol.parse_message(_protocol.ReplyHeader, reply)
+        body, decoded = parts.get("body", b""), None
+        reason = _find_fault(header, body, expected, alg.memory.is_persistent)
+        if reason is None and header.kind in (_protocol.REPLY_UPLOAD, _protocol.REPLY_FULL):
+            decoded = from_bytes(Identity() if header.kind == _protocol.REPLY_FULL else alg.compressor, body, params)
+            reason = None if np.all(np.isfinite(np.asarray(decoded))) else "numbers that are not finite"
+    except ValueError as error:
+        return Rejection(node, str(error))
+    return AcceptedReply(node, header, decoded) if reason is None else Rejection(node, reason)
+
+
+def collect_replies(
+    alg: Algorithm, params: Array, replies: Iterable[Message], expected: dict[int, ExpectedReply], roster: Roster
+) -> tuple[dict[int, AcceptedReply], list[Rejection]]:
+    """Validate the replies of a round, and register the nodes that answered a hello message.
+
+    Args:
+        alg: the algorithm.
+        params: model [p], for the shape and dtype of a message.
+        replies: the replies, in order of arrival.
+        expected: node id -> values that its reply must have, for all registered nodes.
+        roster: table of the nodes; this function adds new ones.
+
+    Returns:
+        The accepted replies of workers in sync, sorted by worker, and the rejections.
+    """
+    taken, rejections, due = {}, [], dict(expected)
+    for reply in replies:
+        if reply.metadata.message_type == MessageType.QUERY:
+            result = register_node(roster, reply)
+        else:
+            result = validate_reply(alg, params, reply, due.get(reply.metadata.src_node_id))
+        if isinstance(result, Rejection):
+            rejections.append(result)
+        elif result is not None:
+            due[result.node] = due[result.node]._replace(is_due=False)
+            if result.header.kind != _protocol.REPLY_OUT_OF_SYNC:
+                taken[result.header.worker] = result
+    return dict(sorted(taken.items())), rejections
+
+
+def _find_fault(header: _protocol.ReplyHeader, body: bytes, expected: ExpectedReply, is_persistent: bool) -> str | None:
+    """Return why a reply must be rejected before its body is decoded, or None."""
+    for name in ("session", "round", "worker", "scheme"):
+        found, value = getattr(header, name), getattr(expected, name)
+        if found != value:
+            return f"{name} {found}: expected {value}" + (", it is late" if name == "round" else "")
+    if not expected.is_due:
+        return "a second reply, or one that nobody asked for"
+    if header.kind == _protocol.REPLY_OUT_OF_SYNC:
+        return None
+    kinds = _protocol.REPLY_SILENT, _protocol.REPLY_UPLOAD, _protocol.REPLY_FULL
+    if header.kind not in kinds or not np.isfinite(header.loss):
+        allowed = "{}, {} or {}".format(*kinds)
+        return f"kind {header.kind}, loss {header.loss}: expected {allowed}, and a finite loss"
+    base = header.base, header.base_digest
+    if header.kind != _protocol.REPLY_FULL and is_persistent and base != expected.accepted:
+        return f"it stands on its upload of round {header.base}: expected that of {expected.accepted[0]}"
+    if header.kind == _protocol.REPLY_SILENT:
+        return None
+    if header.size != len(body) or header.digest != _protocol.upload_id(body, header.round, base)[1]:
+        return f"{len(body)} bytes billed as {header.size}: expected what was billed, and its digest"
+    return None
+
+
+def find_outliers(
+    replies: dict[int, AcceptedReply], max_magnitudes: dict[int, float], factor: float
+) -> tuple[dict[int, Rejection], dict[int, float]]:
+    """Find messages whose largest absolute value is an outlier.
+
+    The limit is `factor` times the median of the workers' largest values in earlier rounds. Before the first accepted
+    message it is computed from the messages of this round.
+
+    Args:
+        replies: replies of this round, by worker.
+        max_magnitudes: largest absolute value that each worker has sent in earlier rounds.
+        factor: factor of the limit.
+
+    Returns:
+        The rejected messages by worker, and `max_magnitudes` after the other messages of this round.
+    """
+    decoded = {worker: reply.decoded for worker, reply in replies.items() if reply.decoded is not None}
+    sizes = {worker: float(max_abs(message)) for worker, message in decoded.items()}
+    usual = np.median([size for size in (max_magnitudes or sizes).values() if size > 0] or [np.inf])
+    outliers, magnitudes = {}, dict(max_magnitudes)
+    for worker, size in sizes.items():
+        if size > factor * usual:
+            reason = f"numbers up to {size:.3g}: expected at most {factor:g} times the usual {usual:.3g}"
+            outliers[worker] = Rejection(replies[worker].node, reason)
+        else:
+            magnitudes[worker] = max(size, max_magnitudes.get(worker, 0.0))
+    return outliers, magnitudes

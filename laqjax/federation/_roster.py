@@ -1,0 +1,60 @@
+"""Assignment of Flower nodes to workers: hello messages and their answers."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+
+from laqjax.federation._protocol import RECORD_KEY
+
+
+class Rejection(NamedTuple):
+    """Message that the server ignores."""
+
+    node: int  # the sender
+    reason: str
+
+
+@dataclass
+class Roster:
+    """Table of the nodes and the workers that they run.
+
+    workers: ids of all workers.
+    nodes: node id -> worker.
+    unassigned_nodes: nodes whose worker id was rejected.
+    model_rounds: worker -> round whose model it is known to have; None if unknown.
+    """
+
+    workers: range
+    nodes: dict[int, int] = field(default_factory=dict)
+    unassigned_nodes: set[int] = field(default_factory=set)
+    model_rounds: dict[int, int | None] = field(default_factory=dict)
+
+
+def make_hello_messages(roster: Roster, node_ids: Iterable[int], timeout: float) -> list[Message]:
+    """Build a hello message for every new node, and remove nodes that have left from the roster."""
+    there = set(node_ids)
+    if roster.nodes.keys() - there:  # a rejected node may now take the id of a lost one
+        roster.unassigned_nodes.clear()
+    roster.nodes = {node: worker for node, worker in roster.nodes.items() if node in there}
+    new = sorted(there - roster.nodes.keys() - roster.unassigned_nodes)
+    return [Message(RecordDict(), node, MessageType.QUERY, ttl=timeout) for node in new]
+
+
+def register_node(roster: Roster, reply: Message) -> Rejection | None:
+    """Assign a node to the worker id in its answer to a hello message, or return why it is rejected."""
+    node = reply.metadata.src_node_id
+    if reply.has_error():  # the node gets another hello message in the next round
+        return Rejection(node, f"its app failed: {reply.error.reason:.200}")
+    found = reply.content.get(RECORD_KEY)
+    worker = found.get("worker") if isinstance(found, ConfigRecord) else None
+    if worker is not None and roster.nodes.get(node) == worker:  # the node is already registered
+        return None
+    if worker not in roster.workers or isinstance(worker, bool) or worker in roster.nodes.values():
+        roster.unassigned_nodes.add(node)
+        expected = f"expected one of {roster.workers} that is not there yet"
+        return Rejection(node, f"it says that it is worker {worker!r:.20}: {expected}")
+    roster.nodes[node] = assigned = int(worker)  # pyright: ignore[reportArgumentType]
+    roster.model_rounds[assigned] = None
+    return None
