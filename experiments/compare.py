@@ -44,7 +44,7 @@ TURNS = {"wider": "beyond the edges of their grids", "finer": "between the steps
 class Settings:
     """A comparison."""
 
-    axes: points.Axes = points.Axes(algorithm=tuple(MEMBERS), seeds=(0, 1))
+    axes: points.Axes = points.Axes(algorithm=tuple(dict.fromkeys((*MEMBERS, *points.factories()))), seeds=(0, 1))
     """What is given here is the grid of those that have it, instead of their own."""
     factor: float = 2.0
     """Ratio of two neighbouring step sizes of a grid."""

@@ -1,4 +1,4 @@
-"""What is searched for each method of the family, and its step of theory."""
+"""What is searched for a method, and its step of theory. A method without a row is searched over lr alone."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,4 +94,5 @@ MEMBERS = {
     "cada1": Member("lazy stochastic", CADA, plain(1e-2), True),
     "cada2": Member("lazy stochastic", CADA, plain(1e-2), True),
 }
+# of a method without a row, named or the user's
 OWN = Member("own", {}, smooth(1))

@@ -18,6 +18,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile("laqjax", deadline=None, derandomize=True)
 settings.load_profile("laqjax")
 
+pytest.register_assert_rewrite("tests.support", "tests.laws.laws")
 # before the first import of the library: the shapes in its annotations are then checked at every call
 jaxtyping.install_import_hook("laqjax", f"{typecheck.__module__}.{typecheck.__name__}")
 

@@ -50,6 +50,14 @@ def whole(home: Path) -> Path:
     return home / "whole"
 
 
+def test_a_method_without_a_row_is_compared_over_lr_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(compare.Settings().axes.algorithm) == set(points.factories())
+    monkeypatch.delitem(compare.MEMBERS, "qgd")
+    settings = points.parsed(compare.Settings, [*TASK, "--algorithm", "qgd"], None)
+    (axes,) = compare.Comparison(settings, Console()).grids.values()
+    assert list(axes) == ["lr"]
+
+
 def test_the_best_is_chosen_on_some_seeds_and_reported_on_others(whole: Path) -> None:
     best = pl.read_parquet(whole / "best.parquet")
     assert len(best) == 2 * 2 * 4  # methods, targets, criteria

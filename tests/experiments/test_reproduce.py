@@ -15,6 +15,7 @@ import pytest
 
 import laqjax
 from experiments import compare, plots, reproduce, terminal
+from experiments.members import MEMBERS
 from experiments.reproduce import family, lag, laq
 from laqjax import rules, types
 from laqjax.algorithms import _shared
@@ -156,13 +157,13 @@ def test_the_stochastic_methods(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert table["f"].is_between(0.5, 2.4).all()
 
 
-@pytest.mark.parametrize("members", [2, pytest.param(34, marks=pytest.mark.long)])
-def test_the_family_at_the_steps_of_theory(members: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("every", [len(MEMBERS) // 2, pytest.param(1, marks=pytest.mark.long)])
+def test_the_family_at_the_steps_of_theory(every: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compare.Comparison.first
-    monkeypatch.setattr(compare.Comparison, "first", lambda self: first(self)[:: 34 // members])
+    monkeypatch.setattr(compare.Comparison, "first", lambda self: first(self)[::every])
     family.family(rounds=20, target=0.05)
     table = pl.read_csv(home / "results" / "family" / "table.csv")
-    assert len(table) == len(range(0, 34, 34 // members))
+    assert len(table) == len(range(0, len(MEMBERS), every))
     assert dict(table.select("method", "uploads").iter_rows())["gd"] in range(10, 210, 10)
     assert table["f - f* at the end"].is_between(0, 1).all()
 

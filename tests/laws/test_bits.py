@@ -12,8 +12,8 @@ import pytest
 
 import laqjax
 from laqjax import Shards, compressors
-from tests.laws.laws import check_sweep_is_loop
-from tests.laws.registry import ROWS, make, points_of
+from tests.laws.laws import check_cut_run, check_sweep_is_loop
+from tests.laws.registry import ROWS, make, parametrize_rows, points_of
 from tests.support import CHUNK, KEY, RECORD, Toy, identical, run
 
 pytestmark = pytest.mark.optimized
@@ -21,22 +21,14 @@ pytestmark = pytest.mark.optimized
 # In `make test` one member for each kind of part: the grid with a lazy rule, a history and a compressed downlink; a memory of
 # estimates with gradients at other models, minibatches and shared draws; partial participation with local steps.
 QUICK = ["two_laq", "dasha_mvr", "fedlaq"]
-MEMBERS = [pytest.param(name, marks=[pytest.mark.long] * (name not in QUICK)) for name in ROWS]
-SWEPT = [pytest.param(name, marks=[pytest.mark.long] * (name != "laq")) for name in ROWS]
+MEMBERS, SWEPT = parametrize_rows(QUICK), parametrize_rows(["laq"])
 ROUNDS = 33
 
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_run_cut_streamed_or_looped_is_the_same_run(name: str, toy: Toy) -> None:
     alg = make(name, toy)
-    straight = run(alg, toy.theta0, toy.shards, ROUNDS)
-    for cut in ([10, 23], [1, 12, 20]):
-        start, infos = toy.theta0, []
-        for rounds in cut:
-            out = run(alg, start, toy.shards, rounds)
-            start = out.state
-            infos.append(out.info)
-        identical((laqjax.concatenate_infos(infos), start), tuple(straight))
+    straight = check_cut_run(alg, toy)
 
     infos, state = [], None
     for out in laqjax.stream(alg, toy.theta0, toy.shards, ROUNDS, KEY, metrics=RECORD, chunk_size=CHUNK):

@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,48 +11,29 @@ import optax
 import pytest
 
 import laqjax
-from laqjax import Algorithm, Shards, algorithms, compressors, downlinks, memories, rules, samplers, types
+from laqjax import Shards, algorithms, compressors, memories, rules, samplers, types
 from laqjax._core import validation, wire_format
 from laqjax.algorithms import _shared
-from tests.laws.laws import check_sweep_is_loop
-from tests.laws.registry import ROWS, make, points_of
-from tests.support import KEY, Toy, identical, keys_of, programs, run
+from tests.laws.laws import (
+    check_billed_bits,
+    check_cut_run,
+    check_memories,
+    check_state_is_fixed_point,
+    check_sweep_is_loop,
+)
+from tests.laws.registry import ROWS, make, parametrize_rows, points_of
+from tests.support import KEY, Toy, identical, programs, run
 
 pytestmark = pytest.mark.core
 
 
 LAZY_ROWS = ["lag_wk", "laq"]
-# whose parts are those of others, or close to them: `make test-long` checks them
-COVERED = [
-    "qgd",
-    "lag_ps",
-    "iag_cyclic",
-    "ef21",
-    "ef_bv",
-    "marina_natural",
-    "sgd",
-    "terngrad",
-    "ssgd",
-    "topk_ef",
-    "fedavg",
-    "fedpaq",
-    "slaq",
-    "lasg_wk2",
-    "lasg_ps",
-    "cada1",
-    "lag_wk",
-    "diana",
-    "vr_marina",
-    "ef21_sgdm",
-    "dasha",
-    "qsgd",
-    "ef_sign_sgd",
-]
-MANY = [pytest.param(name, marks=[pytest.mark.long] * (name in COVERED)) for name in ROWS]
+MANY = parametrize_rows()
 # one member for each kind of part, for laws that compile programs of their own: a lazy rule, a selecting server, a compressed
 # step and a compressed model, a memory of estimates on minibatches, a shared draw, gradients at other models, local steps
 KINDS = ["laq", "iag_random", "two_laq", "ef21_p", "dasha_mvr", "marina", "cada2", "fedlaq"]
-FEW = [pytest.param(name, marks=[pytest.mark.long] * (name not in KINDS)) for name in ROWS]
+FEW = parametrize_rows(KINDS)
+SWEPT = parametrize_rows(["two_laq", "iag_random", "dasha_mvr", "fedlaq"])
 
 
 def both(dtype: str, *more: Any) -> list[Any]:
@@ -62,26 +42,18 @@ def both(dtype: str, *more: Any) -> list[Any]:
     return [pytest.param(dtype, *more, *row.values, marks=row.marks, id=f"{row.values[0]}-{dtype}") for row in rows]
 
 
-def avals(tree: Any) -> list[Any]:
-    return [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(jax.eval_shape(lambda t: t, tree))]
-
-
 # ---- the contract of every named algorithm ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "name"), [*both("toy"), *both("toy64")])
 def test_the_state_is_a_fixed_point(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
     toy: Toy = request.getfixturevalue(dtype)
-    alg = make(name, toy)
-    state = alg.init(toy.theta0)
-    after, _ = jax.eval_shape(alg.step, state, Shards(*map(jnp.asarray, toy.shards)), KEY)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    assert avals(after) == avals(state)
+    check_state_is_fixed_point(make(name, toy), toy)
 
 
 @pytest.mark.parametrize("name", MANY)
 def test_other_numbers_do_not_recompile(name: str, toy: Toy) -> None:
-    others = ROWS[name].others
+    others = ROWS[name].other_values
     out = run(make(name, toy), toy.theta0, toy.shards, 2)
     compiled = programs()
     on_device = Shards(*map(jnp.asarray, toy.shards))
@@ -93,94 +65,26 @@ def test_other_numbers_do_not_recompile(name: str, toy: Toy) -> None:
     assert programs() == compiled
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", SWEPT)
 def test_a_sweep_is_a_loop(name: str, quadratic: Toy) -> None:
     check_sweep_is_loop(points_of(name, quadratic), quadratic)
 
 
 @pytest.mark.parametrize(("dtype", "rounding", "name"), [*both("toy", 1e-6), *both("quadratic", 1e-14)])
 def test_memories(name: str, dtype: str, rounding: float, request: pytest.FixtureRequest) -> None:
-    """Silence changes nothing at a worker but its count, and the server's aggregate is the sum of the memories."""
     toy: Toy = request.getfixturevalue(dtype)
-    alg = make(name, toy)
-    state = alg.init(toy.theta0)
-    silent = 0
-    for _ in range(12):
-        before = jax.device_get(state.workers)
-        info, state = run(alg, state, toy.shards, 1)
-        workers, sent = jax.device_get(state.workers), info.sent[0]
-        if isinstance(alg.rule, rules.MaxSilence):
-            np.testing.assert_array_equal(workers.rule[0], np.where(sent, 0, before.rule[0] + 1))
-            workers, before = (w._replace(rule=w.rule[1]) for w in (workers, before))
-        if isinstance(
-            alg.rule, rules.PartialParticipation
-        ):  # it has asked some of the silent ones, whose silence is longer now
-            workers, before = (w._replace(rule=None) for w in (workers, before))
-        kept = [w.memory if alg.rule.renews_in_silence else w for w in (before, workers)]
-        identical(*([leaf[~sent] for leaf in jax.tree.leaves(w)] for w in kept))
-        if alg.memory.is_persistent:
-            memory = workers.memory[0] if isinstance(workers.memory, tuple) else workers.memory
-            error = np.abs(np.asarray(state.aggregate) - memory.sum(axis=0)).max()
-            assert error <= rounding * np.abs(memory).max()
-        silent += np.sum(~sent)
-    assert (silent > 0) == alg.rule.can_skip
+    check_memories(make(name, toy), toy, rounding)
 
 
 @pytest.mark.parametrize(("dtype", "name"), [*both("toy"), *both("quadratic")])
 def test_billed_bits_are_bytes(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
-    """Every message of a run, made again from the state: its bytes are what was billed, and decode to what it meant."""
     toy: Toy = request.getfixturevalue(dtype)
-    alg = make(name, toy)
-    state: Any = alg.init(toy.theta0)
-    for k in range(4):
-        before, state_before = jax.device_get(state.workers), state
-        info, state = run(alg, state, toy.shards, 1)
-        for m in range(4):
-            keys, grad = keys_of(k, m), info.extra["grad"][0, m]
-            memory = jax.tree.map(lambda leaf: leaf[m], before.memory)  # noqa: B023
-            now: Any = types.RoundContext(
-                state_before.params, keys, alg.learning_rate_at(k), 4, gradient_at=partial(looked, alg, toy, keys)
-            )
-            target = jnp.asarray(alg.memory.compression_target(memory, grad, now)[0])
-            payload = alg.compressor.encode(target, keys)
-            data = wire_format.to_bytes(alg.compressor, payload, target)
-            assert len(data) == wire_format.message_bytes(alg.compressor.wire_fields(payload, target))
-            assert info.bits_up[0, m] == (8 * len(data) if info.sent[0, m] else 0)
-            back = wire_format.from_bytes(alg.compressor, data, target)
-            identical(np.asarray(back), np.asarray(alg.compressor.decode(payload, target)))
-        down = 8 * toy.theta0.nbytes
-        if isinstance(
-            alg.downlink, downlinks.CompressedStep | downlinks.CompressedModel | downlinks.CompressedDirection
-        ):
-            payload = alg.downlink.compressor.encode(jnp.ones_like(toy.theta0), keys_of(k, 4))
-            down = 8 * len(wire_format.to_bytes(alg.downlink.compressor, payload, toy.theta0))
-        asked = info.extra["gradients"][0] > 0
-        assert info.bits_down == down * (asked.sum() if alg.rule.server_selects else 1)
-
-
-def looked(alg: Algorithm, toy: Toy, keys: types.RoundKeys, params: Any, full: bool = False, when: Any = True) -> Any:
-    """The gradient of a worker at another model on the rows of its round."""
-    shards = jax.tree.map(jnp.asarray, toy.shards)
-    return gradient(alg.oracle, None if full else alg.sampler, jnp.asarray(params), shards, keys)
-
-
-@jax.jit
-def gradient(oracle: Any, sampler: Any, params: Any, shards: Shards, keys: types.RoundKeys) -> Any:
-    """The gradient of the worker of `keys`, compiled once for each sampler."""
-    return oracle(params, shards, keys.worker, sampler and sampler(keys, shards)).grad
+    check_billed_bits(make(name, toy), toy)
 
 
 @pytest.mark.parametrize("name", MANY)
 def test_a_run_cut_anywhere_is_the_same_run(name: str, toy: Toy) -> None:
-    alg = make(name, toy)
-    straight = run(alg, toy.theta0, toy.shards, 33)
-    for cut in ([10, 23], [1, 12, 20]):
-        start, infos = toy.theta0, []
-        for rounds in cut:
-            out = run(alg, start, toy.shards, rounds)
-            start = out.state
-            infos.append(out.info)
-        identical((laqjax.concatenate_infos(infos), start), tuple(straight))
+    check_cut_run(make(name, toy), toy)
 
 
 def test_workers_side_by_side_are_workers_in_turn(toy64: Toy) -> None:
@@ -217,7 +121,7 @@ def test_a_zero_gradient_moves_nothing(name: str, quadratic: Toy) -> None:
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("name", [row for row in MANY if "window" in ROWS[str(row.values[0])].others])
+@pytest.mark.parametrize("name", [row for row in MANY if "window" in ROWS[str(row.values[0])].other_values])
 def test_the_history_is_made_of_the_steps_really_taken(name: str, toy: Toy) -> None:
     alg = make(name, toy)
     info, state = run(alg, toy.theta0, toy.shards, 25)

@@ -105,8 +105,8 @@ def family() -> None:
     from tests.support import make_toy
 
     toy = make_toy(np.float32)
-    for name, row in registry.ROWS.items():
-        alg = row.factory(toy.oracle, num_workers=4, **{"lr": 0.05} | row.knobs)
+    for name in registry.ROWS:
+        alg = registry.make(name, toy)
         options: Any = {"worker_batch_size": 1}
         alone = laqjax.run(alg, toy.theta0, toy.shards, 12, KEY, **options)
         out = laqjax.run(alg, toy.theta0, toy.shards, 12, KEY, mesh=sharding.make_mesh(), **options)

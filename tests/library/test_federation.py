@@ -20,6 +20,7 @@ import laqjax
 from laqjax import algorithms, compressors
 from tests.laws import reference
 from tests.laws.golden import GOLDEN, authors_run, flat
+from tests.laws.registry import make, parametrize_rows
 from tests.support import KEY, Toy, make_toy, softmax_loss
 
 pytest.importorskip("flwr")
@@ -49,50 +50,21 @@ def column(facts: Any, name: str) -> np.ndarray:
 # ---- the same run as the simulation ------------------------------------------------------------------------------
 
 RULE: dict[str, Any] = dict(lr=0.05, num_workers=4)
-SMOOTH = np.array([3.0, 1.0, 2.0, 2.0])
-METHODS: dict[str, Callable[[Any], Any]] = {
-    "gd": lambda o: algorithms.gd(o, **RULE),
-    "qgd": lambda o: algorithms.qgd(o, bits=3, **RULE),
-    "laq": lambda o: algorithms.laq(o, bits=3, max_silence=7, **RULE),
-    "laq, Adam": lambda o: algorithms.laq(o, bits=3, optimizer=laqjax.algorithms.amsgrad, **RULE),
-    "laq_adaptive": lambda o: algorithms.laq_adaptive(o, **RULE),
-    "two_laq": lambda o: algorithms.two_laq(o, bits=6, **RULE),
-    "lag_wk": lambda o: algorithms.lag_wk(o, **RULE),
-    "lag_ps": lambda o: algorithms.lag_ps(o, smoothness=SMOOTH, max_silence=5, **RULE),
-    "iag_random": lambda o: algorithms.iag_random(o, smoothness=SMOOTH, **RULE),
-    "ef21": lambda o: algorithms.ef21(o, compressor=compressors.top_k(6), **RULE),
-    "ef21_p": lambda o: algorithms.ef21_p(
-        o, compressor=compressors.top_k(6), downlink_compressor=compressors.top_k(9), **RULE
-    ),
-    "marina": lambda o: algorithms.marina(o, compressor=compressors.rand_k(9), probability=0.3, **RULE),
-    "diana": lambda o: algorithms.diana(o, compressor=compressors.natural(), damping=0.5, **RULE),
-    "sign_sgd": lambda o: algorithms.sign_sgd(o, lr=1e-3, num_workers=4),
-    "dgc": lambda o: algorithms.dgc(o, k=6, momentum=0.5, **RULE),
-    "lasg_wk1": lambda o: algorithms.lasg_wk1(o, sampler=laqjax.samplers.BlockSampler(3), period=4, **RULE),
-    "ssgd": lambda o: algorithms.ssgd(o, density=0.3, **RULE),
-    "fedlaq": lambda o: algorithms.fedlaq(o, num_workers=4, num_local_steps=2, local_lr=0.05, num_participants=2),
-}
+ADAM: Any = dict(optimizer=algorithms.amsgrad)
+# in `make test` members with parts of their own: rules of the worker and of the server, a downlink, a shared draw, a snapshot,
+# participation
+QUICK = ["laq", "two_laq", "lag_ps", "marina", "lasg_wk1", "fedlaq"]
 
 
-LONG = (
-    "gd",
-    "qgd",
-    "laq_adaptive",
-    "ef21_p",
-    "dgc",
-    "laq, Adam",
-    "lag_wk",
-    "iag_random",
-    "ef21",
-    "diana",
-    "sign_sgd",
-    "ssgd",
-)  # parts that the others have too
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in METHODS])
-def test_it_is_the_simulation(name: str, toy: Toy) -> None:
-    alg = METHODS[name](toy.oracle)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(pytest.param(*row.values, {}, marks=row.marks, id=str(row.values[0])) for row in parametrize_rows(QUICK)),
+        pytest.param("laq", ADAM, marks=pytest.mark.long, id="laq, Adam"),
+    ],
+)
+def test_it_is_the_simulation(name: str, options: dict[str, Any], toy: Toy) -> None:
+    alg = make(name, toy, **options)
     out = laqjax.run(alg, toy.theta0, toy.shards, 12, KEY, metrics=["gradients"])
     facts, server, _ = federated(alg, toy.theta0, toy.shards, 12)
     np.testing.assert_array_equal(column(facts, "sent"), out.info.sent)
@@ -134,7 +106,7 @@ def test_the_reference_problem(mnist: laqjax.Shards) -> None:
 
 
 def test_the_model_comes_down_in_the_bits_that_are_billed(toy: Toy) -> None:
-    alg = METHODS["two_laq"](toy.oracle)
+    alg = make("two_laq", toy)
     facts, _, _ = federated(alg, toy.theta0, toy.shards, 5)
     down = column(facts, "payload_down")
     np.testing.assert_array_equal(down[0], 4 * 63)  # nobody has a model yet
@@ -142,7 +114,7 @@ def test_the_model_comes_down_in_the_bits_that_are_billed(toy: Toy) -> None:
 
 
 def test_who_is_not_asked_gets_nothing(toy: Toy) -> None:
-    facts, _, _ = federated(METHODS["lag_ps"](toy.oracle), toy.theta0, toy.shards, 12)
+    facts, _, _ = federated(make("lag_ps", toy), toy.theta0, toy.shards, 12)
     sent = column(facts, "sent")
     assert not sent.all()
     assert not column(facts, "bytes_down")[~sent].any()
@@ -151,7 +123,7 @@ def test_who_is_not_asked_gets_nothing(toy: Toy) -> None:
 
 def test_a_model_that_did_not_change_is_not_sent_again(toy: Toy) -> None:
     """A round that is repeated, since nobody's reply came through."""
-    alg = METHODS["laq"](toy.oracle)
+    alg = make("laq", toy)
     grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4))
     server = _server.FederatedServer(alg, toy.theta0, KEY)
     list(server.run(grid, 3))
@@ -274,12 +246,7 @@ class Faulty:
         return compared
 
 
-LAZY = {
-    "laq": METHODS["laq"],
-    "two_laq": METHODS["two_laq"],
-    "ef21_sgdm": lambda o: algorithms.ef21_sgdm(o, compressor=compressors.top_k(6), eta=0.5, **RULE),
-    "diana": METHODS["diana"],
-}
+LAZY = ["diana", "ef21_sgdm", "laq", "two_laq"]
 nodes = st.integers(0, 3)
 
 
@@ -293,10 +260,10 @@ class Federated(RuleBasedStateMachine):
         super().__init__()
         self.folder, self.seen = folder, seen
 
-    @initialize(name=st.sampled_from(sorted(LAZY)))
+    @initialize(name=st.sampled_from(LAZY))
     def begin(self, name: str) -> None:
         toy = make_toy(np.float32)
-        self.faulty = Faulty(LAZY[name](toy.oracle), toy, self.folder)
+        self.faulty = Faulty(make(name, toy), toy, self.folder)
         self.fresh = 200
 
     @rule(
@@ -382,7 +349,7 @@ def test_it_converges_through_faults(name: str, tmp_path: Path, toy: Toy, caplog
     Without a memory too, but a message that is lost is then lost, and the model trembles.
     """
     caplog.set_level(logging.CRITICAL, "laqjax.federation")
-    alg, rng = METHODS[name](toy.oracle), np.random.default_rng(0)
+    alg, rng = make(name, toy), np.random.default_rng(0)
     faulty, losses, compared = Faulty(alg, toy, tmp_path), [], []
     while int(faulty.server.state.round) < 150:
         keys = [(way, 100 + m) for way in ("down", "up") for m in range(4)]
@@ -400,7 +367,7 @@ def test_it_converges_through_faults(name: str, tmp_path: Path, toy: Toy, caplog
 
 
 def test_a_restarted_server_goes_on_as_if_it_had_not_stopped(tmp_path: Path, toy: Toy) -> None:
-    alg = METHODS["laq"](toy.oracle)
+    alg = make("laq", toy)
     straight, server, _ = federated(alg, toy.theta0, toy.shards, 14)
     grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4))
     facts = []
@@ -411,7 +378,7 @@ def test_a_restarted_server_goes_on_as_if_it_had_not_stopped(tmp_path: Path, toy
     np.testing.assert_array_equal(column(facts, "loss"), column(straight, "loss"))
     np.testing.assert_array_equal(again.state.params, server.state.params)  # pyright: ignore[reportPossiblyUnboundVariable]
     with pytest.raises(ValueError, match="of another algorithm, model or key"):
-        _server.FederatedServer(METHODS["qgd"](toy.oracle), toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
+        _server.FederatedServer(make("qgd", toy), toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
     whole = (tmp_path / "state.npz").read_bytes()
     for damaged in (b"no", whole[: len(whole) // 2]):
         (tmp_path / "state.npz").write_bytes(damaged)
@@ -457,7 +424,7 @@ def test_a_client_state_of_another_format_is_ignored(toy: Toy) -> None:
 
 def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:
     """Its gradient of the round takes the place of what the server had of it."""
-    alg = METHODS["laq"](toy.oracle)
+    alg = make("laq", toy)
     _, server, grid = federated(alg, toy.theta0, toy.shards, 6)
     grid.contexts[102].state = RecordDict()
     first, second, third = (server.run_round(grid) for _ in range(3))
@@ -469,7 +436,7 @@ def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:
 
 
 def test_a_worker_that_joins_late(toy: Toy) -> None:
-    alg = METHODS["laq"](toy.oracle)
+    alg = make("laq", toy)
     grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(3))
     server = _server.FederatedServer(alg, toy.theta0, KEY)
     facts = list(server.run(grid, 5, workers=3))
@@ -483,7 +450,7 @@ def test_a_worker_that_joins_late(toy: Toy) -> None:
 
 def test_a_round_without_an_answer_comes_again(toy: Toy) -> None:
     weather = Weather()
-    alg = METHODS["laq"](toy.oracle)
+    alg = make("laq", toy)
     grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), weather.down, weather.up)
     server = _server.FederatedServer(alg, toy.theta0, KEY)
     list(server.run(grid, 3))

@@ -20,6 +20,7 @@ import laqjax
 from laqjax import algorithms, oracles, rules
 from laqjax._core import validation
 from laqjax.algorithms import _shared
+from tests.laws.registry import named_algorithms
 from tests.support import KEY, Toy, programs, softmax_loss
 
 
@@ -76,17 +77,10 @@ def test_the_weight_of_cada_is_c(toy: Toy) -> None:
         make(toy.oracle, lr=0.1, num_workers=4, xi=0.5)
 
 
-def factories() -> dict[str, Any]:
-    """Return the named algorithms: the functions whose help ends in an example."""
-    return {
-        name: f for name, f in vars(algorithms).items() if ">>> laqjax.algorithms." in str(getattr(f, "__doc__", ""))
-    }
-
-
-@pytest.mark.parametrize("name", factories())
+@pytest.mark.parametrize("name", named_algorithms())
 def test_an_oracle_is_no_problem_and_no_loss(name: str) -> None:
-    assert len(factories()) == 34
-    make, problem = factories()[name], laqjax.problems.Softmax(20, 3)
+    make: Any = named_algorithms()[name]
+    problem = laqjax.problems.Softmax(20, 3)
     needed = [key for key, p in inspect.signature(make).parameters.items() if p.default is p.empty and key != "oracle"]
     given = {key: eval(_shared.EXAMPLE_ARGUMENTS[key]) for key in needed}
     refused(lambda: make(problem, **given), f"oracle = {problem!r}: must be an oracle; pass problem.oracle()")
