@@ -348,6 +348,7 @@ EXPLAINED = (
     "loop",
     "oracles",
     "partition",
+    "types",
 )
 
 
