@@ -42,7 +42,6 @@ test-distributed: setup ## the tests that start many processes
 
 # the library itself, in environments of its own; another Python: make test-newest PYTHON=python3.13
 TOOLS := beartype equinox flax hypothesis polars pytest pytest-xdist
-CORE := $(patsubst %,tests/test_%.py,compressors golden laws oracle theory)
 DECLARED := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"])
 
 test-lowest: ## the core tests with the lowest versions that pyproject.toml allows, in .venv-lowest
@@ -52,11 +51,11 @@ test-lowest test-newest: test-%:
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable . $(TOOLS) $(DEPENDENCIES)
 	.venv-$*/bin/python -m pip list --disable-pip-version-check | grep -E '^(jax|jaxlib|jaxtyping|numpy|optax) '
-	.venv-$*/bin/python -m pytest -n 2 --dist loadfile $(CORE)
+	.venv-$*/bin/python -m pytest -n 2 --dist loadfile -m 'core and not long and not distributed' tests/library tests/laws
 
 fuzz: setup ## a minute of atheris over the decoder of messages
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "atheris>=3.0"
-	$(BIN)/python tests/fuzz.py -max_total_time=60 -max_len=200
+	$(BIN)/python tests/library/fuzz.py -max_total_time=60 -max_len=200
 
 check: setup ## format, lint, types: what CI runs beside the tests
 	$(BIN)/ruff format --check .

@@ -1,16 +1,15 @@
-"""Strict modes for all tests, and the two problems that they run on: a toy, and MNIST in the authors' order."""
+"""Strict modes for all tests, and the problems that they run on as fixtures."""
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from beartype import BeartypeConf, FrozenDict, beartype
 from hypothesis import settings
 from jax._src import compiler  # the options of every compilation, which JAX offers for single functions only
+
+from tests.typechecking import typecheck
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -19,90 +18,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile("laqjax", deadline=None, derandomize=True)
 settings.load_profile("laqjax")
 
-# shapes and dtypes of arrays; the library takes numbers of every kind and checks them itself, in words
-_beartype = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({bool: object, int: object, float: object})))
-
-
-def typecheck(function):
-    """Constructors stay unchecked: while JAX rebuilds a pytree its fields also hold shapes, axes and placeholders."""
-    return function if function.__name__ == "__init__" else _beartype(function)
-
-
 # before the first import of the library: the shapes in its annotations are then checked at every call
-jaxtyping.install_import_hook("laqjax", "conftest.typecheck")
+jaxtyping.install_import_hook("laqjax", f"{typecheck.__module__}.{typecheck.__name__}")
 
 from experiments import datasets  # noqa: E402
-from laqjax import (  # noqa: E402
-    Shards,
-    oracles,
-    partition,
-)
-from laqjax._engine import (  # noqa: E402
-    loop,
-    sweep,
-)
-
-KEY = jax.random.key(0)
-
-
-class Toy(NamedTuple):
-    """An oracle, a start and data: p = 63 (whole bytes for few b only), shards of unequal size with padding."""
-
-    oracle: oracles.TiledOracle
-    theta0: jax.Array
-    shards: Shards
-
-
-def softmax_loss(params: Any, x: Any, y: Any) -> jax.Array:
-    """Cross-entropy per example; pixels are bytes."""
-    weight = params["weight"]
-    logits = (weight / 255) @ x.astype(weight.dtype).T + params["bias"][:, None]
-    mine = jnp.take_along_axis(logits, y[None], axis=0)[0]
-    return jax.nn.logsumexp(logits, axis=0) - mine
-
-
-def softmax_params(rng: np.random.Generator, classes: int, pixels: int, dtype: Any) -> dict[str, jax.Array]:
-    """A random start."""
-    weight = rng.uniform(-0.1, 0.1, (classes, pixels))
-    return {"bias": jnp.zeros(classes, dtype), "weight": jnp.asarray(weight, dtype)}
-
-
-@cache
-def make_toy(dtype: Any) -> Toy:
-    """Three classes of 20-pixel images on 4 workers, the last pixel dead as MNIST's corners are."""
-    rng = np.random.default_rng(0)
-    sizes = (5, 12, 9, 12)
-    weight = np.array([[1] * n + [0] * (max(sizes) - n) for n in sizes], np.float32)
-    y = rng.integers(0, 3, weight.shape).astype(np.int32)
-    y[0] = 0  # one worker sees one class only
-    # x and y are filled in the padding too: what stands there must not matter
-    x = np.clip(rng.normal(60 + 120 * rng.random((3, 20))[y], 40), 0, 255).astype(np.uint8)
-    x[..., -1] = 0
-    for shared in (x, y, weight):
-        shared.setflags(write=False)
-    params = softmax_params(rng, 3, 20, dtype)
-    tiled = oracles.from_loss(softmax_loss, params, l2=0.01, tile=5)
-    return Toy(tiled, tiled.ravel(params), Shards(x, y, weight))
-
-
-def square_loss(params: Any, x: Any, y: Any) -> jax.Array:
-    """Half the squared residual per example."""
-    return (x @ params - y) ** 2 / 2
-
-
-@cache
-def make_quadratic() -> Toy:
-    """Ridge regression of 5 features in double precision, its smoothness about 10."""
-    rng = np.random.default_rng(0)
-    scale = np.array([1, 1.4, 1, 0.5])[:, None, None]
-    x, y = scale * rng.normal(size=(4, 12, 5)), rng.normal(size=(4, 12))
-    return Toy(oracles.from_loss(square_loss, jnp.zeros(5), l2=0.1), jnp.zeros(5), Shards(x, y, np.ones((4, 12))))
-
-
-def programs() -> int:
-    """How many programs the loops have compiled."""
-    chunks: list[Any] = [loop.run_chunk, sweep.run_sweep_chunk]
-    return sum(chunk._cache_size() for chunk in chunks)
+from laqjax import Shards, partition  # noqa: E402
+from tests.support import Toy, make_quadratic, make_toy  # noqa: E402
 
 
 @pytest.fixture
@@ -136,7 +57,7 @@ def quick_compilation(request: pytest.FixtureRequest):
     if request.node.get_closest_marker("optimized"):
         yield
         return
-    options = {"xla_cpu_use_fusion_emitters": False}
+    options: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False}
     known = options if _accepts(options) else {}
     original = compiler.get_compile_options
 

@@ -1,0 +1,217 @@
+"""Every method at its best: chosen on some seeds, reported on others; grids grow where the best lies on their edge."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+from rich.console import Console
+
+from experiments import compare, files, plots, points, report, report_figures, study, terminal
+
+ROOT = Path(__file__).parents[2]
+TASK = ["--dataset", "synthetic-logistic?workers=4&samples=30&features=10", "--problem", "logistic", "--workers", "4"]
+TASK += ["--compute-ms", "1", "--target", "10", "4", "--rounds", "80", "--every", "20", "--batch", "8"]
+TASK += ["--steps", "2", "--seeds", "0", "1", "--report-seeds", "2", "3", "4"]
+PAIR = ["--algorithm", "gd", "laq", "--xi", "0.4", "-b", "4"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """f* is kept."""
+    monkeypatch.chdir(home)
+
+
+def run(out: Path, *more: str) -> pl.DataFrame:
+    methods = [] if "--algorithm" in more else PAIR
+    compare.run(points.parsed(compare.Settings, [*TASK, *methods, *more, "--out", str(out)], None))
+    return pl.read_parquet(out / "best.parquet")
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        run(home / "whole")
+    return home / "whole"
+
+
+def test_the_best_is_chosen_on_some_seeds_and_reported_on_others(whole: Path) -> None:
+    best = pl.read_parquet(whole / "best.parquet")
+    assert len(best) == 2 * 2 * 4  # methods, targets, criteria
+    tried = pl.concat([pl.read_parquet(p) for p in sorted(whole.glob("[swf]*/points.parquet"))], how="diagonal_relaxed")
+    again = pl.read_parquet(whole / "report" / "points.parquet")
+    theory = pl.read_parquet(whole / "search" / "points.parquet")  # the first of a grid
+    assert set(tried["seed"]) == {0, 1}
+    assert set(again["seed"]) == {2, 3, 4}
+    for row in best.filter(pl.col("cheapest in") == "bits up").iter_rows(named=True):
+        cost, mine = f"bits_up_{row['target']}", pl.col("algorithm") == row["method"]
+        means = tried.filter(mine).group_by("lr").agg(pl.col(cost).mean(), pl.col(cost).null_count().alias("missed"))
+        ((lr, least),) = (
+            (lr, value)
+            for lr, value in means.select("lr", cost).iter_rows()
+            if row["setting"].startswith(f"lr={lr:.3g}")
+        )
+        assert least == means.filter(pl.col("missed") == 0)[cost].min()  # of several, one
+        reported = again.filter(mine, pl.col("lr") == lr)[cost]
+        assert row["bits_up"] == pytest.approx(reported.mean())
+        assert row["bits_up_ci95"] == pytest.approx(4.302653 * reported.to_numpy().std(ddof=1) / np.sqrt(3))
+        first = again.filter(mine, pl.col("lr") == theory.filter(mine)["lr"][0])[cost].mean()
+        assert row["gain over theory"] == pytest.approx(first / row["bits_up"])
+
+
+def test_the_table_is_one_object_and_the_page_has_the_fronts(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best, tried = (pl.read_parquet(whole / f"{name}.parquet") for name in ("best", "tried"))
+    with terminal.command(["--json"]):
+        compare.report(whole, Console())
+    (rows,) = json.loads(capsys.readouterr().out)["tables"].values()
+    known = {(row["method"], row["target"]): row["bits_up"] for row in best.filter(pl.col("cheapest in") == "bits up").iter_rows(named=True)}  # fmt: skip
+    assert {(row["method"], target): row[target] for row in rows for target in ("10", "4")} == known
+    cost, fronts, curves = (panel for _, _, (panel,) in report_figures.of("compare", report.read(whole).tables, 1000))
+    drawn = {(line["name"], line["view"]): line["data"] for line in fronts["series"]}
+    assert len(drawn) == 4
+    for (name, number), data in drawn.items():
+        target = ("10", "4")[number]
+        edge = plots.front(tried.filter(pl.col("algorithm") == name), target)
+        assert (data[f"bits_up_{target}"], data[f"rounds_{target}"]) == tuple(edge.select(f"bits_up_{target}", f"rounds_{target}").to_dict(as_series=False).values())  # fmt: skip
+    colors = {"gd": report_figures.color(0), "laq": report_figures.color(1)}  # of the full and of the lazy ones
+    assert {line["name"]: line["color"] for line in curves["series"]} == colors
+    assert [view["order"] for view in cost["views"]] == [cost["views"][0]["order"]] * 2
+    assert sorted(cost["views"][0]["order"]) == ["gd", "laq"]
+
+
+def test_a_grid_grows_where_its_best_lies_on_the_edge(whole: Path) -> None:
+    """Two steps of a grid have nothing but edges; then the distance about the best one is halved, twice."""
+    tried = pl.read_parquet(whole / "tried.parquet").filter(pl.col("algorithm") == "gd")
+    assert len(tried) > 2
+    steps = np.sort(tried["lr"].to_numpy())
+    ratios = np.log2(steps[1:] / steps[:-1])
+    rounds = tried.sort("lr")["rounds_4"].to_list()
+    best = int(np.argmin([np.inf if k is None else k for k in rounds]))
+    assert 0 < best < len(rounds) - 1
+    near = tried.filter(pl.col("rounds_4").is_not_null())["lr"].to_numpy()
+    assert set(np.round(ratios, 6)) <= {1, 0.5, 0.25, 0.75}
+    assert ratios.min() == pytest.approx(0.25)
+    assert len(near) > 3
+    (row,) = (
+        pl.read_parquet(whole / "best.parquet")
+        .filter(pl.col("method") == "gd", pl.col("target") == "4", pl.col("cheapest in") == "rounds")
+        .iter_rows(named=True)
+    )
+    assert (row["widened"], row["at the edge"]) == ("lr", "")
+
+
+def test_it_goes_on_where_it_was(whole: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, calls = study.Batch.run, []
+
+    def failing(self: study.Batch, *given: Any) -> Any:
+        calls.append(len(self.points))
+        if len(calls) in (2, 5):
+            raise KeyboardInterrupt
+        return ran(self, *given)
+
+    monkeypatch.setattr(study.Batch, "run", failing)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(home / "cut")
+    assert_frame_equal(run(home / "cut"), pl.read_parquet(whole / "best.parquet"))
+    assert len(calls) - 2 == len(list((home / "cut").glob("*/batches/*-points.parquet")))
+    assert {path.name for path in whole.glob("*.png")} == {"bits.png", "fronts-4.png", "fronts-10.png"}
+
+
+@pytest.mark.long
+def test_it_goes_on_to_more_rounds_and_a_smaller_target(whole: Path, home: Path) -> None:
+    """The tables of a straight run; what was chosen with fewer is set aside."""
+    more = ["--rounds", "160", "--target", "10", "4", "2"]
+    shutil.copytree(whole, home / "more")
+    for out in ("straight", "more"):
+        run(home / out, *more)
+    for name in ("best", "tried"):
+        assert_frame_equal(*(pl.read_parquet(home / out / f"{name}.parquet") for out in ("straight", "more")))
+    aside = {path.name for path in (home / "more").glob("*before*")}
+    assert aside == {f"{name}.before-1" for name in ("finer-0", "finer-1", "report")}
+    assert files.read_json(home / "more" / "search" / "run.json")["points_computed"] == 8
+    with pytest.raises(ValueError, match="rounds: 160 there, 80 asked for, which goes on to more rounds only"):
+        run(home / "more")
+
+
+@pytest.mark.long
+def test_a_setting_is_reported_once_and_nothing_reached_is_said(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The step of theory is the best of a grid of one, and a NumPy number."""
+    run(home / "once", "--algorithm", "ef21", "--steps", "1", "--rounds", "20", "--target", "1e-30")
+    assert pl.read_parquet(home / "once" / "report" / "points.parquet")["seed"].to_list() == [2, 3, 4]
+    assert "no target was reached: give more --rounds" in " ".join(capsys.readouterr().out.split())
+    best = run(home / "named", "--algorithm", "diana", "--compressor", "top_k:3", "natural", "--steps", "1")
+    tried = pl.read_parquet(home / "named" / "tried.parquet")
+    assert tried.group_by("compressor").agg(pl.col("bits_up_end").first())["bits_up_end"].n_unique() == 2
+    assert "compressor=" in best.drop_nulls("setting")["setting"][0]
+
+
+def test_what_cannot_run_is_said_before_anything_is_written(home: Path) -> None:
+    for given, said in (
+        (["--partition", "contiguous", "sorted"], "partition = .*: expected one; a comparison is of one problem"),
+        (["--algorithm", "lac"], "algorithm = 'lac': expected FILE.py:factory or one of"),
+        (["--algorithm", "topk_ef", "--k", "99"], "topk_ef: k argument to top_k must be no larger than size"),
+        (["--rounds", "0"], "rounds = 0: expected"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(home / "refused", *given)
+    assert not (home / "refused").exists()
+
+
+KILLED = {
+    "compare": ["experiments.compare", *TASK, *PAIR],
+    "reproduce": ["experiments.reproduce", "laq-logistic", "--smoke", "--rounds", "100"],
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", KILLED)
+def test_three_kills_lose_and_repeat_nothing(name: str, tmp_path: Path) -> None:
+    """Killed at three random moments of its work; the tables of an undisturbed run in the end."""
+    env, rng = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}, np.random.default_rng()
+    command = [sys.executable, "-m", *KILLED[name], "--out"]
+    began = time.monotonic()
+    subprocess.run([*command, "calm"], cwd=tmp_path, env=env, check=True, stdout=subprocess.DEVNULL)
+    lasted = time.monotonic() - began
+    done: dict[Path, int] = {}
+    for _ in range(3):
+        process = subprocess.Popen([*command, "cut"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.3, 0.7) * lasted)
+        process.kill()
+        assert process.wait() in (0, -signal.SIGKILL)
+        now = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cut/**/batches/*.parquet")}
+        whole = [path for path in done if path.with_name(f"{path.name[:10]}-points.parquet") in done]
+        assert all(now[path] == done[path] for path in whole)
+        done = now
+    subprocess.run([*command, "cut"], cwd=tmp_path, env=env, check=True, stdout=subprocess.DEVNULL)
+    tables = sorted(path.relative_to(tmp_path / "calm") for path in (tmp_path / "calm").rglob("*.parquet"))
+    assert len(tables) > 10
+    for table in tables:
+        one, other = (pl.read_parquet(tmp_path / folder / table) for folder in ("calm", "cut"))
+        costs = [column for column in one.columns if "seconds" in column or column.startswith("gain")]
+        assert_frame_equal(one.drop(costs), other.drop(costs))
+    assert files.read_json(tmp_path / "cut" / "identity.json") == files.read_json(tmp_path / "calm" / "identity.json")
+
+
+@pytest.mark.parametrize(("given", "searched"), [([], {"xi"}), (["--c", "0.6", "6"], {"c"})])
+def test_c_takes_the_place_of_xi(given: list[str], searched: set[str]) -> None:
+    """Both are no algorithm: where c is given nothing is searched over xi."""
+    line = [*TASK[:6], "--algorithm", "lasg_wk2", "--minibatch", "10", *given]
+    made = compare.Comparison(points.parsed(compare.Settings, line, None), Console(quiet=True))
+    assert {"xi", "c"} & made.grids["lasg_wk2"].keys() == searched
+    assert len(made.points(made.first(), (0,))) == 1

@@ -1,0 +1,220 @@
+"""experiments.federated: its tables beside the library's bill, and a deployment whose processes are gone when it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import polars.selectors as cs
+import pytest
+
+pytest.importorskip("flwr")
+
+from experiments import deployment, federated, ledger, plots, points, terminal
+from experiments.apps import Plan
+
+ROOT = Path(__file__).parents[2]
+DATA = "synthetic-logistic?workers=3&samples=40&features=12&condition=10&heterogeneity=1"
+SMALL = ["--problem", "logistic", "--dataset", DATA, "--workers", "3", "--lr", "0.002"]
+
+
+def settings(*words: str) -> federated.Settings:
+    return points.parsed(federated.Settings, [*SMALL, *words], None)
+
+
+def read(folder: Path, name: str) -> pl.DataFrame:
+    return pl.read_parquet(folder / f"{name}.parquet")
+
+
+def test_the_command_in_one_process(tmp_path: Path, capsys: Any) -> None:
+    words = ["--rounds", "12", "--seeds", "0", "1", "--compute-ms", "1", "--out", str(tmp_path / "run")]
+    out = federated.run(settings(*words))
+    table, curves, masks = (read(out, name) for name in ("points", "curves", "masks"))
+    assert table["algorithm"].unique(maintain_order=True).to_list() == ["laq", "gd", "qgd", "ef21"]
+    assert (table["bits_up_end"] == 8 * table["payload_up"]).all()
+    assert (table["bytes_up"] == table["payload_up"] + table["heads_up"]).all()
+    sent = [ledger.unpacked(row).sum() for row in masks.iter_rows(named=True)]
+    assert sent == table["uploads_end"].to_list()
+    laq, gd = (table.filter(algorithm=name) for name in ("laq", "gd"))
+    assert laq["uploads_end"].sum() < gd["uploads_end"].sum()
+    last = curves.group_by("point", maintain_order=True).last()
+    assert (last["round"] >= 11).all()
+    # row k has what was sent before model k: the last row lacks the last round's
+    assert (last["bytes_up"] <= table["bytes_up"]).all()
+    for name in ("loss.png", "loss.svg", "uploads.png", "summary.csv", "points.csv", "run.json", "identity.json"):
+        assert (out / name).exists(), name
+    said = capsys.readouterr().out
+    assert "12 rounds" in said
+    assert "median milliseconds" in said
+    kept = (out / "facts" / "0.json").read_bytes()
+    (out / "facts" / "1.json").unlink()  # as if it had been stopped there
+    with terminal.command(["--json"]):
+        federated.run(settings(*words))
+    result = json.loads(capsys.readouterr().out)
+    assert [row["uploads"] for row in result["tables"]["12 rounds"]] == table["uploads_end"].to_list()
+    assert read(out, "points").drop(cs.ends_with("_ms")).equals(table.drop(cs.ends_with("_ms")))
+    assert (out / "facts" / "0.json").read_bytes() == kept
+    (out / "loss.svg").unlink()
+    plots.main(out)
+    assert (out / "loss.svg").exists()
+
+
+def test_points_that_cannot_run_are_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="1 of 1 points cannot run"):
+        federated.run(settings("--algorithm", "laq", "--bits", "99", "--out", str(tmp_path / "run")))
+    with pytest.raises(ValueError, match="rounds = 0"):
+        federated.run(settings("--rounds", "0", "--out", str(tmp_path / "run")))
+
+
+def test_a_plan_is_the_same_in_every_process() -> None:
+    choice = next(iter(points.select(settings().axes, settings().data)))
+    plan = Plan(choice, 10, False, None, 5, 60.0, "facts.json", "")
+    assert Plan.read(plan.text) == plan
+
+
+def test_certificates_are_good_for_this_machine_only(tmp_path: Path) -> None:
+    import ssl
+
+    deployment.keys(tmp_path / "keys", hosts=("127.0.0.1", "localhost"), workers=2)
+    tmp_path = tmp_path / "keys"
+    key = tmp_path / "node-1"
+    for secret in (key, tmp_path / "server.key"):
+        assert secret.stat().st_mode & 0o777 == 0o600
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
+    for name, good in (("127.0.0.1", True), ("localhost", True), ("example.org", False)):
+        ends = [ssl.MemoryBIO() for _ in range(2)]
+        pair = (
+            context.wrap_bio(ends[0], ends[1], server_hostname=name),
+            server.wrap_bio(ends[1], ends[0], server_side=True),
+        )
+        assert handshake(*pair) is good
+
+
+def handshake(client: Any, server: Any) -> bool:
+    import ssl
+
+    done = [False, False]
+    for _ in range(20):
+        for i, end in enumerate((client, server)):
+            try:
+                end.do_handshake()
+                done[i] = True
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError:
+                return False
+    return all(done)
+
+
+def test_a_process_and_all_that_came_from_it_are_stopped(tmp_path: Path) -> None:
+    flwr = deployment.Flower(tmp_path, tmp_path, 1.0, dict(os.environ))
+    inner = "import subprocess, sys, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"
+    with deployment.started([sys.executable, "-c", inner], flwr, "parent") as process:
+        end = time.monotonic() + 10
+        while len(family := deployment.descendants(process.pid)) < 1 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert len(family) == 1
+    assert not any(map(deployment.alive, [process.pid, *family]))
+    words = [sys.executable, "-c", "raise SystemExit('no such thing')"]
+    with (
+        deployment.started(words, flwr, "parent") as process,
+        pytest.raises(ChildProcessError, match=r"(?s)parent did not start.*no such thing"),
+    ):
+        deployment.wait_for(deployment.free_port(), process, tmp_path / "parent.log")
+
+
+def test_processes_find_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's commands are started anywhere, and the experiments are not installed."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    look = "from importlib.util import find_spec; raise SystemExit(find_spec('experiments.apps') is None)"
+    subprocess.run([sys.executable, "-c", look], cwd=tmp_path, env=deployment.environment(tmp_path, 0.2), check=True)
+
+
+# ---- a SuperLink and SuperNodes ----------------------------------------------------------------------------------
+
+
+def command(out: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "experiments.federated", *SMALL, "--grid", "deployment", "--out", str(out), *words]
+
+
+def ended(words: list[str], signalled: int | None = None) -> tuple[int, str]:
+    """(exit status, what it said) of a command, after it has come up; nobody of its family is left."""
+    family, said = set(), ""
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        while "SuperLink at" not in said and (line := process.stdout.readline()):
+            said += line
+        family |= set(deployment.descendants(process.pid))
+        if signalled is not None:
+            time.sleep(8)  # the run is on its way, with processes for the apps
+            family |= set(deployment.descendants(process.pid))
+            process.send_signal(signalled)
+        while process.poll() is None:
+            family |= set(deployment.descendants(process.pid))
+            time.sleep(0.2)
+        said += process.stdout.read()
+    assert len(family) >= 4  # a SuperLink, three SuperNodes, and whom they started
+    left = [pid for pid in family if deployment.alive(pid)]
+    assert not left
+    return process.returncode, said
+
+
+@pytest.mark.distributed
+def test_three_nodes_with_tls_are_the_loopback(tmp_path: Path) -> None:
+    words = ["--algorithm", "laq", "--rounds", "5", "--max-silence", "3"]
+    status, said = ended(command(tmp_path / "real", *words))
+    assert status == 0, said
+    here = federated.run(settings(*words, "--out", str(tmp_path / "loopback")))
+    table, loopback = read(tmp_path / "real", "points"), read(here, "points")
+    masks = [read(folder, "masks").row(0, named=True) for folder in (tmp_path / "real", here)]
+    np.testing.assert_array_equal(ledger.unpacked(masks[0]), ledger.unpacked(masks[1]))
+    assert table["answered"][0] == 1
+    assert table["bits_up_end"][0] == 8 * table["payload_up"][0] == loopback["bits_up_end"][0]
+    assert table["payload_down"][0] == loopback["payload_down"][0]
+    # what the SuperLink counted is ours and its own: requests, hashes of objects, the app itself
+    assert table["superlink_inbound"][0] > table["bytes_up"][0]
+    facts = json.loads((tmp_path / "real" / "facts" / "0.json").read_text())
+    assert facts["refused"] == [0] * 5
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_nobody_is_left_after_a_signal(number: int, tmp_path: Path) -> None:
+    status, said = ended(command(tmp_path, "--algorithm", "laq", "--rounds", "500"), number)
+    assert status != 0
+    assert "stopped" in said
+
+
+@pytest.mark.distributed
+def test_nobody_is_left_after_a_failure(tmp_path: Path) -> None:
+    """A deadline that nobody meets."""
+    status, said = ended(command(tmp_path, "--algorithm", "laq", "--rounds", "2", "--deadline", "0.01"))
+    assert status != 0
+    assert "see the logs in" in said
+
+
+@pytest.mark.distributed
+def test_flowers_simulation_engine(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    words = ["--algorithm", "laq", "--rounds", "3", "--grid", "simulation"]
+    real = command(tmp_path / "real", *words)
+    said = subprocess.run(real, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "3 simulated nodes" in said
+    here = federated.run(settings(*words[:-2], "--out", str(tmp_path / "loopback")))
+    masks = [read(folder, "masks").row(0, named=True) for folder in (tmp_path / "real", here)]
+    np.testing.assert_array_equal(ledger.unpacked(masks[0]), ledger.unpacked(masks[1]))
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is here")
+def test_the_simulation_engine_needs_ray(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs Ray: pip install"):
+        federated.run(settings("--grid", "simulation", "--algorithm", "laq", "--out", str(tmp_path / "run")))

@@ -1,0 +1,217 @@
+"""Files of the user's in the commands: data, problems, algorithms; and what is said when they are wrong."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from experiments import compare, datasets, files, plots, points, report, report_figures, sweep, tune
+
+EXAMPLES = Path(__file__).parents[2] / "experiments" / "examples"
+OWN = """
+import numpy as np, jax, jax.numpy as jnp, laqjax, optax
+from flax import linen as nn
+
+def load():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(80, 3)).astype(np.float32)
+    return x, (x[:, 0] > 0).astype(np.int64), x[:8], (x[:8, 0] > 0).astype(np.int64)
+
+def make(data):
+    margin = lambda w, x, y: (2 * y.astype(x.dtype) - 1) * (x @ w)
+    return (lambda w, x, y: jax.nn.softplus(-margin(w, x, y)), lambda seed: np.zeros(3, np.float32),
+            lambda w, x, y: jnp.mean(margin(w, x, y) > 0))
+
+def slow(oracle, *, lr, num_workers, patience=3, sampler=None):
+    return laqjax.algorithms.laq(oracle, lr=lr, num_workers=num_workers, max_silence=patience, window=1)
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(nn.relu(nn.Conv(2, (3, 3), strides=2)(x)).reshape(len(x), -1))
+
+def images():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 80)
+    x = (rng.normal(size=(80, 6, 6, 1)) + y[:, None, None, None]).astype(np.float32)
+    return x[:64], y[:64], x[64:], y[64:]
+
+def cnn(data):
+    return (lambda w, x, y: optax.softmax_cross_entropy_with_integer_labels(Net().apply(w, x), y),
+            lambda seed: Net().init(jax.random.key(seed), data.x[:1]),
+            lambda w, x, y: jnp.mean(Net().apply(w, x).argmax(axis=1) == y))
+
+def average(data):
+    return (lambda w, x, y: jnp.mean((x @ w - y.astype(x.dtype)) ** 2)), lambda seed: np.zeros(3, np.float32)
+
+def wrong(data):
+    return data.nothing
+
+def key(data):
+    return lambda w, x, y: w["a"], lambda seed: np.zeros(3), None or (lambda w, x, y: 0.5)
+
+def number(data):
+    return 3
+
+nothing = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of the user's, under a name of its own: modules are read once."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"own_{tmp_path.name.replace('-', '_')}.py"
+    path.write_text(OWN)
+    return path
+
+
+def run(*given: str) -> pl.DataFrame:
+    sweep.main([*given, "--workers", "4", "--compute-ms", "1", "--out", "out"])
+    return pl.read_parquet("out/points.parquet")
+
+
+def test_data_problem_and_algorithm_of_ones_own(own: Path) -> None:
+    task = ["--dataset", f"{own}:load", "--problem", f"{own}:make", "--algorithm", f"{own}:slow", "--lr", "0.5"]
+    task += ["--rounds", "40", "--every", "10", "--target-accuracy", "0.6", "0.95"]
+    table = run(*task, "--set", "patience", "1", "5")
+    assert table["patience"].to_list() == [1, 5]
+    assert table["reached"].all()
+    assert (table["rounds_0.95"] % 10 == 0).all()
+    assert table["f_star"].is_null().all()
+    assert table["uploads_end"][0] > table["uploads_end"][1]
+    settings = points.parsed(
+        tune.Settings, [*task, "--set", "patience", "1", "5", "--trials", "4", "--batch", "2"], None
+    )
+    tune.run(sweep.replace(settings, data=sweep.replace(settings.data, workers=(4,)), out=Path("tuned")))
+    trials = pl.read_parquet("tuned/trials.parquet")
+    assert trials["patience"].is_between(1, 5).all()
+    assert len(trials) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--problem", "{}:key"], "{}:key, loss: "),
+        (["--problem", "{}:wrong"], "{}:wrong: AttributeError: 'Dataset' object has no attribute 'nothing' (line 38)"),
+        (["--problem", "{}:average"], "error: loss_fn(params, x, y) gave "),
+        (["--problem", "{}:average"], "do not average inside the loss, the oracle does it by the weights (points 0-1)"),
+        (["--problem", "{}:average", "--algorithm", "sgd", "--minibatch", "2"], "do not average inside the loss"),
+        (
+            ["--problem", "{}:number"],
+            "{}:number returned 3: expected functions (loss, start) or (loss, start, accuracy)",
+        ),
+        (["--problem", "{}:nothing"], "{}:nothing: {} has no function nothing"),
+        (["--problem", "none.py:make"], "none.py is missing: expected FILE.py:NAME"),
+        (["--algorithm", "{}:slow", "--set", "pace", "3"], "--set pace: expected an argument of {}:slow"),
+        (["--algorithm", "{}:slow", "--set", "patience", "-3"], "{}:slow: ValueError: max_silence = -3: expected"),
+        (["--dataset", "{}:slow"], "{}:slow: TypeError: slow() missing 1 required positional argument: 'oracle'"),
+        (["--dataset", "{}:nothing"], "{}:nothing: {} has no function nothing"),
+    ],
+)
+def test_what_is_wrong_in_it_is_said(given: list[str], said: str, own: Path) -> None:
+    task = ["--dataset", f"{own}:load", "--problem", f"{own}:make", *(word.format(own) for word in given)]
+    with pytest.raises(SystemExit) as stop:
+        run(*task, "--lr", "0.01", "0.02", *([] if "--algorithm" in given else ["-b", "4", "-C", "5", "-D", "1"]))
+    assert said.format(own, own) in str(stop.value)
+    assert not Path("out").exists()
+
+
+def test_a_file_that_cannot_be_read(own: Path) -> None:
+    own.write_text("x = 1\ny = 1 / 0\n")
+    with pytest.raises(ValueError, match=r"cannot be read: ZeroDivisionError: division by zero \(line 2\)"):
+        files.load(f"{own}:make")
+
+
+def test_npz_and_csv(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 3)).astype(np.float32), np.array([0, 1, 2, 0, 1, 2])
+    np.savez(tmp_path / "a.npz", x=x, y=y, x_test=x[:2], y_test=y[:2])
+    data = datasets.load(f"npz:{tmp_path / 'a.npz'}")
+    np.testing.assert_array_equal(data.x, x)
+    assert (data.num_classes, data.y.dtype, len(data.x_test)) == (3, np.int32, 2)
+    np.savez(tmp_path / "b.npz", x=x, z=y)
+    with pytest.raises(ValueError, match=r"expected arrays x and y, and perhaps x_test and y_test; got \['x', 'z'\]"):
+        datasets.load(f"npz:{tmp_path / 'b.npz'}")
+    for labels in (np.array(list("abcabc")), np.array(list("abcabc"), object)):
+        np.savez(tmp_path / "t.npz", x=x, y=labels)
+        with pytest.raises(ValueError, match=r"npz:.*t\.npz.*: expected .*numbers.*classes .*from 0 on"):
+            datasets.load(f"npz:{tmp_path / 't.npz'}")
+    (tmp_path / "c.npz").write_bytes(b"PK..")
+    with pytest.raises(ValueError, match=r"is damaged, or no \.npz file"):
+        datasets.load(f"npz:{tmp_path / 'c.npz'}")
+    pl.DataFrame(x, schema=["a", "b", "c"]).insert_column(1, pl.Series("label", y)).write_csv(tmp_path / "a.csv")
+    data = datasets.load(f"csv:{tmp_path / 'a.csv'}")
+    np.testing.assert_allclose(data.x, x)
+    assert data.y.tolist() == y.tolist()
+    (tmp_path / "b.csv").write_text("a,b\n1,2\nx,3\n")
+    with pytest.raises(ValueError, match=r"expected two or more columns of numbers .* not so: \['a'\]"):
+        datasets.load(f"csv:{tmp_path / 'b.csv'}")
+
+
+@pytest.mark.long
+def test_a_flax_cnn_in_sweep_tune_and_compare(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a smoothness constant there is no step of theory: no column, no marker, no word of it."""
+    words: dict[str, list[str]] = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: words.update({path.name: legend_of(figure)}))
+    task = ["--dataset", f"{own}:images", "--problem", f"{own}:cnn", "--partition", "dirichlet:1", "--workers", "4"]
+    task += ["--rounds", "40", "--every", "10", "--target-accuracy", "0.7", "--compute-ms", "1"]
+    sweep.main([*task, "-b", "4", "8", "-C", "5", "-D", "3", "--lr", "0.05", "--out", "swept"])
+    table = pl.read_parquet("swept/points.parquet")
+    assert table["reached"].all()
+    tune.run(points.parsed(tune.Settings, [*task, "--trials", "3", "--batch", "2", "--out", "tuned"], None))
+    assert len(pl.read_parquet("tuned/trials.parquet")) == 3
+    given = ["--algorithm", "laq", "lag_ps", "sgd", "--xi", "0.4", "-b", "4", "--steps", "3", "--batch", "8"]
+    compare.run(points.parsed(compare.Settings, [*task, *given, "--out", "compared"], None))
+    best = pl.read_parquet("compared/best.parquet").filter(pl.col("cheapest in") == "bits up")
+    assert best["method"].to_list() == ["laq", "sgd"]
+    assert best["goal"].unique().to_list() == ["test accuracy >="]
+    said = capsys.readouterr().out
+    assert "left out, since L_m is not known here: lag_ps" in said
+    assert "gain over" not in said
+    assert "theory" not in said
+    assert not [name for name in best.columns if "theory" in name and best[name].count()]
+    assert set(words["bits"]) == {"lazy", "stochastic"}
+    figures = report_figures.of("compare", report.read(Path("compared")).tables, 1000)
+    assert "theory" not in str(list(figures))
+
+
+def test_the_example_of_a_loop_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "")  # the import would set it for the processes of other tests
+    from experiments.examples import parallel
+
+    np.testing.assert_allclose(parallel.smoothed([3.0, 2.0, 1.0]), [2.0])
+    np.testing.assert_allclose(parallel.smoothed([*range(12)]), [4.5, 5.5, 6.5])
+    with pytest.raises(ValueError, match="steps = 0: expected one whole number and >= 1"):
+        parallel.main(steps=0)
+
+
+def legend_of(figure: Any) -> list[str]:
+    """The words of a figure's legend."""
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+@pytest.mark.parametrize("name", ["images", pytest.param("tokens", marks=pytest.mark.long)])
+def test_the_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the README has them, with few rows and rounds."""
+    monkeypatch.chdir(tmp_path)
+    path = shutil.copy(EXAMPLES / f"{name}.py", tmp_path / f"{name}_here.py")
+    data = ["--dataset", f"{path}:load" if name == "tokens" else "mnist"]
+    given = [
+        "--smoke",
+        "--problem",
+        f"{path}:make",
+        *data,
+        "--partition",
+        "unequal:2" if name == "tokens" else "dirichlet:0.5",
+    ]
+    given += ["-b", "4", "8", "-C", "5", "-D", "3", "--lr", "0.05", "--rounds", "4", "--every", "2"]
+    table = run(*given, "--target-accuracy", "0.999")
+    assert table["bits"].to_list() == [4, 8]
+    assert table["final_loss"].is_finite().all()
+    assert table["accuracy"].is_between(0, 1).all()

@@ -1,0 +1,147 @@
+"""`lazy_aggregate` refuses in one sentence what cannot work; test_sharding.py runs it on several devices."""
+
+import inspect
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+import laqjax
+from laqjax import algorithms, compressors, oracles
+from laqjax.samplers import BlockSampler
+
+PARAMS = {"b": jnp.zeros(6), "w": jnp.ones((8, 6))}
+WHOLE = P()
+TOP = compressors.top_k(3)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        (algorithms.laq, {"bits": 0}, "bits = 0: "),
+        (algorithms.laq, {"bits": "4"}, "bits = '4': "),
+        (algorithms.laq, {"max_silence": -1}, "max_silence = -1: "),
+        (
+            algorithms.laq,
+            {"quantizer_blocks": "layers"},
+            "quantizer_blocks = 'layers': must be None, 'leaf', or a sequence",
+        ),
+        (algorithms.laq, {"quantizer_blocks": (54, 0)}, "quantizer_blocks = (54, 0): must be"),
+        (algorithms.laq, {"quantizer_blocks": (27.0, 27.0)}, "quantizer_blocks = (27.0, 27.0): must be"),
+        (algorithms.laq, {"quantizer_blocks": ()}, "quantizer_blocks = (): must be"),
+        (algorithms.laq, {"quantizer_blocks": 54}, "quantizer_blocks = 54: must be"),
+        (algorithms.laq, {"collective": "all_gathr"}, "collective = 'all_gathr': expected one of"),
+        (algorithms.laq, {"collective": "all_gathr"}, "did you mean 'all_gather'?"),
+        (algorithms.laq, {"bit": 4}, "lazy_aggregate(bit=...) with laq: must be one of bits, xi,"),
+        (algorithms.laq, {"bit": 4}, "did you mean 'bits'?"),
+        (algorithms.laq, {"colective": "all_reduce"}, "did you mean 'collective'?"),
+        (algorithms.laq, {"lr": 0.1}, "lazy_aggregate(lr=...): must not be given"),
+        (algorithms.laq, {"optimizer": optax.adam}, "lazy_aggregate(optimizer=...): must not be given"),
+        (algorithms.laq, {"oracle": None}, "lazy_aggregate(oracle=...): must not be given"),
+        (
+            algorithms.ef21,
+            {},
+            "lazy_aggregate with ef21 but without compressor: must be given, for example compressor=",
+        ),
+        ("laq", {}, "algorithm = 'laq': must be a function, such as laqjax.algorithms.laq"),
+        ("ef21", {}, "such as laqjax.algorithms.ef21"),
+        (None, {}, "algorithm = None: must be a function"),
+    ],
+)
+def test_arguments_are_checked_in_the_constructor(method: Any, settings: Any, message: str) -> None:
+    construct = inspect.unwrap(laqjax.lazy_aggregate)  # without the type checks of the tests, which come first
+    with pytest.raises(ValueError, match=re.escape(message)):
+        construct("data", 4, method, **settings)
+
+
+def fraction(oracle: Any, **settings: Any) -> laqjax.Algorithm:
+    """A method of one's own, whose k depends on p."""
+    return algorithms.topk_ef(oracle, k=oracle.size // 18, **settings)
+
+
+def traced(
+    tx: Any,
+    mesh: Any = None,
+    specs: Any = None,
+    init: Any = None,
+    params: Any = PARAMS,
+    split: Any = WHOLE,
+    **given: Any,
+) -> Any:
+    """Shapes after an update inside `jax.shard_map`, on devices that need not exist."""
+    state = jax.eval_shape(tx.init if init is None else init, params)
+    specs = laqjax.aggregation.partition_specs(state, "data") if specs is None else specs
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,)) if mesh is None else mesh
+    options: Any = {"check_vma": False} | given
+    step: Any = jax.shard_map(tx.update, mesh=mesh, in_specs=(split, specs, split), out_specs=(split, specs), **options)
+    return jax.eval_shape(step, params, state, params)
+
+
+TWO_AXES = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("tx", "options"),
+    [
+        (laqjax.lazy_aggregate("data", 4, bits=4), {}),
+        (laqjax.lazy_aggregate("data", 4, fraction), {}),
+        (laqjax.lazy_aggregate("data", 4, partial(algorithms.ef21, compressor=TOP), quantizer_blocks=[27, 27]), {}),
+        (
+            laqjax.lazy_aggregate("data", 4, algorithms.ef21, compressor=compressors.optimal_sparsifier(0.2)),
+            {"mesh": TWO_AXES},
+        ),
+    ],
+    ids=["laq", "k of p", "partial", "two manual axes"],
+)
+def test_what_can_work_is_not_refused(tx: Any, options: Any) -> None:
+    direction, state = traced(tx, **options)
+    assert jax.tree.map(jnp.shape, direction) == jax.tree.map(jnp.shape, PARAMS)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(state.algorithm_state.workers)} == {4}
+
+
+def fedavg(oracle: Any, *, lr: Any, num_workers: int, optimizer: Any) -> laqjax.Algorithm:
+    """Local steps on the server's learning rate."""
+    local = oracles.with_local_steps(oracle, 1, 0.1)
+    return algorithms.gd(local, lr=lr, num_workers=num_workers, optimizer=optimizer)
+
+
+LAQ = laqjax.lazy_aggregate("data", 4)
+SAMPLED = laqjax.lazy_aggregate("data", 4, algorithms.ef21, compressor=compressors.optimal_sparsifier(0.2))
+LOCAL = laqjax.lazy_aggregate("data", 4, fedavg)
+OTHER = laqjax.lazy_aggregate("data", 4, algorithms.lasg_wk2, sampler=BlockSampler(10))
+
+
+@pytest.mark.parametrize(
+    ("tx", "options", "message"),
+    [
+        (LAQ, {"specs": P()}, "an array [4, 54] of the workers' state on each device: must be one row"),
+        (LAQ, {"check_vma": True}, "with check_vma=True, its default: must be check_vma=False"),
+        (LAQ, {"mesh": TWO_AXES, "split": {"b": P(), "w": P("model")}}, "an array [54] in its state where"),
+        (LAQ, {"init": laqjax.lazy_aggregate("data", 4, fraction).init}, "with the state of another method"),
+        (
+            SAMPLED,
+            {"mesh": TWO_AXES, "axis_names": {"data"}},
+            "with the axes ('model',) beside: expected a method without",
+        ),
+        (laqjax.lazy_aggregate("data", 8), {}, "num_workers = 8 on the axis 'data' of 4 devices"),
+        (OTHER, {}, "lazy_aggregate with a method that asks for gradients at other models"),
+        (LOCAL, {}, "lazy_aggregate with a method that asks for gradients at other models"),
+        (laqjax.lazy_aggregate("data", 4, quantizer_blocks=(1, 2)), {}, "expected p = 54"),
+    ],
+)
+def test_an_update_that_cannot_work_is_refused(tx: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        traced(tx, **options)
+
+
+def test_an_update_outside_of_shard_map_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"axis 'data', which is not bound here: update must be called inside"):
+        jax.jit(LAQ.update)(PARAMS, LAQ.init(PARAMS), PARAMS)
+    with pytest.raises(TypeError, match="axis"):  # no default: a wrong axis would be found late, or never
+        laqjax.aggregation.partition_specs(LAQ.init(PARAMS))  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,730 @@
+"""A federation in one process: the simulation's run, message by message, whatever is lost, late, repeated or hostile."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+import laqjax
+from laqjax import algorithms, compressors
+from tests.laws import reference
+from tests.laws.golden import GOLDEN, authors_run, flat
+from tests.support import KEY, Toy, make_toy, softmax_loss
+
+pytest.importorskip("flwr")
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+
+from laqjax.federation import _admission, _checkpoint, _client, _protocol, _server
+from laqjax.federation.testing import InProcessGrid
+
+L2 = 0.01
+
+
+def loader(shards: laqjax.Shards) -> Callable[[int], laqjax.Shards]:
+    return lambda worker: jax.tree.map(lambda a: a[worker : worker + 1], shards)
+
+
+def federated(alg: Any, start: Any, shards: laqjax.Shards, rounds: int, **options: Any) -> Any:
+    """(facts of all rounds, server, grid)."""
+    grid = InProcessGrid(_client.client_app(alg, loader(shards)), range(alg.num_workers))
+    server = _server.FederatedServer(alg, start, KEY, **options)
+    return list(server.run(grid, rounds)), server, grid
+
+
+def column(facts: Any, name: str) -> np.ndarray:
+    return np.array([getattr(one, name) for one in facts])
+
+
+# ---- the same run as the simulation ------------------------------------------------------------------------------
+
+RULE: dict[str, Any] = dict(lr=0.05, num_workers=4)
+SMOOTH = np.array([3.0, 1.0, 2.0, 2.0])
+METHODS: dict[str, Callable[[Any], Any]] = {
+    "gd": lambda o: algorithms.gd(o, **RULE),
+    "qgd": lambda o: algorithms.qgd(o, bits=3, **RULE),
+    "laq": lambda o: algorithms.laq(o, bits=3, max_silence=7, **RULE),
+    "laq, Adam": lambda o: algorithms.laq(o, bits=3, optimizer=laqjax.algorithms.amsgrad, **RULE),
+    "laq_adaptive": lambda o: algorithms.laq_adaptive(o, **RULE),
+    "two_laq": lambda o: algorithms.two_laq(o, bits=6, **RULE),
+    "lag_wk": lambda o: algorithms.lag_wk(o, **RULE),
+    "lag_ps": lambda o: algorithms.lag_ps(o, smoothness=SMOOTH, max_silence=5, **RULE),
+    "iag_random": lambda o: algorithms.iag_random(o, smoothness=SMOOTH, **RULE),
+    "ef21": lambda o: algorithms.ef21(o, compressor=compressors.top_k(6), **RULE),
+    "ef21_p": lambda o: algorithms.ef21_p(
+        o, compressor=compressors.top_k(6), downlink_compressor=compressors.top_k(9), **RULE
+    ),
+    "marina": lambda o: algorithms.marina(o, compressor=compressors.rand_k(9), probability=0.3, **RULE),
+    "diana": lambda o: algorithms.diana(o, compressor=compressors.natural(), damping=0.5, **RULE),
+    "sign_sgd": lambda o: algorithms.sign_sgd(o, lr=1e-3, num_workers=4),
+    "dgc": lambda o: algorithms.dgc(o, k=6, momentum=0.5, **RULE),
+    "lasg_wk1": lambda o: algorithms.lasg_wk1(o, sampler=laqjax.samplers.BlockSampler(3), period=4, **RULE),
+    "ssgd": lambda o: algorithms.ssgd(o, density=0.3, **RULE),
+    "fedlaq": lambda o: algorithms.fedlaq(o, num_workers=4, num_local_steps=2, local_lr=0.05, num_participants=2),
+}
+
+
+LONG = (
+    "gd",
+    "qgd",
+    "laq_adaptive",
+    "ef21_p",
+    "dgc",
+    "laq, Adam",
+    "lag_wk",
+    "iag_random",
+    "ef21",
+    "diana",
+    "sign_sgd",
+    "ssgd",
+)  # parts that the others have too
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in METHODS])
+def test_it_is_the_simulation(name: str, toy: Toy) -> None:
+    alg = METHODS[name](toy.oracle)
+    out = laqjax.run(alg, toy.theta0, toy.shards, 12, KEY, metrics=["gradients"])
+    facts, server, _ = federated(alg, toy.theta0, toy.shards, 12)
+    np.testing.assert_array_equal(column(facts, "sent"), out.info.sent)
+    np.testing.assert_array_equal(column(facts, "bits_up"), out.info.bits_up)
+    np.testing.assert_array_equal(column(facts, "bits_down"), out.info.bits_down)
+    np.testing.assert_array_equal(column(facts, "gradients"), out.info.extra["gradients"])
+    np.testing.assert_allclose(server.state.params, out.state.params, rtol=1e-4, atol=1e-6)
+    if alg.num_workers == column(facts, "answered").sum() / len(facts):  # else the mean is over those that were asked
+        np.testing.assert_allclose(column(facts, "loss"), out.info.loss, rtol=1e-5)
+
+
+@pytest.mark.long
+def test_the_reference_problem(mnist: laqjax.Shards) -> None:
+    """60 rounds: the masks of the simulation, and of the authors' program as far as the simulation has them."""
+    out = authors_run(mnist, np.float32, 60)
+    theta0 = jnp.asarray(flat(GOLDEN["theta0"]), np.float32)
+    params = {"bias": theta0[:10], "weight": theta0[10:].reshape(10, 784)}
+    oracle = laqjax.oracles.from_loss(softmax_loss, params, l2=reference.AUTHORS_L2)
+    alg = algorithms.laq(oracle, num_workers=10, **reference.AUTHORS)
+    facts, _, grid = federated(alg, theta0, mnist, 60)
+    sent, payload = column(facts, "sent"), column(facts, "payload_up")
+    np.testing.assert_array_equal(sent, out.info.sent)
+    np.testing.assert_array_equal(sent[:50], GOLDEN["sent"][:50])
+    np.testing.assert_allclose(column(facts, "loss"), out.info.loss, rtol=0, atol=1e-6)
+    # what is billed is what is sent, and the rest is heads: Flower's, and ours of a fixed size
+    np.testing.assert_array_equal(8 * payload, out.info.bits_up)
+    heads = column(facts, "bytes_up") - payload
+    own = _protocol.HEADER_STRUCTS[_protocol.ReplyHeader].size
+    assert own <= heads.min() <= heads.max() <= own + 120
+    hello = grid.bytes_up - column(facts, "bytes_up").sum()
+    assert 0 < hello <= 10 * 80  # one reply of each node to the question who it is
+    # every model goes down once a worker, as no worker has it yet, with the two numbers of the last step
+    np.testing.assert_array_equal(column(facts, "payload_down"), 4 * 7850)
+    assert (column(facts, "bytes_down") - 4 * 7850)[1:].max() < 200
+
+    gd = algorithms.gd(oracle, lr=0.02, num_workers=10)
+    plain = federated(gd, theta0, mnist, 20)[0]
+    assert column(facts[:20], "bytes_up").sum() < 0.2 * column(plain, "bytes_up").sum()
+
+
+def test_the_model_comes_down_in_the_bits_that_are_billed(toy: Toy) -> None:
+    alg = METHODS["two_laq"](toy.oracle)
+    facts, _, _ = federated(alg, toy.theta0, toy.shards, 5)
+    down = column(facts, "payload_down")
+    np.testing.assert_array_equal(down[0], 4 * 63)  # nobody has a model yet
+    np.testing.assert_array_equal(8 * down[1:], np.broadcast_to(column(facts, "bits_down")[:-1, None], (4, 4)))
+
+
+def test_who_is_not_asked_gets_nothing(toy: Toy) -> None:
+    facts, _, _ = federated(METHODS["lag_ps"](toy.oracle), toy.theta0, toy.shards, 12)
+    sent = column(facts, "sent")
+    assert not sent.all()
+    assert not column(facts, "bytes_down")[~sent].any()
+    assert not column(facts, "bytes_up")[~sent].any()
+
+
+def test_a_model_that_did_not_change_is_not_sent_again(toy: Toy) -> None:
+    """A round that is repeated, since nobody's reply came through."""
+    alg = METHODS["laq"](toy.oracle)
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4))
+    server = _server.FederatedServer(alg, toy.theta0, KEY)
+    list(server.run(grid, 3))
+    server._roster.model_rounds = dict.fromkeys(range(4), 3)  # as if they had answered in round 3
+    before = {node: context.state for node, context in grid.contexts.items()}
+    assert before
+    message = server._make_broadcasts(np.ones(4, bool), _server.RoundStats.empty(3, 4))[100]
+    assert _protocol.parse_message(_protocol.BroadcastHeader, message)[0].model == _protocol.MODEL_UNCHANGED
+    assert "body" not in message.content[_protocol.RECORD_KEY]
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------
+
+
+def damaged(message: Message, place: int) -> Message:
+    """One byte of what it carries is another."""
+    content = {}
+    whole = message.content.config_records.get(_protocol.RECORD_KEY, {})
+    for name, value in whole.items():
+        data = bytearray(value) if isinstance(value, bytes) else None
+        if data and len(whole) > 0 and sorted(whole)[place % len(whole)] == name:
+            data[place % len(data)] ^= 1 + place % 255
+        content[name] = value if data is None else bytes(data)
+    message.content[_protocol.RECORD_KEY] = ConfigRecord(content)
+    return message
+
+
+class Weather:
+    """What becomes of the messages of a round: `plan` has a fault for each node in each direction."""
+
+    def __init__(self) -> None:
+        self.plan: dict[tuple[str, int], tuple[str, int]] = {}
+        self.late: list[Message] = []  # replies
+        self.held: list[Message] = []  # broadcasts
+
+    def down(self, message: Message) -> list[Message]:
+        return self.meet("down", message.metadata.dst_node_id, message)
+
+    def up(self, message: Message) -> list[Message]:
+        return self.meet("up", message.metadata.src_node_id, message)
+
+    def meet(self, way: str, node: int, message: Message) -> list[Message]:
+        fault, place = self.plan.get((way, node), ("none", 0))
+        if fault == "lost":
+            return []
+        if fault == "late":
+            (self.late if way == "up" else self.held).append(message)
+            return []
+        if fault == "damaged" and message.has_content():
+            return [damaged(message, place)]
+        return [message] * (2 if fault == "twice" else 1)
+
+    def released(self) -> tuple[list[Message], list[Message]]:
+        out = self.late, self.held
+        self.late, self.held = [], []
+        return out
+
+
+FAULTS = ("none", "none", "none", "lost", "late", "twice", "damaged")
+
+
+class Faulty:
+    """A federation on the toy, its nodes, and what can happen to them."""
+
+    def __init__(self, alg: Any, toy: Toy, folder: Path) -> None:
+        self.alg, self.toy, self.folder = alg, toy, folder
+        self.weather = Weather()
+        self.grid = InProcessGrid(
+            _client.client_app(alg, loader(toy.shards)), range(4), self.weather.down, self.weather.up
+        )
+        self.client = _client.FederatedClient(alg, loader(toy.shards))
+        self.file = folder / "checkpoint.npz"
+        self.file.unlink(missing_ok=True)
+        self.server = _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=self.file)
+        _checkpoint.save_checkpoint(self.file, self.server._checkpoint())
+        self.backups = [self.file.read_bytes()]
+
+    def round(self, plan: dict[tuple[str, int], tuple[str, int]], reorder: bool = False) -> Any:
+        self.weather.plan = plan
+        late, held = self.weather.released()
+        self.grid.pending_replies = [] if reorder else late
+        for message in held if reorder else []:  # an old broadcast, before the new one or after it
+            self.grid.deliver(message)
+        facts = self.server.run_round(self.grid)
+        for message in [] if reorder else held:
+            self.grid.deliver(message)
+        self.grid.pending_replies += late if reorder else []
+        if facts is not None:
+            self.backups.append(self.file.read_bytes())
+        return facts
+
+    def restart(self, age: int) -> None:
+        self.file.write_bytes(self.backups[-1 - age % len(self.backups)])
+        self.server = _server.FederatedServer(self.alg, self.toy.theta0, KEY, checkpoint_path=self.file)
+
+    def check(self) -> int:
+        """Check that the aggregate is the sum of what the workers remember, as the server will tell each of them.
+
+        Returns:
+            How many workers were in step, so that their own memory could be compared with the server's copy.
+        """
+        server, total = self.server, np.zeros(63)
+        assert np.all(np.isfinite(np.asarray(server.state.params)))
+        if not self.alg.memory.is_persistent:  # nothing is summed up: a message that is lost is missing from its round
+            return 0
+        compared = 0
+        for worker in range(4):
+            memory = np.asarray(server._workers.memories[worker])
+            total += memory
+            for context in self.grid.contexts.values():
+                kept = _client.load_state(context, self.client._likes)
+                if context.node_config["partition-id"] != worker or kept is None:
+                    continue
+                found = {kept.base: kept.before, kept.last: kept.after}.get(server._workers.accepted[worker])
+                if found is not None:  # else it is out of step, and will say so
+                    mine = found.memory if not isinstance(found.memory, tuple) else found.memory[0]
+                    np.testing.assert_allclose(mine, memory, rtol=1e-5, atol=1e-6)
+                    compared += 1
+        np.testing.assert_allclose(server.state.aggregate, total, rtol=1e-5, atol=1e-6)
+        return compared
+
+
+LAZY = {
+    "laq": METHODS["laq"],
+    "two_laq": METHODS["two_laq"],
+    "ef21_sgdm": lambda o: algorithms.ef21_sgdm(o, compressor=compressors.top_k(6), eta=0.5, **RULE),
+    "diana": METHODS["diana"],
+}
+nodes = st.integers(0, 3)
+
+
+class Federated(RuleBasedStateMachine):
+    """Anything may happen between two rounds and to every message of a round; the invariant holds after each event.
+
+    seen: counts the checks, and the workers that were compared in them.
+    """
+
+    def __init__(self, folder: Path, seen: Counter[str]) -> None:
+        super().__init__()
+        self.folder, self.seen = folder, seen
+
+    @initialize(name=st.sampled_from(sorted(LAZY)))
+    def begin(self, name: str) -> None:
+        toy = make_toy(np.float32)
+        self.faulty = Faulty(LAZY[name](toy.oracle), toy, self.folder)
+        self.fresh = 200
+
+    @rule(
+        faults=st.lists(st.sampled_from(FAULTS), min_size=8, max_size=8),
+        place=st.integers(0, 10**6),
+        reorder=st.booleans(),
+    )
+    def faulty_round(self, faults: list[str], place: int, reorder: bool) -> None:
+        there = sorted(self.faulty.grid.contexts)[:4]
+        keys = [(way, node) for way in ("down", "up") for node in there]
+        self.faulty.round(
+            {key: (fault, place + i) for i, (key, fault) in enumerate(zip(keys, faults, strict=False))}, reorder
+        )
+
+    @rule()
+    def calm_round(self) -> None:
+        self.faulty.round({})
+
+    @rule(node=nodes, state=st.sampled_from(["lost", "old", "cut"]))
+    def crash(self, node: int, state: str) -> None:
+        """A client comes back without its state, with that of an earlier round, or with a damaged one."""
+        contexts = list(self.faulty.grid.contexts.values())
+        if node < len(contexts):
+            context = contexts[node]
+            if state == "lost":
+                context.state = RecordDict()
+            elif state == "old":
+                old, self.old = getattr(self, "old", {}), {**getattr(self, "old", {}), context.node_id: context.state}
+                context.state = old.get(context.node_id, RecordDict())
+            elif _protocol.RECORD_KEY in context.state:
+                parts = dict(context.state.config_records[_protocol.RECORD_KEY])
+                parts["before"] = parts["before"][:-1]  # pyright: ignore[reportIndexIssue]
+                context.state = RecordDict({_protocol.RECORD_KEY: ConfigRecord(parts)})
+
+    @rule(node=nodes, with_state=st.booleans())
+    def move(self, node: int, with_state: bool) -> None:
+        """A client goes, and comes as another node."""
+        grid = self.faulty.grid
+        if node < len(grid.contexts):
+            context = grid.leave(list(grid.contexts)[node])
+            self.fresh += 1
+            new = grid.join(int(context.node_config["partition-id"]), self.fresh)
+            if with_state:
+                grid.contexts[new].state = context.state
+
+    @rule(age=st.integers(0, 3))
+    def restart(self, age: int) -> None:
+        self.faulty.restart(age)
+
+    @invariant()
+    def sum_of_memories(self) -> None:
+        if hasattr(self, "faulty"):
+            self.seen.update(checks=1, compared=self.faulty.check())
+
+    def teardown(self) -> None:
+        """Check that all four workers are in step after four calm rounds."""
+        if hasattr(self, "faulty"):
+            for _ in range(4):
+                self.faulty.round({})
+            assert self.faulty.check() == 4
+            for context in self.faulty.grid.contexts.values():
+                kept = _client.load_state(context, self.faulty.client._likes)
+                accepted = self.faulty.server._workers.accepted[int(context.node_config["partition-id"])]
+                assert kept is not None
+                assert accepted in (kept.base, kept.last)
+
+
+def test_the_aggregate_is_the_sum_of_the_memories_whatever_happens(tmp_path: Path, caplog: Any) -> None:
+    seen: Counter[str] = Counter()
+    caplog.set_level(logging.CRITICAL, "laqjax.federation")
+    some = settings(max_examples=25, stateful_step_count=14, suppress_health_check=[HealthCheck.too_slow])
+    machine: Any = partial(Federated, tmp_path, seen)
+    run_state_machine_as_test(machine, settings=some)
+    assert seen["compared"] > seen["checks"] > 300  # more than one worker in step at a check, between all these faults
+
+
+@pytest.mark.parametrize(
+    "name", ["laq", *(pytest.param(name, marks=pytest.mark.long) for name in ("two_laq", "gd", "dgc"))]
+)
+def test_it_converges_through_faults(name: str, tmp_path: Path, toy: Toy, caplog: Any) -> None:
+    """Every message meets a fault with probability 0.3, and every tenth round a client or the server loses its state.
+
+    Without a memory too, but a message that is lost is then lost, and the model trembles.
+    """
+    caplog.set_level(logging.CRITICAL, "laqjax.federation")
+    alg, rng = METHODS[name](toy.oracle), np.random.default_rng(0)
+    faulty, losses, compared = Faulty(alg, toy, tmp_path), [], []
+    while int(faulty.server.state.round) < 150:
+        keys = [(way, 100 + m) for way in ("down", "up") for m in range(4)]
+        plan = {key: (str(rng.choice(FAULTS[3:])), int(rng.integers(10**6))) for key in keys if rng.random() < 0.3}
+        facts = faulty.round(plan, bool(rng.random() < 0.5))
+        compared.append(faulty.check())
+        losses += [facts.loss] if facts else []
+        if rng.random() < 0.1:
+            list(faulty.grid.contexts.values())[rng.integers(4)].state = RecordDict()
+        if rng.random() < 0.05:
+            faulty.restart(int(rng.integers(3)))
+    assert not alg.memory.is_persistent or np.mean(compared) > 3  # of the four
+    calm = laqjax.run(alg, toy.theta0, toy.shards, 150, KEY).info.loss
+    assert np.mean(losses[-5:]) < calm[-1] + (0.05 if alg.memory.is_persistent else 0.3) * (calm[0] - calm[-1])
+
+
+def test_a_restarted_server_goes_on_as_if_it_had_not_stopped(tmp_path: Path, toy: Toy) -> None:
+    alg = METHODS["laq"](toy.oracle)
+    straight, server, _ = federated(alg, toy.theta0, toy.shards, 14)
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4))
+    facts = []
+    for end in (5, 9, 14):  # a new process each time
+        again = _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
+        facts += list(again.run(grid, end))
+    np.testing.assert_array_equal(column(facts, "sent"), column(straight, "sent"))
+    np.testing.assert_array_equal(column(facts, "loss"), column(straight, "loss"))
+    np.testing.assert_array_equal(again.state.params, server.state.params)  # pyright: ignore[reportPossiblyUnboundVariable]
+    with pytest.raises(ValueError, match="of another algorithm, model or key"):
+        _server.FederatedServer(METHODS["qgd"](toy.oracle), toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
+    whole = (tmp_path / "state.npz").read_bytes()
+    for damaged in (b"no", whole[: len(whole) // 2]):
+        (tmp_path / "state.npz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
+
+
+@pytest.mark.parametrize("found", [None, 0])
+def test_a_checkpoint_of_another_format_is_refused(found: int | None, tmp_path: Path, toy: Toy) -> None:
+    alg, path = algorithms.gd(toy.oracle, **RULE), tmp_path / "state.npz"
+    _checkpoint.save_checkpoint(path, _server.FederatedServer(alg, toy.theta0, KEY)._checkpoint())
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files if name != "format"}
+    if found is not None:
+        arrays["format"] = np.asarray(found)
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=rf"is of format {found}: expected format 1; remove it, or give another file"):
+        _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path)
+
+
+def test_a_restarted_server_has_a_later_session_though_the_clock_went_back(tmp_path: Path, toy: Toy) -> None:
+    alg, path = algorithms.gd(toy.oracle, **RULE), tmp_path / "state.npz"
+    contents = _server.FederatedServer(alg, toy.theta0, KEY)._checkpoint()
+    _checkpoint.save_checkpoint(path, contents._replace(session=2**62))
+    assert _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path)._session == 2**62 + 1
+
+
+def test_a_client_state_of_another_format_is_ignored(toy: Toy) -> None:
+    client = _client.FederatedClient(algorithms.gd(toy.oracle, **RULE), loader(toy.shards))
+    context = InProcessGrid(_client.client_app(algorithms.gd(toy.oracle, **RULE), loader(toy.shards)), [0]).contexts[
+        100
+    ]
+    arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), client._likes)
+    upload = 3, bytes(8)
+    _client.save_state(context, _client.ClientState(1, 4, upload, upload, *arrays))
+    kept = _client.load_state(context, client._likes)
+    assert kept is not None
+    assert kept[:4] == (1, 4, upload, upload)
+    parts = context.state.config_records[_protocol.RECORD_KEY]
+    parts["head"] = b"\2" + parts["head"][1:]  # pyright: ignore[reportIndexIssue, reportOperatorIssue]
+    assert _client.load_state(context, client._likes) is None
+
+
+def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:
+    """Its gradient of the round takes the place of what the server had of it."""
+    alg = METHODS["laq"](toy.oracle)
+    _, server, grid = federated(alg, toy.theta0, toy.shards, 6)
+    grid.contexts[102].state = RecordDict()
+    first, second, third = (server.run_round(grid) for _ in range(3))
+    assert not first.answered[2]  # it has no model to begin with
+    assert first.answered.sum() == 3
+    assert second.bits_up[2] == 32 * 63
+    assert third.bits_up[2] in (0, 32 + 3 * 63 + 3)
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+
+
+def test_a_worker_that_joins_late(toy: Toy) -> None:
+    alg = METHODS["laq"](toy.oracle)
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(3))
+    server = _server.FederatedServer(alg, toy.theta0, KEY)
+    facts = list(server.run(grid, 5, workers=3))
+    grid.join(3)
+    facts += list(server.run(grid, 10, workers=3))
+    assert not column(facts, "answered")[:6, 3].any()  # greeted in round 5
+    assert column(facts, "sent")[6, 3]
+    assert column(facts, "answered")[6:, 3].all()
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+
+
+def test_a_round_without_an_answer_comes_again(toy: Toy) -> None:
+    weather = Weather()
+    alg = METHODS["laq"](toy.oracle)
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), weather.down, weather.up)
+    server = _server.FederatedServer(alg, toy.theta0, KEY)
+    list(server.run(grid, 3))
+    weather.plan = {("up", 100 + m): ("lost", 0) for m in range(4)}
+    before = server.state
+    assert server.run_round(grid) is None
+    assert server.state is before
+    with pytest.raises(RuntimeError, match="nobody answered in round 3, 2 times"):
+        list(server.run(grid, 9, max_missed_rounds=2))
+    weather.plan = {}
+    assert [facts.round for facts in server.run(grid, 5)] == [3, 4]
+    empty = InProcessGrid(_client.client_app(alg, loader(toy.shards)), [])
+    with pytest.raises(RuntimeError, match="0 workers came: expected 4"):
+        list(_server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.01).run(empty, 1, max_missed_rounds=1))
+
+
+# ---- hostile input -----------------------------------------------------------------------------------------------
+
+
+def forged(reply: Message, head: dict[str, Any] | None = None, name: bool = True, **parts: Any) -> Message:
+    """A reply with other contents, its head consistent again: billed bits and digest fit the body unless `name` is False."""
+    up, there = _protocol.parse_message(_protocol.ReplyHeader, reply)
+    there = {**there, **parts}
+    if name and "body" in parts:
+        base = up.base, up.base_digest
+        up = up._replace(size=len(there["body"]), digest=_protocol.upload_id(there["body"], up.round, base)[1])
+    up = up._replace(**head or {})
+    reply.content = _protocol.make_record(up, **there)
+    return reply
+
+
+def body_of(reply: Message) -> bytes:
+    return _protocol.parse_message(_protocol.ReplyHeader, reply)[1]["body"]
+
+
+def grid_message(bits: int, value: float, size: int = 63, dtype: Any = np.float32) -> bytes:
+    """An honest message of another compressor, size, dtype or magnitude."""
+    with jax.enable_x64(dtype == np.float64):
+        target = jnp.asarray(np.linspace(-value, value, size), dtype)
+        scheme = compressors.grid(bits)
+        keys: Any = None
+        return laqjax.compressors.to_bytes(scheme, scheme.encode(target, keys), target)
+
+
+HOSTILE: dict[str, tuple[Callable[[Message], Message], str]] = {
+    "too short": (lambda r: forged(r, body=body_of(r)[:-1]), "expected 3 bits for each of 63"),
+    "too long": (lambda r: forged(r, body=body_of(r) + b"\0"), "a message of 29 bytes: expected 28"),
+    "bits behind the end": (lambda r: forged(r, body=body_of(r)[:-1] + b"\xff"), "no bits set behind"),
+    "empty": (lambda r: forged(r, body=b""), "a message of 0 bytes"),
+    "another b": (lambda r: forged(r, body=grid_message(4, 0.1)), "a message of 36 bytes: expected 28"),
+    "another p": (
+        lambda r: forged(r, body=grid_message(3, 0.1, 60)),
+        "a message of 27 bytes",
+    ),
+    "another dtype": (lambda r: forged(r, body=grid_message(3, 0.1, dtype=np.float64)), "a message of 32 bytes"),
+    "another scheme": (lambda r: forged(r, {"scheme": bytes(8)}), "scheme b'"),
+    "not a number": (lambda r: forged(r, body=np.float32(np.nan).tobytes() + body_of(r)[4:]), "not finite"),
+    "infinite": (lambda r: forged(r, body=np.float32(np.inf).tobytes() + body_of(r)[4:]), "not finite"),
+    "absurd": (lambda r: forged(r, body=np.float32(1e9).tobytes() + body_of(r)[4:]), "times the usual"),
+    "an earlier round": (lambda r: forged(r, {"round": 1}), "round 1: expected 3, it is late"),
+    "a later round": (lambda r: forged(r, {"round": 9}), "round 9: expected 3"),
+    "another session": (lambda r: forged(r, {"session": 1}), "session 1: expected"),
+    "another worker's": (lambda r: forged(r, {"worker": 2}), "worker 2: expected 1"),
+    "a forged base": (lambda r: forged(r, {"base": 2, "base_digest": bytes(8)}), "stands on its upload of round 2"),
+    "a forged digest": (lambda r: forged(r, {"digest": bytes(8)}), "expected what was billed, and its digest"),
+    "another size billed": (lambda r: forged(r, {"size": 1}), "billed as 1: "),
+    "another kind": (lambda r: forged(r, {"kind": 77}), "kind 77"),
+    "everything, too short": (lambda r: forged(r, {"kind": _protocol.REPLY_FULL}), "expected 32 bits for each of 63"),
+    "no loss": (lambda r: forged(r, {"loss": float("nan")}), "a finite loss"),
+    "no head": (lambda r: with_content(r, {}), "expected a head"),
+    "a short head": (lambda r: with_content(r, {"head": b"short"}), "expected a head"),
+    "a word for a head": (lambda r: with_content(r, {"head": "word"}), "expected a head"),
+    "a number for a body": (lambda r: with_content(r, {"head": bytes(77), "body": 3}), "expected a head"),
+    "more parts": (lambda r: with_content(r, {"head": bytes(77), "more": b""}), "expected a head"),
+    "nothing": (lambda r: empty(r), "expected a head"),
+    "an error": (lambda r: failed(r), "its app failed: out of memory"),
+    "a reply of an unknown node": (lambda r: of_node(r, 999), "an unknown worker"),
+    "a reply of another node": (lambda r: of_node(r, 102), "worker 1: expected 2"),
+}
+
+
+def with_content(reply: Message, parts: Any) -> Message:
+    reply.content = RecordDict({_protocol.RECORD_KEY: ConfigRecord(parts)})
+    return reply
+
+
+def empty(reply: Message) -> Message:
+    reply.content = RecordDict()
+    return reply
+
+
+def failed(reply: Message) -> Message:
+    reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(0, "out of memory")
+    return reply
+
+
+def of_node(reply: Message, node: int) -> Message:
+    reply.metadata.__dict__["_src_node_id"] = node
+    return reply
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_is_hostile_is_refused(name: str, toy: Toy, caplog: Any) -> None:
+    """In words, once; the round goes on without it, and the aggregate is that of the others."""
+    hostile, reason = HOSTILE[name]
+    alg = algorithms.qgd(toy.oracle, bits=3, **RULE)  # everybody sends in every round
+    at_work: list[bool] = []
+
+    def up(message: Message) -> list[Message]:
+        return [hostile(message)] if at_work and message.metadata.src_node_id == 101 else [message]
+
+    def silent(message: Message) -> list[Message]:
+        return [] if at_work and message.metadata.src_node_id == 101 else [message]
+
+    servers = []
+    for fault in (up, silent):
+        at_work.clear()
+        grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), uplink_fault=fault)
+        server = _server.FederatedServer(alg, toy.theta0, KEY)
+        list(server.run(grid, 3))
+        at_work.append(True)
+        caplog.clear()
+        facts = server.run_round(grid)
+        assert facts is not None
+        assert list(facts.answered) == [True, False, True, True]
+        assert facts.sent[2:].all()
+        if fault is up:
+            lines = [line.getMessage() for line in caplog.records]
+            assert len(lines) == facts.refused == 1
+            assert "refused: " in lines[0]
+            assert "node " in lines[0]
+            assert re.search(reason, lines[0]), lines[0]
+        servers.append(server)
+    np.testing.assert_array_equal(servers[0].state.aggregate, servers[1].state.aggregate)
+    at_work.clear()
+    server, grid = servers[1], grid  # pyright: ignore[reportPossiblyUnboundVariable]
+    assert server.run_round(grid).answered.all()
+
+
+def test_a_repeated_reply_counts_once(toy: Toy, caplog: Any) -> None:
+    alg = algorithms.gd(toy.oracle, **RULE)
+    app = _client.client_app(alg, loader(toy.shards))
+    once, twice = (InProcessGrid(app, range(4), uplink_fault=fault) for fault in (lambda m: [m], lambda m: [m, m]))
+    servers = [_server.FederatedServer(alg, toy.theta0, KEY) for _ in range(2)]
+    for server, grid in zip(servers, (once, twice), strict=True):
+        list(server.run(grid, 3))
+    np.testing.assert_array_equal(servers[0].state.params, servers[1].state.params)
+    assert any("a second reply" in line.getMessage() for line in caplog.records)
+
+
+def test_a_worker_believes_no_forged_acknowledgement(toy: Toy) -> None:
+    """A name that is not its last upload's: it takes its memory for lost, and sends everything; the next round heals."""
+    alg = algorithms.qgd(toy.oracle, bits=3, **RULE)
+    at_work: list[bool] = []
+
+    def down(message: Message) -> list[Message]:
+        if at_work and message.metadata.dst_node_id == 101:
+            head, parts = _protocol.parse_message(_protocol.BroadcastHeader, message)
+            message.content = _protocol.make_record(head._replace(digest=b"8 bytes!"), **parts)
+        return [message]
+
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), downlink_fault=down)
+    server = _server.FederatedServer(alg, toy.theta0, KEY)
+    list(server.run(grid, 3))
+    at_work.append(True)
+    facts = server.run_round(grid)
+    assert facts is not None
+    assert facts.bits_up[1] == 32 * 63
+    at_work.clear()
+    for _ in range(3):
+        facts = server.run_round(grid)
+        assert facts is not None
+        assert facts.answered.all()
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+
+
+def test_a_node_that_says_it_is_somebody_else(toy: Toy, caplog: Any) -> None:
+    alg = algorithms.gd(toy.oracle, **RULE)
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4))
+    grid.join(1, node=500)  # a second worker 1
+    grid.join(7, node=501)
+    server = _server.FederatedServer(alg, toy.theta0, KEY)
+    facts = list(server.run(grid, 3))
+    assert sorted(server._roster.nodes) == [100, 101, 102, 103]
+    assert column(facts, "answered").all()
+    said = [line.getMessage() for line in caplog.records]
+    assert len(said) == 2
+    assert "it says that it is worker 1: expected one of range(0, 4) that is not there yet" in said[0]
+    grid.leave(101)  # the other may take its place
+    list(server.run(grid, 6))
+    assert server._roster.nodes[500] == 1
+
+
+def test_a_node_that_fails_to_say_who_it_is_is_asked_again(toy: Toy, caplog: Any) -> None:
+    failures = [True, True]
+
+    def up(message: Message) -> list[Message]:
+        first = message.metadata.src_node_id == 101 and failures and failures.pop()
+        return [failed(message)] if first else [message, message]
+
+    alg = algorithms.gd(toy.oracle, **RULE)
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), uplink_fault=up)
+    server = _server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.01)
+    assert list(server.run(grid, 0, max_missed_rounds=1000)) == []
+    assert sorted(server._roster.nodes) == [100, 101, 102, 103]
+    assert [line.getMessage() for line in caplog.records] == [
+        "worker ? (node 101) refused: its app failed: out of memory"
+    ] * 2
+
+
+def test_ten_thousand_replies_at_random(toy: Toy) -> None:
+    """No crash but the word that it is refused, and nothing that is taken is other than finite."""
+    alg = algorithms.qgd(toy.oracle, bits=3, **RULE)
+    _, server, grid = federated(alg, toy.theta0, toy.shards, 3)
+    sent = server._make_broadcasts(np.ones(4, bool), _server.RoundStats.empty(3, 4))
+    replies = [grid.client(message, grid.contexts[node]) for node, message in sent.items()]
+    rng, state, taken = np.random.default_rng(0), server.state, 0
+    contents = [_protocol.parse_message(_protocol.ReplyHeader, reply) for reply in replies]
+    for case in range(10_000):
+        reply, (up, parts) = replies[case % 4], contents[case % 4]
+        body = bytearray(parts["body"])
+        for _ in range(rng.integers(0, 4)):
+            body[rng.integers(len(body))] = rng.integers(256)
+        cut = rng.integers(-3, 4) if rng.random() < 0.3 else 0
+        body = bytes(body[:cut] if cut < 0 else body + bytes(rng.integers(0, 256, cut, np.uint8)))
+        if rng.random() < 0.9:  # as its sender would sign it
+            up = up._replace(size=len(body), digest=_protocol.upload_id(body, up.round, (up.base, up.base_digest))[1])
+        if rng.random() < 0.2:
+            place = list(up._fields)[rng.integers(len(up))]
+            value = getattr(up, place)
+            up = up._replace(**{place: bytes(8) if isinstance(value, bytes) else type(value)(rng.integers(0, 100))})
+        reply.content = _protocol.make_record(up, body=body)
+        if rng.random() < 0.1:
+            head = bytearray(reply.content.config_records[_protocol.RECORD_KEY]["head"])  # pyright: ignore[reportArgumentType]
+            head[rng.integers(len(head))] ^= 1 << rng.integers(8)
+            with_content(reply, {"head": bytes(head), "body": body})
+        accepted = server._workers.accepted[case % 4]
+        due = _admission.ExpectedReply(server._session, 3, server._scheme, case % 4, accepted, True)
+        result = _admission.validate_reply(alg, state.params, reply, due)
+        if isinstance(result, _admission.AcceptedReply):
+            taken += 1
+            assert result.decoded is None or np.all(np.isfinite(np.asarray(result.decoded)))
+    assert server.state is state
+    assert 1000 < taken < 9000
