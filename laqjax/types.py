@@ -32,6 +32,71 @@ An algorithm is a pytree. Its numbers are leaves: they are traced, so new values
 optax transformation does: `init` creates the state, and each round takes it and returns the new one.
 
 Shapes: p parameters, M workers, m workers on the current device, N rows of a shard, K rounds.
+
+Example:
+    A compressor, a rule with a state and a memory of one's own, assembled to an algorithm. docs/own.md shows the same
+    example on MNIST.
+
+    >>> from dataclasses import dataclass
+    >>> import jax, jax.numpy as jnp, numpy as np
+    >>> import laqjax
+    >>> from laqjax import rules, types
+    >>> @types.register_dataclass
+    ... @dataclass(frozen=True)
+    ... class Half:  # compressor: float16 values, 16 p bits
+    ...     is_coordinatewise = True  # each coordinate has a code of its own
+    ...     has_static_layout = True  # the widths of a message are known before it is encoded
+    ...
+    ...     def encode(self, target, keys):
+    ...         return {"values": target.astype(jnp.float16)}
+    ...
+    ...     def decode(self, payload, like):
+    ...         return payload["values"].astype(like.dtype)
+    ...
+    ...     def wire_fields(self, payload, like):
+    ...         yield types.WireField(payload, "values", jax.ShapeDtypeStruct(like.shape, np.float16), 16)
+    ...
+    >>> @types.register_dataclass
+    ... @dataclass(frozen=True)
+    ... class Larger(rules.BaseUploadRule):  # rule: send if the change exceeds a share of the last change that was sent
+    ...     share: jax.Array
+    ...
+    ...     def init(self, params):
+    ...         return None, jnp.zeros((), params.dtype)  # no shared state; each worker keeps ||last change sent||^2
+    ...
+    ...     def should_send(self, shared_state, worker_state, context):
+    ...         send = context.innovation_sq > self.share * worker_state
+    ...         return types.Decision(send, if_sent=context.innovation_sq, if_silent=worker_state)
+    ...
+    >>> @types.register_dataclass
+    ... @dataclass(frozen=True)
+    ... class Difference:  # memory: compress g - h, where the server has h as well
+    ...     is_persistent = True  # the server keeps the sum of all h, so a worker may stay silent
+    ...
+    ...     def init(self, params):
+    ...         return jnp.zeros_like(params)  # h of one worker
+    ...
+    ...     def compression_target(self, worker_state, grad, context):
+    ...         return grad - worker_state, worker_state  # the vector to compress, and h if the worker stays silent
+    ...
+    ...     def update(self, worker_state, grad, target, decoded):
+    ...         return worker_state + decoded  # h if the worker sends
+    ...
+    ...     def update_aggregate(self, aggregate, total):
+    ...         return aggregate + total, aggregate + total  # the direction of the optimizer, and the sum of all h
+    ...
+    >>> def lazy_half(oracle, share, **server):
+    ...     return laqjax.assemble(oracle, Half(), Larger(np.float32(share)), Difference(), **server)
+    ...
+    >>> oracle = laqjax.oracles.from_loss(lambda w, x, y: (x @ w - y) ** 2 / 2, jnp.zeros(3))
+    >>> ones = np.ones((2, 4), np.float32)
+    >>> shards = laqjax.Shards(np.ones((2, 4, 3), np.float32), ones, ones)
+    >>> alg = lazy_half(oracle, 0.5, lr=0.1, num_workers=2)
+    >>> out = laqjax.run(alg, jnp.zeros(3), shards, rounds=3, key=jax.random.key(0))
+    >>> out.info.bits_up
+    array([[48, 48],
+           [ 0,  0],
+           [48, 48]])
 """
 
 from collections.abc import Callable, Iterable
@@ -660,24 +725,7 @@ class Compressor(Protocol):
     A compressor may also declare the members of `CompressorTraits`. Without them it works everywhere, but devices of a
     mesh exchange its messages in decoded form.
 
-    As an example, this compressor sends float16 values, 16 p bits:
-
-    ```python
-    @register_dataclass
-    @dataclass(frozen=True)
-    class Half:
-        is_coordinatewise = True
-        has_static_layout = True
-
-        def encode(self, target, keys):
-            return {"values": target.astype(jnp.float16)}
-
-        def decode(self, payload, like):
-            return payload["values"].astype(like.dtype)
-
-        def wire_fields(self, payload, like):
-            yield WireField(payload, "values", jax.ShapeDtypeStruct(like.shape, np.float16), 16)
-    ```
+    The example of this module has a compressor.
     """
 
     def encode(self, target: Float[Array, " p"], keys: RoundKeys) -> dict[str, Any]:
@@ -748,22 +796,7 @@ class UploadRule(Protocol):
     has a default for every member, so a subclass defines only what differs. By default a rule is stateless, and every
     worker is selected and sends.
 
-    As an example, this rule sends if the change is larger than a fraction of the last change that was sent. The rule
-    shares nothing, and each worker keeps ||last change sent||^2:
-
-    ```python
-    @register_dataclass
-    @dataclass(frozen=True)
-    class Larger(rules.BaseUploadRule):
-        fraction: jax.Array
-
-        def init(self, params):
-            return None, jnp.zeros((), params.dtype)
-
-        def should_send(self, shared_state, worker_state, context):
-            send = context.innovation_sq > self.fraction * worker_state
-            return Decision(send, if_sent=context.innovation_sq, if_silent=worker_state)
-    ```
+    The example of this module has a rule with a state.
     """
 
     @property

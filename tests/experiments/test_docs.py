@@ -1,6 +1,7 @@
 """README and docs are true: Python blocks run, lines are those of the files, commands exist and take what they are given."""
 
 import ast
+import doctest
 import functools
 import importlib
 import inspect
@@ -112,6 +113,14 @@ def test_your_own_method(used: dict[str, Any]) -> None:
     np.testing.assert_array_equal(
         wire_format.from_bytes(alg.compressor, data, like), alg.compressor.decode(payload, like)
     )
+
+
+def test_your_own_method_is_the_example_of_the_protocols() -> None:
+    """The page begins with the definitions that run as a doctest in laqjax/types.py."""
+    examples = doctest.DocTestParser().get_examples(types.__doc__ or "")
+    definitions = [example.source for example in examples[: -len(("oracle", "ones", "shards", "alg", "out", "bits"))]]
+    code = block("own.md", "class Half")
+    assert "".join(definitions).split() == code[: code.index("\n\nalgs = ")].split()
 
 
 ON_FOUR_DEVICES = """

@@ -346,6 +346,7 @@ EXPLAINED = (
     "loop",
     "oracles",
     "partition",
+    "types",
 )
 
 
