@@ -84,8 +84,8 @@ class PytreeLayout:
             tree_given = "" if jax.tree_util.treedef_is_leaf(tree) or not arrays else f" in {tree}"
             wanted = ", ".join(f"{self.dtype}{list(shape)}" for shape in self.shapes)
             raise ValueError(
-                f"params = {given}{tree_given}: expected {self.dtype}[{self.size}], a vector from oracle.ravel(params), or the "
-                f"pytree {wanted} in {self.tree}"
+                f"params = {given}{tree_given}: must be {self.dtype}[{self.size}], a vector from oracle.ravel(params), "
+                f"or the pytree {wanted} in {self.tree}"
             )
         # in two dimensions, because XLA on the CPU would fuse a concatenation of vectors into its consumer, with a
         # branch per element
@@ -224,12 +224,13 @@ class TiledOracle:
         if getattr(losses, "shape", None) != (n,):
             got = jax.eval_shape(lambda: losses)
             raise ValueError(
-                f"loss_fn(params, x, y) gave {got} for {n} examples: expected per-example losses of shape [{n}]; do not "
-                "average inside the loss, the oracle does it by the weights"
+                f"loss_fn(params, x, y) returned {got} for {n} examples: must be per-example losses of shape [{n}]; do "
+                "not average inside the loss, since the oracle averages by the weights"
             )
         if losses.dtype != self.dtype:
             raise ValueError(
-                f"loss_fn gave {losses.dtype} losses for {self.dtype} params: expected {self.dtype}; cast x inside the loss"
+                f"loss_fn returned {losses.dtype} losses for {self.dtype} params: must be {self.dtype}; cast x in the "
+                "loss"
             )
         return losses
 
@@ -327,11 +328,11 @@ def from_loss(
     leaves, tree = jax.tree.flatten(params)
     dtypes = {np.dtype(getattr(leaf, "dtype", type(leaf))) for leaf in leaves}
     if len(dtypes) != 1 or not jnp.issubdtype(next(iter(dtypes)), jnp.floating):
-        raise ValueError(f"params: expected arrays of one floating dtype, got {sorted(map(str, dtypes))}")
+        raise ValueError(f"params of dtypes {sorted(map(str, dtypes))}: must be arrays of one floating dtype")
     if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction = {reduction!r}: expected 'mean' or 'sum'{suggest(reduction, ('mean', 'sum'))}")
+        raise ValueError(f"reduction = {reduction!r}: must be 'mean' or 'sum'{suggest(reduction, ('mean', 'sum'))}")
     if not isinstance(use_cpu_layouts, bool | np.bool_):
-        raise ValueError(f"use_cpu_layouts = {use_cpu_layouts!r}: expected True or False")
+        raise ValueError(f"use_cpu_layouts = {use_cpu_layouts!r}: must be True or False")
     layout = PytreeLayout(tree, tuple(np.shape(leaf) for leaf in leaves), dtypes.pop())
     strength = check_number("l2", l2, layout.dtype, minimum=0)
     tile = None if tile is None else int(check_number("tile", tile, np.int32, minimum=1))
@@ -409,7 +410,8 @@ class LocalSgdOracle:
         check_evaluates_anywhere(self.oracle)
         if rows and rows.size % self.num_local_steps:
             raise ValueError(
-                f"minibatches of {rows.size} rows for num_local_steps = {self.num_local_steps}: expected a multiple, every local step uses its own part"
+                f"minibatches of {rows.size} rows: must be a multiple of num_local_steps = {self.num_local_steps}, "
+                "since every local step uses its own part"
             )
 
         def evaluate(t: Any, local: Any) -> OracleResult:

@@ -77,7 +77,7 @@ def make_mesh(workers: int | None = None, sweep: int = 1) -> Mesh:
     devices = jax.device_count()
     workers = devices // sweep if workers is None else workers
     if workers < 1 or sweep < 1 or workers * sweep != devices:
-        raise ValueError(f"mesh of {sweep} x {workers} devices: expected all {devices} that are there")
+        raise ValueError(f"mesh of {sweep} x {workers} devices: must be all {devices} available devices")
     return jax.make_mesh((sweep, workers), (SWEEP_AXIS, WORKER_AXIS), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
@@ -98,7 +98,8 @@ def num_worker_slots(mesh: Mesh | None, num_workers: int) -> int:
         return num_workers
     if not {WORKER_AXIS, SWEEP_AXIS} & set(mesh.axis_names):
         raise ValueError(
-            f"mesh with axes {mesh.axis_names}: expected '{WORKER_AXIS}', '{SWEEP_AXIS}' or both; `laqjax.sharding.make_mesh()` makes one"
+            f"mesh with axes {mesh.axis_names}: must be '{WORKER_AXIS}', '{SWEEP_AXIS}' or both; build it with "
+            "`laqjax.sharding.make_mesh()`"
         )
     devices = mesh.shape.get(WORKER_AXIS, 1)
     return -(-num_workers // devices) * devices

@@ -193,7 +193,7 @@ class Algorithm:
         unknown = sorted(set(metrics) - set(facts))
         if unknown:
             known = sorted({*WORKER_METRICS, *result.metrics})
-            raise ValueError(f"metrics = {unknown}: expected names among {known}{suggest(unknown[0], known)}")
+            raise ValueError(f"metrics = {unknown}: must be names among {known}{suggest(unknown[0], known)}")
         info = RoundInfo(
             loss=jnp.mean(losses),
             sent=uploads.sent,
@@ -272,7 +272,7 @@ def assemble(
             each other.
     """
     check_implements(
-        "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, as laqjax.compressors.top_k(10)"
+        "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, such as compressors.top_k(10)"
     )
     if sampler is not None:
         check_implements(
@@ -284,13 +284,14 @@ def assemble(
         check_number("sampler.size", sampler.size, np.int32, minimum=1)
     if rule.can_skip and not memory.is_persistent:
         raise ValueError(
-            f"rule {type(rule).__name__} lets workers stay silent, but memory {type(memory).__name__} does not persist: a "
-            "silent worker's gradient would be dropped; use an Innovation memory or a rule that always sends"
+            f"memory {type(memory).__name__} with rule {type(rule).__name__}, which lets workers stay silent: must be "
+            "a persistent memory, since the gradient of a silent worker would be lost; use an Innovation memory, or a "
+            "rule that always sends"
         )
     if rule.server_selects and not isinstance(downlink, FullModelDownlink | None):
         raise ValueError(
-            f"rule {type(rule).__name__} sends the model to some workers only, but downlink {type(downlink).__name__} sends "
-            "changes, which the others would miss: use no downlink"
+            f"downlink {type(downlink).__name__} with rule {type(rule).__name__}, which selects workers: must be None, "
+            "since workers that are not selected would miss a change of the model; use downlink=None"
         )
     return Algorithm(
         oracle=oracle,
@@ -403,12 +404,12 @@ def worker_step(
         return check_oracle_result(alg.oracle, alg.oracle(params, shards, keys.shard, rows))
 
     def gradient_at(params: Any, full: bool = False, when: bool | Bool[Array, ""] = True) -> Float[Array, " p"]:
-        def there(params: Any) -> Any:
+        def evaluate_grad(params: Any) -> Any:
             return evaluate(params, None if full else rows).grad
 
         check_evaluates_anywhere(alg.oracle)
         counted.append(jnp.asarray(when, jnp.int32))
-        return there(params) if when is True else jax.lax.cond(when, there, jnp.zeros_like, params)
+        return evaluate_grad(params) if when is True else jax.lax.cond(when, evaluate_grad, jnp.zeros_like, params)
 
     now = RoundContext(state.params, keys, alg.learning_rate_at(state.round), alg.num_workers, gradient_at)
     asked = alg.rule.is_selected(state.rule, worker.rule, now)

@@ -50,11 +50,11 @@ class DivergenceError(FloatingPointError):
     def __init__(self, round: int, info: RoundInfo):
         grew = len(info.loss) > 1 and info.loss[-1] > info.loss[0]
         super().__init__(
-            f"diverged: the loss is not finite from round {round} on, after it had grown; a smaller lr, or more bits, "
-            "keeps the run stable"
+            f"the loss is not finite from round {round} on, after it had grown: the run diverged; use a smaller lr, or "
+            "more bits"
             if grew
-            else f"the loss is not finite in round {round}, and had not grown before: a 0 / 0 or a log(0) in the loss or in "
-            "the data rather than a step too large; look at the loss of single examples"
+            else f"the loss is not finite in round {round}, and had not grown before: probably a 0 / 0 or a log(0) in "
+            "the loss or in the data, not a large step; check the loss of single examples"
         )
         self.round, self.info = round, info
 
@@ -284,7 +284,7 @@ def check_state(state: AlgorithmState, expected: AlgorithmState) -> None:
     """Raise ValueError unless a state has the shapes and dtypes of another."""
     shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (expected, state)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"state: expected one that `init` makes for this algorithm, {shapes[0]}; got {shapes[1]}")
+        raise ValueError(f"state of {shapes[1]}: must be {shapes[0]}, as `init` of the algorithm returns it")
 
 
 def shard_inputs(alg: Algorithm, start: Any, params: Any, shards: Shards, mesh: Mesh) -> tuple[AlgorithmState, Shards]:

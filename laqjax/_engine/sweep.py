@@ -52,13 +52,13 @@ def stack_algorithms(algs: Sequence[Algorithm]) -> Algorithm:
             other parts or another padded_window. The message names the first algorithm that differs.
     """
     if not algs:
-        raise ValueError("stack of no algorithms: expected one or more")
+        raise ValueError("algs is empty: must be one algorithm or more")
     first = jax.tree.structure(algs[0]), [np.shape(leaf) for leaf in jax.tree.leaves(algs[0])]
     for i, alg in enumerate(algs):
         if (jax.tree.structure(alg), [np.shape(leaf) for leaf in jax.tree.leaves(alg)]) != first:
             raise ValueError(
-                f"algorithm {i} has another structure than algorithm 0: expected the same factory, oracle, optimizer and "
-                "num_workers, and one padded_window for all windows"
+                f"algorithm {i} differs in structure from algorithm 0: must be of the same factory, oracle, optimizer "
+                "and num_workers, with one padded_window for all windows"
             )
     return jax.tree.map(lambda *leaves: np.stack(leaves), *algs)
 
@@ -214,7 +214,7 @@ def stream_sweep(
     one, devices = select_points(algs, 0), mesh.shape.get(sharding.SWEEP_AXIS, 1)
     rows = sharding.num_worker_slots(mesh, one.num_workers)
     if points % devices:
-        raise ValueError(f"{points} points on {devices} devices: expected a multiple; fill up with copies of a point")
+        raise ValueError(f"{points} points on {devices} devices: must be a multiple; fill up with copies of a point")
     begin = partial(jax.vmap(Algorithm.init), algs)
     state = copy_state(start if isinstance(start, AlgorithmState) else begin(params), begin, params)
     if mesh.is_multi_process:  # processes with separate meshes may run different sweeps
@@ -257,13 +257,14 @@ def check_sweep(algs: Algorithm, start: Any, shards: Shards, rounds: int, keys: 
     shapes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(algs)}
     if len(shapes) != 1 or () in shapes:
         raise ValueError(
-            "an algorithm of one point: expected a stack of them; `laqjax.stack_algorithms([alg, ...])` makes one"
+            "an algorithm of one point: must be a stack of algorithms; build it with `laqjax.stack_algorithms([alg, "
+            "...])`"
         )
     (points,) = shapes.pop()
     check_keys("keys", keys, (points,))
     params = start.params if isinstance(start, AlgorithmState) else _broadcast_params(algs, start, points)
     if params.shape[0] != points:
-        raise ValueError(f"start of {params.shape[0]} points for an algorithm of {points}: expected the same number")
+        raise ValueError(f"start of {params.shape[0]} points: must be {points} points, as in the stack of algorithms")
     one = select_points(algs, 0)
     check_run_inputs(one, params[0], shards, sharding.num_worker_slots(mesh, one.num_workers))
     check_schedule(
@@ -314,7 +315,8 @@ def max_batch_size(
     fits = int(memory_limit // point)
     if fits < 1:
         raise ValueError(
-            f"memory_limit = {memory_limit / 2**20:.0f} MiB: expected at least the {point / 2**20:.1f} MiB of one point"
+            f"memory_limit = {memory_limit / 2**20:.0f} MiB: must be at least {point / 2**20:.1f} MiB, the memory of "
+            "one point"
         )
     on_cpu = jax.default_backend() == "cpu"  # forced CPU devices share one memory; each accelerator has its own
     return max(fits // devices, 1) * devices if on_cpu else fits * devices
