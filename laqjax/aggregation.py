@@ -216,14 +216,14 @@ def partition_specs(state: Any, axis: str) -> Any:
         rows of the workers are split over the axis; all else is the same on every device.
     """
 
-    def one(node: Any) -> Any:
+    def make_specs(node: Any) -> Any:
         if not isinstance(node, LazyAggregateState):
             return P()
         whole = jax.tree.map(lambda leaf: P(), node)
         workers = jax.tree.map(lambda leaf: P(axis), node.algorithm_state.workers)
         return whole._replace(algorithm_state=whole.algorithm_state._replace(workers=workers))
 
-    return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, LazyAggregateState))
+    return jax.tree.map(make_specs, state, is_leaf=lambda node: isinstance(node, LazyAggregateState))
 
 
 # ---- checks of arguments ------------------------------------------------------------------------------------------

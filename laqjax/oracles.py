@@ -181,7 +181,7 @@ class TiledOracle:
         size = rows.size if rows else shards.weight.shape[1]
         tile = min(self.rows_per_tile(shards), size)
 
-        def part(start: Any, count: int) -> tuple[Array, Array, Any]:
+        def sum_rows(start: Any, count: int) -> tuple[Array, Array, Any]:
             x, y, weight = jax.tree.map(lambda a: _slice_rows(a, worker, rows, start, count), shards)
             weight = weight.astype(self.dtype)
             value_and_grad = jax.value_and_grad(lambda tree, x, y: jnp.vdot(self._losses(tree, x, y), weight))
@@ -192,7 +192,7 @@ class TiledOracle:
             return loss, jnp.sum(weight), grad
 
         with jax.default_matmul_precision(self.precision):
-            loss, weight, grad = _sum_over_tiles(part, size, tile)
+            loss, weight, grad = _sum_over_tiles(sum_rows, size, tile)
         grad = self.ravel(grad)
         if self.reduction == "mean" or rows:
             loss, grad = loss / weight, grad / weight
@@ -275,17 +275,19 @@ def _slice_rows(a: Any, worker: Any, rows: RowSelection | None, start: Any, coun
     return jax.lax.dynamic_slice(a, at, (1, count, *a.shape[2:]))[0]
 
 
-def _sum_over_tiles(part: Callable[[Any, int], Any], size: int, tile: int) -> Any:
-    """Sum `part(start, count)` over the tiles of `size` rows; a single tile needs no loop."""
+def _sum_over_tiles(sum_rows: Callable[[Any, int], Any], size: int, tile: int) -> Any:
+    """Sum `sum_rows(start, count)` over the tiles of `size` rows; a single tile needs no loop."""
     # summed as a pytree and flattened once, because slices of the flat vector inside the loop cost half of the speed
     whole = size - size % tile
     if whole == tile:
-        total = part(np.int32(0), tile)
+        total = sum_rows(np.int32(0), tile)
     else:
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: part(np.int32(0), tile)))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: sum_rows(np.int32(0), tile)))
         starts = np.arange(0, whole, tile, dtype=np.int32)
-        total, _ = jax.lax.scan(lambda sum, start: (jax.tree.map(jnp.add, sum, part(start, tile)), None), zeros, starts)
-    return total if whole == size else jax.tree.map(jnp.add, total, part(np.int32(whole), size - whole))
+        total, _ = jax.lax.scan(
+            lambda sum, start: (jax.tree.map(jnp.add, sum, sum_rows(start, tile)), None), zeros, starts
+        )
+    return total if whole == size else jax.tree.map(jnp.add, total, sum_rows(np.int32(whole), size - whole))
 
 
 def from_loss(

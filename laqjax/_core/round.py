@@ -173,7 +173,7 @@ class Algorithm:
         collective = collective or LocalCollective()
         first, count = collective.local_workers(alg.num_workers, shards)
 
-        def one(row: Array, worker: WorkerState) -> Any:
+        def run_worker(row: Array, worker: WorkerState) -> Any:
             index = first + row
             keys = RoundKeys(jax.random.fold_in(round_key, index), shared_key, key, state.round, index, row)
             worker, upload, facts = worker_step(alg, worker, state, shards, keys)
@@ -184,7 +184,7 @@ class Algorithm:
             return worker, collective.worker_contribution(alg, upload), (bare, kept, facts["loss"])
 
         at_once = worker_batch_size or alg.default_worker_batch_size(shards)
-        workers, messages, rest = map_workers(one, state, count, at_once, collective.accumulates_locally)
+        workers, messages, rest = map_workers(run_worker, state, count, at_once, collective.accumulates_locally)
         uploads, facts, losses = collective.gather_metrics(rest, alg.num_workers)
         total = collective.reduce(alg, messages, uploads.sent, state.params)
         keys = RoundKeys(shared_key, shared_key, key, state.round, jnp.int32(alg.num_workers))
@@ -325,13 +325,13 @@ class LocalCollective:
 
 
 def map_workers(
-    one: Callable[..., Any], state: AlgorithmState, count: int, batch_size: int, accumulates_locally: bool
+    run_worker: Callable[..., Any], state: AlgorithmState, count: int, batch_size: int, accumulates_locally: bool
 ) -> Any:
     """Apply a function of one worker to all workers of this device.
 
     Args:
-        one: function `(row, worker) -> (worker, contribution, rest)`. `row` is the position of the worker on this
-            device and `worker` its `WorkerState`. `rest` is a tuple whose first entry is a `WorkerUpload`.
+        run_worker: function `(row, worker) -> (worker, contribution, rest)`. `row` is the position of the worker on
+            this device and `worker` its `WorkerState`. `rest` is a tuple whose first entry is a `WorkerUpload`.
         state: state of the algorithm. The leaves of `state.workers` are [count, ...].
         count: number of workers on this device.
         batch_size: number of workers that are computed in one batch.
@@ -343,31 +343,31 @@ def map_workers(
     """
     rows = jnp.arange(count, dtype=jnp.int32)
 
-    def in_turn(carry: Any, row: Array) -> Any:
+    def add_row(carry: Any, row: Array) -> Any:
         # updating the worker's row in place and adding its message at once avoids writing another array [M, p]
         workers, total = carry
         before = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, row, keepdims=False), workers)
-        after, message, rest = one(row, before)
+        after, message, rest = run_worker(row, before)
 
-        def put(rows: Array, new: Array, old: Array) -> Array:
+        def write_row(rows: Array, new: Array, old: Array) -> Array:
             return rows if new is old else jax.lax.dynamic_update_index_in_dim(rows, new, row, 0)
 
         if accumulates_locally:
             total, message = total + jnp.where(rest[0].sent, message, 0), None
-        return (jax.tree.map(put, workers, after, before), total), (message, rest)
+        return (jax.tree.map(write_row, workers, after, before), total), (message, rest)
 
     if batch_size == 1:
-        (workers, total), (messages, rest) = jax.lax.scan(in_turn, (state.workers, jnp.zeros_like(state.params)), rows)
+        (workers, total), (messages, rest) = jax.lax.scan(add_row, (state.workers, jnp.zeros_like(state.params)), rows)
         return workers, total if accumulates_locally else messages, rest
-    side_by_side = jax.vmap(one) if batch_size >= count else partial(_map_in_batches, one, batch_size)
+    side_by_side = jax.vmap(run_worker) if batch_size >= count else partial(_map_in_batches, run_worker, batch_size)
     workers, messages, rest = side_by_side(rows, state.workers)
     if accumulates_locally:  # a matrix product, because XLA on the CPU sums over a leading axis many times slower
         messages = jnp.matmul(rest[0].sent.astype(messages.dtype), messages, precision="highest")
     return workers, messages, rest
 
 
-def _map_in_batches(one: Callable[..., Any], batch_size: int, rows: Array, workers: WorkerState) -> Any:
-    return jax.lax.map(lambda pair: one(*pair), (rows, workers), batch_size=batch_size)
+def _map_in_batches(run_worker: Callable[..., Any], batch_size: int, rows: Array, workers: WorkerState) -> Any:
+    return jax.lax.map(lambda pair: run_worker(*pair), (rows, workers), batch_size=batch_size)
 
 
 def tree_where(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:

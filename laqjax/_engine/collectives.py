@@ -138,13 +138,13 @@ class AllGather(AllReduce):
     def _pack_all(self, messages: tuple[Bool[Array, " m"], list[Array]]) -> UInt32[Array, "m words"]:
         """Pack the messages of this device's workers, with zeros for workers without an upload."""
 
-        def one(message: Any) -> Array:
+        def pack_one(message: Any) -> Array:
             sent, numbers = message
             if automatic_axes():  # a branch could deadlock
                 return self._pack(numbers)
             return lax.cond(sent, lambda: self._pack(numbers), lambda: jnp.zeros_like(self._pack(numbers)))
 
-        return lax.map(one, messages)
+        return lax.map(pack_one, messages)
 
     def _reduce(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
         every = lax.all_gather(self._pack_all(messages), self.axis, tiled=True)[: sent.shape[0]]

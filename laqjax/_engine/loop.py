@@ -332,7 +332,7 @@ def run_chunk(
 ) -> tuple[AlgorithmState, RoundInfo]:
     """Run `count` <= `length` rounds as one compiled program; rows of the info from `count` on are zeros."""
 
-    def rounds(
+    def run_rounds(
         alg: Algorithm, state: AlgorithmState, shards: Shards, key: Any, count: Array
     ) -> tuple[AlgorithmState, RoundInfo]:
         options: Any = {"metrics": metrics, "worker_batch_size": worker_batch_size, "collective": collective}
@@ -341,8 +341,8 @@ def run_chunk(
     if mesh is not None:
         specs = sharding.state_partition_specs(mesh)
         in_specs = P(), specs, specs.workers, P(), P()
-        rounds = jax.shard_map(rounds, mesh=mesh, in_specs=in_specs, out_specs=(specs, P()), check_vma=False)
-    return rounds(alg, state, shards, key, count)
+        run_rounds = jax.shard_map(run_rounds, mesh=mesh, in_specs=in_specs, out_specs=(specs, P()), check_vma=False)
+    return run_rounds(alg, state, shards, key, count)
 
 
 def fori_rounds(

@@ -351,34 +351,34 @@ def run_sweep_chunk(
     # the round maps over the workers: with the points as the first axis, it would transpose them every time
     behind = AlgorithmState(*(0,) * (len(AlgorithmState._fields) - 1), workers=1)  # pyright: ignore[reportArgumentType]
 
-    def one(
+    def run_round(
         shards: Shards, alg: Algorithm, state: AlgorithmState, key: Any, collective: Any = collective
     ) -> tuple[AlgorithmState, RoundInfo]:
         return alg.step(state, shards, key, metrics=metrics, worker_batch_size=worker_batch_size, collective=collective)
 
-    def together(
+    def run_together(
         algs: Algorithm, state: AlgorithmState, shards: Shards, keys: Any, count: Array
     ) -> tuple[AlgorithmState, RoundInfo]:
         def step(state: AlgorithmState) -> tuple[AlgorithmState, RoundInfo]:
-            each = partial(one, shards, collective=collectives.with_vmap_axis(collective, "points"))
+            each = partial(run_round, shards, collective=collectives.with_vmap_axis(collective, "points"))
             return jax.vmap(each, (0, behind, 0), (behind, 0), axis_name="points")(algs, state, keys)
 
         state, info = fori_rounds(step, _swap_point_axis(state), count, length)
         return _swap_point_axis(state), info
 
-    def in_turn(
+    def run_serially(
         algs: Algorithm, state: AlgorithmState, shards: Shards, keys: Any, count: Array
     ) -> tuple[AlgorithmState, RoundInfo]:
-        def rounds(point: Any) -> tuple[AlgorithmState, RoundInfo]:
+        def run_point(point: Any) -> tuple[AlgorithmState, RoundInfo]:
             alg, state, key = point
-            return fori_rounds(lambda state: one(shards, alg, state, key), state, count, length)
+            return fori_rounds(lambda state: run_round(shards, alg, state, key), state, count, length)
 
-        state, info = jax.lax.map(rounds, (algs, state, keys))
+        state, info = jax.lax.map(run_point, (algs, state, keys))
         return state, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), info)
 
     specs = sharding.state_partition_specs(mesh, sharding.SWEEP_AXIS)
     split = jax.shard_map(
-        in_turn if get_declaration(algs.oracle, OracleHints, "prefers_sequential")(shards) else together,
+        run_serially if get_declaration(algs.oracle, OracleHints, "prefers_sequential")(shards) else run_together,
         mesh=mesh,
         in_specs=(specs.params, specs, sharding.partition_spec(mesh, sharding.WORKER_AXIS), specs.params, P()),
         out_specs=(specs, sharding.partition_spec(mesh, None, sharding.SWEEP_AXIS)),

@@ -97,7 +97,7 @@ def _select_workers(alg: Algorithm, state: AlgorithmState, own: Any, key: PRNGKe
         The mask [M] of selected workers, and the rule's state of each worker after the round.
     """
 
-    def one(worker: Array, own: Any, sent: Array) -> tuple[Array, Any]:
+    def select(worker: Array, own: Any, sent: Array) -> tuple[Array, Any]:
         nothing, zero = jnp.zeros_like(state.params), jnp.zeros((), state.params.dtype)
         keys = RoundKeys(*worker_keys(alg, key, state.round, worker), key, state.round, worker)
         now = RoundContext(
@@ -110,7 +110,7 @@ def _select_workers(alg: Algorithm, state: AlgorithmState, own: Any, key: PRNGKe
             lambda a, b: jnp.where(sent, a, b), decision.if_sent, decision.if_silent
         )
 
-    return jax.vmap(one)(jnp.arange(alg.num_workers, dtype=jnp.int32), own, sent)
+    return jax.vmap(select)(jnp.arange(alg.num_workers, dtype=jnp.int32), own, sent)
 
 
 class ModelChange(NamedTuple):
