@@ -137,7 +137,7 @@ def _unequal(n: int, num_workers: int, ratio: float, rng: np.random.Generator) -
     groups = np.split(rng.permutation(n), cuts[:-1])
     if min(map(len, groups)) == 0:
         raise ValueError(
-            f"scheme = 'unequal:{ratio:g}' for {n} samples, {num_workers} workers: must be a ratio that leaves no "
-            "worker without one"
+            f"scheme = 'unequal:{ratio:g}' for {n} samples, {num_workers} workers: must be a smaller ratio, since a "
+            "worker would get no sample"
         )
     return groups

@@ -468,7 +468,7 @@ def test_unequal_sizes_are_geometric():
         (2, "dirichlet:nan", "scheme = 'dirichlet:nan': must be dirichlet:ALPHA"),
         (2, "unequal:0.5", "scheme = 'unequal:0.5': must be unequal:RATIO, RATIO finite and at least 1"),
         (2, "unequal:inf", "scheme = 'unequal:inf': must be unequal:RATIO"),
-        (12, "unequal:100", "scheme='unequal:100': a worker of 12 gets none of 12 samples"),
+        (12, "unequal:100", "scheme = 'unequal:100' for 12 samples, 12 workers: must be a smaller ratio"),
     ],
 )
 def test_partition_refuses(num_workers, scheme, message):

@@ -97,8 +97,8 @@ def test_data_problem_and_algorithm_of_ones_own(own: Path) -> None:
     [
         (["--problem", "{}:key"], "{}:key, loss: "),
         (["--problem", "{}:wrong"], "{}:wrong: AttributeError: 'Dataset' object has no attribute 'nothing' (line 38)"),
-        (["--problem", "{}:average"], "error: loss_fn(params, x, y) gave "),
-        (["--problem", "{}:average"], "do not average inside the loss, the oracle does it by the weights (points 0-1)"),
+        (["--problem", "{}:average"], "error: loss_fn(params, x, y) returned "),
+        (["--problem", "{}:average"], "average inside the loss, since the oracle averages by the weights (points 0-1)"),
         (["--problem", "{}:average", "--algorithm", "sgd", "--minibatch", "2"], "do not average inside the loss"),
         (
             ["--problem", "{}:number"],

@@ -256,7 +256,7 @@ def test_processes_are_named_whole_or_found() -> None:
     alone = command("--coordinator", "auto", out=Path("refused"))  # in a process that has not used JAX yet
     told = subprocess.run(alone, env=environment(), capture_output=True, text=True, check=False)
     assert told.returncode == 2
-    assert "JAX finds no processes of Slurm" in told.stderr
+    assert "must be given, since JAX finds no Slurm or TPU pod" in told.stderr
 
 
 @pytest.mark.distributed
