@@ -67,7 +67,7 @@ class _PrecomputedGradient:
 
     def ravel(self, params: Any) -> Float[Array, " p"]:
         """Concatenate the leaves of a pytree, of any floating dtypes, into one vector."""
-        leaves = [_unsharded(leaf) for leaf in jax.tree.leaves(params)]
+        leaves = [_unshard(leaf) for leaf in jax.tree.leaves(params)]
         return jnp.concatenate([jnp.reshape(leaf, (1, -1)).astype(self.dtype) for leaf in leaves], axis=1)[0]
 
     def unravel(self, params: Float[Array, " p"]) -> Any:
@@ -167,7 +167,7 @@ def lazy_aggregate(
 
     def update(gradients: Any, state: LazyAggregateState, params: Any = None) -> tuple[Any, LazyAggregateState]:
         if params is None:
-            raise ValueError("lazy_aggregate: update(gradients, state) without params: expected the parameters too")
+            raise ValueError("lazy_aggregate's update with params = None: must be the parameters")
         _check_axis(axis, num_workers)
         _check_state(state, jax.eval_shape(init, params))
         alg = make_algorithm(params)
@@ -186,7 +186,7 @@ def lazy_aggregate(
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _unsharded(leaf: Any) -> Any:
+def _unshard(leaf: Any) -> Any:
     """Reshard an array so that no explicit axis of the mesh splits it.
 
     Automatic axes, which the compiler controls, may still split it.
@@ -216,14 +216,14 @@ def partition_specs(state: Any, axis: str) -> Any:
         rows of the workers are split over the axis; all else is the same on every device.
     """
 
-    def one(node: Any) -> Any:
+    def make_specs(node: Any) -> Any:
         if not isinstance(node, LazyAggregateState):
             return P()
         whole = jax.tree.map(lambda leaf: P(), node)
         workers = jax.tree.map(lambda leaf: P(axis), node.algorithm_state.workers)
         return whole._replace(algorithm_state=whole.algorithm_state._replace(workers=workers))
 
-    return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, LazyAggregateState))
+    return jax.tree.map(make_specs, state, is_leaf=lambda node: isinstance(node, LazyAggregateState))
 
 
 # ---- checks of arguments ------------------------------------------------------------------------------------------
@@ -239,8 +239,8 @@ def _check_arguments(algorithm: Any, settings: dict[str, Any], quantizer_blocks:
     own = {"oracle", "lr", "optimizer"}
     for given in own & set(settings):
         raise ValueError(
-            f"lazy_aggregate({given}=...): must not be given, since gradients come from `update` and steps are made by the "
-            "transformations behind it; use optax.chain(lazy_aggregate(...), optax.sgd(lr))"
+            f"lazy_aggregate({given}=...): must not be given, since gradients are passed to `update` and the following "
+            "transformations make the steps; use optax.chain(lazy_aggregate(...), optax.sgd(lr))"
         )
     names = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     others = [known for known in names if known not in own | {"num_workers"}]
@@ -271,19 +271,20 @@ def _check_axis(axis: Any, num_workers: int) -> None:
         devices = jax.lax.axis_size(axis)
     except NameError:
         raise ValueError(
-            f"lazy_aggregate on the axis '{axis}', which is not bound here: update must be called inside "
+            f"lazy_aggregate on the axis '{axis}', which is not bound here: must be called inside "
             f"jax.shard_map(..., axis_names={{'{axis}'}}, check_vma=False), on a mesh with this axis"
         ) from None
     if devices != num_workers:
         raise ValueError(
-            f"lazy_aggregate of num_workers = {num_workers} on the axis '{axis}' of {devices} devices: expected one worker a device"
+            f"lazy_aggregate of num_workers = {num_workers} on the axis '{axis}' of {devices} devices: must be one "
+            "worker for each device"
         )
     kind = jax.typeof(jax.lax.axis_index(axis))
     varying = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # JAX 0.8 | 0.10
     if varying:
         raise ValueError(
             "lazy_aggregate inside jax.shard_map with check_vma=True, its default: must be check_vma=False, since JAX otherwise "
-            "sums the gradients of replicated parameters itself and every device is given the same gradient"
+            "sums the gradients of replicated parameters, and every device gets the same gradient"
         )
 
 
@@ -308,7 +309,7 @@ def _check_state(state: LazyAggregateState, expected: LazyAggregateState) -> Non
             raise ValueError(
                 f"lazy_aggregate with an array {list(np.shape(leaf))} in its state where these parameters need "
                 f"{list(needed.shape)}: must be the state of init with the same parameters, whole on every device; use "
-                "axis_names={axis} of jax.shard_map and leave the other axes, over which they are split, to the compiler"
+                "axis_names={axis} of jax.shard_map, and leave the axes that split the parameters to the compiler"
             )
 
 
@@ -329,6 +330,7 @@ def _check_branches(alg: Algorithm, state: AlgorithmState, shards: Shards, key: 
     worker = jax.tree.map(lambda leaf: leaf[0], state.workers)
     if cpu_layouts.contains_primitive(jax.make_jaxpr(step)(alg, worker).jaxpr, jax.lax.cond_p, jax.lax.while_p):
         raise ValueError(
-            f"lazy_aggregate on a mesh with the axes {axes} beside: expected a method without lax.cond and lax.while_loop, which "
-            "may deadlock there (compressors.optimal_sparsifier has one); use another method or compressor, or a mesh without them"
+            f"lazy_aggregate on a mesh with the other axes {axes}: must be a method without lax.cond and "
+            "lax.while_loop, which may deadlock there (compressors.optimal_sparsifier has one); use another method or "
+            "compressor, or a mesh without them"
         )

@@ -433,7 +433,7 @@ class Blockwise:
 
     def _blocks(self, like):
         if sum(self.sizes) != like.size:
-            raise ValueError(f"blockwise sizes = {self.sizes} add up to {sum(self.sizes)}: expected p = {like.size}")
+            raise ValueError(f"blockwise sizes = {self.sizes}, sum {sum(self.sizes)}: must be of sum p = {like.size}")
         return [jax.ShapeDtypeStruct((size,), like.dtype) for size in self.sizes]
 
 
@@ -599,7 +599,7 @@ def blockwise(compressor: Compressor, sizes: Sequence[int]) -> Blockwise:
         ValueError: `compressor` is not a compressor, or a size is not a whole number >= 1.
     """
     check_implements(
-        "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, as laqjax.compressors.top_k(10)"
+        "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, such as compressors.top_k(10)"
     )
     return Blockwise(compressor, tuple(int(check_number("size", size, np.int32, minimum=1)) for size in sizes))
 
@@ -618,7 +618,7 @@ def bernoulli_full(compressor: Compressor, probability: float) -> BernoulliFull:
         ValueError: `compressor` is not a compressor, or `probability` is out of its range.
     """
     check_implements(
-        "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, as laqjax.compressors.top_k(10)"
+        "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, such as compressors.top_k(10)"
     )
     return BernoulliFull(compressor, check_number("probability", probability, np.float32, above=0, maximum=1))
 

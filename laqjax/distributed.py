@@ -47,8 +47,8 @@ def initialize_distributed(
     given = [value is not None for value in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
         raise ValueError(
-            f"coordinator = {coordinator}, num_processes = {num_processes}, process_id = {process_id}: expected all three, or "
-            "none where JAX finds them itself (TPU pods, Slurm)"
+            f"coordinator = {coordinator}, num_processes = {num_processes}, process_id = {process_id}: must be all "
+            "given, or all None where JAX finds them (TPU pods, Slurm)"
         )
     if coordinator is not None and process_id:
         _wait_for_coordinator(coordinator, timeout)
@@ -59,7 +59,8 @@ def initialize_distributed(
         if any(given):
             raise
         raise ValueError(
-            f"JAX finds no processes of Slurm or a TPU pod here ({error}): expected coordinator, num_processes and process_id"
+            "coordinator, num_processes and process_id are None: must be given, since JAX finds no Slurm or TPU pod "
+            f"({error})"
         ) from None
 
 
@@ -72,7 +73,7 @@ def _wait_for_coordinator(address: str, timeout: float) -> None:
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise ValueError(f"coordinator = {address!r}: expected host:port")
+        raise ValueError(f"coordinator = {address!r}: must be host:port")
     end = time.monotonic() + timeout
     while True:
         try:
@@ -81,8 +82,8 @@ def _wait_for_coordinator(address: str, timeout: float) -> None:
         except OSError as problem:
             if time.monotonic() > end:
                 raise TimeoutError(
-                    f"no answer from the coordinator {address} within {timeout:g} s ({problem}): expected process 0 there; is "
-                    "it running, and is the port open?"
+                    f"coordinator = {address!r}, not reachable within {timeout:g} s ({problem}): must be the address "
+                    "of process 0; check that it runs and that the port is open"
                 ) from None
         time.sleep(0.2)
 
@@ -102,9 +103,9 @@ def translate_lost_process_errors() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         raise ConnectionError(
-            f"process {jax.process_index()} has lost another one of {jax.process_count()}, which was killed, has failed or "
-            f"cannot be reached ({str(error).splitlines()[0][:200]}); start all of them again: a run with checkpoints goes on "
-            "from the last one"
+            f"process {jax.process_index()} lost the connection to another of {jax.process_count()} processes, which "
+            f"was killed, failed or cannot be reached ({str(error).splitlines()[0][:200]}); start all processes again: "
+            "a run with checkpoints continues from the last one"
         ) from None
 
 
@@ -125,7 +126,7 @@ def assert_same_on_all_processes(what: str, *values: Any) -> None:
     others = [i for i, row in enumerate(every) if not np.array_equal(row, every[0])]
     if others:
         raise ValueError(
-            f"{what}: process {others[0]} has another one than process 0; expected the same on all {len(every)} processes"
+            f"{what} (process {others[0]} differs from process 0): must be the same on all {len(every)} processes"
         )
 
 

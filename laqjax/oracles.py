@@ -84,8 +84,8 @@ class PytreeLayout:
             tree_given = "" if jax.tree_util.treedef_is_leaf(tree) or not arrays else f" in {tree}"
             wanted = ", ".join(f"{self.dtype}{list(shape)}" for shape in self.shapes)
             raise ValueError(
-                f"params = {given}{tree_given}: expected {self.dtype}[{self.size}], a vector from oracle.ravel(params), or the "
-                f"pytree {wanted} in {self.tree}"
+                f"params = {given}{tree_given}: must be {self.dtype}[{self.size}], a vector from oracle.ravel(params), "
+                f"or the pytree {wanted} in {self.tree}"
             )
         # in two dimensions, because XLA on the CPU would fuse a concatenation of vectors into its consumer, with a
         # branch per element
@@ -181,7 +181,7 @@ class TiledOracle:
         size = rows.size if rows else shards.weight.shape[1]
         tile = min(self.rows_per_tile(shards), size)
 
-        def part(start: Any, count: int) -> tuple[Array, Array, Any]:
+        def sum_rows(start: Any, count: int) -> tuple[Array, Array, Any]:
             x, y, weight = jax.tree.map(lambda a: _slice_rows(a, worker, rows, start, count), shards)
             weight = weight.astype(self.dtype)
             value_and_grad = jax.value_and_grad(lambda tree, x, y: jnp.vdot(self._losses(tree, x, y), weight))
@@ -192,7 +192,7 @@ class TiledOracle:
             return loss, jnp.sum(weight), grad
 
         with jax.default_matmul_precision(self.precision):
-            loss, weight, grad = _sum_over_tiles(part, size, tile)
+            loss, weight, grad = _sum_over_tiles(sum_rows, size, tile)
         grad = self.ravel(grad)
         if self.reduction == "mean" or rows:
             loss, grad = loss / weight, grad / weight
@@ -224,12 +224,13 @@ class TiledOracle:
         if getattr(losses, "shape", None) != (n,):
             got = jax.eval_shape(lambda: losses)
             raise ValueError(
-                f"loss_fn(params, x, y) gave {got} for {n} examples: expected per-example losses of shape [{n}]; do not "
-                "average inside the loss, the oracle does it by the weights"
+                f"loss_fn(params, x, y) returned {got} for {n} examples: must be per-example losses of shape [{n}]; do "
+                "not average inside the loss, since the oracle averages by the weights"
             )
         if losses.dtype != self.dtype:
             raise ValueError(
-                f"loss_fn gave {losses.dtype} losses for {self.dtype} params: expected {self.dtype}; cast x inside the loss"
+                f"loss_fn returned {losses.dtype} losses for {self.dtype} params: must be {self.dtype}; cast x in the "
+                "loss"
             )
         return losses
 
@@ -274,17 +275,19 @@ def _slice_rows(a: Any, worker: Any, rows: RowSelection | None, start: Any, coun
     return jax.lax.dynamic_slice(a, at, (1, count, *a.shape[2:]))[0]
 
 
-def _sum_over_tiles(part: Callable[[Any, int], Any], size: int, tile: int) -> Any:
-    """Sum `part(start, count)` over the tiles of `size` rows; a single tile needs no loop."""
+def _sum_over_tiles(sum_rows: Callable[[Any, int], Any], size: int, tile: int) -> Any:
+    """Sum `sum_rows(start, count)` over the tiles of `size` rows; a single tile needs no loop."""
     # summed as a pytree and flattened once, because slices of the flat vector inside the loop cost half of the speed
     whole = size - size % tile
     if whole == tile:
-        total = part(np.int32(0), tile)
+        total = sum_rows(np.int32(0), tile)
     else:
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: part(np.int32(0), tile)))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: sum_rows(np.int32(0), tile)))
         starts = np.arange(0, whole, tile, dtype=np.int32)
-        total, _ = jax.lax.scan(lambda sum, start: (jax.tree.map(jnp.add, sum, part(start, tile)), None), zeros, starts)
-    return total if whole == size else jax.tree.map(jnp.add, total, part(np.int32(whole), size - whole))
+        total, _ = jax.lax.scan(
+            lambda sum, start: (jax.tree.map(jnp.add, sum, sum_rows(start, tile)), None), zeros, starts
+        )
+    return total if whole == size else jax.tree.map(jnp.add, total, sum_rows(np.int32(whole), size - whole))
 
 
 def from_loss(
@@ -327,11 +330,11 @@ def from_loss(
     leaves, tree = jax.tree.flatten(params)
     dtypes = {np.dtype(getattr(leaf, "dtype", type(leaf))) for leaf in leaves}
     if len(dtypes) != 1 or not jnp.issubdtype(next(iter(dtypes)), jnp.floating):
-        raise ValueError(f"params: expected arrays of one floating dtype, got {sorted(map(str, dtypes))}")
+        raise ValueError(f"params of dtypes {sorted(map(str, dtypes))}: must be arrays of one floating dtype")
     if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction = {reduction!r}: expected 'mean' or 'sum'{suggest(reduction, ('mean', 'sum'))}")
+        raise ValueError(f"reduction = {reduction!r}: must be 'mean' or 'sum'{suggest(reduction, ('mean', 'sum'))}")
     if not isinstance(use_cpu_layouts, bool | np.bool_):
-        raise ValueError(f"use_cpu_layouts = {use_cpu_layouts!r}: expected True or False")
+        raise ValueError(f"use_cpu_layouts = {use_cpu_layouts!r}: must be True or False")
     layout = PytreeLayout(tree, tuple(np.shape(leaf) for leaf in leaves), dtypes.pop())
     strength = check_number("l2", l2, layout.dtype, minimum=0)
     tile = None if tile is None else int(check_number("tile", tile, np.int32, minimum=1))
@@ -409,7 +412,8 @@ class LocalSgdOracle:
         check_evaluates_anywhere(self.oracle)
         if rows and rows.size % self.num_local_steps:
             raise ValueError(
-                f"minibatches of {rows.size} rows for num_local_steps = {self.num_local_steps}: expected a multiple, every local step uses its own part"
+                f"minibatches of {rows.size} rows: must be a multiple of num_local_steps = {self.num_local_steps}, "
+                "since every local step uses its own part"
             )
 
         def evaluate(t: Any, local: Any) -> OracleResult:

@@ -49,10 +49,10 @@ def partition_data(x: Any, y: Any, num_workers: int, scheme: str, seed: int = 0)
     lengths = {len(leaf) for leaf in jax.tree.leaves((x, y))}
     if len(lengths) != 1:
         shapes = [np.shape(leaf) for leaf in jax.tree.leaves((x, y))]
-        raise ValueError(f"expected one label per row of x, got arrays of the shapes {shapes}")
+        raise ValueError(f"x and y of shapes {shapes}: must be of one length, with one label for each row of x")
     (n,) = lengths
     if not 1 <= num_workers <= n:
-        raise ValueError(f"num_workers={num_workers}: expected 1 to {n}, the number of samples")
+        raise ValueError(f"num_workers = {num_workers}: must be 1 to {n}, the number of samples")
     rng = np.random.default_rng(seed)
     match scheme.partition(":")[:2]:
         case "contiguous", "":
@@ -69,25 +69,25 @@ def partition_data(x: Any, y: Any, num_workers: int, scheme: str, seed: int = 0)
             return _pad_shards(x, y, _unequal(n, num_workers, ratio, rng))
     known = "contiguous, shuffled, sorted, dirichlet:ALPHA or unequal:RATIO"
     close = suggest(scheme.partition(":")[0], ("contiguous", "shuffled", "sorted", "dirichlet", "unequal"))
-    raise ValueError(f"scheme={scheme!r}: expected {known}{close}")
+    raise ValueError(f"scheme = {scheme!r}: must be {known}{close}")
 
 
 def _require_labels(y: Any, scheme: str) -> np.ndarray:
     """Return `y` if it holds one label per row, [n]; raise ValueError otherwise."""
     if not hasattr(y, "shape") or len(y.shape) != 1:
         shapes = [np.shape(leaf) for leaf in jax.tree.leaves(y)]
-        raise ValueError(f"scheme={scheme!r}: expected one label per row, y [n], got y of {shapes}")
+        raise ValueError(f"scheme = {scheme!r} with y of shape {shapes}: must be one label for each row, y [n]")
     return y
 
 
-def _parse_scheme_value(scheme: str, expected: str, valid: Callable[[float], bool]) -> float:
+def _parse_scheme_value(scheme: str, allowed: str, valid: Callable[[float], bool]) -> float:
     """Parse the number after the colon of a scheme; raise ValueError unless it is finite and valid."""
     try:
         value = float(scheme.partition(":")[2])
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and valid(value)):
-        raise ValueError(f"scheme={scheme!r}: expected {expected}")
+        raise ValueError(f"scheme = {scheme!r}: must be {allowed}")
     return value
 
 
@@ -104,18 +104,18 @@ def _pad_shards(x: Any, y: Any, groups: list[np.ndarray]) -> Shards:
     shape = (len(groups), max(map(len, groups)))
     own = np.arange(shape[1]) < np.array([len(rows) for rows in groups])[:, None]
 
-    def dealt(a: np.ndarray) -> np.ndarray:
+    def fill(a: np.ndarray) -> np.ndarray:
         shards = np.zeros(shape + a.shape[1:], a.dtype)
         shards[own] = a[np.concatenate(groups)]
         return shards
 
-    return Shards(jax.tree.map(dealt, x), jax.tree.map(dealt, y), own.astype(np.float32))
+    return Shards(jax.tree.map(fill, x), jax.tree.map(fill, y), own.astype(np.float32))
 
 
 def _dirichlet(y: np.ndarray, num_workers: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
     """Draw the row indices of each worker for the scheme `dirichlet`."""
     if not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(f"y: dirichlet splits classes, expected integer labels, got {y.dtype}")
+        raise ValueError(f"y of dtype {y.dtype}: must be integer labels, since scheme 'dirichlet' splits classes")
     owner = np.empty(len(y), int)
     for label in np.unique(y):
         rows = rng.permutation(np.flatnonzero(y == label))
@@ -136,5 +136,8 @@ def _unequal(n: int, num_workers: int, ratio: float, rng: np.random.Generator) -
     cuts = np.round(ends / ends[-1] * n).astype(int)
     groups = np.split(rng.permutation(n), cuts[:-1])
     if min(map(len, groups)) == 0:
-        raise ValueError(f"scheme='unequal:{ratio:g}': a worker of {num_workers} gets none of {n} samples")
+        raise ValueError(
+            f"scheme = 'unequal:{ratio:g}' for {n} samples, {num_workers} workers: must be a smaller ratio, since a "
+            "worker would get no sample"
+        )
     return groups

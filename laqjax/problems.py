@@ -119,7 +119,9 @@ class Problem:
             ValueError: the problem has no bound on its curvature.
         """
         if self.curvature is None:
-            raise ValueError(f"problem = {self.name!r} has no bound on its curvature: give the step size otherwise")
+            raise ValueError(
+                f"problem = {self.name!r}, which has no bound on its curvature: must be one that has; give lr directly"
+            )
         grams = []
         for x, weight in zip(np.asarray(shards.x), np.asarray(shards.weight, np.float64), strict=True):
             rows, scale = self.design_matrix(x), weight.sum() if self.reduction == "mean" else 1.0
@@ -298,7 +300,7 @@ def _check_labels(shards: Shards, classes: int, wanted: str) -> None:
             worker, row = np.argwhere(wrong)[0]
             raise ValueError(
                 f"shards.y of worker {worker} is {y[worker, row]:g} at row {row}: must be {wanted}; number the classes from "
-                "0, as np.unique(y, return_inverse=True)[1]"
+                "0 with np.unique(y, return_inverse=True)[1]"
             )
 
 

@@ -528,12 +528,12 @@ def make_history(
         check_number("padded_window", window if padded_window is None else padded_window, np.int32, minimum=window)
     )
     weights = check_nonnegative_array(
-        name, xi, dtype, ((), (window,)), f"one number >= 0 (the sum of the weights) or {window} of them (the window)"
+        name, xi, dtype, ((), (window,)), f"a number >= 0 (the sum of the weights) or {window} of them (the window)"
     )
     padded = np.zeros(padded_window, dtype)
     padded[:window] = weights if weights.ndim else weights / window
     if not isinstance(rescale_short_history, bool | np.bool_):
-        raise ValueError(f"rescale_short_history = {rescale_short_history!r}: expected True or False")
+        raise ValueError(f"rescale_short_history = {rescale_short_history!r}: must be True or False")
     return History(padded, check_number("window", window, np.int32), np.asarray(rescale_short_history, np.bool_), kind)  # pyright: ignore[reportArgumentType]
 
 
@@ -552,7 +552,7 @@ def limit_silence(rule: types.UploadRule, max_silence: int | None, *, force_firs
         ValueError: `max_silence` is not a whole number >= 0, or `force_first_upload` is not a bool.
     """
     if not isinstance(force_first_upload, bool | np.bool_):
-        raise ValueError(f"force_first_upload = {force_first_upload!r}: expected True or False")
+        raise ValueError(f"force_first_upload = {force_first_upload!r}: must be True or False")
     most = check_number("max_silence", _NO_LIMIT if max_silence is None else max_silence, np.int32, minimum=0)
     return MaxSilence(rule, most, most if force_first_upload else np.zeros_like(most))
 
@@ -577,7 +577,7 @@ def partial_participation(
         ValueError: both or none of `count` and `share` are given, or a number is out of its range.
     """
     if (count is None) == (share is None):
-        raise ValueError(f"count = {count!r}, share = {share!r}: expected one of them")
+        raise ValueError(f"count = {count!r}, share = {share!r}: must be one of them, and None for the other")
     if count is None:
         part = check_number("share", share, np.float64, above=0, maximum=1)
         count = max(1, round(float(part) * num_workers))
@@ -599,5 +599,5 @@ def sample_one_worker(weights: Any, dtype: Any) -> SampleOneWorker:
     """
     weights = check_nonnegative_array("weights", weights, np.float64, None, "numbers >= 0, one for each worker")
     if not weights.sum() > 0:
-        raise ValueError(f"weights = {weights!r}: expected at least one > 0")
+        raise ValueError(f"weights = {weights!r}: must be numbers with at least one > 0")
     return SampleOneWorker(np.asarray(weights / weights.sum(), dtype))  # pyright: ignore[reportArgumentType]

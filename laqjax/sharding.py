@@ -77,7 +77,7 @@ def make_mesh(workers: int | None = None, sweep: int = 1) -> Mesh:
     devices = jax.device_count()
     workers = devices // sweep if workers is None else workers
     if workers < 1 or sweep < 1 or workers * sweep != devices:
-        raise ValueError(f"mesh of {sweep} x {workers} devices: expected all {devices} that are there")
+        raise ValueError(f"mesh of {sweep} x {workers} devices: must be all {devices} available devices")
     return jax.make_mesh((sweep, workers), (SWEEP_AXIS, WORKER_AXIS), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
@@ -98,7 +98,8 @@ def num_worker_slots(mesh: Mesh | None, num_workers: int) -> int:
         return num_workers
     if not {WORKER_AXIS, SWEEP_AXIS} & set(mesh.axis_names):
         raise ValueError(
-            f"mesh with axes {mesh.axis_names}: expected '{WORKER_AXIS}', '{SWEEP_AXIS}' or both; `laqjax.sharding.make_mesh()` makes one"
+            f"mesh with axes {mesh.axis_names}: must be '{WORKER_AXIS}', '{SWEEP_AXIS}' or both; build it with "
+            "`laqjax.sharding.make_mesh()`"
         )
     devices = mesh.shape.get(WORKER_AXIS, 1)
     return -(-num_workers // devices) * devices
@@ -134,7 +135,7 @@ def device_put_global(tree: Any, mesh: Mesh, split: P) -> Any:
     """
     sharding = NamedSharding(mesh, split)
 
-    def one(a: Any) -> Any:
+    def place(a: Any) -> Any:
         # equal, not only equivalent, since programs are compiled for the names of shardings
         if isinstance(a, jax.Array) and a.sharding == sharding:
             return a
@@ -143,11 +144,11 @@ def device_put_global(tree: Any, mesh: Mesh, split: P) -> Any:
         if jax.process_count() == 1:
             return jax.device_put(a, sharding)
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(one(jax.random.key_data(a)), impl=jax.random.key_impl(a))
+            return jax.random.wrap_key_data(place(jax.random.key_data(a)), impl=jax.random.key_impl(a))
         host = np.asarray(a)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(place, tree)
 
 
 def state_partition_specs(mesh: Mesh, *points: str) -> Any:
@@ -197,13 +198,13 @@ def pad_workers(tree: Any, rows: int, axis: int = 0) -> Any:
         The pytree of arrays [rows, ...].
     """
 
-    def one(a: Any) -> Any:
+    def resize(a: Any) -> Any:
         if a.shape[axis] == rows:
             return a
         xp: Any = np if isinstance(a, np.ndarray) else jnp
         return xp.take(a, np.minimum(np.arange(rows), a.shape[axis] - 1), axis=axis)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(resize, tree)
 
 
 def load_local_shards(mesh: Mesh, num_workers: int, load: Callable[[int, int], Shards]) -> Shards:
@@ -231,14 +232,14 @@ def load_local_shards(mesh: Mesh, num_workers: int, load: Callable[[int, int], S
     check_shards(mine, have[1] - have[0])
     mine = pad_workers(mine, last - first)
 
-    def one(a: np.ndarray) -> jax.Array:
-        def part(index: Any) -> np.ndarray:
+    def assemble(a: np.ndarray) -> jax.Array:
+        def read_rows(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(rows)
             return a[start - first : stop - first]
 
-        return jax.make_array_from_callback((rows, *a.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((rows, *a.shape[1:]), sharding, read_rows)
 
-    return jax.tree.map(one, mine)
+    return jax.tree.map(assemble, mine)
 
 
 def resize_workers(state: AlgorithmState, rows: int, axis: int = 0) -> AlgorithmState:
@@ -267,11 +268,11 @@ def to_host(tree: Any) -> Any:
         The pytree with NumPy arrays.
     """
 
-    def one(a: Any) -> Any:
+    def copy(a: Any) -> Any:
         here = not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated
         return jax.device_get(a) if here else multihost_utils.process_allgather(a, tiled=True)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(copy, tree)
 
 
 def unpad_state(state: AlgorithmState, num_workers: int) -> AlgorithmState:

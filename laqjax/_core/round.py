@@ -173,7 +173,7 @@ class Algorithm:
         collective = collective or LocalCollective()
         first, count = collective.local_workers(alg.num_workers, shards)
 
-        def one(row: Array, worker: WorkerState) -> Any:
+        def run_worker(row: Array, worker: WorkerState) -> Any:
             index = first + row
             keys = RoundKeys(jax.random.fold_in(round_key, index), shared_key, key, state.round, index, row)
             worker, upload, facts = worker_step(alg, worker, state, shards, keys)
@@ -184,7 +184,7 @@ class Algorithm:
             return worker, collective.worker_contribution(alg, upload), (bare, kept, facts["loss"])
 
         at_once = worker_batch_size or alg.default_worker_batch_size(shards)
-        workers, messages, rest = map_workers(one, state, count, at_once, collective.accumulates_locally)
+        workers, messages, rest = map_workers(run_worker, state, count, at_once, collective.accumulates_locally)
         uploads, facts, losses = collective.gather_metrics(rest, alg.num_workers)
         total = collective.reduce(alg, messages, uploads.sent, state.params)
         keys = RoundKeys(shared_key, shared_key, key, state.round, jnp.int32(alg.num_workers))
@@ -193,7 +193,7 @@ class Algorithm:
         unknown = sorted(set(metrics) - set(facts))
         if unknown:
             known = sorted({*WORKER_METRICS, *result.metrics})
-            raise ValueError(f"metrics = {unknown}: expected names among {known}{suggest(unknown[0], known)}")
+            raise ValueError(f"metrics = {unknown}: must be names among {known}{suggest(unknown[0], known)}")
         info = RoundInfo(
             loss=jnp.mean(losses),
             sent=uploads.sent,
@@ -272,7 +272,7 @@ def assemble(
             each other.
     """
     check_implements(
-        "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, as laqjax.compressors.top_k(10)"
+        "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, such as compressors.top_k(10)"
     )
     if sampler is not None:
         check_implements(
@@ -284,13 +284,14 @@ def assemble(
         check_number("sampler.size", sampler.size, np.int32, minimum=1)
     if rule.can_skip and not memory.is_persistent:
         raise ValueError(
-            f"rule {type(rule).__name__} lets workers stay silent, but memory {type(memory).__name__} does not persist: a "
-            "silent worker's gradient would be dropped; use an Innovation memory or a rule that always sends"
+            f"memory {type(memory).__name__} with rule {type(rule).__name__}, which lets workers stay silent: must be "
+            "a persistent memory, since the gradient of a silent worker would be lost; use an Innovation memory, or a "
+            "rule that always sends"
         )
     if rule.server_selects and not isinstance(downlink, FullModelDownlink | None):
         raise ValueError(
-            f"rule {type(rule).__name__} sends the model to some workers only, but downlink {type(downlink).__name__} sends "
-            "changes, which the others would miss: use no downlink"
+            f"downlink {type(downlink).__name__} with rule {type(rule).__name__}, which selects workers: must be None, "
+            "since workers that are not selected would miss a change of the model; use downlink=None"
         )
     return Algorithm(
         oracle=oracle,
@@ -324,13 +325,13 @@ class LocalCollective:
 
 
 def map_workers(
-    one: Callable[..., Any], state: AlgorithmState, count: int, batch_size: int, accumulates_locally: bool
+    run_worker: Callable[..., Any], state: AlgorithmState, count: int, batch_size: int, accumulates_locally: bool
 ) -> Any:
     """Apply a function of one worker to all workers of this device.
 
     Args:
-        one: function `(row, worker) -> (worker, contribution, rest)`. `row` is the position of the worker on this
-            device and `worker` its `WorkerState`. `rest` is a tuple whose first entry is a `WorkerUpload`.
+        run_worker: function `(row, worker) -> (worker, contribution, rest)`. `row` is the position of the worker on
+            this device and `worker` its `WorkerState`. `rest` is a tuple whose first entry is a `WorkerUpload`.
         state: state of the algorithm. The leaves of `state.workers` are [count, ...].
         count: number of workers on this device.
         batch_size: number of workers that are computed in one batch.
@@ -342,31 +343,31 @@ def map_workers(
     """
     rows = jnp.arange(count, dtype=jnp.int32)
 
-    def in_turn(carry: Any, row: Array) -> Any:
+    def add_row(carry: Any, row: Array) -> Any:
         # updating the worker's row in place and adding its message at once avoids writing another array [M, p]
         workers, total = carry
         before = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, row, keepdims=False), workers)
-        after, message, rest = one(row, before)
+        after, message, rest = run_worker(row, before)
 
-        def put(rows: Array, new: Array, old: Array) -> Array:
+        def write_row(rows: Array, new: Array, old: Array) -> Array:
             return rows if new is old else jax.lax.dynamic_update_index_in_dim(rows, new, row, 0)
 
         if accumulates_locally:
             total, message = total + jnp.where(rest[0].sent, message, 0), None
-        return (jax.tree.map(put, workers, after, before), total), (message, rest)
+        return (jax.tree.map(write_row, workers, after, before), total), (message, rest)
 
     if batch_size == 1:
-        (workers, total), (messages, rest) = jax.lax.scan(in_turn, (state.workers, jnp.zeros_like(state.params)), rows)
+        (workers, total), (messages, rest) = jax.lax.scan(add_row, (state.workers, jnp.zeros_like(state.params)), rows)
         return workers, total if accumulates_locally else messages, rest
-    side_by_side = jax.vmap(one) if batch_size >= count else partial(_map_in_batches, one, batch_size)
+    side_by_side = jax.vmap(run_worker) if batch_size >= count else partial(_map_in_batches, run_worker, batch_size)
     workers, messages, rest = side_by_side(rows, state.workers)
     if accumulates_locally:  # a matrix product, because XLA on the CPU sums over a leading axis many times slower
         messages = jnp.matmul(rest[0].sent.astype(messages.dtype), messages, precision="highest")
     return workers, messages, rest
 
 
-def _map_in_batches(one: Callable[..., Any], batch_size: int, rows: Array, workers: WorkerState) -> Any:
-    return jax.lax.map(lambda pair: one(*pair), (rows, workers), batch_size=batch_size)
+def _map_in_batches(run_worker: Callable[..., Any], batch_size: int, rows: Array, workers: WorkerState) -> Any:
+    return jax.lax.map(lambda pair: run_worker(*pair), (rows, workers), batch_size=batch_size)
 
 
 def tree_where(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:
@@ -403,12 +404,12 @@ def worker_step(
         return check_oracle_result(alg.oracle, alg.oracle(params, shards, keys.shard, rows))
 
     def gradient_at(params: Any, full: bool = False, when: bool | Bool[Array, ""] = True) -> Float[Array, " p"]:
-        def there(params: Any) -> Any:
+        def evaluate_grad(params: Any) -> Any:
             return evaluate(params, None if full else rows).grad
 
         check_evaluates_anywhere(alg.oracle)
         counted.append(jnp.asarray(when, jnp.int32))
-        return there(params) if when is True else jax.lax.cond(when, there, jnp.zeros_like, params)
+        return evaluate_grad(params) if when is True else jax.lax.cond(when, evaluate_grad, jnp.zeros_like, params)
 
     now = RoundContext(state.params, keys, alg.learning_rate_at(state.round), alg.num_workers, gradient_at)
     asked = alg.rule.is_selected(state.rule, worker.rule, now)

@@ -1,6 +1,6 @@
 """Input validation, which runs before anything is compiled.
 
-Each error message tells what was given, what is allowed, and what to do.
+Each error message has the form "<what was given>: must be <what is allowed>; <what to do>".
 """
 
 import difflib
@@ -35,7 +35,7 @@ def check_number(
         An array of shape () and dtype `dtype`.
 
     Raises:
-        ValueError: the value is not allowed. The message names the argument, the value and what is expected.
+        ValueError: the value is not allowed. The message names the argument, the value and what is allowed.
     """
     whole = np.issubdtype(dtype, np.integer)
     try:
@@ -49,14 +49,14 @@ def check_number(
         + [f"> {above:g}"] * (above > -np.inf)
         + [f"<= {maximum:.10g}"] * (maximum < np.inf)
     )
-    expected = " and ".join([f"one {'whole' if whole else 'finite'} number", *bounds])
+    allowed = f"a {'whole' if whole else 'finite'} number {' and '.join(bounds)}".rstrip()
     valid = given.shape == () and np.isfinite(given) and minimum <= given <= maximum and given > above
     if not valid or isinstance(value, bool | np.bool_) or (whole and given != np.floor(given)):
-        raise ValueError(f"{name} = {value!r}: expected {expected}")
+        raise ValueError(f"{name} = {value!r}: must be {allowed}")
     return np.asarray(given, dtype)
 
 
-def check_nonnegative_array(name: str, value: Any, dtype: Any, shapes: Any, expected: str) -> np.ndarray:
+def check_nonnegative_array(name: str, value: Any, dtype: Any, shapes: Any, allowed: str) -> np.ndarray:
     """Check an array of finite numbers >= 0 and convert it to NumPy.
 
     Args:
@@ -64,13 +64,13 @@ def check_nonnegative_array(name: str, value: Any, dtype: Any, shapes: Any, expe
         value: the numbers.
         dtype: dtype of the result.
         shapes: the shapes allowed, a tuple of tuples; None allows any vector.
-        expected: what is allowed, for the error message.
+        allowed: what is allowed, for the error message.
 
     Returns:
         The array.
 
     Raises:
-        ValueError: the value is not allowed. The message names the argument, the value and what is expected.
+        ValueError: the value is not allowed. The message names the argument, the value and what is allowed.
     """
     try:
         array = np.asarray(value, dtype)
@@ -78,7 +78,7 @@ def check_nonnegative_array(name: str, value: Any, dtype: Any, shapes: Any, expe
         array = np.asarray(np.nan, np.float64)
     fits = array.ndim == 1 if shapes is None else array.shape in shapes
     if not fits or not np.all(np.isfinite(array)) or np.any(array < 0):
-        raise ValueError(f"{name} = {value!r}: expected {expected}")
+        raise ValueError(f"{name} = {value!r}: must be {allowed}")
     return array
 
 
@@ -121,8 +121,8 @@ def as_optimizer_factory(value: Any) -> Callable[[Any], Any]:
         return _ConstantFactory(value)
     if not callable(value):
         raise ValueError(
-            f"optimizer = {value!r}: expected a function of the step size that gives an optax transformation, as "
-            "optax.adam, or a transformation, as optax.adam(1e-3)"
+            f"optimizer = {value!r}: must be a function of the learning rate that returns an optax transformation, "
+            "such as optax.adam, or a transformation, such as optax.adam(1e-3)"
         )
     return value
 
@@ -192,30 +192,30 @@ def check_evaluates_anywhere(oracle: Any) -> None:
     """Raise ValueError if an oracle declares that it has gradients at the model of the round only."""
     if not get_declaration(oracle, OracleHints, "evaluates_anywhere"):
         raise ValueError(
-            "lazy_aggregate with a method that asks for gradients at other models (MARINA on minibatches, LASG, CADA): "
-            "expected one that lives on the gradients it is given, such as laq, lag_wk, ef21, diana"
+            "lazy_aggregate with a method that needs gradients at other models (MARINA on minibatches, LASG, CADA): "
+            "must be a method that needs only the gradients passed to `update`, such as laq, lag_wk, ef21, diana"
         )
 
 
-def check_implements(name: str, value: Any, methods: tuple[str, ...], expected: str) -> None:
+def check_implements(name: str, value: Any, methods: tuple[str, ...], allowed: str) -> None:
     """Raise ValueError unless `value` is an instance (not a class) with these methods.
 
     Args:
         name: name of the argument, for the error message.
         value: the object.
         methods: names of the methods that it must have.
-        expected: what is allowed, for the error message.
+        allowed: what is allowed, for the error message.
     """
     if isinstance(value, type) or not all(callable(getattr(value, method, None)) for method in methods):
-        raise ValueError(f"{name} = {value!r}: expected {expected}")
+        raise ValueError(f"{name} = {value!r}: must be {allowed}")
 
 
 def check_not_traced(*trees: Any) -> None:
     """Raise ValueError if a leaf of the trees is traced, since a run is a loop on the host."""
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
         raise ValueError(
-            "run, stream and sweep loop on the host and cannot be called inside jit, vmap, grad or scan: call "
-            "alg.step(state, shards, key) there, one round as a pure function"
+            "run, stream or sweep inside jit, vmap, grad or scan: must be called outside, since they loop on the "
+            "host; call alg.step(state, shards, key), one round as a pure function, inside"
         )
 
 
@@ -233,7 +233,7 @@ def check_keys(name: str, keys: Any, shape: tuple[int, ...]) -> None:
         how = "jax.random.key(0)"
         wanted = "one typed key"
         if shape:
-            wanted, how = f"{shape[0]} typed keys, one of each point", f"jax.random.split({how}, {shape[0]})"
+            wanted, how = f"{shape[0]} typed keys, one for each point", f"jax.random.split({how}, {shape[0]})"
         raise ValueError(f"{name} = {given}: must be {wanted}; pass {how}")
 
 
@@ -283,21 +283,21 @@ def check_run_inputs(alg: Any, params: Any, shards: Shards, rows: int = 0) -> No
     p, m = alg.oracle.size, alg.num_workers
     if not callable(alg.lr) and np.ndim(alg.lr):
         raise ValueError(
-            "an algorithm of many points (`stack_algorithms`): expected one algorithm; run it with `sweep`"
+            "an algorithm of many points (`stack_algorithms`): must be an algorithm of one point; run it with `sweep`"
         )
     if np.shape(params) != (p,) or getattr(params, "dtype", None) != alg.oracle.dtype:
         raise ValueError(
-            f"params = {getattr(params, 'dtype', type(params))}{list(np.shape(params))}: expected {alg.oracle.dtype}[{p}], "
-            "a vector from oracle.ravel(params), or the pytree itself"
+            f"params = {getattr(params, 'dtype', type(params))}{list(np.shape(params))}: must be "
+            f"{alg.oracle.dtype}[{p}], a vector from oracle.ravel(params), or the pytree itself"
         )
     # With indices, a message may be longer than the vector. A server that selects workers sends one message to each.
     most = np.iinfo(np.int32).max // max(m if alg.rule.server_selects else 1, 2) // alg.oracle.dtype.itemsize
     if p > most:
-        raise ValueError(f"params of {p} parameters: expected at most {most}, a round's bytes are counted in int32")
+        raise ValueError(f"params of {p} parameters: must be <= {most}, since a round's bytes are counted in int32")
     check_shards(shards, m, rows)
     if alg.sampler is not None and not 1 <= alg.sampler.size <= shards.weight.shape[1]:
         rows = shards.weight.shape[1]
-        raise ValueError(f"sampler of {alg.sampler.size} rows for shards of {rows}: expected 1 to {rows}")
+        raise ValueError(f"sampler.size = {alg.sampler.size}: must be 1 to {rows}, the rows of a shard")
     alg.oracle.validate(shards)
 
 
@@ -306,7 +306,7 @@ def check_type(shards: Any) -> None:
     if not isinstance(shards, Shards):
         raise ValueError(
             f"shards of type {type(shards).__name__}: must be laqjax.Shards(x, y, weight), where weight [M, N] is 1 for rows "
-            "that count and 0 for padding; build them as laqjax.partition_data(x, y, num_workers, scheme) does"
+            "that count and 0 for padding; build them with laqjax.partition_data(x, y, num_workers, scheme)"
         )
 
 
@@ -323,30 +323,31 @@ def check_shards(shards: Shards, num_workers: int, rows: int = 0) -> None:
         for array in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, list)):
             if not hasattr(array, "dtype"):
                 raise ValueError(
-                    f"shards.{name} holds {type(array)}: expected arrays [M, N, ...] of numbers (np.asarray)"
+                    f"shards.{name} holds {type(array)}: must be arrays [M, N, ...] of numbers; convert them with "
+                    "np.asarray"
                 )
     x, y, weight = ([np.shape(a) for a in jax.tree.leaves(tree)] for tree in shards)
     shape = weight[0] if len(weight) == 1 else ()
     if len(shape) != 2 or not x or any(a[:2] != shape for a in (*x, *y)):
         x, y, weight = (", ".join(str(list(a)) for a in shapes) for shapes in (x, y, weight))
-        raise ValueError(f"shards: expected x [M, N, ...], y [M, N, ...] and weight [M, N], got {x}, {y}, {weight}")
+        raise ValueError(f"shards of shapes {x}, {y}, {weight}: must be x [M, N, ...], y [M, N, ...] and weight [M, N]")
     if shape[0] not in (num_workers, rows):
         raise ValueError(
-            f"shards of {shape[0]} workers for an algorithm of num_workers = {num_workers}: expected the same number"
+            f"shards of {shape[0]} workers: must be {num_workers} workers, the num_workers of the algorithm"
         )
     for name, tree in zip(Shards._fields, shards, strict=True):
         for array in jax.tree.leaves(tree):
             if np.dtype(array.dtype).kind in "SUT":
                 raise ValueError(
-                    f"shards.{name} holds strings (dtype {array.dtype}): must be numbers; number the classes, as "
+                    f"shards.{name} holds strings (dtype {array.dtype}): must be numbers; number the classes with "
                     "np.unique(y, return_inverse=True)[1]"
                 )
             if not jnp.issubdtype(array.dtype, jnp.number) and (name == "weight" or array.dtype != np.bool_):
                 raise ValueError(
-                    f"shards.{name} of dtype {array.dtype}: expected numbers (uint8 images, int32 labels, float data)"
+                    f"shards.{name} of dtype {array.dtype}: must be numbers (uint8 images, int32 labels, float data)"
                 )
             if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(array))):
-                raise ValueError(f"shards.{name} holds NaN or infinity: expected finite data; clean or drop those rows")
+                raise ValueError(f"shards.{name} holds NaN or infinity: must be finite; correct or drop those rows")
     if is_readable(shards.weight):  # otherwise each process has checked its own shards
         _check_weights(np.asarray(shards.weight))
 
@@ -358,7 +359,8 @@ def _check_weights(weight: np.ndarray) -> None:
     if np.any(bad):
         worker = int(np.argmax(bad))
         raise ValueError(
-            f"shards.weight of worker {worker} sums to {total[worker]:g}: expected weights >= 0, at least one of them > 0"
+            f"shards.weight of worker {worker} sums to {total[worker]:g}: must be weights >= 0, at least one of them > "
+            "0"
         )
     counts = weight > 0
     gap = np.any(counts[:, 1:] & ~counts[:, :-1], axis=1)
@@ -366,8 +368,8 @@ def _check_weights(weight: np.ndarray) -> None:
         worker = int(np.argmax(gap))
         row = int(np.argmin(counts[worker]))
         raise ValueError(
-            f"shards.weight of worker {worker} is 0 at row {row} and not after it: expected padding at the end of a shard; "
-            "move the rows that count to the front"
+            f"shards.weight of worker {worker} is 0 at row {row} and > 0 in a later row: must be 0 (padding) only at "
+            "the end of a shard; move the rows that count to the front"
         )
 
 

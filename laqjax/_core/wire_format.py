@@ -92,8 +92,8 @@ def from_bytes(compressor: Compressor, data: bytes, like: Any) -> Float[Array, "
         count, pattern = values[there].size, _wire_dtype(field)
         if width > 64 or at + width * count > 8 * len(data):
             raise ValueError(
-                f"a message of {len(data)} bytes: expected {width} bits for each of {count} numbers of its field "
-                f"{field.name!r}, from bit {at} on"
+                f"a message of {len(data)} bytes: must be longer, since its field {field.name!r} needs {width} bits "
+                f"for each of {count} numbers from bit {at} on"
             )
         if count * width:
             last = -(-(at + width * count) // 8)
@@ -106,7 +106,8 @@ def from_bytes(compressor: Compressor, data: bytes, like: Any) -> Float[Array, "
         field.payload[field.name] = jnp.asarray(values.reshape(field.like.shape))
     if -(-at // 8) != len(data) or (at % 8 and data[-1] >> at % 8):
         raise ValueError(
-            f"a message of {len(data)} bytes: expected {-(-at // 8)}, and no bits set behind its last field (of {at} bits)"
+            f"a message of {len(data)} bytes: must be {-(-at // 8)} bytes, with zeros after the last field, which ends "
+            f"at bit {at}"
         )
     return compressor.decode(payload, like)
 

@@ -61,7 +61,7 @@ class RunCheckpointer:
         try:
             import orbax.checkpoint as orbax
         except ImportError:
-            raise ImportError("checkpoints need orbax: pip install 'laqjax[checkpoint]'") from None
+            raise ImportError("checkpoints need the package orbax; run pip install 'laqjax[checkpoint]'") from None
         self.folder, self.warn, me = Path(folder).absolute(), warn, jax.process_index()
         self.leads, self.shared = single_process or me == 0, not single_process and jax.process_count() > 1
         one = {"primary_host": me, "active_processes": {me}, "barrier_sync_key_prefix": f"process-{me}"}
@@ -75,19 +75,19 @@ class RunCheckpointer:
         mine = {"format": FORMAT} | {name: distributed.fingerprint(value) for name, value in contents.items()}
         if self.folder.exists() and any(self.folder.iterdir()) and not path.exists():
             raise ValueError(
-                f"checkpoint_dir = {folder}: expected a new folder, or one of checkpoints; this one holds other files"
+                f"checkpoint_dir = {folder}, which holds other files: must be a new folder, or a folder of checkpoints"
             )
         there = json.loads(path.read_text()) if path.exists() else mine
         if there.get("format") != FORMAT:
             raise ValueError(
-                f"checkpoint_dir = {folder} holds checkpoints of format {there.get('format')}: must be format {FORMAT}; give "
-                "another folder, or use the version of laqjax that wrote it"
+                f"checkpoint_dir = {folder} with checkpoints of format {there.get('format')}: must be format {FORMAT}; "
+                "give another folder, or use the version of laqjax that wrote it"
             )
         differs = [name for name in mine if there.get(name) != mine[name]]
         if differs:
             raise ValueError(
-                f"checkpoint_dir = {folder} is of another run: {', '.join(differs)} differs; expected the same arguments, another "
-                "folder, or this one removed"
+                f"checkpoint_dir = {folder} of a run with other arguments ({', '.join(differs)}): must be a folder of "
+                "the same run; give the same arguments or another folder, or remove this one"
             )
         self._wait("looked at")  # all processes check the folder before process 0 writes to it
         for part in self.folder.glob("*.orbax-checkpoint-tmp*") if self.leads else ():  # left by a killed process
@@ -129,8 +129,8 @@ class RunCheckpointer:
         within = [done for done in there if done <= rounds]
         if there and not within:
             raise ValueError(
-                f"rounds = {rounds}: the checkpoints in {self.folder} have {there[-1]} and more; ask for as many, or give "
-                "another folder"
+                f"rounds = {rounds}: must be at least {there[-1]}, the rounds of the oldest checkpoint in "
+                f"{self.folder}; give more rounds, or another folder"
             )
         for done in within:
             try:
@@ -138,7 +138,8 @@ class RunCheckpointer:
             except Exception as problem:  # orbax and its storage raise many types
                 path = self.folder / str(done)
                 self.warn(
-                    f"the checkpoint {path} cannot be read ({_first_line(problem)}); going on from the one before"
+                    f"checkpoint {path} cannot be read ({_first_line(problem)}); the run continues from an older one "
+                    "or the start"
                 )
         return 0, None, None
 
@@ -190,7 +191,8 @@ class RunCheckpointer:
                 self.remover.submit(shutil.rmtree, self.folder / str(old), ignore_errors=True)
         except Exception as problem:
             self.warn(
-                f"a checkpoint in {self.folder} was not written ({_first_line(problem)}); the run goes on, and the one before stands"
+                f"a checkpoint in {self.folder} was not written ({_first_line(problem)}); the run continues, and the "
+                "older checkpoints are kept"
             )
 
 

@@ -64,8 +64,8 @@ class AllReduce:
         slots = count * lax.axis_size(self.axis)
         if not 0 <= slots - num_workers < slots or slots < num_workers:
             raise ValueError(
-                f"shards of {count} workers on each of {slots // count} devices for num_workers = {num_workers}: expected "
-                f"at least {num_workers} together"
+                f"shards of {count} workers on each of {slots // count} devices: must be at least num_workers = "
+                f"{num_workers} workers in total"
             )
         return count * lax.axis_index(self.axis).astype(jnp.int32), count
 
@@ -138,13 +138,13 @@ class AllGather(AllReduce):
     def _pack_all(self, messages: tuple[Bool[Array, " m"], list[Array]]) -> UInt32[Array, "m words"]:
         """Pack the messages of this device's workers, with zeros for workers without an upload."""
 
-        def one(message: Any) -> Array:
+        def pack_one(message: Any) -> Array:
             sent, numbers = message
             if automatic_axes():  # a branch could deadlock
                 return self._pack(numbers)
             return lax.cond(sent, lambda: self._pack(numbers), lambda: jnp.zeros_like(self._pack(numbers)))
 
-        return lax.map(one, messages)
+        return lax.map(pack_one, messages)
 
     def _reduce(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
         every = lax.all_gather(self._pack_all(messages), self.axis, tiled=True)[: sent.shape[0]]
@@ -166,13 +166,13 @@ class AllToAll(AllGather):
         """Pack one message into a row of words for each device; fields with a single number go to all devices."""
         devices = lax.axis_size(self.axis)
 
-        def cut(values: Array) -> Array:
+        def split(values: Array) -> Array:
             if values.ndim == 0:
                 return jnp.broadcast_to(values, (devices,))
             length = self._chunk_size(values.shape[0])
             return jnp.pad(values, (0, devices * length - values.shape[0])).reshape(devices, length)
 
-        return jax.vmap(super()._pack)([cut(values) for values in numbers])
+        return jax.vmap(super()._pack)([split(values) for values in numbers])
 
     def _chunk_size(self, size: int) -> int:
         """Return the coordinates of a part: a multiple of 32, so that a part fills whole words for every b."""
@@ -240,8 +240,8 @@ def all_to_all(alg: Any, axis: str = "workers") -> AllToAll:
     known = field_widths(alg)
     if known is not None and not get_declaration(alg.compressor, CompressorTraits, "is_coordinatewise"):
         raise ValueError(
-            f"all_to_all of {type(alg.compressor).__name__} messages: expected a compressor with a code for each "
-            "coordinate, such as a grid; use collective='all_gather'"
+            f"collective 'all_to_all' with compressor {type(alg.compressor).__name__}: must be a compressor with a "
+            "code for each coordinate, such as a grid; use collective='all_gather'"
         )
     return AllToAll(axis, widths=known)
 
@@ -274,12 +274,12 @@ def check_collective(collective: Any) -> None:
     """Raise ValueError unless `collective` is the name of a collective, or a collective itself."""
     if isinstance(collective, str) and collective not in COLLECTIVES:
         raise ValueError(
-            f"collective = {collective!r}: expected one of {sorted(COLLECTIVES)}{suggest(collective, COLLECTIVES)}"
+            f"collective = {collective!r}: must be one of {sorted(COLLECTIVES)}{suggest(collective, COLLECTIVES)}"
         )
     if not isinstance(collective, str) and (isinstance(collective, type) or not isinstance(collective, Collective)):
         known = sorted(COLLECTIVES)
         raise ValueError(
-            f"collective = {collective!r}: expected one of {known}, or an instance of laqjax.types.Collective"
+            f"collective = {collective!r}: must be one of {known}, or an instance of laqjax.types.Collective"
         )
 
 
@@ -320,8 +320,9 @@ def field_widths(alg: Any) -> tuple[int, ...] | None:
     for field, values in zip(fields, bits, strict=True):
         if values.size > 1:
             raise ValueError(
-                f"messages of {', '.join(map(str, values))} bits per number of '{field.name}' in one sweep: expected one, "
-                "since the shape of a message is compiled in; use collective='all_reduce', or a sweep for each b"
+                f"messages of {', '.join(map(str, values))} bits per number of '{field.name}' in one sweep: must be "
+                "the same width, since the shape of a message is compiled; use collective='all_reduce', or a sweep "
+                "for each b"
             )
     return tuple(int(values[0]) for values in bits)
 

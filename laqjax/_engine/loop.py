@@ -50,11 +50,11 @@ class DivergenceError(FloatingPointError):
     def __init__(self, round: int, info: RoundInfo):
         grew = len(info.loss) > 1 and info.loss[-1] > info.loss[0]
         super().__init__(
-            f"diverged: the loss is not finite from round {round} on, after it had grown; a smaller lr, or more bits, "
-            "keeps the run stable"
+            f"the loss is not finite from round {round} on, after it had grown: the run diverged; use a smaller lr, or "
+            "more bits"
             if grew
-            else f"the loss is not finite in round {round}, and had not grown before: a 0 / 0 or a log(0) in the loss or in "
-            "the data rather than a step too large; look at the loss of single examples"
+            else f"the loss is not finite in round {round}, and had not grown before: probably a 0 / 0 or a log(0) in "
+            "the loss or in the data, not a large step; check the loss of single examples"
         )
         self.round, self.info = round, info
 
@@ -284,7 +284,7 @@ def check_state(state: AlgorithmState, expected: AlgorithmState) -> None:
     """Raise ValueError unless a state has the shapes and dtypes of another."""
     shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (expected, state)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"state: expected one that `init` makes for this algorithm, {shapes[0]}; got {shapes[1]}")
+        raise ValueError(f"state of {shapes[1]}: must be {shapes[0]}, as `init` of the algorithm returns it")
 
 
 def shard_inputs(alg: Algorithm, start: Any, params: Any, shards: Shards, mesh: Mesh) -> tuple[AlgorithmState, Shards]:
@@ -332,7 +332,7 @@ def run_chunk(
 ) -> tuple[AlgorithmState, RoundInfo]:
     """Run `count` <= `length` rounds as one compiled program; rows of the info from `count` on are zeros."""
 
-    def rounds(
+    def run_rounds(
         alg: Algorithm, state: AlgorithmState, shards: Shards, key: Any, count: Array
     ) -> tuple[AlgorithmState, RoundInfo]:
         options: Any = {"metrics": metrics, "worker_batch_size": worker_batch_size, "collective": collective}
@@ -341,8 +341,8 @@ def run_chunk(
     if mesh is not None:
         specs = sharding.state_partition_specs(mesh)
         in_specs = P(), specs, specs.workers, P(), P()
-        rounds = jax.shard_map(rounds, mesh=mesh, in_specs=in_specs, out_specs=(specs, P()), check_vma=False)
-    return rounds(alg, state, shards, key, count)
+        run_rounds = jax.shard_map(run_rounds, mesh=mesh, in_specs=in_specs, out_specs=(specs, P()), check_vma=False)
+    return run_rounds(alg, state, shards, key, count)
 
 
 def fori_rounds(

@@ -52,13 +52,13 @@ def stack_algorithms(algs: Sequence[Algorithm]) -> Algorithm:
             other parts or another padded_window. The message names the first algorithm that differs.
     """
     if not algs:
-        raise ValueError("stack of no algorithms: expected one or more")
+        raise ValueError("algs is empty: must be one algorithm or more")
     first = jax.tree.structure(algs[0]), [np.shape(leaf) for leaf in jax.tree.leaves(algs[0])]
     for i, alg in enumerate(algs):
         if (jax.tree.structure(alg), [np.shape(leaf) for leaf in jax.tree.leaves(alg)]) != first:
             raise ValueError(
-                f"algorithm {i} has another structure than algorithm 0: expected the same factory, oracle, optimizer and "
-                "num_workers, and one padded_window for all windows"
+                f"algorithm {i} differs in structure from algorithm 0: must be of the same factory, oracle, optimizer "
+                "and num_workers, with one padded_window for all windows"
             )
     return jax.tree.map(lambda *leaves: np.stack(leaves), *algs)
 
@@ -214,7 +214,7 @@ def stream_sweep(
     one, devices = select_points(algs, 0), mesh.shape.get(sharding.SWEEP_AXIS, 1)
     rows = sharding.num_worker_slots(mesh, one.num_workers)
     if points % devices:
-        raise ValueError(f"{points} points on {devices} devices: expected a multiple; fill up with copies of a point")
+        raise ValueError(f"{points} points on {devices} devices: must be a multiple; fill up with copies of a point")
     begin = partial(jax.vmap(Algorithm.init), algs)
     state = copy_state(start if isinstance(start, AlgorithmState) else begin(params), begin, params)
     if mesh.is_multi_process:  # processes with separate meshes may run different sweeps
@@ -257,13 +257,14 @@ def check_sweep(algs: Algorithm, start: Any, shards: Shards, rounds: int, keys: 
     shapes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(algs)}
     if len(shapes) != 1 or () in shapes:
         raise ValueError(
-            "an algorithm of one point: expected a stack of them; `laqjax.stack_algorithms([alg, ...])` makes one"
+            "an algorithm of one point: must be a stack of algorithms; build it with `laqjax.stack_algorithms([alg, "
+            "...])`"
         )
     (points,) = shapes.pop()
     check_keys("keys", keys, (points,))
     params = start.params if isinstance(start, AlgorithmState) else _broadcast_params(algs, start, points)
     if params.shape[0] != points:
-        raise ValueError(f"start of {params.shape[0]} points for an algorithm of {points}: expected the same number")
+        raise ValueError(f"start of {params.shape[0]} points: must be {points} points, as in the stack of algorithms")
     one = select_points(algs, 0)
     check_run_inputs(one, params[0], shards, sharding.num_worker_slots(mesh, one.num_workers))
     check_schedule(
@@ -314,7 +315,8 @@ def max_batch_size(
     fits = int(memory_limit // point)
     if fits < 1:
         raise ValueError(
-            f"memory_limit = {memory_limit / 2**20:.0f} MiB: expected at least the {point / 2**20:.1f} MiB of one point"
+            f"memory_limit = {memory_limit / 2**20:.0f} MiB: must be at least {point / 2**20:.1f} MiB, the memory of "
+            "one point"
         )
     on_cpu = jax.default_backend() == "cpu"  # forced CPU devices share one memory; each accelerator has its own
     return max(fits // devices, 1) * devices if on_cpu else fits * devices
@@ -349,34 +351,34 @@ def run_sweep_chunk(
     # the round maps over the workers: with the points as the first axis, it would transpose them every time
     behind = AlgorithmState(*(0,) * (len(AlgorithmState._fields) - 1), workers=1)  # pyright: ignore[reportArgumentType]
 
-    def one(
+    def run_round(
         shards: Shards, alg: Algorithm, state: AlgorithmState, key: Any, collective: Any = collective
     ) -> tuple[AlgorithmState, RoundInfo]:
         return alg.step(state, shards, key, metrics=metrics, worker_batch_size=worker_batch_size, collective=collective)
 
-    def together(
+    def run_together(
         algs: Algorithm, state: AlgorithmState, shards: Shards, keys: Any, count: Array
     ) -> tuple[AlgorithmState, RoundInfo]:
         def step(state: AlgorithmState) -> tuple[AlgorithmState, RoundInfo]:
-            each = partial(one, shards, collective=collectives.with_vmap_axis(collective, "points"))
+            each = partial(run_round, shards, collective=collectives.with_vmap_axis(collective, "points"))
             return jax.vmap(each, (0, behind, 0), (behind, 0), axis_name="points")(algs, state, keys)
 
         state, info = fori_rounds(step, _swap_point_axis(state), count, length)
         return _swap_point_axis(state), info
 
-    def in_turn(
+    def run_serially(
         algs: Algorithm, state: AlgorithmState, shards: Shards, keys: Any, count: Array
     ) -> tuple[AlgorithmState, RoundInfo]:
-        def rounds(point: Any) -> tuple[AlgorithmState, RoundInfo]:
+        def run_point(point: Any) -> tuple[AlgorithmState, RoundInfo]:
             alg, state, key = point
-            return fori_rounds(lambda state: one(shards, alg, state, key), state, count, length)
+            return fori_rounds(lambda state: run_round(shards, alg, state, key), state, count, length)
 
-        state, info = jax.lax.map(rounds, (algs, state, keys))
+        state, info = jax.lax.map(run_point, (algs, state, keys))
         return state, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), info)
 
     specs = sharding.state_partition_specs(mesh, sharding.SWEEP_AXIS)
     split = jax.shard_map(
-        in_turn if get_declaration(algs.oracle, OracleHints, "prefers_sequential")(shards) else together,
+        run_serially if get_declaration(algs.oracle, OracleHints, "prefers_sequential")(shards) else run_together,
         mesh=mesh,
         in_specs=(specs.params, specs, sharding.partition_spec(mesh, sharding.WORKER_AXIS), specs.params, P()),
         out_specs=(specs, sharding.partition_spec(mesh, None, sharding.SWEEP_AXIS)),

@@ -367,7 +367,8 @@ def dasha(
     """
     if sampler is not None and mvr_momentum is None:
         raise ValueError(
-            "mvr_momentum = None with a sampler: expected a number in (0, 1]; on minibatches DASHA needs its momentum (DASHA-MVR)"
+            "mvr_momentum = None with a sampler: must be a number > 0 and <= 1, since DASHA needs its momentum on "
+            "minibatches (DASHA-MVR)"
         )
     momentum = (
         None

@@ -82,7 +82,7 @@ def history_from_xi_or_c(
         )
     if xi is not None:
         raise ValueError(
-            f"xi = {xi!r} and c = {c!r}: expected one of them; c / window is each of the weights, without lr and M"
+            f"xi = {xi!r} and c = {c!r}: must be only one of them; c sets every weight to c / window, without lr and M"
         )
     weight = check_number("c", c, oracle_dtype(oracle), minimum=0)
     return make_history(
@@ -103,7 +103,11 @@ def check_smoothness(smoothness: Any, oracle: Oracle, num_workers: int) -> np.nd
         ValueError: the shape is not [num_workers], or a number is negative or not finite.
     """
     return check_nonnegative_array(
-        "smoothness", smoothness, oracle_dtype(oracle), ((num_workers,),), "L_m >= 0 of each of the num_workers workers"
+        "smoothness",
+        smoothness,
+        oracle_dtype(oracle),
+        ((num_workers,),),
+        "num_workers numbers L_m >= 0, one for each worker",
     )
 
 

@@ -50,16 +50,18 @@ def validate_reply(
     """
     node = reply.metadata.src_node_id
     if expected is None:
-        return Rejection(node, "an unknown worker")
+        return Rejection(node, "sender is not registered: must be a node that has answered a hello message")
     if reply.has_error():
-        return Rejection(node, f"its app failed: {reply.error.reason:.200}")
+        return Rejection(node, f"the client app failed: {reply.error.reason:.200}")
     try:
         header, parts = _protocol.parse_message(_protocol.ReplyHeader, reply)
         body, decoded = parts.get("body", b""), None
         reason = _find_fault(header, body, expected, alg.memory.is_persistent)
         if reason is None and header.kind in (_protocol.REPLY_UPLOAD, _protocol.REPLY_FULL):
             decoded = from_bytes(Identity() if header.kind == _protocol.REPLY_FULL else alg.compressor, body, params)
-            reason = None if np.all(np.isfinite(np.asarray(decoded))) else "numbers that are not finite"
+            reason = (
+                None if np.all(np.isfinite(np.asarray(decoded))) else "numbers with NaN or infinity: must be finite"
+            )
     except ValueError as error:
         return Rejection(node, str(error))
     return AcceptedReply(node, header, decoded) if reason is None else Rejection(node, reason)
@@ -100,22 +102,22 @@ def _find_fault(header: _protocol.ReplyHeader, body: bytes, expected: ExpectedRe
     for name in ("session", "round", "worker", "scheme"):
         found, value = getattr(header, name), getattr(expected, name)
         if found != value:
-            return f"{name} {found}: expected {value}" + (", it is late" if name == "round" else "")
+            return f"{name} = {found}: must be {value}" + ("; the reply is late" if name == "round" else "")
     if not expected.is_due:
-        return "a second reply, or one that nobody asked for"
+        return "second reply, or reply without a broadcast: must be one reply to each broadcast"
     if header.kind == _protocol.REPLY_OUT_OF_SYNC:
         return None
     kinds = _protocol.REPLY_SILENT, _protocol.REPLY_UPLOAD, _protocol.REPLY_FULL
     if header.kind not in kinds or not np.isfinite(header.loss):
         allowed = "{}, {} or {}".format(*kinds)
-        return f"kind {header.kind}, loss {header.loss}: expected {allowed}, and a finite loss"
+        return f"kind = {header.kind}, loss = {header.loss}: must be kind {allowed}, and a finite loss"
     base = header.base, header.base_digest
     if header.kind != _protocol.REPLY_FULL and is_persistent and base != expected.accepted:
-        return f"it stands on its upload of round {header.base}: expected that of {expected.accepted[0]}"
+        return f"base = upload of round {header.base}: must be that of round {expected.accepted[0]}, the last accepted"
     if header.kind == _protocol.REPLY_SILENT:
         return None
     if header.size != len(body) or header.digest != _protocol.upload_id(body, header.round, base)[1]:
-        return f"{len(body)} bytes billed as {header.size}: expected what was billed, and its digest"
+        return f"size = {header.size} for a body of {len(body)} bytes: must be the size of the body, with its digest"
     return None
 
 
@@ -141,7 +143,7 @@ def find_outliers(
     outliers, magnitudes = {}, dict(max_magnitudes)
     for worker, size in sizes.items():
         if size > factor * usual:
-            reason = f"numbers up to {size:.3g}: expected at most {factor:g} times the usual {usual:.3g}"
+            reason = f"largest absolute value = {size:.3g}: must be at most {factor:g} times the median {usual:.3g}"
             outliers[worker] = Rejection(replies[worker].node, reason)
         else:
             magnitudes[worker] = max(size, max_magnitudes.get(worker, 0.0))

@@ -80,16 +80,16 @@ def restore_checkpoint(path: Path, initial: Checkpoint) -> Checkpoint:
         with path.open("rb") as opened, np.load(opened) as file:  # NumPy leaves a damaged file open
             arrays = dict(file)
     except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, or give another checkpoint") from None
+        raise ValueError(f"{path} is damaged ({error}): must be readable; remove it, or give another file") from None
     found = arrays.pop("format", None)
     if not np.array_equal(found, CHECKPOINT_FORMAT):
         raise ValueError(
-            f"{path} is of format {found}: expected format {CHECKPOINT_FORMAT}; remove it, or give another file"
+            f"{path} is of format {found}: must be format {CHECKPOINT_FORMAT}; remove it, or give another file"
         )
     leaves = list(arrays.values())
     shapes = [[(np.shape(leaf), np.asarray(leaf).dtype) for leaf in part] for part in (jax.tree.leaves(like), leaves)]
     if shapes[0] != shapes[1] or not np.array_equal(leaves[0], like[0][0]):
-        raise ValueError(f"{path} is of another algorithm, model or key: expected that of this run; give another file")
+        raise ValueError(f"{path} is of another algorithm, model or key: must be of this run; give another file")
     about, state, memories, rule_states, rounds, digests, peaks = jax.tree.unflatten(jax.tree.structure(like), leaves)
     state, memories = jax.tree.map(jnp.asarray, (state, memories))
     accepted = [(int(round), digest.tobytes()) for round, digest in zip(rounds, digests, strict=True)]

@@ -158,7 +158,7 @@ class FederatedClient:
         down, parts = _protocol.parse_message(_protocol.BroadcastHeader, message)
         worker = int(context.node_config["partition-id"])
         if down.worker != worker:
-            raise ValueError(f"a broadcast to worker {down.worker}: expected one to {worker}, the node's partition-id")
+            raise ValueError(f"broadcast to worker {down.worker}: must be to worker {worker}, the node's partition-id")
         kept = load_state(context, self._likes)
         known = self._resolve_broadcast(down, parts, kept)
         about = down.session, down.round, worker, _protocol.REPLY_OUT_OF_SYNC, *_protocol.UNKNOWN_UPLOAD
@@ -262,7 +262,7 @@ def _check_worker_shard(alg: Algorithm, shards: Shards) -> Shards:
         ValueError: the weights do not have shape [1, N], or the oracle rejects the data.
     """
     if np.ndim(shards.weight) != 2 or len(shards.weight) != 1:
-        raise ValueError(f"shard with weight {list(np.shape(shards.weight))}: expected [1, N], the rows of one worker")
+        raise ValueError(f"weight of shape {list(np.shape(shards.weight))}: must be [1, N], the rows of one worker")
     alg.oracle.validate(shards)
     return shards
 

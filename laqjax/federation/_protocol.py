@@ -109,7 +109,7 @@ def tree_from_bytes(data: bytes, like: Any) -> Any:
     leaves, structure = jax.tree.flatten(like)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
     if len(data) != sum(sizes):
-        raise ValueError(f"{len(data)} bytes: expected {sum(sizes)}")
+        raise ValueError(f"arrays of {len(data)} bytes: must be {sum(sizes)} bytes")
     places = itertools.accumulate(sizes, initial=0)
     pieces = [np.frombuffer(data, a.dtype, a.size, at).reshape(a.shape) for a, at in zip(leaves, places, strict=False)]
     return jax.tree.unflatten(structure, pieces)
@@ -181,7 +181,7 @@ def parse_message(kind: Any, message: Message) -> tuple[Any, dict[str, Any]]:
     form = all(isinstance(part, bytes) for part in (head, *parts.values())) and not set(parts) - {"body", "history"}
     if not form or short_digest(head[:size])[:HEADER_DIGEST_BYTES] != head[size:]:
         raise ValueError(
-            f"a message with {sorted(parts)}: expected a head of {size} bytes and its digest, body, history"
+            f"a message with the parts {sorted(parts)}: must be a head of {size} bytes and its digest, body, history"
         )
     return kind(*HEADER_STRUCTS[kind].unpack(head[:size])), parts
 

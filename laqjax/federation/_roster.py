@@ -46,15 +46,14 @@ def register_node(roster: Roster, reply: Message) -> Rejection | None:
     """Assign a node to the worker id in its answer to a hello message, or return why it is rejected."""
     node = reply.metadata.src_node_id
     if reply.has_error():  # the node gets another hello message in the next round
-        return Rejection(node, f"its app failed: {reply.error.reason:.200}")
+        return Rejection(node, f"the client app failed: {reply.error.reason:.200}")
     found = reply.content.get(RECORD_KEY)
     worker = found.get("worker") if isinstance(found, ConfigRecord) else None
     if worker is not None and roster.nodes.get(node) == worker:  # the node is already registered
         return None
     if worker not in roster.workers or isinstance(worker, bool) or worker in roster.nodes.values():
         roster.unassigned_nodes.add(node)
-        expected = f"expected one of {roster.workers} that is not there yet"
-        return Rejection(node, f"it says that it is worker {worker!r:.20}: {expected}")
+        return Rejection(node, f"worker = {worker!r:.20}: must be in {roster.workers}, and not registered already")
     roster.nodes[node] = assigned = int(worker)  # pyright: ignore[reportArgumentType]
     roster.model_rounds[assigned] = None
     return None

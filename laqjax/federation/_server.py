@@ -97,7 +97,7 @@ def _select_workers(alg: Algorithm, state: AlgorithmState, own: Any, key: PRNGKe
         The mask [M] of selected workers, and the rule's state of each worker after the round.
     """
 
-    def one(worker: Array, own: Any, sent: Array) -> tuple[Array, Any]:
+    def select(worker: Array, own: Any, sent: Array) -> tuple[Array, Any]:
         nothing, zero = jnp.zeros_like(state.params), jnp.zeros((), state.params.dtype)
         keys = RoundKeys(*worker_keys(alg, key, state.round, worker), key, state.round, worker)
         now = RoundContext(
@@ -110,7 +110,7 @@ def _select_workers(alg: Algorithm, state: AlgorithmState, own: Any, key: PRNGKe
             lambda a, b: jnp.where(sent, a, b), decision.if_sent, decision.if_silent
         )
 
-    return jax.vmap(one)(jnp.arange(alg.num_workers, dtype=jnp.int32), own, sent)
+    return jax.vmap(select)(jnp.arange(alg.num_workers, dtype=jnp.int32), own, sent)
 
 
 class ModelChange(NamedTuple):
@@ -231,7 +231,7 @@ class FederatedServer:
         """
         self.alg, self._key, self._key_bytes = alg, key, np.asarray(jax.random.key_data(key)).tobytes()
         if (size := len(self._key_bytes)) != 8:
-            raise ValueError(f"key of {size} bytes: expected jax.random.key(seed) of JAX's default kind")
+            raise ValueError(f"key of {size} bytes: must be jax.random.key(seed) of JAX's default kind")
         self._timeout, self._checkpoint_path, self._outlier_factor = round_timeout, checkpoint_path, outlier_factor
         self._scheme, self._session, self._roster = (
             _protocol.scheme_digest(alg),
@@ -273,7 +273,7 @@ class FederatedServer:
                 missed = 0
                 yield facts
             elif (missed := missed + 1) >= max_missed_rounds:
-                raise RuntimeError(f"nobody answered in round {round}, {max_missed_rounds} times: see the log")
+                raise RuntimeError(f"no valid reply in round {round} after {max_missed_rounds} attempts; see the log")
 
     def run_round(self, grid: Grid) -> RoundStats | None:
         """Run one round.
@@ -338,7 +338,7 @@ class FederatedServer:
             _log_rejections(dict(roster.nodes), collect_replies(self.alg, self.state.params, replies, {}, roster)[1])
             if (came := len(roster.nodes)) < workers:
                 if time.monotonic() > end:
-                    raise RuntimeError(f"{came} workers came: expected {workers}; are their nodes running?")
+                    raise RuntimeError(f"{came} workers registered: must be {workers}; check that their nodes run")
                 time.sleep(min(1.0, self._timeout))
 
     def _checkpoint(self) -> Checkpoint:

@@ -174,7 +174,7 @@ def test_what_cannot_run_is_said_before_anything_is_written(home: Path) -> None:
         (["--partition", "contiguous", "sorted"], "partition = .*: expected one; a comparison is of one problem"),
         (["--algorithm", "lac"], "algorithm = 'lac': expected FILE.py:factory or one of"),
         (["--algorithm", "topk_ef", "--k", "99"], "topk_ef: k argument to top_k must be no larger than size"),
-        (["--rounds", "0"], "rounds = 0: expected"),
+        (["--rounds", "0"], "rounds = 0: must be"),
     ):
         with pytest.raises(ValueError, match=said):
             run(home / "refused", *given)

@@ -452,23 +452,23 @@ def test_unequal_sizes_are_geometric():
 @pytest.mark.parametrize(
     ("num_workers", "scheme", "message"),
     [
-        (0, "contiguous", "num_workers=0: expected 1 to 12"),
-        (13, "shuffled", "num_workers=13: expected 1 to 12"),
-        (-1, "dirichlet:1", "num_workers=-1: expected 1 to 12"),
-        (2, "", "scheme='': expected contiguous, shuffled, sorted, dirichlet:ALPHA or unequal:RATIO"),
-        (2, "random", "scheme='random': expected contiguous"),
-        (2, "shufled", r"scheme='shufled': expected contiguous.*; did you mean 'shuffled'\?"),
-        (2, "sorted:3", "scheme='sorted:3': expected contiguous"),
-        (2, "dirichlet", "scheme='dirichlet': expected dirichlet:ALPHA"),
-        (2, "dirichlet:", "scheme='dirichlet:': expected dirichlet:ALPHA"),
-        (2, "dirichlet:x", "scheme='dirichlet:x': expected dirichlet:ALPHA"),
-        (2, "dirichlet:0", "scheme='dirichlet:0': expected dirichlet:ALPHA, ALPHA finite and above 0"),
-        (2, "dirichlet:-1", "scheme='dirichlet:-1': expected dirichlet:ALPHA"),
-        (2, "dirichlet:inf", "scheme='dirichlet:inf': expected dirichlet:ALPHA"),
-        (2, "dirichlet:nan", "scheme='dirichlet:nan': expected dirichlet:ALPHA"),
-        (2, "unequal:0.5", "scheme='unequal:0.5': expected unequal:RATIO, RATIO finite and at least 1"),
-        (2, "unequal:inf", "scheme='unequal:inf': expected unequal:RATIO"),
-        (12, "unequal:100", "scheme='unequal:100': a worker of 12 gets none of 12 samples"),
+        (0, "contiguous", "num_workers = 0: must be 1 to 12"),
+        (13, "shuffled", "num_workers = 13: must be 1 to 12"),
+        (-1, "dirichlet:1", "num_workers = -1: must be 1 to 12"),
+        (2, "", "scheme = '': must be contiguous, shuffled, sorted, dirichlet:ALPHA or unequal:RATIO"),
+        (2, "random", "scheme = 'random': must be contiguous"),
+        (2, "shufled", r"scheme = 'shufled': must be contiguous.*; did you mean 'shuffled'\?"),
+        (2, "sorted:3", "scheme = 'sorted:3': must be contiguous"),
+        (2, "dirichlet", "scheme = 'dirichlet': must be dirichlet:ALPHA"),
+        (2, "dirichlet:", "scheme = 'dirichlet:': must be dirichlet:ALPHA"),
+        (2, "dirichlet:x", "scheme = 'dirichlet:x': must be dirichlet:ALPHA"),
+        (2, "dirichlet:0", "scheme = 'dirichlet:0': must be dirichlet:ALPHA, ALPHA finite and above 0"),
+        (2, "dirichlet:-1", "scheme = 'dirichlet:-1': must be dirichlet:ALPHA"),
+        (2, "dirichlet:inf", "scheme = 'dirichlet:inf': must be dirichlet:ALPHA"),
+        (2, "dirichlet:nan", "scheme = 'dirichlet:nan': must be dirichlet:ALPHA"),
+        (2, "unequal:0.5", "scheme = 'unequal:0.5': must be unequal:RATIO, RATIO finite and at least 1"),
+        (2, "unequal:inf", "scheme = 'unequal:inf': must be unequal:RATIO"),
+        (12, "unequal:100", "scheme = 'unequal:100' for 12 samples, 12 workers: must be a smaller ratio"),
     ],
 )
 def test_partition_refuses(num_workers, scheme, message):
@@ -479,9 +479,9 @@ def test_partition_refuses(num_workers, scheme, message):
 
 def test_partition_refuses_mismatched_and_unclassed_labels():
     x, y = numbered(12)
-    with pytest.raises(ValueError, match=r"expected one label per row.*\(11,\)"):
+    with pytest.raises(ValueError, match=r"x and y of shapes .*\(11,\).*: must be of one length"):
         partition_data(x, y[:11], 2, "contiguous")
-    with pytest.raises(ValueError, match=r"y: dirichlet splits classes.*float64"):
+    with pytest.raises(ValueError, match=r"y of dtype float64: must be integer labels"):
         partition_data(x, y.astype(np.float64), 2, "dirichlet:1")
     partition_data(x, y.astype(np.float64), 2, "sorted")
 

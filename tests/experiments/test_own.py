@@ -97,8 +97,8 @@ def test_data_problem_and_algorithm_of_ones_own(own: Path) -> None:
     [
         (["--problem", "{}:key"], "{}:key, loss: "),
         (["--problem", "{}:wrong"], "{}:wrong: AttributeError: 'Dataset' object has no attribute 'nothing' (line 38)"),
-        (["--problem", "{}:average"], "error: loss_fn(params, x, y) gave "),
-        (["--problem", "{}:average"], "do not average inside the loss, the oracle does it by the weights (points 0-1)"),
+        (["--problem", "{}:average"], "error: loss_fn(params, x, y) returned "),
+        (["--problem", "{}:average"], "average inside the loss, since the oracle averages by the weights (points 0-1)"),
         (["--problem", "{}:average", "--algorithm", "sgd", "--minibatch", "2"], "do not average inside the loss"),
         (
             ["--problem", "{}:number"],
@@ -107,7 +107,7 @@ def test_data_problem_and_algorithm_of_ones_own(own: Path) -> None:
         (["--problem", "{}:nothing"], "{}:nothing: {} has no function nothing"),
         (["--problem", "none.py:make"], "none.py is missing: expected FILE.py:NAME"),
         (["--algorithm", "{}:slow", "--set", "pace", "3"], "--set pace: expected an argument of {}:slow"),
-        (["--algorithm", "{}:slow", "--set", "patience", "-3"], "{}:slow: ValueError: max_silence = -3: expected"),
+        (["--algorithm", "{}:slow", "--set", "patience", "-3"], "{}:slow: ValueError: max_silence = -3: must be"),
         (["--dataset", "{}:slow"], "{}:slow: TypeError: slow() missing 1 required positional argument: 'oracle'"),
         (["--dataset", "{}:nothing"], "{}:nothing: {} has no function nothing"),
     ],
@@ -187,7 +187,7 @@ def test_the_example_of_a_loop_takes_few_steps(monkeypatch: pytest.MonkeyPatch) 
 
     np.testing.assert_allclose(parallel.smoothed([3.0, 2.0, 1.0]), [2.0])
     np.testing.assert_allclose(parallel.smoothed([*range(12)]), [4.5, 5.5, 6.5])
-    with pytest.raises(ValueError, match="steps = 0: expected one whole number and >= 1"):
+    with pytest.raises(ValueError, match="steps = 0: must be a whole number >= 1"):
         parallel.main(steps=0)
 
 

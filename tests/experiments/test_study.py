@@ -222,7 +222,7 @@ def test_a_state_of_other_points_is_set_aside(tmp_path: Path) -> None:
     study.Batch(mine[2::-1], Targets(), budget, 3, path, show).run(console, keep=True)
     assert not console.export_text(clear=False)
     study.Batch(mine[:3], Targets(), budget, 3, path, show).run(console)
-    assert "is of another run: points differs" in console.export_text()
+    assert "of a run with other arguments (points)" in console.export_text()
 
 
 def test_the_loss_of_local_steps_is_that_of_the_model_before_them() -> None:

@@ -252,11 +252,11 @@ def processes(*more: str, out: Path) -> list["subprocess.Popen[str]"]:
 
 
 def test_processes_are_named_whole_or_found() -> None:
-    assert "num_processes = 2, process_id = None: expected all three" in refusal("--num-processes", "2")
+    assert "num_processes = 2, process_id = None: must be all given" in refusal("--num-processes", "2")
     alone = command("--coordinator", "auto", out=Path("refused"))  # in a process that has not used JAX yet
     told = subprocess.run(alone, env=environment(), capture_output=True, text=True, check=False)
     assert told.returncode == 2
-    assert "JAX finds no processes of Slurm" in told.stderr
+    assert "must be given, since JAX finds no Slurm or TPU pod" in told.stderr
 
 
 @pytest.mark.distributed
@@ -300,7 +300,7 @@ def test_processes_that_do_not_belong_together(fault: str, tmp_path: Path) -> No
         one = command(*EIGHT, *options, *where, str(rank), out=out)
         pair.append(subprocess.Popen(one, cwd=place, **given))
     said = [process.communicate(timeout=120)[1] for process in pair]
-    expected = {"settings": "the settings: process 1", "folder": "that all processes must see", "file": "File exists"}
+    expected = {"settings": "the settings (process 1", "folder": "that all processes must see", "file": "File exists"}
     assert all(expected[fault] in error for error in said), said
     assert all(process.returncode in (1, 2) for process in pair)
 
@@ -375,11 +375,11 @@ def test_all_bad_points_are_named_before_anything_is_compiled() -> None:
     before = programs()
     said = refusal("-b", "4", "0", "99", "-C", "10", "20", "-1", "-D", "1", out=Path("bad"))
     max_silence, low, high, count = said.splitlines()  # what is wrong is said once, before the points
-    assert max_silence.startswith("error: max_silence = -1: expected ")
+    assert max_silence.startswith("error: max_silence = -1: must be ")
     assert max_silence.endswith(" (points 2, 5, 8)")
-    assert low.startswith("bits = 0: expected ")
+    assert low.startswith("bits = 0: must be ")
     assert low.endswith(" (points 3-4)")
-    assert high.startswith("bits = 99: expected ")
+    assert high.startswith("bits = 99: must be ")
     assert high.endswith(" (points 6-7)")
     assert count == "7 of 9 points cannot run"
     assert programs() == before
@@ -395,7 +395,7 @@ def test_a_loss_that_averages_is_named(tmp_path: Path) -> None:
     )
     before = programs()
     said = refusal("--problem", f"{own}:make", out=tmp_path / "refused")
-    assert "expected per-example losses of shape [2]; do not average inside the loss" in said
+    assert "must be per-example losses of shape [2]" in said
     assert programs() == before
 
 
@@ -405,13 +405,13 @@ def test_a_loss_that_averages_is_named(tmp_path: Path) -> None:
         (["--shard", "3/2"], "shard = '3/2': expected i/n"),
         (["--shard", "one"], "shard = 'one': expected i/n"),
         (["--shard", "1/99"], "expected at most 36 shards for 36 points"),
-        (["--random", "0"], "random = 0: expected one whole number"),
+        (["--random", "0"], "random = 0: must be a whole number"),
         (["--algorithm", "lac"], "algorithm = 'lac': expected FILE.py:factory or one of "),
         (["--algorithm", "ef21", "--compressor", "tip_k:3"], "compressor = 'tip_k:3': expected one of"),
         (["--problem", "softmaxx"], "problem = 'softmaxx' on synthetic-logistic: expected"),
         (["--target", "1", "2"], "the largest first"),
-        (["--rounds", "0"], "rounds = 0: expected"),
-        (["--batch", "-1"], "batch = -1: expected"),
+        (["--rounds", "0"], "rounds = 0: must be"),
+        (["--batch", "-1"], "batch = -1: must be"),
         (["--uplink-mbps", "0"], "uplink_mbps = 0.0: expected a number > 0"),
         (["--algorithm"], "axis algorithm has no values"),
         (["--set", "momentum"], "--set momentum has no values"),
@@ -446,16 +446,16 @@ def test_a_loss_that_averages_is_named(tmp_path: Path) -> None:
         (["--algorithm", "gd", "-b", "2", "4"], "--bits 2 4: gd has no argument bits; leave the option out, or add an"),
         (["--algorithm", "gd", "sgd", "--k", "2"], "--k 2: gd, sgd has no argument k; leave the option out"),
         (["--target-accuracy", "0.5"], "target_accuracy: expected a problem with an accuracy, and data with test rows"),
-        (["--seeds", "0", "-1"], "seeds = -1: expected one whole number and >= 0"),
-        (["--batch", "0"], "batch = 0: expected"),
-        (["--algorithm", "sgd", "--minibatch", "31"], "minibatch = 31: expected one whole number and >= 1 and <= 30"),
+        (["--seeds", "0", "-1"], "seeds = -1: must be a whole number >= 0"),
+        (["--batch", "0"], "batch = 0: must be"),
+        (["--algorithm", "sgd", "--minibatch", "31"], "minibatch = 31: must be a whole number >= 1 and <= 30"),
         (["--algorithm", "topk_ef", "--k", "99"], "1 of 1 points cannot run"),
         (["--algorithm", "marina", "--compressor", "rand_k:99"], "1 of 1 points cannot run"),
         (["--workers", "4", "99999", "-b", "4", "-C", "1", "-D", "1"], "1 of 2 points cannot run"),
-        (["--random", "2", "--lr", "0", "0.1"], "lr = 0.0: expected one finite number and > 0"),
+        (["--random", "2", "--lr", "0", "0.1"], "lr = 0.0: must be a finite number > 0"),
         (["--config", "."], "directory"),
         (["--config", "none.toml"], "none.toml"),
-        (["--memory", "1e-9"], "expected at least the"),
+        (["--memory", "1e-9"], "memory_limit = 0 MiB: must be at least"),
         (["--dataset", "synthetic-linear?workers=4", "--problem", "softmax"], "ridge for numbers"),
     ],
 )

@@ -104,7 +104,7 @@ def test_a_trial_costs_what_the_sweep_says(tmp_path: Path, monkeypatch: pytest.M
         (["--lr", "0", "1"], "expected a range of positive numbers"),
         (["--problem", "logistic", "ridge"], "expected one; a search runs on one problem"),
         (["--seeds"], "axis seed has no values"),
-        (["--trials", "0"], "trials = 0: expected"),
+        (["--trials", "0"], "trials = 0: must be"),
         (["--memory", "1e-5"], "expected at most 2 points in the memory"),
     ],
 )

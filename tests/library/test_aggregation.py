@@ -36,7 +36,7 @@ TOP = compressors.top_k(3)
         (algorithms.laq, {"quantizer_blocks": (27.0, 27.0)}, "quantizer_blocks = (27.0, 27.0): must be"),
         (algorithms.laq, {"quantizer_blocks": ()}, "quantizer_blocks = (): must be"),
         (algorithms.laq, {"quantizer_blocks": 54}, "quantizer_blocks = 54: must be"),
-        (algorithms.laq, {"collective": "all_gathr"}, "collective = 'all_gathr': expected one of"),
+        (algorithms.laq, {"collective": "all_gathr"}, "collective = 'all_gathr': must be one of"),
         (algorithms.laq, {"collective": "all_gathr"}, "did you mean 'all_gather'?"),
         (algorithms.laq, {"bit": 4}, "lazy_aggregate(bit=...) with laq: must be one of bits, xi,"),
         (algorithms.laq, {"bit": 4}, "did you mean 'bits'?"),
@@ -127,12 +127,12 @@ OTHER = laqjax.lazy_aggregate("data", 4, algorithms.lasg_wk2, sampler=BlockSampl
         (
             SAMPLED,
             {"mesh": TWO_AXES, "axis_names": {"data"}},
-            "with the axes ('model',) beside: expected a method without",
+            "with the other axes ('model',): must be a method without",
         ),
         (laqjax.lazy_aggregate("data", 8), {}, "num_workers = 8 on the axis 'data' of 4 devices"),
-        (OTHER, {}, "lazy_aggregate with a method that asks for gradients at other models"),
-        (LOCAL, {}, "lazy_aggregate with a method that asks for gradients at other models"),
-        (laqjax.lazy_aggregate("data", 4, quantizer_blocks=(1, 2)), {}, "expected p = 54"),
+        (OTHER, {}, "lazy_aggregate with a method that needs gradients at other models"),
+        (LOCAL, {}, "lazy_aggregate with a method that needs gradients at other models"),
+        (laqjax.lazy_aggregate("data", 4, quantizer_blocks=(1, 2)), {}, "sum 3: must be of sum p = 54"),
     ],
 )
 def test_an_update_that_cannot_work_is_refused(tx: Any, options: Any, message: str) -> None:
@@ -141,7 +141,7 @@ def test_an_update_that_cannot_work_is_refused(tx: Any, options: Any, message: s
 
 
 def test_an_update_outside_of_shard_map_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"axis 'data', which is not bound here: update must be called inside"):
+    with pytest.raises(ValueError, match=r"axis 'data', which is not bound here: must be called inside"):
         jax.jit(LAQ.update)(PARAMS, LAQ.init(PARAMS), PARAMS)
     with pytest.raises(TypeError, match="axis"):  # no default: a wrong axis would be found late, or never
         laqjax.aggregation.partition_specs(LAQ.init(PARAMS))  # pyright: ignore[reportCallIssue]

@@ -234,7 +234,7 @@ def test_each_block_has_its_own_radius() -> None:
     decoded = scheme.decode(payload, target)
     assert np.abs(decoded - target)[:3].max() <= 1 / 15 + 1e-6
     assert 8 * wire_format.message_bytes(scheme.wire_fields(payload, target)) == -(-(2 * 32 + 4 * 7) // 8) * 8
-    with pytest.raises(ValueError, match=r"blockwise sizes = \(3, 3\) add up to 6: expected p = 7"):
+    with pytest.raises(ValueError, match=r"blockwise sizes = \(3, 3\), sum 6: must be of sum p = 7"):
         compressors.blockwise(compressors.grid(4), (3, 3)).encode(target, KEYS)
 
 

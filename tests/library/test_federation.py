@@ -395,7 +395,7 @@ def test_a_checkpoint_of_another_format_is_refused(found: int | None, tmp_path: 
     if found is not None:
         arrays["format"] = np.asarray(found)
     np.savez(path, **arrays)
-    with pytest.raises(ValueError, match=rf"is of format {found}: expected format 1; remove it, or give another file"):
+    with pytest.raises(ValueError, match=f"is of format {found}: must be format 1"):
         _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path)
 
 
@@ -458,12 +458,12 @@ def test_a_round_without_an_answer_comes_again(toy: Toy) -> None:
     before = server.state
     assert server.run_round(grid) is None
     assert server.state is before
-    with pytest.raises(RuntimeError, match="nobody answered in round 3, 2 times"):
+    with pytest.raises(RuntimeError, match="no valid reply in round 3 after 2 attempts"):
         list(server.run(grid, 9, max_missed_rounds=2))
     weather.plan = {}
     assert [facts.round for facts in server.run(grid, 5)] == [3, 4]
     empty = InProcessGrid(_client.client_app(alg, loader(toy.shards)), [])
-    with pytest.raises(RuntimeError, match="0 workers came: expected 4"):
+    with pytest.raises(RuntimeError, match="0 workers registered: must be 4"):
         list(_server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.01).run(empty, 1, max_missed_rounds=1))
 
 
@@ -496,39 +496,42 @@ def grid_message(bits: int, value: float, size: int = 63, dtype: Any = np.float3
 
 
 HOSTILE: dict[str, tuple[Callable[[Message], Message], str]] = {
-    "too short": (lambda r: forged(r, body=body_of(r)[:-1]), "expected 3 bits for each of 63"),
-    "too long": (lambda r: forged(r, body=body_of(r) + b"\0"), "a message of 29 bytes: expected 28"),
-    "bits behind the end": (lambda r: forged(r, body=body_of(r)[:-1] + b"\xff"), "no bits set behind"),
+    "too short": (lambda r: forged(r, body=body_of(r)[:-1]), "field 'codes' needs 3 bits for each of 63"),
+    "too long": (lambda r: forged(r, body=body_of(r) + b"\0"), "a message of 29 bytes: must be 28"),
+    "bits behind the end": (lambda r: forged(r, body=body_of(r)[:-1] + b"\xff"), "with zeros after the last field"),
     "empty": (lambda r: forged(r, body=b""), "a message of 0 bytes"),
-    "another b": (lambda r: forged(r, body=grid_message(4, 0.1)), "a message of 36 bytes: expected 28"),
+    "another b": (lambda r: forged(r, body=grid_message(4, 0.1)), "a message of 36 bytes: must be 28"),
     "another p": (
         lambda r: forged(r, body=grid_message(3, 0.1, 60)),
         "a message of 27 bytes",
     ),
     "another dtype": (lambda r: forged(r, body=grid_message(3, 0.1, dtype=np.float64)), "a message of 32 bytes"),
-    "another scheme": (lambda r: forged(r, {"scheme": bytes(8)}), "scheme b'"),
-    "not a number": (lambda r: forged(r, body=np.float32(np.nan).tobytes() + body_of(r)[4:]), "not finite"),
-    "infinite": (lambda r: forged(r, body=np.float32(np.inf).tobytes() + body_of(r)[4:]), "not finite"),
-    "absurd": (lambda r: forged(r, body=np.float32(1e9).tobytes() + body_of(r)[4:]), "times the usual"),
-    "an earlier round": (lambda r: forged(r, {"round": 1}), "round 1: expected 3, it is late"),
-    "a later round": (lambda r: forged(r, {"round": 9}), "round 9: expected 3"),
-    "another session": (lambda r: forged(r, {"session": 1}), "session 1: expected"),
-    "another worker's": (lambda r: forged(r, {"worker": 2}), "worker 2: expected 1"),
-    "a forged base": (lambda r: forged(r, {"base": 2, "base_digest": bytes(8)}), "stands on its upload of round 2"),
-    "a forged digest": (lambda r: forged(r, {"digest": bytes(8)}), "expected what was billed, and its digest"),
-    "another size billed": (lambda r: forged(r, {"size": 1}), "billed as 1: "),
-    "another kind": (lambda r: forged(r, {"kind": 77}), "kind 77"),
-    "everything, too short": (lambda r: forged(r, {"kind": _protocol.REPLY_FULL}), "expected 32 bits for each of 63"),
+    "another scheme": (lambda r: forged(r, {"scheme": bytes(8)}), "scheme = b'"),
+    "not a number": (lambda r: forged(r, body=np.float32(np.nan).tobytes() + body_of(r)[4:]), "must be finite"),
+    "infinite": (lambda r: forged(r, body=np.float32(np.inf).tobytes() + body_of(r)[4:]), "must be finite"),
+    "absurd": (
+        lambda r: forged(r, body=np.float32(1e9).tobytes() + body_of(r)[4:]),
+        "absolute value = .*: must be at most",
+    ),
+    "an earlier round": (lambda r: forged(r, {"round": 1}), "round = 1: must be 3"),
+    "a later round": (lambda r: forged(r, {"round": 9}), "round = 9: must be 3"),
+    "another session": (lambda r: forged(r, {"session": 1}), "session = 1: must be"),
+    "another worker's": (lambda r: forged(r, {"worker": 2}), "worker = 2: must be 1"),
+    "a forged base": (lambda r: forged(r, {"base": 2, "base_digest": bytes(8)}), "base = upload of round 2: must be"),
+    "a forged digest": (lambda r: forged(r, {"digest": bytes(8)}), "must be the size of the body, with its digest"),
+    "another size billed": (lambda r: forged(r, {"size": 1}), "size = 1 for a body"),
+    "another kind": (lambda r: forged(r, {"kind": 77}), "kind = 77, loss = .*: must be kind"),
+    "everything, too short": (lambda r: forged(r, {"kind": _protocol.REPLY_FULL}), "needs 32 bits for each of 63"),
     "no loss": (lambda r: forged(r, {"loss": float("nan")}), "a finite loss"),
-    "no head": (lambda r: with_content(r, {}), "expected a head"),
-    "a short head": (lambda r: with_content(r, {"head": b"short"}), "expected a head"),
-    "a word for a head": (lambda r: with_content(r, {"head": "word"}), "expected a head"),
-    "a number for a body": (lambda r: with_content(r, {"head": bytes(77), "body": 3}), "expected a head"),
-    "more parts": (lambda r: with_content(r, {"head": bytes(77), "more": b""}), "expected a head"),
-    "nothing": (lambda r: empty(r), "expected a head"),
-    "an error": (lambda r: failed(r), "its app failed: out of memory"),
-    "a reply of an unknown node": (lambda r: of_node(r, 999), "an unknown worker"),
-    "a reply of another node": (lambda r: of_node(r, 102), "worker 1: expected 2"),
+    "no head": (lambda r: with_content(r, {}), "must be a head"),
+    "a short head": (lambda r: with_content(r, {"head": b"short"}), "must be a head"),
+    "a word for a head": (lambda r: with_content(r, {"head": "word"}), "must be a head"),
+    "a number for a body": (lambda r: with_content(r, {"head": bytes(77), "body": 3}), "must be a head"),
+    "more parts": (lambda r: with_content(r, {"head": bytes(77), "more": b""}), "must be a head"),
+    "nothing": (lambda r: empty(r), "must be a head"),
+    "an error": (lambda r: failed(r), "the client app failed: out of memory"),
+    "a reply of an unknown node": (lambda r: of_node(r, 999), "sender is not registered"),
+    "a reply of another node": (lambda r: of_node(r, 102), "worker = 1: must be 2"),
 }
 
 
@@ -598,7 +601,7 @@ def test_a_repeated_reply_counts_once(toy: Toy, caplog: Any) -> None:
     for server, grid in zip(servers, (once, twice), strict=True):
         list(server.run(grid, 3))
     np.testing.assert_array_equal(servers[0].state.params, servers[1].state.params)
-    assert any("a second reply" in line.getMessage() for line in caplog.records)
+    assert any("second reply" in line.getMessage() for line in caplog.records)
 
 
 def test_a_worker_believes_no_forged_acknowledgement(toy: Toy) -> None:
@@ -638,7 +641,7 @@ def test_a_node_that_says_it_is_somebody_else(toy: Toy, caplog: Any) -> None:
     assert column(facts, "answered").all()
     said = [line.getMessage() for line in caplog.records]
     assert len(said) == 2
-    assert "it says that it is worker 1: expected one of range(0, 4) that is not there yet" in said[0]
+    assert "worker = 1: must be in range(0, 4), and not registered already" in said[0]
     grid.leave(101)  # the other may take its place
     list(server.run(grid, 6))
     assert server._roster.nodes[500] == 1
@@ -657,7 +660,7 @@ def test_a_node_that_fails_to_say_who_it_is_is_asked_again(toy: Toy, caplog: Any
     assert list(server.run(grid, 0, max_missed_rounds=1000)) == []
     assert sorted(server._roster.nodes) == [100, 101, 102, 103]
     assert [line.getMessage() for line in caplog.records] == [
-        "worker ? (node 101) refused: its app failed: out of memory"
+        "worker ? (node 101) refused: the client app failed: out of memory"
     ] * 2
 
 

@@ -83,7 +83,7 @@ def test_bytes_are_pixels(toy: Toy, x64: None) -> None:
 
 
 def test_a_problem_without_a_bound_is_refused() -> None:
-    with pytest.raises(ValueError, match="problem = 'network' has no bound on its curvature"):
+    with pytest.raises(ValueError, match="problem = 'network', which has no bound"):
         problems.TwoLayerNetwork(4, 3).smoothness_constants(data("real"))
 
 

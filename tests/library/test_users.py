@@ -209,7 +209,7 @@ def test_a_share_takes_part_and_every_count_is_one_program(toy: Toy) -> None:
         compiled = compiled or programs()
         assert programs() == compiled
     for who in (dict(), dict(count=1, share=0.5), dict(count=5), dict(count=0), dict(share=0.0), dict(share=2)):
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(ValueError, match=r"(count|share) = .*: must be "):
             alg(**who)
 
 
@@ -256,36 +256,36 @@ def test_what_is_no_part_is_said_before_anything_runs(toy: Toy) -> None:
     good: dict[str, Any] = dict(lr=0.1, num_workers=4)
     laq: Any = algorithms.laq
     wrong: list[tuple[Any, str]] = [
-        (lambda: laq(toy.oracle, optimizer="adam", **good), "optimizer = 'adam': expected a function of the step size"),
-        (lambda: laqjax.stack_algorithms([]), "stack of no algorithms: expected one or more"),
-        (lambda: algorithms.ef21(toy.oracle, compressor="top_k:5", **good), "compressor = 'top_k:5': expected a compressor"),  # pyright: ignore[reportArgumentType]
-        (lambda: algorithms.marina(toy.oracle, compressor="x", probability=0.1, **good), "compressor = 'x': expected a c"),  # pyright: ignore[reportArgumentType]
-        (lambda: laq(toy.oracle, sampler=4, **good), "sampler = 4: expected samplers.BlockSampler(size)"),
-        (lambda: laq(toy.oracle, sampler=samplers.BlockSampler, **good), "expected samplers.BlockSampler(size), samplers.ShuffleSampler(size), or"),
-        (lambda: laq(toy.oracle, sampler=samplers.BlockSampler(2.5), **good), "sampler.size = 2.5: expected one whole number"),  # pyright: ignore[reportArgumentType]
-        (lambda: laq(toy.oracle, max_silence=2**31, **good), "max_silence = 2147483648: expected one whole number and >= 1 and <= 2147483647"),
+        (lambda: laq(toy.oracle, optimizer="adam", **good), "optimizer = 'adam': must be a function of the learning rate"),
+        (lambda: laqjax.stack_algorithms([]), "algs is empty: must be one algorithm or more"),
+        (lambda: algorithms.ef21(toy.oracle, compressor="top_k:5", **good), "compressor = 'top_k:5': must be a compressor"),  # pyright: ignore[reportArgumentType]
+        (lambda: algorithms.marina(toy.oracle, compressor="x", probability=0.1, **good), "compressor = 'x': must be a c"),  # pyright: ignore[reportArgumentType]
+        (lambda: laq(toy.oracle, sampler=4, **good), "sampler = 4: must be samplers.BlockSampler(size)"),
+        (lambda: laq(toy.oracle, sampler=samplers.BlockSampler, **good), "must be samplers.BlockSampler(size), samplers.ShuffleSampler(size), or"),
+        (lambda: laq(toy.oracle, sampler=samplers.BlockSampler(2.5), **good), "sampler.size = 2.5: must be a whole number"),  # pyright: ignore[reportArgumentType]
+        (lambda: laq(toy.oracle, max_silence=2**31, **good), "max_silence = 2147483648: must be a whole number >= 1 and <= 2147483647"),
         (lambda: algorithms.dasha(toy.oracle, compressor=compressors.top_k(3), estimate_momentum=0.1, sampler=samplers.BlockSampler(4), **good), "mvr_momentum = None with a sampler"),
-        (lambda: algorithms.lasg_wk2(toy.oracle, xi=0.5, c=0.5, **good), "xi = 0.5 and c = 0.5: expected one of them"),
+        (lambda: algorithms.lasg_wk2(toy.oracle, xi=0.5, c=0.5, **good), "xi = 0.5 and c = 0.5: must be only one"),
         (lambda: laqjax.run(laqjax.stack_algorithms([laq(toy.oracle, **good)]), toy.theta0, toy.shards, 3, KEY), "run it with `sweep`"),
         (lambda: laqjax.sweep(laq(toy.oracle, **good), toy.theta0, toy.shards, 3, jax.random.split(KEY, 2)), "an algorithm of one point"),
         (
             lambda: laqjax.sweep(laqjax.stack_algorithms([laq(toy.oracle, **good)] * 2), toy.theta0, toy.shards, 3, jax.random.split(KEY, 3)),
-            "keys = key<fry>[3]: must be 2 typed keys, one of each point; pass jax.random.split(jax.random.key(0), 2)",
+            "keys = key<fry>[3]: must be 2 typed keys",
         ),
         (
             lambda: laqjax.run(laq(toy.oracle, **good), toy.theta0, Shards(*(np.asarray(a).tolist() for a in toy.shards)), 3, KEY),
-            "shards.x holds <class 'list'>: expected arrays [M, N, ...] of numbers (np.asarray)",
+            "shards.x holds <class 'list'>: must be arrays [M, N, ...]",
         ),
         (
             lambda: jax.jit(lambda theta: laqjax.run(laq(toy.oracle, **good), theta, toy.shards, 3, KEY))(toy.theta0),
-            "cannot be called inside jit, vmap, grad or scan: call alg.step(state, shards, key) there",
+            "inside jit, vmap, grad or scan: must be called outside",
         ),
         (
             lambda: laqjax.assemble(
                 toy.oracle, compressors.identity(), rules.Cyclic(), memories.make_innovation_memory(toy.oracle),
                 downlink=downlinks.CompressedStep(compressors.grid(4)), **good
             ),
-            "rule Cyclic sends the model to some workers only, but downlink CompressedStep sends changes",
+            "downlink CompressedStep with rule Cyclic, which selects workers: must be None",
         ),
     ]  # fmt: skip
     for call, message in wrong:
