@@ -73,22 +73,7 @@ class RunCheckpointer:
         logging.getLogger("absl").addFilter(_drop_orbax_merge_warning)
         path = self.folder / "run.json"
         mine = {"format": FORMAT} | {name: distributed.fingerprint(value) for name, value in contents.items()}
-        if self.folder.exists() and any(self.folder.iterdir()) and not path.exists():
-            raise ValueError(
-                f"checkpoint_dir = {folder}, which holds other files: must be a new folder, or a folder of checkpoints"
-            )
-        there = json.loads(path.read_text()) if path.exists() else mine
-        if there.get("format") != FORMAT:
-            raise ValueError(
-                f"checkpoint_dir = {folder} with checkpoints of format {there.get('format')}: must be format {FORMAT}; "
-                "give another folder, or use the version of laqjax that wrote it"
-            )
-        differs = [name for name in mine if there.get(name) != mine[name]]
-        if differs:
-            raise ValueError(
-                f"checkpoint_dir = {folder} of a run with other arguments ({', '.join(differs)}): must be a folder of "
-                "the same run; give the same arguments or another folder, or remove this one"
-            )
+        _check_folder(self.folder, mine)
         self._wait("looked at")  # all processes check the folder before process 0 writes to it
         for part in self.folder.glob("*.orbax-checkpoint-tmp*") if self.leads else ():  # left by a killed process
             shutil.rmtree(part, ignore_errors=True)
@@ -194,6 +179,29 @@ class RunCheckpointer:
                 f"a checkpoint in {self.folder} was not written ({_first_line(problem)}); the run continues, and the "
                 "older checkpoints are kept"
             )
+
+
+def _check_folder(folder: Path, contents: dict[str, Any]) -> None:
+    """Raise ValueError unless a folder is new, empty, or one of checkpoints of the run with these contents."""
+    path = folder / "run.json"
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(
+                f"checkpoint_dir = {folder}, which holds other files: must be a new folder, or a folder of checkpoints"
+            )
+        return
+    there = json.loads(path.read_text())
+    if there.get("format") != FORMAT:
+        raise ValueError(
+            f"checkpoint_dir = {folder} with checkpoints of format {there.get('format')}: must be format {FORMAT}; give "
+            "another folder, or use the version of laqjax that wrote it"
+        )
+    differs = [name for name in contents if there.get(name) != contents[name]]
+    if differs:
+        raise ValueError(
+            f"checkpoint_dir = {folder} of a run with other arguments ({', '.join(differs)}): must be a folder of the "
+            "same run; give the same arguments or another folder, or remove this one"
+        )
 
 
 def _drop_orbax_merge_warning(record: logging.LogRecord) -> bool:
