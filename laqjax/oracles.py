@@ -229,8 +229,7 @@ class TiledOracle:
             )
         if losses.dtype != self.dtype:
             raise ValueError(
-                f"loss_fn returned {losses.dtype} losses for {self.dtype} params: must be {self.dtype}; cast x in the "
-                "loss"
+                f"loss_fn returned {losses.dtype} losses: must be {self.dtype}, the dtype of params; cast x in the loss"
             )
         return losses
 

@@ -285,8 +285,7 @@ def assemble(
     if rule.can_skip and not memory.is_persistent:
         raise ValueError(
             f"memory {type(memory).__name__} with rule {type(rule).__name__}, which lets workers stay silent: must be "
-            "a persistent memory, since the gradient of a silent worker would be lost; use an Innovation memory, or a "
-            "rule that always sends"
+            "persistent, since a silent gradient would be lost; use an Innovation memory or a rule that always sends"
         )
     if rule.server_selects and not isinstance(downlink, FullModelDownlink | None):
         raise ValueError(

@@ -323,8 +323,7 @@ def check_shards(shards: Shards, num_workers: int, rows: int = 0) -> None:
         for array in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, list)):
             if not hasattr(array, "dtype"):
                 raise ValueError(
-                    f"shards.{name} holds {type(array)}: must be arrays [M, N, ...] of numbers; convert them with "
-                    "np.asarray"
+                    f"shards.{name} holds {type(array)}: must be arrays [M, N, ...] of numbers; use np.asarray"
                 )
     x, y, weight = ([np.shape(a) for a in jax.tree.leaves(tree)] for tree in shards)
     shape = weight[0] if len(weight) == 1 else ()
@@ -359,8 +358,7 @@ def _check_weights(weight: np.ndarray) -> None:
     if np.any(bad):
         worker = int(np.argmax(bad))
         raise ValueError(
-            f"shards.weight of worker {worker} sums to {total[worker]:g}: must be weights >= 0, at least one of them > "
-            "0"
+            f"shards.weight of worker {worker} sums to {total[worker]:g}: must be weights >= 0, at least one > 0"
         )
     counts = weight > 0
     gap = np.any(counts[:, 1:] & ~counts[:, :-1], axis=1)

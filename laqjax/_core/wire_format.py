@@ -106,8 +106,7 @@ def from_bytes(compressor: Compressor, data: bytes, like: Any) -> Float[Array, "
         field.payload[field.name] = jnp.asarray(values.reshape(field.like.shape))
     if -(-at // 8) != len(data) or (at % 8 and data[-1] >> at % 8):
         raise ValueError(
-            f"a message of {len(data)} bytes: must be {-(-at // 8)} bytes, with zeros after the last field, which ends "
-            f"at bit {at}"
+            f"a message of {len(data)} bytes: must be {-(-at // 8)} bytes, with zeros after its last field (bit {at})"
         )
     return compressor.decode(payload, like)
 

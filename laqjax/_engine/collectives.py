@@ -321,8 +321,7 @@ def field_widths(alg: Any) -> tuple[int, ...] | None:
         if values.size > 1:
             raise ValueError(
                 f"messages of {', '.join(map(str, values))} bits per number of '{field.name}' in one sweep: must be "
-                "the same width, since the shape of a message is compiled; use collective='all_reduce', or a sweep "
-                "for each b"
+                "equal, since the shape of a message is compiled; use collective='all_reduce', or a sweep for each b"
             )
     return tuple(int(values[0]) for values in bits)
 

@@ -52,7 +52,7 @@ def stack_algorithms(algs: Sequence[Algorithm]) -> Algorithm:
             other parts or another padded_window. The message names the first algorithm that differs.
     """
     if not algs:
-        raise ValueError("algs is empty: must be one algorithm or more")
+        raise ValueError(f"algs = {algs!r}: must be one algorithm or more")
     first = jax.tree.structure(algs[0]), [np.shape(leaf) for leaf in jax.tree.leaves(algs[0])]
     for i, alg in enumerate(algs):
         if (jax.tree.structure(alg), [np.shape(leaf) for leaf in jax.tree.leaves(alg)]) != first:
@@ -257,8 +257,7 @@ def check_sweep(algs: Algorithm, start: Any, shards: Shards, rounds: int, keys: 
     shapes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(algs)}
     if len(shapes) != 1 or () in shapes:
         raise ValueError(
-            "an algorithm of one point: must be a stack of algorithms; build it with `laqjax.stack_algorithms([alg, "
-            "...])`"
+            "an algorithm of one point: must be a stack of algorithms; build it with laqjax.stack_algorithms"
         )
     (points,) = shapes.pop()
     check_keys("keys", keys, (points,))
@@ -315,8 +314,7 @@ def max_batch_size(
     fits = int(memory_limit // point)
     if fits < 1:
         raise ValueError(
-            f"memory_limit = {memory_limit / 2**20:.0f} MiB: must be at least {point / 2**20:.1f} MiB, the memory of "
-            "one point"
+            f"memory_limit = {memory_limit / 2**20:.0f} MiB: must be at least {point / 2**20:.1f} MiB for one point"
         )
     on_cpu = jax.default_backend() == "cpu"  # forced CPU devices share one memory; each accelerator has its own
     return max(fits // devices, 1) * devices if on_cpu else fits * devices

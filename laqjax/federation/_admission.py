@@ -102,7 +102,9 @@ def _find_fault(header: _protocol.ReplyHeader, body: bytes, expected: ExpectedRe
     for name in ("session", "round", "worker", "scheme"):
         found, value = getattr(header, name), getattr(expected, name)
         if found != value:
-            return f"{name} = {found}: must be {value}" + ("; the reply is late" if name == "round" else "")
+            return f"{name} = {found}: must be {value}" + (
+                "; the reply is late" if name == "round" and found < value else ""
+            )
     if not expected.is_due:
         return "second reply, or reply without a broadcast: must be one reply to each broadcast"
     if header.kind == _protocol.REPLY_OUT_OF_SYNC:

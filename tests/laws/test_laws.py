@@ -191,7 +191,7 @@ def test_the_forced_first_upload(name: str, toy: Toy) -> None:
 def test_a_rule_that_skips_needs_a_memory_that_persists(memory: types.Memory, toy: Toy) -> None:
     lazy = _shared.make_lazy_rule(rules.make_history(0.8, 10, np.float32), rules.InnovationChange())
     for trigger in (lazy, rules.limit_silence(lazy, 100)):
-        with pytest.raises(ValueError, match=f"memory {type(memory).__name__} .*: must be a persistent memory"):
+        with pytest.raises(ValueError, match=f"memory {type(memory).__name__} .*: must be persistent"):
             laqjax.assemble(toy.oracle, compressors.identity(), trigger, memory, lr=0.1, num_workers=4)
     laqjax.assemble(toy.oracle, compressors.identity(), rules.Always(), memory, lr=0.1, num_workers=4)
 

@@ -498,7 +498,7 @@ def grid_message(bits: int, value: float, size: int = 63, dtype: Any = np.float3
 HOSTILE: dict[str, tuple[Callable[[Message], Message], str]] = {
     "too short": (lambda r: forged(r, body=body_of(r)[:-1]), "field 'codes' needs 3 bits for each of 63"),
     "too long": (lambda r: forged(r, body=body_of(r) + b"\0"), "a message of 29 bytes: must be 28"),
-    "bits behind the end": (lambda r: forged(r, body=body_of(r)[:-1] + b"\xff"), "with zeros after the last field"),
+    "bits behind the end": (lambda r: forged(r, body=body_of(r)[:-1] + b"\xff"), "with zeros after"),
     "empty": (lambda r: forged(r, body=b""), "a message of 0 bytes"),
     "another b": (lambda r: forged(r, body=grid_message(4, 0.1)), "a message of 36 bytes: must be 28"),
     "another p": (

@@ -257,7 +257,7 @@ def test_what_is_no_part_is_said_before_anything_runs(toy: Toy) -> None:
     laq: Any = algorithms.laq
     wrong: list[tuple[Any, str]] = [
         (lambda: laq(toy.oracle, optimizer="adam", **good), "optimizer = 'adam': must be a function of the learning rate"),
-        (lambda: laqjax.stack_algorithms([]), "algs is empty: must be one algorithm or more"),
+        (lambda: laqjax.stack_algorithms([]), "algs = []: must be one algorithm or more"),
         (lambda: algorithms.ef21(toy.oracle, compressor="top_k:5", **good), "compressor = 'top_k:5': must be a compressor"),  # pyright: ignore[reportArgumentType]
         (lambda: algorithms.marina(toy.oracle, compressor="x", probability=0.1, **good), "compressor = 'x': must be a c"),  # pyright: ignore[reportArgumentType]
         (lambda: laq(toy.oracle, sampler=4, **good), "sampler = 4: must be samplers.BlockSampler(size)"),

@@ -406,8 +406,8 @@ def test_an_unknown_record(toy: Toy) -> None:
         (lambda losses: jnp.mean(losses), "must be per-example losses of shape [2]"),
         (lambda losses: losses[:, None], "must be per-example losses of shape [2]"),
         (lambda losses: (losses, losses), "must be per-example losses of shape [2]"),
-        (lambda losses: losses.astype(np.float16), "float16 losses for float32 params: must be float32"),
-        (lambda losses: losses.astype(np.int32), "int32 losses for float32 params: must be float32"),
+        (lambda losses: losses.astype(np.float16), "returned float16 losses: must be float32"),
+        (lambda losses: losses.astype(np.int32), "returned int32 losses: must be float32"),
     ],
 )
 def test_the_loss(wrong: Any, message: str, toy: Toy) -> None:
