@@ -70,7 +70,7 @@ ARGUMENTS = {
     "estimate_momentum": "Momentum a of the estimates, in (0, 1]. The paper uses 1 / (2 omega + 1), where omega bounds "
     "the variance of the compressor: E ||Q(x) - x||^2 <= omega ||x||^2.",
     "mvr_momentum": "Momentum b of DASHA-MVR, in (0, 1]. A `sampler` requires it. None: h_m is the gradient.",
-    "momentum": "Momentum factor of u_m, in [0, 1).",
+    "momentum": "Momentum factor of u_m, in [0, 1].",
     "levels": "Number of levels beside zero into which the norm is divided, from 1 to 65535.",
     "density": "Expected share of the coordinates that a message keeps, in (0, 1].",
     "k": "Number of coordinates in a message, at least 1. Another number compiles another program.",

@@ -13,7 +13,7 @@ paper | code | shape | meaning
 theta | params | [p] | model as a flat vector
 grad f_m | grad | [p] | gradient of worker m
 Q_m(theta_hat) | memory | [p] | vector that the server holds for worker m
-delta Q_m | innovation | [p] | decoded change of this round
+delta Q_m | innovation | [p] | compressed change of this round, as the server decodes it
 R_m | radius | | max-norm of grad - memory
 b | bits | | bits per coordinate
 eps_m | error_sq | | squared quantization error; last_error_sq is that of the last upload
@@ -29,7 +29,7 @@ Read the modules in this order:
 - `_core/round`: one round of the workers and the server.
 - `memories`, `rules`, `compressors`, `downlinks`: the parts. `_core/wire_format` counts the bits of a message.
 - `algorithms`: the named methods, each assembled from parts.
-- `oracles`: loss and gradient of a worker from a loss per example. `samplers`: minibatches.
+- `oracles`: loss and gradient of a worker, from a function that returns the losses of n examples. `samplers`: minibatches.
 - `_engine`: runs, sweeps, collectives and checkpoints.
 - `sharding`, `distributed`: many devices, and many processes.
 - `aggregation`: `lazy_aggregate`, an optax transformation for an existing training loop.

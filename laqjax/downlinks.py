@@ -82,9 +82,9 @@ class CompressedModel:
     """Downlink that compresses the difference of two models (EF21-P, Gruntkowska, Tyurin, Richtarik 2023).
 
         x += step
-        theta += C(x - theta)
+        w += C(x - w)
 
-    The workers have theta. The server keeps the exact model x [p], so later rounds correct the compression error.
+    The workers have w. The server keeps the exact model x [p], so later rounds correct the compression error.
 
     Attributes:
         compressor: C.

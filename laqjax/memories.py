@@ -7,7 +7,8 @@
 - `update_aggregate` returns the direction for the optimizer, and the next aggregate of the server. The aggregate is
   None unless `is_persistent` is True.
 
-The first two methods are written for one worker; the round adds the worker axis.
+The first two methods are written for one worker; the round adds the worker axis. The classes check nothing; the
+functions of `laqjax.algorithms` and `make_innovation_memory` check their numbers.
 
 Notation: g_m is the gradient of worker m, h_m the vector that the server holds for worker m, C the compressor. All
 vectors have shape [p].
@@ -269,7 +270,7 @@ class MomentumCorrection:
     The message is C(v_m), and the worker state is (u_m, v_m). The direction is the sum of the messages of the round.
 
     Attributes:
-        momentum: in [0, 1).
+        momentum: in [0, 1].
     """
 
     momentum: Float[Array, ""]

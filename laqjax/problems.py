@@ -135,7 +135,7 @@ class Problem:
 class Softmax(Problem):
     """Softmax regression, the convex problem of LAQ: mean cross-entropy + (l2 / 2) ||all variables||^2 per worker.
 
-    The parameters are weight [classes, features] and bias [classes].
+    The parameters are weight [classes, features] and bias [classes]. Features of dtype uint8 are divided by 255.
     """
 
     features: int
@@ -176,6 +176,7 @@ class TwoLayerNetwork(Problem):
     """ReLU network of the layers features-hidden-classes; the network of LAQ is 784-200-10.
 
     The parameters are weight1 [hidden, features], bias1 [hidden], weight2 [classes, hidden] and bias2 [classes].
+    Features of dtype uint8 are divided by 255.
     """
 
     features: int

@@ -5,6 +5,9 @@
     History      the last D model steps, which the lazy rules compare with
     Changes      InnovationChange, StaleModelChange, SnapshotChange: the changes that `LazyRule` can measure
 
+The classes check nothing. Functions such as `make_history` and `limit_silence`, and those of `laqjax.algorithms`, check
+their numbers.
+
 A rule has two states. All workers read the same shared state. Each worker also has a worker state of its own.
 
 To write a rule, derive a frozen dataclass from `BaseUploadRule`, decorate it with `types.register_dataclass` and define
@@ -62,10 +65,10 @@ class BaseUploadRule:
     a pytree of arrays, or None.
 
     Attributes:
-        can_skip: whether a selected worker may stay silent. The server's memory of a silent worker remains valid.
+        can_skip: whether the last upload of a worker stays in use while it sends nothing, selected or not.
         server_selects: whether the server selects some workers only. The others neither receive the model nor compute.
         renews_in_silence: whether the state of a selected worker may change in a silent round, apart from a count of
-            silent rounds.
+            silent rounds. The library does not read it; the laws of the tests do.
     """
 
     can_skip = True

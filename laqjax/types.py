@@ -195,7 +195,8 @@ def register_dataclass(cls: type[_T]) -> type[_T]:
     return cls
 
 
-# All parts compute norms of vectors [p] with these two functions, so that a sharded model can replace them here.
+# Rules, compressors and the round compute norms of vectors [p] with these two functions, so that a sharded model can
+# replace them here. The mean in `Sign` and the l2 term of the oracle are not norms of this kind.
 
 
 def squared_norm(v: Float[Array, " p"]) -> Float[Array, ""]:
@@ -402,7 +403,7 @@ class AlgorithmState(NamedTuple):
     Attributes:
         params: model of the workers as a flat vector, [p]; `alg.params(state)` returns it as a pytree.
         round: number of the next round.
-        aggregate: sum of the memories of all workers, [p]. None if the memory is not persistent.
+        aggregate: sum over the workers of the vectors that the server holds for them, [p]. None if the memory is not persistent.
         optimizer: state of the optax transformation of the server.
         rule: state that the upload rule shares with all workers, such as a history or a snapshot of the model.
         downlink: state of the downlink on the server.
@@ -801,10 +802,9 @@ class UploadRule(Protocol):
 
     @property
     def can_skip(self) -> bool:
-        """Return whether a selected worker may stay silent.
+        """Return whether the last upload of a worker stays in use while it sends nothing, selected or not.
 
-        Its silence means that its last upload remains valid. Such a rule needs a persistent memory, else `assemble`
-        raises ValueError.
+        Such a rule needs a persistent memory, else `assemble` raises ValueError.
         """
         ...
 
@@ -819,7 +819,10 @@ class UploadRule(Protocol):
 
     @property
     def renews_in_silence(self) -> bool:
-        """Return whether a selected worker may change its state in silence, apart from a count of silent rounds."""
+        """Return whether a selected worker may change its state in silence, apart from a count of silent rounds.
+
+        The library does not read it; the laws that tests check for every rule do.
+        """
         ...
 
     def init(self, params: Float[Array, " p"]) -> tuple[Any, Any]:
@@ -886,7 +889,7 @@ class Memory(Protocol):
 
     @property
     def is_persistent(self) -> bool:
-        """Return whether the aggregate of the server keeps the earlier messages of workers that are silent now."""
+        """Return whether the server has an aggregate, which keeps the earlier messages of workers that are silent now."""
         ...
 
     def init(self, params: Float[Array, " p"]) -> Any:

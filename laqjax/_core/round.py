@@ -181,7 +181,7 @@ class Algorithm:
             upload = upload._replace(sent=upload.sent & real, selected=upload.selected & real)
             kept = {name: fact for name, fact in facts.items() if name in metrics}
             bare = upload._replace(payload=None, decoded=None)
-            return worker, collective.worker_contribution(alg, upload), (bare, kept, facts["loss"])
+            return worker, collective.worker_contribution(alg, upload), (bare, kept, facts["worker_loss"])
 
         at_once = worker_batch_size or alg.default_worker_batch_size(shards)
         workers, messages, rest = map_workers(run_worker, state, count, at_once, collective.accumulates_locally)
@@ -271,23 +271,23 @@ def assemble(
         ValueError: a number is out of range, an argument is not a part of the required kind, or the parts do not fit
             each other.
     """
-    check_implements(
-        "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, such as compressors.top_k(10)"
-    )
+    downlink = FullModelDownlink() if downlink is None else downlink
+    for name, part, methods, allowed in (
+        ("compressor", compressor, "encode decode wire_fields", "a compressor, such as compressors.top_k(10)"),
+        ("rule", rule, "init is_selected should_send update", "an upload rule, such as rules.Always()"),
+        ("memory", memory, "init compression_target update update_aggregate", "a memory, such as memories.NoMemory()"),
+        ("downlink", downlink, "init broadcast", "a downlink, such as downlinks.CompressedModel(compressor), or None"),
+    ):
+        check_implements(name, part, methods.split(), allowed)
     if sampler is not None:
-        check_implements(
-            "sampler",
-            sampler,
-            ("__call__",),
-            "samplers.BlockSampler(size), samplers.ShuffleSampler(size), or None for the whole shard",
-        )
+        check_implements("sampler", sampler, ["__call__"], "a sampler, such as samplers.BlockSampler(10), or None")
         check_number("sampler.size", sampler.size, np.int32, minimum=1)
     if rule.can_skip and not memory.is_persistent:
         raise ValueError(
             f"memory {type(memory).__name__} with rule {type(rule).__name__}, which lets workers stay silent: must be "
             "persistent, since a silent gradient would be lost; use an Innovation memory or a rule that always sends"
         )
-    if rule.server_selects and not isinstance(downlink, FullModelDownlink | None):
+    if rule.server_selects and not isinstance(downlink, FullModelDownlink):
         raise ValueError(
             f"downlink {type(downlink).__name__} with rule {type(rule).__name__}, which selects workers: must be None, "
             "since workers that are not selected would miss a change of the model; use downlink=None"
@@ -301,7 +301,7 @@ def assemble(
         num_workers=int(check_number("num_workers", num_workers, np.int32, minimum=1)),
         optimizer=as_optimizer_factory(optimizer),
         sampler=sampler,
-        downlink=FullModelDownlink() if downlink is None else downlink,
+        downlink=downlink,
     )
 
 
@@ -393,11 +393,11 @@ def worker_step(
         keys: PRNG keys, round number and worker number.
 
     Returns:
-        The next state of the worker, its message, and its metrics by name: "loss" and those of `WORKER_METRICS`. "grad"
-        is [p], the others are scalars.
+        The next state of the worker, its message, and its metrics by name, those of `WORKER_METRICS`. "grad" is [p], the
+        others are scalars.
     """
     rows = alg.sampler(keys, shards) if alg.sampler else None
-    counted: list[Any] = [1]
+    counted: list[Any] = [1]  # gradients of this round; `gradient_at` appends to it while it is traced
 
     def evaluate(params: Any, rows: Any) -> OracleResult:
         return check_oracle_result(alg.oracle, alg.oracle(params, shards, keys.shard, rows))
@@ -410,33 +410,34 @@ def worker_step(
         counted.append(jnp.asarray(when, jnp.int32))
         return evaluate_grad(params) if when is True else jax.lax.cond(when, evaluate_grad, jnp.zeros_like, params)
 
-    now = RoundContext(state.params, keys, alg.learning_rate_at(state.round), alg.num_workers, gradient_at)
-    asked = alg.rule.is_selected(state.rule, worker.rule, now)
+    context = RoundContext(state.params, keys, alg.learning_rate_at(state.round), alg.num_workers, gradient_at)
+    selected = alg.rule.is_selected(state.rule, worker.rule, context)
     loss, grad, _ = evaluate(state.params, rows)
-    target, silent = alg.memory.compression_target(worker.memory, grad, now)
+    target, renewed = alg.memory.compression_target(worker.memory, grad, context)
     payload = alg.compressor.encode(target, keys)
     decoded = alg.compressor.decode(payload, target)
     squares = squared_norm(target), squared_norm(decoded), squared_norm(target - decoded)
-    known: dict[str, Any] = vars(now)
-    evidence = UploadContext(
-        **known, grad=grad, target=target, decoded=decoded, **dict(zip(NORM_METRICS, squares, strict=True))
+    fields: dict[str, Any] = vars(context)
+    upload_context = UploadContext(
+        **fields, grad=grad, target=target, decoded=decoded, **dict(zip(NORM_METRICS, squares, strict=True))
     )
-    decision = alg.rule.should_send(state.rule, worker.rule, evidence)
-    sent = asked & decision.send
+    decision = alg.rule.should_send(state.rule, worker.rule, upload_context)
+    sent = selected & decision.send
 
-    # a worker that is not selected keeps its memory; its rule state is the one that the rule returned for silence
-    silent_memory = tree_where(asked, silent, worker.memory)
-    memory = tree_where(sent, alg.memory.update(silent, grad, target, decoded), silent_memory)
+    # A worker that is not selected keeps its memory. Its rule gets the state for silence, because a limit on silence
+    # also counts rounds without selection (LAG-PS); `PartialParticipation` keeps the old state.
+    silent_memory = tree_where(selected, renewed, worker.memory)
+    memory = tree_where(sent, alg.memory.update(renewed, grad, target, decoded), silent_memory)
     worker = WorkerState(memory, tree_where(sent, decision.if_sent, decision.if_silent))
-    upload = WorkerUpload(payload, decoded, sent, asked, message_bytes(alg.compressor.wire_fields(payload, target)))
+    upload = WorkerUpload(payload, decoded, sent, selected, message_bytes(alg.compressor.wire_fields(payload, target)))
     # a worker that is not selected counts as computing no gradient, although the simulation computes one
-    gradients = jnp.where(asked, jnp.asarray(sum(counted), jnp.int32), 0)
-    facts = {"loss": loss, "worker_loss": loss, "grad": grad, "gradients": gradients}
+    gradients = jnp.where(selected, jnp.asarray(sum(counted), jnp.int32), 0)
+    facts = {"worker_loss": loss, "grad": grad, "gradients": gradients}
     return worker, upload, facts | dict(zip(NORM_METRICS, squares, strict=True))
 
 
 def server_step(
-    alg: Algorithm, state: AlgorithmState, total: Float[Array, " p"], asked: Int[Array, ""], keys: RoundKeys
+    alg: Algorithm, state: AlgorithmState, total: Float[Array, " p"], num_selected: Int[Array, ""], keys: RoundKeys
 ) -> ServerResult:
     """Compute one round of the server.
 
@@ -444,7 +445,7 @@ def server_step(
         alg: the algorithm.
         state: state before the round.
         total: sum of the decoded messages of all senders, [p].
-        asked: number of selected workers, a scalar.
+        num_selected: number of selected workers, a scalar.
         keys: PRNG keys of the server, whose `worker` is M.
 
     Returns:
@@ -470,4 +471,6 @@ def server_step(
     )
     metrics = {"direction_sq": step.direction_sq, "step_sq": step.step_sq, "params": state.params}
     # one broadcast to all workers, or one message to each selected worker
-    return ServerResult(after, message.bytes * (asked if alg.rule.server_selects else 1), message.payload, metrics)
+    return ServerResult(
+        after, message.bytes * (num_selected if alg.rule.server_selects else 1), message.payload, metrics
+    )

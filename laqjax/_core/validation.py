@@ -192,12 +192,13 @@ def check_evaluates_anywhere(oracle: Any) -> None:
     """Raise ValueError if an oracle declares that it has gradients at the model of the round only."""
     if not get_declaration(oracle, OracleHints, "evaluates_anywhere"):
         raise ValueError(
-            "lazy_aggregate with a method that needs gradients at other models (MARINA on minibatches, LASG, CADA): "
-            "must be a method that needs only the gradients passed to `update`, such as laq, lag_wk, ef21, diana"
+            "a method that needs gradients at other models (MARINA on minibatches, LASG, CADA), with the oracle "
+            f"{type(oracle).__name__}, which has those at the current model only: must be a method that needs no others, "
+            "such as laq, lag_wk, ef21, diana"
         )
 
 
-def check_implements(name: str, value: Any, methods: tuple[str, ...], allowed: str) -> None:
+def check_implements(name: str, value: Any, methods: Iterable[str], allowed: str) -> None:
     """Raise ValueError unless `value` is an instance (not a class) with these methods.
 
     Args:

@@ -62,7 +62,7 @@ class AllReduce:
         """
         count = shards.weight.shape[0]
         slots = count * lax.axis_size(self.axis)
-        if not 0 <= slots - num_workers < slots or slots < num_workers:
+        if slots < num_workers:
             raise ValueError(
                 f"shards of {count} workers on each of {slots // count} devices: must be at least num_workers = "
                 f"{num_workers} workers in total"

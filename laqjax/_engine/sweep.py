@@ -1,6 +1,7 @@
 """Run many points of an algorithm side by side.
 
-A sweep over the numbers of an algorithm is one compiled program, which reads the data once per round for all points.
+A point is one setting of the numbers of an algorithm, with a PRNG key of its own. A sweep over points is one compiled
+program, which reads the data once per round for all points.
 """
 
 import os
@@ -347,7 +348,7 @@ def run_sweep_chunk(
 ) -> tuple[AlgorithmState, RoundInfo]:
     """Run `count` <= `length` rounds of all points; rows of the info from `count` on are zeros."""
     # the round maps over the workers: with the points as the first axis, it would transpose them every time
-    behind = AlgorithmState(*(0,) * (len(AlgorithmState._fields) - 1), workers=1)  # pyright: ignore[reportArgumentType]
+    vmap_axes = AlgorithmState(*(0,) * (len(AlgorithmState._fields) - 1), workers=1)  # pyright: ignore[reportArgumentType]
 
     def run_round(
         shards: Shards, alg: Algorithm, state: AlgorithmState, key: Any, collective: Any = collective
@@ -359,7 +360,7 @@ def run_sweep_chunk(
     ) -> tuple[AlgorithmState, RoundInfo]:
         def step(state: AlgorithmState) -> tuple[AlgorithmState, RoundInfo]:
             each = partial(run_round, shards, collective=collectives.with_vmap_axis(collective, "points"))
-            return jax.vmap(each, (0, behind, 0), (behind, 0), axis_name="points")(algs, state, keys)
+            return jax.vmap(each, (0, vmap_axes, 0), (vmap_axes, 0), axis_name="points")(algs, state, keys)
 
         state, info = fori_rounds(step, _swap_point_axis(state), count, length)
         return _swap_point_axis(state), info

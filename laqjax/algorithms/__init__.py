@@ -1,4 +1,4 @@
-"""The named algorithms. Each function states its equation and reference and assembles an `Algorithm` from parts.
+"""The named algorithms. Each function states its equation and reference and assembles an `Algorithm`.
 
 Notation, with vectors [p]: theta is the model, g_m = grad f_m(theta) the gradient of worker m, and h_m the memory of
 worker m. M is the number of workers. C is a compressor, Q an unbiased compressor, and Q_b the grid of b bits. The

@@ -120,10 +120,10 @@ def ef21_p(
     optimizer: Any = optax.sgd,
     sampler: Sampler | None = None,
 ) -> Algorithm:
-    """EF21-P with EF21: h_m += C(g_m(w) - h_m), theta -= lr sum_m h_m, w += C_down(theta - w).
+    """EF21-P with EF21: h_m += C(g_m(w) - h_m), x -= lr sum_m h_m, w += C_down(x - w).
 
     The uplink is EF21, and the downlink is EF21-P. The workers hold the model w. `alg.params(state)` is w, and
-    `state.downlink` is the server's own model theta.
+    `state.downlink` is the server's own model x.
 
     Reference: Gruntkowska, Tyurin, Richtarik, "EF21-P and friends", ICML 2023.
 

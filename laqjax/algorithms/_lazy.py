@@ -526,8 +526,8 @@ def lasg_wk1(
     The threshold is sum_d xi_d motion_d / (lr^2 M^2), or (c / D) sum_d motion_d if `c` is given. motion_d is the
     squared norm of the d-th newest model step, see `laqjax.rules.History`.
 
-    The paper's single D is `period` = D and `max_silence` = D - 1, since its staleness tau counts from 1. Its d_max is
-    `window`, and its c is `c`.
+    In the notation of the paper, `period` = D, `max_silence` = D - 1 (its staleness tau counts from 1), `window` = d_max
+    and `c` = c. D above is `window`.
 
     Reference: eq. (7) of Chen, Sun, Yin, "Communication-adaptive stochastic gradient methods for distributed learning",
     2020.
@@ -600,7 +600,7 @@ def lasg_wk2(
     The threshold is sum_d xi_d motion_d / (lr^2 M^2), or (c / D) sum_d motion_d if `c` is given. motion_d is the
     squared norm of the d-th newest model step, see `laqjax.rules.History`.
 
-    The paper's D is `max_silence` = D - 1, its d_max is `window`, and its c is `c`.
+    In the notation of the paper, `max_silence` = D - 1, `window` = d_max and `c` = c. D above is `window`.
 
     Reference: eq. (10) of Chen, Sun, Yin, "Communication-adaptive stochastic gradient methods for distributed
     learning", 2020.
@@ -669,7 +669,7 @@ def lasg_ps(
 
     It is `lag_ps` on minibatches, with the same threshold.
 
-    The paper's D is `max_silence` = D - 1, and its d_max is `window`.
+    In the notation of the paper, `max_silence` = D - 1 and `window` = d_max. D above is `window`.
 
     Reference: Chen, Sun, Yin, "Communication-adaptive stochastic gradient methods for distributed learning", 2020.
 
@@ -819,7 +819,7 @@ def cada2(
     AMSGrad gets sum_m h_m. theta_hat_m is the model of worker m's last upload, and both gradients use the same rows, as
     in `lasg_wk2`. motion_d is the squared norm of the d-th newest model step. With c = 0 the method is AMSGrad.
 
-    The paper's D is `max_silence` = D - 1, and its d_max is `window`.
+    In the notation of the paper, `max_silence` = D - 1 and `window` = d_max. D above is `window`.
 
     Reference: Chen, Guo, Sun, Yin, AISTATS 2021, eq. (10).
 

@@ -272,7 +272,7 @@ def dgc(
             vectors, not on their mean. With SGD, divide a learning rate that is meant for the mean by M.
         num_workers: Number M of workers, at least 1.
         k: Number of coordinates in a message, at least 1. Another number compiles another program.
-        momentum: Momentum factor of u_m, in [0, 1).
+        momentum: Momentum factor of u_m, in [0, 1].
         optimizer: Server optimizer: a function from the learning rate to an optax transformation, such as `optax.adam`,
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.

@@ -165,13 +165,14 @@ class FederatedClient:
         blank = _protocol.ReplyHeader(*about, bytes(8), self._scheme, 0, 0, 0.0, 0.0, 0.0)
         if known is None:
             return Message(_protocol.make_record(blank), reply_to=message)
-        before, base = self._select_base_state(down, kept, known[0])
+        params, shared_state = known
+        before, base = self._select_base_state(down, kept, params)
         fresh = base == _protocol.UNKNOWN_UPLOAD  # then run as in round 0, where every method starts
         began = time.perf_counter()
         after, payload, *rest = _run_worker_round(
             self._full if fresh else self._alg,
             before,
-            AlgorithmState(known[0], jnp.int32(down.round), None, None, known[1], None, None),  # pyright: ignore[reportArgumentType]
+            AlgorithmState(params, jnp.int32(down.round), None, None, shared_state, None, None),  # pyright: ignore[reportArgumentType]
             self._get_shard(worker),
             jax.random.wrap_key_data(jnp.asarray(np.frombuffer(down.key, np.uint32))),
             np.int32(worker),
@@ -185,7 +186,7 @@ class FederatedClient:
         upload = _protocol.REPLY_FULL if fresh and self._alg.memory.is_persistent else _protocol.REPLY_UPLOAD
         kind = upload if sent else _protocol.REPLY_SILENT
         times = computed - began, time.perf_counter() - computed
-        save_state(context, ClientState(down.session, down.round, base, last, *known, before, after))
+        save_state(context, ClientState(down.session, down.round, base, last, params, shared_state, before, after))
         head = blank._replace(kind=kind, base=base[0], base_digest=base[1], digest=last[1] if sent else bytes(8))
         head = head._replace(size=size if sent else 0, gradients=gradients, loss=loss, compute=times[0], pack=times[1])
         return Message(_protocol.make_record(head, body=body), reply_to=message)

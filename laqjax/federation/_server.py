@@ -62,12 +62,12 @@ class RoundStats:
 
 @jax.jit
 def _run_server_round(
-    alg: Algorithm, state: AlgorithmState, total: Array, asked: Any, key: PRNGKeyArray
+    alg: Algorithm, state: AlgorithmState, total: Array, num_selected: Any, key: PRNGKeyArray
 ) -> ServerResult:
     """Run `server_step` and return its `ServerResult`."""
     shared = worker_keys(alg, key, state.round, alg.num_workers)[1]
     keys = RoundKeys(shared, shared, key, state.round, jnp.int32(alg.num_workers))
-    return server_step(alg, state, total, asked, keys)
+    return server_step(alg, state, total, num_selected, keys)
 
 
 @jax.jit
@@ -154,8 +154,8 @@ def _run_step(
         workers.accepted[worker] = head.round, head.digest
     if alg.rule.server_selects:
         workers.rule_states = _select_workers(alg, state, workers.rule_states, key, jnp.asarray(facts.sent))[1]
-    asked, before = np.int32(np.count_nonzero(facts.bytes_down)), state.params
-    result = _run_server_round(alg, state, total, asked, key)
+    num_selected, before = np.int32(np.count_nonzero(facts.bytes_down)), state.params
+    result = _run_server_round(alg, state, total, num_selected, key)
     state, facts.bits_down, change, down = result.state, 8 * int(result.bytes_down), b"", down_compressor(alg)
     if down is not None:  # use the decoded message, so that server and workers hold the same model
         change = to_bytes(down, result.payload, before)

@@ -646,6 +646,7 @@ def test_tfds_prepares_in_a_format_that_it_can_read(tmp_path, monkeypatch):
 
     class LaqjaxFreshSet(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
+        __module__ = "test_datasets"  # TFDS looks for the files of a module with dots, which needs another package
 
         def _info(self):
             image, label = tfds.features.Image(shape=(4, 3, 1)), tfds.features.ClassLabel(num_classes=3)

@@ -28,6 +28,8 @@ from experiments import terminal
 from laqjax import types
 from laqjax._core import wire_format
 
+pytestmark = pytest.mark.optimized  # the examples run on all of MNIST
+
 ROOT = Path(__file__).parents[2]
 TEXTS = {path.name: path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
 QUOTE = re.compile(r'```python title="(.*?)"\n(.*?)```', re.DOTALL)
@@ -131,6 +133,7 @@ jax.tree.map(np.testing.assert_array_equal, state, jax.device_get(alone))
 """
 
 
+@pytest.mark.distributed
 def test_many_devices(tmp_path: Path) -> None:
     """The examples of docs/mesh.md on four devices: the first example's run of one device, and a message of each device."""
     script = tmp_path / "script.py"

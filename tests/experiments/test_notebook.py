@@ -49,7 +49,10 @@ class Ran(NamedTuple):
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param("1", id="smoke"), pytest.param("0", id="full", marks=pytest.mark.long)],
+    params=[
+        pytest.param("1", id="smoke", marks=pytest.mark.long),
+        pytest.param("0", id="full", marks=pytest.mark.long),
+    ],
 )
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder, home = tmp_path_factory.mktemp("notebook"), tmp_path_factory.mktemp("home")

@@ -196,7 +196,8 @@ def legend_of(figure: Any) -> list[str]:
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
-@pytest.mark.parametrize("name", ["images", pytest.param("tokens", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["images", "tokens"])
 def test_the_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the README has them, with few rows and rounds."""
     monkeypatch.chdir(tmp_path)

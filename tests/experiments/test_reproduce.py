@@ -146,6 +146,7 @@ def test_a_published_value_lies_inside_the_starts_or_not() -> None:
     }
 
 
+@pytest.mark.long
 def test_the_stochastic_methods(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = ("SGD", "SLAQ, half the errors")
     every = laq.stochastic

@@ -130,8 +130,8 @@ OTHER = laqjax.lazy_aggregate("data", 4, algorithms.lasg_wk2, sampler=BlockSampl
             "with the other axes ('model',): must be a method without",
         ),
         (laqjax.lazy_aggregate("data", 8), {}, "num_workers = 8 on the axis 'data' of 4 devices"),
-        (OTHER, {}, "lazy_aggregate with a method that needs gradients at other models"),
-        (LOCAL, {}, "lazy_aggregate with a method that needs gradients at other models"),
+        (OTHER, {}, "a method that needs gradients at other models"),
+        (LOCAL, {}, "a method that needs gradients at other models"),
         (laqjax.lazy_aggregate("data", 4, quantizer_blocks=(1, 2)), {}, "sum 3: must be of sum p = 54"),
     ],
 )

@@ -664,7 +664,8 @@ def test_a_node_that_fails_to_say_who_it_is_is_asked_again(toy: Toy, caplog: Any
     ] * 2
 
 
-def test_ten_thousand_replies_at_random(toy: Toy) -> None:
+@pytest.mark.parametrize("replies_at_random", [1000, pytest.param(10_000, marks=pytest.mark.long)])
+def test_replies_at_random(replies_at_random: int, toy: Toy) -> None:
     """No crash but the word that it is refused, and nothing that is taken is other than finite."""
     alg = algorithms.qgd(toy.oracle, bits=3, **RULE)
     _, server, grid = federated(alg, toy.theta0, toy.shards, 3)
@@ -672,7 +673,7 @@ def test_ten_thousand_replies_at_random(toy: Toy) -> None:
     replies = [grid.client(message, grid.contexts[node]) for node, message in sent.items()]
     rng, state, taken = np.random.default_rng(0), server.state, 0
     contents = [_protocol.parse_message(_protocol.ReplyHeader, reply) for reply in replies]
-    for case in range(10_000):
+    for case in range(replies_at_random):
         reply, (up, parts) = replies[case % 4], contents[case % 4]
         body = bytearray(parts["body"])
         for _ in range(rng.integers(0, 4)):
@@ -697,4 +698,4 @@ def test_ten_thousand_replies_at_random(toy: Toy) -> None:
             taken += 1
             assert result.decoded is None or np.all(np.isfinite(np.asarray(result.decoded)))
     assert server.state is state
-    assert 1000 < taken < 9000
+    assert 0.1 < taken / replies_at_random < 0.9

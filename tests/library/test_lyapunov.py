@@ -46,13 +46,13 @@ def cases(draw: st.DrawFn) -> tuple[int, float, dict[str, Any], float, list[int]
     return draw(st.integers(0, 999)), draw(st.floats(0.05, 0.9)), knobs, draw(st.floats(0, 1)), shape
 
 
-@pytest.mark.parametrize("loss", CURVATURE)
+@pytest.mark.parametrize("loss", [logistic_loss, pytest.param(square_loss, marks=pytest.mark.long)])
 @given(cases(), st.integers(1, 16))
 def test_laq_descends(loss: Any, case: Any, bits: int) -> None:
     check_descent(algorithms.laq, loss, *case, bits=bits)
 
 
-@pytest.mark.parametrize("loss", CURVATURE)
+@pytest.mark.parametrize("loss", [square_loss, pytest.param(logistic_loss, marks=pytest.mark.long)])
 @given(cases())
 def test_lag_descends(loss: Any, case: Any) -> None:
     check_descent(algorithms.lag_wk, loss, *case)

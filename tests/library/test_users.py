@@ -260,8 +260,8 @@ def test_what_is_no_part_is_said_before_anything_runs(toy: Toy) -> None:
         (lambda: laqjax.stack_algorithms([]), "algs = []: must be one algorithm or more"),
         (lambda: algorithms.ef21(toy.oracle, compressor="top_k:5", **good), "compressor = 'top_k:5': must be a compressor"),  # pyright: ignore[reportArgumentType]
         (lambda: algorithms.marina(toy.oracle, compressor="x", probability=0.1, **good), "compressor = 'x': must be a c"),  # pyright: ignore[reportArgumentType]
-        (lambda: laq(toy.oracle, sampler=4, **good), "sampler = 4: must be samplers.BlockSampler(size)"),
-        (lambda: laq(toy.oracle, sampler=samplers.BlockSampler, **good), "must be samplers.BlockSampler(size), samplers.ShuffleSampler(size), or"),
+        (lambda: laq(toy.oracle, sampler=4, **good), "sampler = 4: must be a sampler, such as samplers.BlockSampler(10), or None"),
+        (lambda: laq(toy.oracle, sampler=samplers.BlockSampler, **good), "must be a sampler, such as samplers.BlockSampler(10), or None"),
         (lambda: laq(toy.oracle, sampler=samplers.BlockSampler(2.5), **good), "sampler.size = 2.5: must be a whole number"),  # pyright: ignore[reportArgumentType]
         (lambda: laq(toy.oracle, max_silence=2**31, **good), "max_silence = 2147483648: must be a whole number >= 1 and <= 2147483647"),
         (lambda: algorithms.dasha(toy.oracle, compressor=compressors.top_k(3), estimate_momentum=0.1, sampler=samplers.BlockSampler(4), **good), "mvr_momentum = None with a sampler"),
@@ -287,6 +287,9 @@ def test_what_is_no_part_is_said_before_anything_runs(toy: Toy) -> None:
             ),
             "downlink CompressedStep with rule Cyclic, which selects workers: must be None",
         ),
+        (lambda: laqjax.assemble(toy.oracle, compressors.identity(), None, memories.NoMemory(), **good), "rule = None: must be an upload rule"),  # pyright: ignore[reportArgumentType]
+        (lambda: laqjax.assemble(toy.oracle, compressors.identity(), rules.Always(), memories.NoMemory, **good), "must be a memory, such as"),  # pyright: ignore[reportArgumentType]
+        (lambda: laqjax.assemble(toy.oracle, compressors.identity(), rules.Always(), memories.NoMemory(), downlink=compressors.grid(4), **good), "must be a downlink, such as"),  # pyright: ignore[reportArgumentType]
     ]  # fmt: skip
     for call, message in wrong:
         with pytest.raises(ValueError) as error:  # noqa: PT011
