@@ -307,9 +307,12 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     ("first", "then", "short", "laq", "sgd"),  # the last two: points in each call of the engine of a straight run
     [
         ((37, FAR[:1]), (130, FAR[:1]), 20, [6, 3, 1], [2, 1]),  # cut in half on the way
-        ((130, FAR[:1]), (130, FAR), NEVER, [6], [2]),  # whole chunks of 10 rounds: one call
-        ((37, FAR[:1]), (75, FAR), NEVER, [6, 6], [2, 2]),  # the last 5 rounds are a call of their own
-        ((7, ()), (75, ()), 10, [6, 6], [2, 2]),
+        pytest.param(
+            (130, FAR[:1]), (130, FAR), NEVER, [6], [2], marks=pytest.mark.long
+        ),  # whole chunks of 10 rounds: one call
+        # the last 5 rounds are a call of their own
+        pytest.param((37, FAR[:1]), (75, FAR), NEVER, [6, 6], [2, 2], marks=pytest.mark.long),
+        pytest.param((7, ()), (75, ()), 10, [6, 6], [2, 2], marks=pytest.mark.long),
     ],
 )
 def test_more_is_what_a_straight_run_would_have(

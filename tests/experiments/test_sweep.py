@@ -219,10 +219,11 @@ def test_four_devices(whole: Path, tmp_path: Path) -> None:
     assert "made for 4 devices, here are 1" in refusal(*given, out=tmp_path)
 
 
-def test_three_kills_lose_nothing(whole: Path, tmp_path: Path) -> None:
-    """Killed three times, a random moment after so many of the 15 batch files are there."""
+@pytest.mark.parametrize("kills", [(12,), pytest.param((0, 7, 12), marks=pytest.mark.long)])
+def test_kills_lose_nothing(kills: tuple[int, ...], whole: Path, tmp_path: Path) -> None:
+    """Killed so many times, a random moment after so many of the 15 batch files are there."""
     given, rng = ["--batch", "5", *GRID], np.random.default_rng()
-    for wanted in (0, 7, 12):
+    for wanted in kills:
         process = subprocess.Popen(command(*given, out=tmp_path), env=environment(), stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while not (tmp_path / "plan.json").exists() or len(list(tmp_path.glob("batches/0*.parquet"))) < wanted:

@@ -1,4 +1,7 @@
-"""Members of the family that are other members in disguise, and what the bills of the odd ones say."""
+"""Members of the family that are other members in disguise, and what the bills of the odd ones say.
+
+Where twins hold both sides, `make test` leaves the law to `make test-long`.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -37,6 +40,7 @@ def some_silence(alg: Algorithm, toy: Toy) -> None:
 # ---- members that always send ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "knobs"),
     [
@@ -59,6 +63,7 @@ def test_marina_whose_coin_always_falls_is_gd(quadratic: Toy) -> None:
     assert run(marina, quadratic.theta0, quadratic.shards, 3).info.bits_up.max() == 8 * (8 * 5 + 1)
 
 
+@pytest.mark.long
 def test_clag_that_never_waits_is_ef21(quadratic: Toy) -> None:
     same(make("clag", quadratic, zeta=0), make("ef21", quadratic), quadratic)
     some_silence(make("clag", quadratic, zeta=20), quadratic)
@@ -67,10 +72,12 @@ def test_clag_that_never_waits_is_ef21(quadratic: Toy) -> None:
     assert patient.sent[1:].mean() < 0.5
 
 
+@pytest.mark.long
 def test_undamped_diana_is_ef21(quadratic: Toy) -> None:
     same(make("diana", quadratic, compressor=TOP, damping=1), make("ef21", quadratic), quadratic)
 
 
+@pytest.mark.long
 def test_ef21_on_the_grid_is_qgd(quadratic: Toy) -> None:
     ef21 = algorithms.ef21(quadratic.oracle, compressor=compressors.grid(3), lr=0.05, num_workers=4)
     identical(*(run(alg, quadratic.theta0, quadratic.shards, ROUNDS) for alg in (ef21, make("qgd", quadratic))))
@@ -92,6 +99,7 @@ def test_qsgd_of_many_levels_is_nearly_sgd(quadratic: Toy) -> None:
     assert not np.array_equal(a, b)
 
 
+@pytest.mark.long
 def test_sgd_on_all_rows_is_gd(quadratic: Toy) -> None:
     """One epoch a round, in a new order each: only the order of the sum differs."""
     for sampler in (laqjax.samplers.BlockSampler(12), laqjax.samplers.ShuffleSampler(12)):
@@ -123,6 +131,7 @@ def test_minibatches_of_blocks_are_runs_of_the_shard(toy: Toy) -> None:
 # ---- lazy members ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_laq_with_the_identity_is_lag(toy: Toy) -> None:
     laq = replace(make("laq", toy), compressor=IDENTITY)
     outs = [run(alg, toy.theta0, toy.shards, ROUNDS) for alg in (laq, make("lag_wk", toy))]
@@ -130,6 +139,7 @@ def test_laq_with_the_identity_is_lag(toy: Toy) -> None:
     assert not outs[0].info.sent.all()
 
 
+@pytest.mark.long
 def test_two_laq_with_nothing_lost_on_the_way_down_is_laq(quadratic: Toy) -> None:
     two = replace(make("two_laq", quadratic), downlink=downlinks.CompressedStep(IDENTITY))
     same(two, make("laq", quadratic), quadratic)
@@ -138,6 +148,7 @@ def test_two_laq_with_nothing_lost_on_the_way_down_is_laq(quadratic: Toy) -> Non
     assert not np.allclose(outs[0].extra["params"][1], outs[1].extra["params"][1], rtol=1e-4)
 
 
+@pytest.mark.long
 def test_adaptive_laq_of_one_choice_is_laq(quadratic: Toy) -> None:
     """It bills the byte that says how many bits follow."""
     adaptive = make("laq_adaptive", quadratic, min_bits=3, max_bits=3)
@@ -146,6 +157,7 @@ def test_adaptive_laq_of_one_choice_is_laq(quadratic: Toy) -> None:
     np.testing.assert_array_equal(bits[0], bits[1] + 8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["cada1", "cada2"])
 def test_cada_of_c_zero_is_amsgrad(name: str, quadratic: Toy) -> None:
     cada = make(name, quadratic, c=0, sampler=None)
@@ -159,6 +171,7 @@ def test_cada_of_c_zero_is_amsgrad(name: str, quadratic: Toy) -> None:
     some_silence(make(name, quadratic, sampler=None), quadratic)
 
 
+@pytest.mark.long
 def test_lasg_wk2_without_noise_is_lag(quadratic: Toy) -> None:
     """The memory is the gradient of the stale model. On minibatches it is not, and the rules differ."""
     same(make("lasg_wk2", quadratic, sampler=None), make("lag_wk", quadratic), quadratic)
@@ -170,6 +183,7 @@ def test_lasg_wk2_without_noise_is_lag(quadratic: Toy) -> None:
     assert sent[0].sum() < sent[1].sum()
 
 
+@pytest.mark.long
 def test_lasg_wk1_by_hand(quadratic: Toy) -> None:
     """g_m(theta) - g_m(snapshot) against its value at the last upload; the snapshot is renewed every 5 rounds."""
     alg = make("lasg_wk1", quadratic, sampler=None, max_silence=None)
@@ -189,6 +203,7 @@ def test_lasg_wk1_by_hand(quadratic: Toy) -> None:
     assert params.shape == (ROUNDS, 5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["cada1", "cada2"])
 def test_cada_by_hand(name: str, quadratic: Toy) -> None:
     """Its threshold is c / D sum_d motion_d, whatever lr and M."""
@@ -208,6 +223,7 @@ def test_cada_by_hand(name: str, quadratic: Toy) -> None:
 # ---- the server asks ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_lag_ps_by_hand(quadratic: Toy) -> None:
     """L_m^2 ||theta - theta_hat_m||^2 against the recent motion; only who is asked gets the model and computes."""
     alg = make("lag_ps", quadratic, max_silence=None)
@@ -256,6 +272,7 @@ def test_computed_gradients_are_counted(quadratic: Toy) -> None:
 # ---- compressed members ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_marina_by_hand(quadratic: Toy) -> None:
     """All estimates become the gradients in the rounds of the coin, which is one for all; else they move by Q(change)."""
     alg = make("marina", quadratic)
@@ -282,6 +299,7 @@ def test_the_coin_of_marina_always_falls_in_round_0(quadratic: Toy) -> None:
     np.testing.assert_array_equal(info.bits_up.T == 8 * 41, [full] * 4)
 
 
+@pytest.mark.long
 def test_diana_by_hand(quadratic: Toy) -> None:
     """The direction takes the whole change, the memories move by the damped one."""
     info = run(make("diana", quadratic, damping=0.3), quadratic.theta0, quadratic.shards, ROUNDS).info
@@ -318,6 +336,7 @@ def test_sign_sgd_is_a_majority_vote(quadratic: Toy) -> None:
     assert np.all(info.bits_up == 8)
 
 
+@pytest.mark.long
 def test_lag_with_xi_zero_sends_always(quadratic: Toy) -> None:
     for name in ("lag_wk", "lag_ps", "lasg_wk2"):
         sent = run(

@@ -323,7 +323,7 @@ if __name__ == "__main__":
     cases: dict[str, Any] = {
         "reference": lambda: reference(6000, 200),
         "smaller": lambda: reference(1000, 200),
-        "short": lambda: reference(500, 60, (7,), ("laq", "ef21")),
+        "short": lambda: reference(500, 60, (7,), ("laq",)),
         "swept": swept,
         "refused": refused,
         "family": family,

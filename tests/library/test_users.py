@@ -90,10 +90,8 @@ def test_data_may_be_any_pytree() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "laq",
-        "sign_sgd",
         "marina_natural",
-        *(pytest.param(n, marks=pytest.mark.long) for n in ("ef21", "qsgd", "ssgd", "lag_ps")),
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("laq", "sign_sgd", "ef21", "qsgd", "ssgd", "lag_ps")),
     ],
 )
 def test_half_precision(name: str, dtype: Any, toy: Toy) -> None:
