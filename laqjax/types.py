@@ -34,7 +34,7 @@ optax transformation does: `init` creates the state, and each round takes it and
 Shapes: p parameters, M workers, m workers on the current device, N rows of a shard, K rounds.
 
 Example:
-    A compressor, a rule with a state and a memory of one's own, assembled to an algorithm. docs/own.md shows the same
+    A new compressor, a new rule with a state and a new memory, assembled to an algorithm. docs/own.md shows the same
     example on MNIST.
 
     >>> from dataclasses import dataclass
