@@ -132,7 +132,7 @@ def lazy_aggregate(
         >>> import jax.numpy as jnp, optax, laqjax
         >>> tx = optax.chain(laqjax.lazy_aggregate("data", 4, bits=4), optax.adam(1e-3))
         >>> state = tx.init({"w": jnp.zeros((3, 2))})
-        >>> laqjax.aggregation.partition_specs(state, "data")[0].algorithm_state.workers.memory
+        >>> laqjax.aggregation.partition_specs(state, "data")[0].algorithm_state.workers.memory_state
         P('data',)
     """
     check_number("num_workers", num_workers, np.int32, minimum=1)
@@ -176,10 +176,10 @@ def lazy_aggregate(
         before, key = state.algorithm_state._replace(params=here), jax.random.key(seed)
         _check_branches(alg, before, shards, key)
         after, info = alg.step(before, shards, key, worker_batch_size=1, collective=how)
-        direction = after.optimizer / num_workers if mean else after.optimizer
+        direction = after.optimizer_state / num_workers if mean else after.optimizer_state
         received = jnp.where(jnp.any(info.sent), how.bytes_received(alg, num_workers), 0).astype(jnp.int32)
         uploads = state.total_uploads + jnp.sum(info.sent, dtype=jnp.int32)
-        rest = after._replace(params=None, optimizer=())
+        rest = after._replace(params=None, optimizer_state=())
         kept = LazyAggregateState(rest, info.sent, info.bytes_up, received, uploads)
         return _unravel_like(direction, gradients), kept
 

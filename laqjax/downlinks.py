@@ -28,7 +28,7 @@ class FullModelDownlink:
     def init(self, params):
         return None
 
-    def broadcast(self, server_state, params, direction, optimize, keys):
+    def broadcast(self, downlink_state, params, direction, optimize, keys):
         step, optimizer = optimize(direction, params)
         size = jnp.int32(params.size * float_bits(params) // 8)
         return Broadcast(_apply_step(params, step), None, optimizer, payload=None, bytes=size)
@@ -50,7 +50,7 @@ class CompressedStep:
     def init(self, params):
         return None
 
-    def broadcast(self, server_state, params, direction, optimize, keys):
+    def broadcast(self, downlink_state, params, direction, optimize, keys):
         step, optimizer = optimize(direction, params)
         payload, step, size = _compress(self.compressor, step, keys)
         return Broadcast(_apply_step(params, step), None, optimizer, payload, size)
@@ -70,7 +70,7 @@ class CompressedDirection:
     def init(self, params):
         return None
 
-    def broadcast(self, server_state, params, direction, optimize, keys):
+    def broadcast(self, downlink_state, params, direction, optimize, keys):
         payload, direction, size = _compress(self.compressor, direction, keys)
         step, optimizer = optimize(direction, params)
         return Broadcast(_apply_step(params, step), None, optimizer, payload, size)
@@ -95,9 +95,9 @@ class CompressedModel:
     def init(self, params):
         return params
 
-    def broadcast(self, server_state, params, direction, optimize, keys):
-        step, optimizer = optimize(direction, server_state)
-        exact = _apply_step(server_state, step)
+    def broadcast(self, downlink_state, params, direction, optimize, keys):
+        step, optimizer = optimize(direction, downlink_state)
+        exact = _apply_step(downlink_state, step)
         payload, change, size = _compress(self.compressor, exact - params, keys)
         return Broadcast(params + change, exact, optimizer, payload, size)
 

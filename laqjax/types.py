@@ -387,12 +387,12 @@ class WorkerState(NamedTuple):
     """State of one worker. `AlgorithmState.workers` stacks M of them along a leading axis.
 
     Attributes:
-        memory: pytree of the memory, created by `Memory.init`.
-        rule: pytree of the upload rule, created by `UploadRule.init` (the second result).
+        memory_state: pytree of the memory, created by `Memory.init`.
+        rule_state: pytree of the upload rule, created by `UploadRule.init` (the second result).
     """
 
-    memory: Any
-    rule: Any
+    memory_state: Any
+    rule_state: Any
 
 
 class AlgorithmState(NamedTuple):
@@ -404,18 +404,18 @@ class AlgorithmState(NamedTuple):
         params: model of the workers as a flat vector, [p]; `alg.params(state)` returns it as a pytree.
         round: number of the next round.
         aggregate: sum over the workers of the vectors that the server holds for them, [p]. None if the memory is not persistent.
-        optimizer: state of the optax transformation of the server.
-        rule: state that the upload rule shares with all workers, such as a history or a snapshot of the model.
-        downlink: state of the downlink on the server.
+        optimizer_state: state of the optax transformation of the server.
+        rule_state: state that the upload rule shares with all workers, such as a history or a snapshot of the model.
+        downlink_state: state of the downlink on the server.
         workers: states of the workers; every leaf is [M, ...]. On a mesh, rows of padding follow the M-th.
     """
 
     params: Float[Array, " p"]
     round: Int[Array, ""]
     aggregate: Any
-    optimizer: Any
-    rule: Any
-    downlink: Any
+    optimizer_state: Any
+    rule_state: Any
+    downlink_state: Any
     workers: WorkerState
 
 
@@ -442,15 +442,15 @@ class Broadcast(NamedTuple):
 
     Attributes:
         params: next model of the workers, [p].
-        state: next state of the downlink, a pytree or None.
-        optimizer: next state of the optax transformation of the server.
+        downlink_state: next state of the downlink, a pytree or None.
+        optimizer_state: next state of the optax transformation of the server.
         payload: result of `Compressor.encode` for the message. None if the full model is sent.
         bytes: size of the message to one worker in bytes, an int32 scalar.
     """
 
     params: Float[Array, " p"]
-    state: Any
-    optimizer: Any
+    downlink_state: Any
+    optimizer_state: Any
     payload: Any
     bytes: Int[Array, ""]
 
@@ -963,7 +963,7 @@ class Downlink(Protocol):
 
     def broadcast(
         self,
-        server_state: Any,
+        downlink_state: Any,
         params: Float[Array, " p"],
         direction: Float[Array, " p"],
         optimize: Callable[..., Any],
@@ -972,7 +972,7 @@ class Downlink(Protocol):
         """Run the server optimizer and send the result to the workers.
 
         Args:
-            server_state: state of the downlink.
+            downlink_state: state of the downlink.
             params: model of the workers in this round, [p].
             direction: direction from `Memory.update_aggregate`, [p].
             optimize: function `(direction, params) -> (step, optimizer state)`, the optax transformation of the server.

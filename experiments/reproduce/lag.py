@@ -119,8 +119,8 @@ def start(name: str, alg: laqjax.Algorithm, shards: laqjax.Shards, workers: int)
         return state._replace(params=-alg.lr * ones)
     if name.endswith("IAG"):
         state = state._replace(params=-alg.lr * workers * ones, round=jnp.int32(2))
-    memory = jnp.ones_like(state.workers.memory)
-    return state._replace(aggregate=workers * ones, workers=state.workers._replace(memory=memory))
+    memory = jnp.ones_like(state.workers.memory_state)
+    return state._replace(aggregate=workers * ones, workers=state.workers._replace(memory_state=memory))
 
 
 def counted(out: Path) -> pl.DataFrame:

@@ -119,9 +119,9 @@ class Algorithm:
             params=params,
             round=jnp.zeros((), jnp.int32),
             aggregate=jnp.zeros_like(params) if self.memory.is_persistent else None,
-            optimizer=self.optimizer(self.learning_rate_at(jnp.int32(0))).init(params),
-            rule=shared,
-            downlink=self.downlink.init(params),
+            optimizer_state=self.optimizer(self.learning_rate_at(jnp.int32(0))).init(params),
+            rule_state=shared,
+            downlink_state=self.downlink.init(params),
             workers=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.num_workers, *leaf.shape)), worker),
         )
 
@@ -411,9 +411,9 @@ def worker_step(
         return evaluate_grad(params) if when is True else jax.lax.cond(when, evaluate_grad, jnp.zeros_like, params)
 
     context = RoundContext(state.params, keys, alg.learning_rate_at(state.round), alg.num_workers, gradient_at)
-    selected = alg.rule.is_selected(state.rule, worker.rule, context)
+    selected = alg.rule.is_selected(state.rule_state, worker.rule_state, context)
     loss, grad, _ = evaluate(state.params, rows)
-    target, renewed = alg.memory.compression_target(worker.memory, grad, context)
+    target, renewed = alg.memory.compression_target(worker.memory_state, grad, context)
     payload = alg.compressor.encode(target, keys)
     decoded = alg.compressor.decode(payload, target)
     squares = squared_norm(target), squared_norm(decoded), squared_norm(target - decoded)
@@ -421,12 +421,12 @@ def worker_step(
     upload_context = UploadContext(
         **fields, grad=grad, target=target, decoded=decoded, **dict(zip(NORM_METRICS, squares, strict=True))
     )
-    decision = alg.rule.should_send(state.rule, worker.rule, upload_context)
+    decision = alg.rule.should_send(state.rule_state, worker.rule_state, upload_context)
     sent = selected & decision.send
 
     # A worker that is not selected keeps its memory. Its rule gets the state for silence, because a limit on silence
     # also counts rounds without selection (LAG-PS); `PartialParticipation` keeps the old state.
-    silent_memory = tree_where(selected, renewed, worker.memory)
+    silent_memory = tree_where(selected, renewed, worker.memory_state)
     memory = tree_where(sent, alg.memory.update(renewed, grad, target, decoded), silent_memory)
     worker = WorkerState(memory, tree_where(sent, decision.if_sent, decision.if_silent))
     upload = WorkerUpload(payload, decoded, sent, selected, message_bytes(alg.compressor.wire_fields(payload, target)))
@@ -455,18 +455,18 @@ def server_step(
 
     def optimize(direction: Any, params: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):  # optax combines floats and integers
-            return alg.optimizer(alg.learning_rate_at(state.round)).update(direction, state.optimizer, params)
+            return alg.optimizer(alg.learning_rate_at(state.round)).update(direction, state.optimizer_state, params)
 
-    message = alg.downlink.broadcast(state.downlink, state.params, direction, optimize, keys)
+    message = alg.downlink.broadcast(state.downlink_state, state.params, direction, optimize, keys)
     step_sq = squared_norm(message.params - state.params)
     step = ServerStep(state.params, message.params, squared_norm(direction), step_sq, state.round)
     after = AlgorithmState(
         params=message.params,
         round=state.round + 1,
         aggregate=aggregate,
-        optimizer=message.optimizer,
-        rule=alg.rule.update(state.rule, step),
-        downlink=message.state,
+        optimizer_state=message.optimizer_state,
+        rule_state=alg.rule.update(state.rule_state, step),
+        downlink_state=message.downlink_state,
         workers=state.workers,
     )
     metrics = {"direction_sq": step.direction_sq, "step_sq": step.step_sq, "params": state.params}

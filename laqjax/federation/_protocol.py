@@ -158,7 +158,7 @@ def make_broadcast(
     is_near = known == head.round - 1
     model, history = MODEL_DELTA if is_near and change else MODEL_FULL, MODEL_DELTA if is_near else MODEL_FULL
     body = change if model == MODEL_DELTA else tree_to_bytes(state.params)
-    shared = tree_to_bytes(state.rule) if history == MODEL_FULL else b""
+    shared = tree_to_bytes(state.rule_state) if history == MODEL_FULL else b""
     return make_record(head._replace(model=model, history=history), body=body, history=shared), len(body)
 
 

@@ -105,8 +105,8 @@ def _select_workers(alg: Algorithm, state: AlgorithmState, own: Any, key: PRNGKe
         )
         known: dict[str, Any] = vars(now)
         evidence = UploadContext(**known, grad=nothing, target=nothing, decoded=nothing, target_sq=zero, innovation_sq=zero, error_sq=zero)  # fmt: skip
-        decision = alg.rule.should_send(state.rule, own, evidence)
-        return alg.rule.is_selected(state.rule, own, now), jax.tree.map(
+        decision = alg.rule.should_send(state.rule_state, own, evidence)
+        return alg.rule.is_selected(state.rule_state, own, now), jax.tree.map(
             lambda a, b: jnp.where(sent, a, b), decision.if_sent, decision.if_silent
         )
 
@@ -241,7 +241,7 @@ class FederatedServer:
         state = alg.init(params)
         self.state: AlgorithmState = state._replace(workers=None)  # pyright: ignore[reportArgumentType]
         memories: list[Any] = [jnp.zeros_like(state.params) if alg.memory.is_persistent else None] * alg.num_workers
-        self._workers = WorkerRecords(state.workers.rule, memories, [_protocol.NO_UPLOAD] * alg.num_workers, {})
+        self._workers = WorkerRecords(state.workers.rule_state, memories, [_protocol.NO_UPLOAD] * alg.num_workers, {})
         self._change = ModelChange()
         if checkpoint_path is not None and checkpoint_path.exists():
             restored = restore_checkpoint(checkpoint_path, self._checkpoint())
@@ -304,7 +304,10 @@ class FederatedServer:
 
     def _make_broadcasts(self, selected: np.ndarray, facts: RoundStats) -> dict[int, Message]:
         """Return the broadcasts of this round by node, and add their sizes to the stats."""
-        messages, reads = {}, _protocol.short_digest(_protocol.tree_to_bytes((self.state.params, self.state.rule)))
+        messages, reads = (
+            {},
+            _protocol.short_digest(_protocol.tree_to_bytes((self.state.params, self.state.rule_state))),
+        )
         for node, worker in self._roster.nodes.items():
             if selected[worker]:
                 about = *self._workers.accepted[worker], reads, self._key_bytes, *self._change[1:]

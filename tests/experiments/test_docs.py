@@ -128,7 +128,7 @@ def test_your_own_method_is_the_example_of_the_protocols() -> None:
 ON_FOUR_DEVICES = """
 import numpy as np
 assert jax.device_count() == mesh.size == 4
-assert len(out.state.workers.memory.sharding.device_set) == 4
+assert len(out.state.workers.memory_state.sharding.device_set) == 4
 jax.tree.map(np.testing.assert_array_equal, state, jax.device_get(alone))
 """
 

@@ -57,16 +57,16 @@ def check_memories(alg: Algorithm, problem: Toy, rounding: float) -> None:
         info, state = run(alg, state, problem.shards, 1)
         workers, sent = jax.device_get(state.workers), info.sent[0]
         if isinstance(alg.rule, rules.MaxSilence):
-            np.testing.assert_array_equal(workers.rule[0], np.where(sent, 0, before.rule[0] + 1))
-            workers, before = (w._replace(rule=w.rule[1]) for w in (workers, before))
+            np.testing.assert_array_equal(workers.rule_state[0], np.where(sent, 0, before.rule_state[0] + 1))
+            workers, before = (w._replace(rule_state=w.rule_state[1]) for w in (workers, before))
         if isinstance(
             alg.rule, rules.PartialParticipation
         ):  # it has asked some of the silent ones, whose silence is longer now
-            workers, before = (w._replace(rule=None) for w in (workers, before))
+            workers, before = (w._replace(rule_state=None) for w in (workers, before))
         kept = [w.memory if alg.rule.renews_in_silence else w for w in (before, workers)]
         identical(*([leaf[~sent] for leaf in jax.tree.leaves(w)] for w in kept))
         if alg.memory.is_persistent:
-            memory = workers.memory[0] if isinstance(workers.memory, tuple) else workers.memory
+            memory = workers.memory_state[0] if isinstance(workers.memory_state, tuple) else workers.memory_state
             error = np.abs(np.asarray(state.aggregate) - memory.sum(axis=0)).max()
             assert error <= rounding * np.abs(memory).max()
         silent += np.sum(~sent)
@@ -81,7 +81,7 @@ def check_billed_bits(alg: Algorithm, problem: Toy) -> None:
         info, state = run(alg, state, problem.shards, 1)
         for m in range(4):
             keys, grad = keys_of(k, m), info.extra["grad"][0, m]
-            memory = jax.tree.map(lambda leaf: leaf[m], before.memory)  # noqa: B023
+            memory = jax.tree.map(lambda leaf: leaf[m], before.memory_state)  # noqa: B023
             now: Any = types.RoundContext(
                 state_before.params, keys, alg.learning_rate_at(k), 4, gradient_at=partial(looked, alg, problem, keys)
             )

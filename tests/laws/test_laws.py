@@ -102,7 +102,7 @@ def test_the_callers_arrays_survive(name: str, toy: Toy) -> None:
     shards = Shards(*map(jnp.asarray, toy.shards))
     state = alg.init(toy.theta0)
     # the caller's vector stands in two places: neither is donated
-    state = state._replace(params=toy.theta0, optimizer=jax.tree.map(lambda a: a, state.optimizer))
+    state = state._replace(params=toy.theta0, optimizer_state=jax.tree.map(lambda a: a, state.optimizer_state))
     given = alg, toy.theta0, state, shards
     copies = jax.tree.map(np.array, given)
     first, *others = (run(alg, start, shards, 5) for start in (toy.theta0, state, toy.theta0, state))
@@ -127,7 +127,7 @@ def test_the_history_is_made_of_the_steps_really_taken(name: str, toy: Toy) -> N
     info, state = run(alg, toy.theta0, toy.shards, 25)
     path = np.concatenate([info.extra["params"], state.params[None]]).astype(np.float64)
     np.testing.assert_allclose(info.extra["step_sq"], np.sum(np.diff(path, axis=0) ** 2, axis=1), rtol=1e-5)
-    motion = np.asarray(state.rule[0] if isinstance(state.rule, tuple) else state.rule)
+    motion = np.asarray(state.rule_state[0] if isinstance(state.rule_state, tuple) else state.rule_state)
     assert motion.shape == (6,)
     for k in range(25 - len(motion), 25):
         assert motion[k % len(motion)] == info.extra["step_sq"][k] > 0
@@ -167,7 +167,7 @@ def test_patience_counts_the_silent_rounds(name: str, toy: Toy) -> None:
     for force_first_upload, rounds in ((True, [0, 5, 10, 15]), (False, [4, 9, 14, 19])):
         alg = make(name, toy, xi=1e20, max_silence=4, force_first_upload=force_first_upload)
         state = alg.init(toy.theta0)
-        info = run(alg, state._replace(rule=(jnp.ones(6), None)), toy.shards, 20).info
+        info = run(alg, state._replace(rule_state=(jnp.ones(6), None)), toy.shards, 20).info
         np.testing.assert_array_equal(info.sent.T, [np.isin(np.arange(20), rounds)] * 4)
 
 
@@ -210,7 +210,7 @@ def test_the_server_can_be_adam(toy64: Toy) -> None:
             params = optax.apply_updates(params, updates)
             np.testing.assert_allclose(state.params, params, rtol=1e-12)
             given = jnp.sum(jnp.asarray(state.aggregate) ** 2)
-            np.testing.assert_allclose(state.rule[0][k % 6], given, rtol=1e-9)
+            np.testing.assert_allclose(state.rule_state[0][k % 6], given, rtol=1e-9)
             uploads += np.sum(info.sent)
     assert uploads < 15 * 4
 

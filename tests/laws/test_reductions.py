@@ -290,7 +290,7 @@ def test_marina_by_hand(quadratic: Toy) -> None:
             estimate[m] = grads[k, m] if full[k, 0] else estimate[m] + moved
         step = info.extra["params"][k + 1] - info.extra["params"][k]
         np.testing.assert_allclose(step, -0.05 * estimate.sum(axis=0), rtol=1e-9, atol=1e-12)
-    assert jax.tree.leaves(state.workers.memory)[0].shape == (4, 5)
+    assert jax.tree.leaves(state.workers.memory_state)[0].shape == (4, 5)
 
 
 def test_the_coin_of_marina_always_falls_in_round_0(quadratic: Toy) -> None:
@@ -318,7 +318,7 @@ def test_error_feedback_loses_nothing(quadratic: Toy) -> None:
     """What was sent and what is still owed add up to all gradients so far."""
     for name in ("topk_ef", "ef_sign_sgd"):
         info, state = run(make(name, quadratic), quadratic.theta0, quadratic.shards, ROUNDS)
-        owed, params = state.workers.memory, state.params
+        owed, params = state.workers.memory_state, state.params
         sent = (quadratic.theta0 - params) / 0.05
         everything = info.extra["grad"].sum(axis=(0, 1))
         np.testing.assert_allclose(sent + jnp.sum(owed, axis=0), everything, rtol=1e-9, atol=1e-10)

@@ -175,5 +175,5 @@ def test_keys_in_a_state_are_kept(tmp_path: Path) -> None:
     store.close()
     done, back, _ = checkpoint.RunCheckpointer(tmp_path / "keys", {}).restore_latest(state, 5)
     assert done == 1
-    assert jax.random.key_data(back.rule).tolist() == jax.random.key_data(state.rule).tolist()
-    assert back.rule.dtype == state.rule.dtype
+    assert jax.random.key_data(back.rule_state).tolist() == jax.random.key_data(state.rule_state).tolist()
+    assert back.rule_state.dtype == state.rule_state.dtype

@@ -239,7 +239,7 @@ class Faulty:
                     continue
                 found = {kept.base: kept.before, kept.last: kept.after}.get(server._workers.accepted[worker])
                 if found is not None:  # else it is out of step, and will say so
-                    mine = found.memory if not isinstance(found.memory, tuple) else found.memory[0]
+                    mine = found.memory_state if not isinstance(found.memory_state, tuple) else found.memory_state[0]
                     np.testing.assert_allclose(mine, memory, rtol=1e-5, atol=1e-6)
                     compared += 1
         np.testing.assert_allclose(server.state.aggregate, total, rtol=1e-5, atol=1e-6)

@@ -86,8 +86,8 @@ def test_a_downlink_returns_a_broadcast_with_its_payload(name: str) -> None:
     sent = downlink.broadcast(downlink.init(2 * VECTOR), 2 * VECTOR, VECTOR, optimize, KEYS)
     assert isinstance(sent, types.Broadcast)
     assert sent.params.shape == VECTOR.shape
-    assert sent.optimizer == ("optimizer state",)
-    assert jax.tree.structure(sent.state) == jax.tree.structure(downlink.init(VECTOR))
+    assert sent.optimizer_state == ("optimizer state",)
+    assert jax.tree.structure(sent.downlink_state) == jax.tree.structure(downlink.init(VECTOR))
     if target is None:
         assert sent.payload is None
         assert sent.bytes == 4 * P

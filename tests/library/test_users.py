@@ -328,7 +328,7 @@ def test_a_rule_with_a_memory_from_outside(toy: Toy) -> None:
 
     out = laqjax.run(alg(7), toy.theta0, toy.shards, 24, KEY)
     assert np.flatnonzero(out.info.sent[:, 0]).tolist() == [0, 2, 6, 14, 22]
-    assert int(out.state.rule) == 24
+    assert int(out.state.rule_state) == 24
     many = laqjax.sweep(laqjax.stack_algorithms([alg(7), alg(1)]), toy.theta0, toy.shards, 24, jax.random.split(KEY, 2))
     np.testing.assert_array_equal(many.info.sent[:, 0], out.info.sent)
     assert np.flatnonzero(many.info.sent[:, 1, 0]).tolist() == list(range(0, 24, 2))
