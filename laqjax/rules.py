@@ -271,7 +271,7 @@ class InnovationChange:
         return None, None
 
     def measure(self, shared_state, worker_state, context):
-        return context.innovation_sq, None
+        return context.decoded_sq, None
 
     def update(self, shared_state, step):
         return None

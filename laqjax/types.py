@@ -65,8 +65,8 @@ Example:
     ...         return None, jnp.zeros((), params.dtype)  # no shared state; each worker keeps ||last change sent||^2
     ...
     ...     def should_send(self, shared_state, worker_state, context):
-    ...         send = context.innovation_sq > self.share * worker_state
-    ...         return types.Decision(send, if_sent=context.innovation_sq, if_silent=worker_state)
+    ...         send = context.decoded_sq > self.share * worker_state
+    ...         return types.Decision(send, if_sent=context.decoded_sq, if_silent=worker_state)
     ...
     >>> @types.register_dataclass
     ... @dataclass(frozen=True)
@@ -325,7 +325,7 @@ class UploadContext(RoundContext):
         target: vector that was compressed, [p].
         decoded: vector that the server would read from the message, [p].
         target_sq: squared Euclidean norm of `target`, a scalar.
-        innovation_sq: squared Euclidean norm of `decoded`, a scalar.
+        decoded_sq: squared Euclidean norm of `decoded`, a scalar. With LAQ it is that of the quantized innovation.
         error_sq: squared Euclidean norm of the compression error `target - decoded`, a scalar.
     """
 
@@ -333,7 +333,7 @@ class UploadContext(RoundContext):
     target: Float[Array, " p"]
     decoded: Float[Array, " p"]
     target_sq: Float[Array, ""]
-    innovation_sq: Float[Array, ""]
+    decoded_sq: Float[Array, ""]
     error_sq: Float[Array, ""]
 
 

@@ -21,7 +21,7 @@ MODULES = sorted(
     if not any(part.startswith("_") for part in info.name.split("."))
 )
 KEY = jax.random.key(0)
-RECORD = ["error_sq", "grad", "gradients", "innovation_sq", "params", "step_sq", "target_sq"]
+RECORD = ["decoded_sq", "error_sq", "grad", "gradients", "params", "step_sq", "target_sq"]
 CHUNK = 10
 
 

@@ -144,7 +144,7 @@ class Algorithm:
             shards: data of the workers, as JAX arrays under jit. They are not checked here, see `laqjax.check_inputs`.
             key: PRNG key of the run, the same in every round.
             metrics: names of metrics to keep in `info.extra`. Of each worker, [M, ...]: "grad", "target_sq",
-                "innovation_sq", "error_sq", "worker_loss", "gradients" (the number of gradients that it computed). Of
+                "decoded_sq", "error_sq", "worker_loss", "gradients" (the number of gradients that it computed). Of
                 the server: "params", "direction_sq", "step_sq".
             worker_batch_size: number of workers whose gradients are computed in one batch. None:
                 `default_worker_batch_size`.
@@ -376,7 +376,7 @@ def tree_where(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:
 
 # ---- one worker, and the server ---------------------------------------------------------------------------------
 
-NORM_METRICS = ("target_sq", "innovation_sq", "error_sq")
+NORM_METRICS = ("target_sq", "decoded_sq", "error_sq")
 WORKER_METRICS = ("grad", *NORM_METRICS, "worker_loss", "gradients")
 
 

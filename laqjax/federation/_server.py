@@ -104,7 +104,7 @@ def _select_workers(alg: Algorithm, state: AlgorithmState, own: Any, key: PRNGKe
             state.params, keys, alg.learning_rate_at(state.round), alg.num_workers, lambda *_, **__: nothing
         )
         known: dict[str, Any] = vars(now)
-        evidence = UploadContext(**known, grad=nothing, target=nothing, decoded=nothing, target_sq=zero, innovation_sq=zero, error_sq=zero)  # fmt: skip
+        evidence = UploadContext(**known, grad=nothing, target=nothing, decoded=nothing, target_sq=zero, decoded_sq=zero, error_sq=zero)  # fmt: skip
         decision = alg.rule.should_send(state.rule_state, own, evidence)
         return alg.rule.is_selected(state.rule_state, own, now), jax.tree.map(
             lambda a, b: jnp.where(sent, a, b), decision.if_sent, decision.if_silent

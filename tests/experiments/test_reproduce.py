@@ -200,7 +200,7 @@ def test_half_the_errors_is_between_the_rule_and_none() -> None:
     rule = _shared.make_lazy_rule(rules.make_history(0.8, 1, np.float32), rules.InnovationChange())
     # the paper's rule asks for 3 (1 + 1) = 6, the half for 3
     for change, sends in ((7, (True, True)), (4, (False, True)), (2, (False, False))):
-        evidence = make(innovation_sq=jnp.float32(change))
+        evidence = make(decoded_sq=jnp.float32(change))
         decided = [
             r.should_send((zeros, None), (one, None), evidence)[0]
             for r in (rule, replace(rule, error_weight=np.asarray(1.5, np.float32)))

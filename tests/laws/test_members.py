@@ -64,8 +64,8 @@ class Larger(rules.BaseUploadRule):
         return None, jnp.zeros((), params.dtype)
 
     def should_send(self, shared_state, worker_state, context):
-        send = context.innovation_sq > jnp.asarray(self.share, worker_state.dtype) * worker_state
-        return Decision(send, context.innovation_sq, worker_state)
+        send = context.decoded_sq > jnp.asarray(self.share, worker_state.dtype) * worker_state
+        return Decision(send, context.decoded_sq, worker_state)
 
 
 def larger(oracle, *, lr: Any, num_workers: int, share: Any, optimizer: Any = optax.sgd) -> Algorithm:

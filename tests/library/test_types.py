@@ -45,7 +45,7 @@ def make_context(**changed: Any) -> types.UploadContext:
     known: dict[str, Any] = dict(
         params=VECTOR, keys=KEYS, lr=jnp.float32(0.1), num_workers=WORKERS, gradient_at=lambda params, **_: params,
         grad=2 * VECTOR, target=2 * VECTOR, decoded=2 * VECTOR,
-        target_sq=jnp.float32(220), innovation_sq=jnp.float32(220), error_sq=jnp.float32(0),
+        target_sq=jnp.float32(220), decoded_sq=jnp.float32(220), error_sq=jnp.float32(0),
     )  # fmt: skip
     return types.UploadContext(**known | changed)
 
