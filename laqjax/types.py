@@ -669,11 +669,11 @@ class Collective(Protocol):
         """
         ...
 
-    def gather_metrics(self, facts: Any, num_workers: int) -> Any:
+    def gather_metrics(self, metrics: Any, num_workers: int) -> Any:
         """Gather the metrics of all workers on every device.
 
         Args:
-            facts: pytree of arrays [m, ...] of the workers on this device.
+            metrics: pytree of arrays [m, ...] of the workers on this device.
             num_workers: M.
 
         Returns:

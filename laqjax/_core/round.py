@@ -176,21 +176,21 @@ class Algorithm:
         def run_worker(row: Array, worker: WorkerState) -> Any:
             index = first + row
             keys = RoundKeys(jax.random.fold_in(round_key, index), shared_key, key, state.round, index, row)
-            worker, upload, facts = worker_step(alg, worker, state, shards, keys)
+            worker, upload, measured = worker_step(alg, worker, state, shards, keys)
             real = index < alg.num_workers
             upload = upload._replace(sent=upload.sent & real, selected=upload.selected & real)
-            kept = {name: fact for name, fact in facts.items() if name in metrics}
+            kept = {name: value for name, value in measured.items() if name in metrics}
             bare = upload._replace(payload=None, decoded=None)
-            return worker, collective.worker_contribution(alg, upload), (bare, kept, facts["worker_loss"])
+            return worker, collective.worker_contribution(alg, upload), (bare, kept, measured["worker_loss"])
 
         at_once = worker_batch_size or alg.default_worker_batch_size(shards)
         workers, messages, rest = map_workers(run_worker, state, count, at_once, collective.accumulates_locally)
-        uploads, facts, losses = collective.gather_metrics(rest, alg.num_workers)
+        uploads, extra, losses = collective.gather_metrics(rest, alg.num_workers)
         total = collective.reduce(alg, messages, uploads.sent, state.params)
         keys = RoundKeys(shared_key, shared_key, key, state.round, jnp.int32(alg.num_workers))
         result = server_step(alg, state, total, jnp.sum(uploads.selected, dtype=jnp.int32), keys)
-        facts |= {name: fact for name, fact in result.metrics.items() if name in metrics}
-        unknown = sorted(set(metrics) - set(facts))
+        extra |= {name: value for name, value in result.metrics.items() if name in metrics}
+        unknown = sorted(set(metrics) - set(extra))
         if unknown:
             known = sorted({*WORKER_METRICS, *result.metrics})
             raise ValueError(f"metrics = {unknown}: must be names among {known}{suggest(unknown[0], known)}")
@@ -199,7 +199,7 @@ class Algorithm:
             sent=uploads.sent,
             bytes_up=jnp.where(uploads.sent, uploads.bytes, 0),
             bytes_down=result.bytes_down,
-            extra=facts,
+            extra=extra,
         )
         return result.state._replace(workers=workers), info
 
@@ -316,8 +316,8 @@ class LocalCollective:
     def worker_contribution(self, alg: Algorithm, upload: WorkerUpload) -> Any:
         return upload.decoded
 
-    def gather_metrics(self, facts: Any, num_workers: int) -> Any:
-        return facts
+    def gather_metrics(self, metrics: Any, num_workers: int) -> Any:
+        return metrics
 
     def reduce(self, alg: Algorithm, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Any:
         return messages
@@ -432,8 +432,8 @@ def worker_step(
     upload = WorkerUpload(payload, decoded, sent, selected, message_bytes(alg.compressor.wire_fields(payload, target)))
     # a worker that is not selected counts as computing no gradient, although the simulation computes one
     gradients = jnp.where(selected, jnp.asarray(sum(counted), jnp.int32), 0)
-    facts = {"worker_loss": loss, "grad": grad, "gradients": gradients}
-    return worker, upload, facts | dict(zip(NORM_METRICS, squares, strict=True))
+    metrics = {"worker_loss": loss, "grad": grad, "gradients": gradients}
+    return worker, upload, metrics | dict(zip(NORM_METRICS, squares, strict=True))
 
 
 def server_step(

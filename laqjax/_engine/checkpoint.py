@@ -105,7 +105,7 @@ class RunCheckpointer:
             mesh: mesh on which the state is placed. None: the first local device.
 
         Returns:
-            (completed rounds, state, facts), or (0, None, None) if no checkpoint can be read.
+            (completed rounds, state, arrays), or (0, None, None) if no checkpoint can be read.
 
         Raises:
             ValueError: there are checkpoints, but all have more than `rounds` rounds.
@@ -128,7 +128,7 @@ class RunCheckpointer:
                 )
         return 0, None, None
 
-    def save(self, done: int, state: Any, facts: dict[str, Any]) -> None:
+    def save(self, done: int, state: Any, arrays: dict[str, Any]) -> None:
         """Save a checkpoint in the background.
 
         The arrays are copied, so the caller may change or donate them as soon as this method returns. If the checkpoint
@@ -137,9 +137,10 @@ class RunCheckpointer:
         Args:
             done: number of completed rounds, which names the checkpoint.
             state: state after these rounds.
-            facts: arrays to keep with it, such as the metrics of the rounds.
+            arrays: arrays to keep with it, such as the metrics of the rounds.
         """
-        content = {"state": _snapshot(_unwrap_prng_keys(state)), "facts": facts}
+        # "facts" is the name of the arrays in the files of this format
+        content = {"state": _snapshot(_unwrap_prng_keys(state)), "facts": arrays}
         self._write_or_warn(lambda: self.writer.save(self.folder / str(done), content, force=True))
 
     def close(self) -> None:
@@ -149,7 +150,7 @@ class RunCheckpointer:
         self.remover.shutdown()
 
     def _read(self, path: Path, like: Any, mesh: Mesh | None) -> tuple[Any, Any]:
-        """Read the state and the facts of one checkpoint."""
+        """Read the state and the arrays of one checkpoint."""
         leaves, structure = jax.tree.flatten(like)
         metadata: Any = self.writer.metadata(path)
         shapes = metadata.item_metadata.tree

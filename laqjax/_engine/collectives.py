@@ -73,9 +73,9 @@ class AllReduce:
         """Return what one worker contributes to `reduce`: its decoded message [p]."""
         return upload.decoded
 
-    def gather_metrics(self, facts: Any, num_workers: int) -> Any:
+    def gather_metrics(self, metrics: Any, num_workers: int) -> Any:
         """Gather arrays [m, ...] of this device's workers into arrays [M, ...] of all workers, by one all-gather."""
-        leaves, tree = jax.tree.flatten(facts)
+        leaves, tree = jax.tree.flatten(metrics)
         words = [to_words(leaf) for leaf in leaves]
         every = lax.all_gather(jnp.concatenate(words, axis=1), self.axis, tiled=True)[:num_workers]
         parts = jnp.split(every, np.cumsum([part.shape[1] for part in words])[:-1], axis=1)

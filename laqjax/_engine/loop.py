@@ -133,9 +133,9 @@ def run(
         contents = {"algorithm": alg, "start": begin, "data": shards, "key": key, "metrics": sorted(set(metrics))}
         saved = RunCheckpointer(checkpoint_dir, contents)
         params = begin.params if isinstance(begin, AlgorithmState) else begin
-        done, state, facts = saved.restore_latest(jax.eval_shape(alg.init, params), rounds, mesh)
+        done, state, arrays = saved.restore_latest(jax.eval_shape(alg.init, params), rounds, mesh)
         if state is not None:
-            infos, begin = [RoundInfo(**facts)], state if mesh else sharding.resize_workers(state, alg.num_workers)
+            infos, begin = [RoundInfo(**arrays)], state if mesh else sharding.resize_workers(state, alg.num_workers)
     written = done
     try:
         options: Any = {"metrics": metrics, "chunk_size": chunk_size, "worker_batch_size": worker_batch_size}

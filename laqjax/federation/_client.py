@@ -107,10 +107,10 @@ def save_state(context: Context, kept: ClientState) -> None:
 
 
 @jax.jit
-def _run_worker_round(
+def _compute_worker_step(
     alg: Algorithm, worker: WorkerState, state: AlgorithmState, shards: Shards, key: PRNGKeyArray, index: Any, at: Any
 ):
-    """Run `worker_step` for one worker.
+    """Compute `laqjax.worker_step` for one worker, as one compiled program.
 
     Args:
         alg: the algorithm.
@@ -127,8 +127,8 @@ def _run_worker_round(
     """
     own, shared = _protocol.worker_keys(alg, key, at, index)
     keys = RoundKeys(own, shared, key, at, index, jnp.int32(0))
-    worker, upload, facts = worker_step(alg, worker, state, shards, keys)
-    return worker, upload.payload, upload.sent, upload.bytes, facts["worker_loss"], facts["gradients"]
+    worker, upload, metrics = worker_step(alg, worker, state, shards, keys)
+    return worker, upload.payload, upload.sent, upload.bytes, metrics["worker_loss"], metrics["gradients"]
 
 
 class FederatedClient:
@@ -169,7 +169,7 @@ class FederatedClient:
         before, base = self._select_base_state(down, kept, params)
         fresh = base == _protocol.UNKNOWN_UPLOAD  # then run as in round 0, where every method starts
         began = time.perf_counter()
-        after, payload, *rest = _run_worker_round(
+        after, payload, *rest = _compute_worker_step(
             self._full if fresh else self._alg,
             before,
             AlgorithmState(params, jnp.int32(down.round), None, None, shared_state, None, None),  # pyright: ignore[reportArgumentType]
@@ -178,7 +178,7 @@ class FederatedClient:
             np.int32(worker),
             np.int32(0 if fresh else down.round),
         )
-        sent, size, loss, gradients = (np.asarray(fact).item() for fact in jax.device_get(rest))
+        sent, size, loss, gradients = (np.asarray(value).item() for value in jax.device_get(rest))
         computed = time.perf_counter()
         compressor = self._full.compressor if fresh else self._alg.compressor
         body = to_bytes(compressor, payload, self._model) if sent else b""

@@ -61,10 +61,10 @@ class RoundStats:
 
 
 @jax.jit
-def _run_server_round(
+def _compute_server_step(
     alg: Algorithm, state: AlgorithmState, total: Array, num_selected: Any, key: PRNGKeyArray
 ) -> ServerResult:
-    """Run `server_step` and return its `ServerResult`."""
+    """Compute `laqjax.server_step` as one compiled program, with the keys of the round."""
     shared = worker_keys(alg, key, state.round, alg.num_workers)[1]
     keys = RoundKeys(shared, shared, key, state.round, jnp.int32(alg.num_workers))
     return server_step(alg, state, total, num_selected, keys)
@@ -121,15 +121,15 @@ class ModelChange(NamedTuple):
     step_sq: float = 0.0  # ||model change||^2
 
 
-def _run_step(
+def _apply_replies(
     alg: Algorithm,
     key: PRNGKeyArray,
     state: AlgorithmState,
     workers: WorkerRecords,
     answered: dict[int, AcceptedReply],
-    facts: RoundStats,
+    stats: RoundStats,
 ) -> tuple[AlgorithmState, ModelChange]:
-    """Run the server's step on the accepted messages, summed in worker order.
+    """Add up the accepted messages in worker order, and make the server's step from their sum.
 
     Args:
         alg: the algorithm.
@@ -137,7 +137,7 @@ def _run_step(
         state: state of the server.
         workers: records of the workers; this function updates them.
         answered: accepted replies, sorted by worker.
-        facts: stats of the round; this function sets `bits_down`.
+        stats: stats of the round; this function sets `bits_down`.
 
     Returns:
         The new state, and the change of the model.
@@ -153,26 +153,26 @@ def _run_step(
         total, memories[worker] = _accumulate(alg, total, memories[worker], decoded)
         workers.accepted[worker] = head.round, head.digest
     if alg.rule.server_selects:
-        workers.rule_states = _select_workers(alg, state, workers.rule_states, key, jnp.asarray(facts.sent))[1]
-    num_selected, before = np.int32(np.count_nonzero(facts.bytes_down)), state.params
-    result = _run_server_round(alg, state, total, num_selected, key)
-    state, facts.bits_down, change, down = result.state, 8 * int(result.bytes_down), b"", down_compressor(alg)
+        workers.rule_states = _select_workers(alg, state, workers.rule_states, key, jnp.asarray(stats.sent))[1]
+    num_selected, before = np.int32(np.count_nonzero(stats.bytes_down)), state.params
+    result = _compute_server_step(alg, state, total, num_selected, key)
+    state, stats.bits_down, change, down = result.state, 8 * int(result.bytes_down), b"", down_compressor(alg)
     if down is not None:  # use the decoded message, so that server and workers hold the same model
         change = to_bytes(down, result.payload, before)
         state = state._replace(params=add_delta(before, from_bytes(down, change, before)))
     return state, ModelChange(change, float(result.metrics["direction_sq"]), float(result.metrics["step_sq"]))
 
 
-def _fill_stats(facts: RoundStats, answered: dict[int, AcceptedReply]) -> None:
+def _fill_stats(stats: RoundStats, answered: dict[int, AcceptedReply]) -> None:
     """Fill the stats of a round from the accepted replies."""
     for worker, (_, up, decoded) in answered.items():
-        facts.answered[worker], facts.sent[worker] = True, decoded is not None
-        facts.bits_up[worker], facts.gradients[worker] = 8 * up.size, up.gradients
-        facts.payload_up[worker] = up.size
-        facts.compute[worker], facts.pack[worker] = up.compute, up.pack
+        stats.answered[worker], stats.sent[worker] = True, decoded is not None
+        stats.bits_up[worker], stats.gradients[worker] = 8 * up.size, up.gradients
+        stats.payload_up[worker] = up.size
+        stats.compute[worker], stats.pack[worker] = up.compute, up.pack
     if answered:
-        facts.loss = float(np.mean([reply.header.loss for reply in answered.values()]))
-    facts.transfer -= float((facts.compute + facts.pack).max())
+        stats.loss = float(np.mean([reply.header.loss for reply in answered.values()]))
+    stats.transfer -= float((stats.compute + stats.pack).max())
 
 
 def _find_selected(alg: Algorithm, key: PRNGKeyArray, state: AlgorithmState, rule_states: Any) -> np.ndarray:
@@ -195,7 +195,14 @@ def _exchange(grid: Grid, messages: list[Message], timeout: float) -> list[Messa
 
 
 class FederatedServer:
-    """Server of a federation; `run` executes rounds, `run_round` a single one.
+    """Server of a federation.
+
+    The methods and functions nest as follows:
+
+    - `run` waits for the workers and repeats `run_round`.
+    - `run_round` sends the broadcasts, admits the replies, and saves a checkpoint.
+    - `_apply_replies` adds up the admitted messages, and updates the records of the workers.
+    - `_compute_server_step` is one compiled program: it calls `laqjax.server_step`, as a simulation does.
 
     For a memory that is persistent, the server also stores each worker's part of the aggregate: M p numbers. With them
     it can replace the part of a worker that lost its state. One checkpoint holds everything that the next round needs.
@@ -268,10 +275,10 @@ class FederatedServer:
         self._wait_for_workers(grid, self.alg.num_workers if workers is None else workers, max_missed_rounds)
         missed = 0
         while (round := int(self.state.round)) < rounds:
-            facts = self.run_round(grid)
-            if facts is not None:
+            stats = self.run_round(grid)
+            if stats is not None:
                 missed = 0
-                yield facts
+                yield stats
             elif (missed := missed + 1) >= max_missed_rounds:
                 raise RuntimeError(f"no valid reply in round {round} after {max_missed_rounds} attempts; see the log")
 
@@ -282,27 +289,27 @@ class FederatedServer:
             The stats of the round. None if no selected worker answered, and either all workers were selected or no
             node is registered. In that case the state is unchanged, and the next call repeats the round.
         """
-        roster, facts = self._roster, RoundStats.empty(int(self.state.round), self.alg.num_workers)
+        roster, stats = self._roster, RoundStats.empty(int(self.state.round), self.alg.num_workers)
         hello_messages = make_hello_messages(roster, grid.get_node_ids(), self._timeout)
         selected = _find_selected(self.alg, self._key, self.state, self._workers.rule_states)
-        broadcasts = self._make_broadcasts(selected, facts)
+        broadcasts = self._make_broadcasts(selected, stats)
         began = time.perf_counter()
         replies = _exchange(grid, [*broadcasts.values(), *hello_messages], self._timeout)
-        facts.transfer, began = time.perf_counter() - began, time.perf_counter()
-        answered = self._admit(replies, broadcasts, facts)
+        stats.transfer, began = time.perf_counter() - began, time.perf_counter()
+        answered = self._admit(replies, broadcasts, stats)
         for worker in (roster.nodes[node] for node in broadcasts):
-            roster.model_rounds[worker] = facts.round if worker in answered else None
+            roster.model_rounds[worker] = stats.round if worker in answered else None
         if not answered and (selected.all() or not roster.nodes):
             return None
-        _fill_stats(facts, answered)
-        self.state, self._change = _run_step(self.alg, self._key, self.state, self._workers, answered, facts)
+        _fill_stats(stats, answered)
+        self.state, self._change = _apply_replies(self.alg, self._key, self.state, self._workers, answered, stats)
         jax.block_until_ready(self.state)
-        facts.decode = time.perf_counter() - began
+        stats.decode = time.perf_counter() - began
         if self._checkpoint_path is not None:
             save_checkpoint(self._checkpoint_path, self._checkpoint())
-        return facts
+        return stats
 
-    def _make_broadcasts(self, selected: np.ndarray, facts: RoundStats) -> dict[int, Message]:
+    def _make_broadcasts(self, selected: np.ndarray, stats: RoundStats) -> dict[int, Message]:
         """Return the broadcasts of this round by node, and add their sizes to the stats."""
         messages, reads = (
             {},
@@ -311,25 +318,25 @@ class FederatedServer:
         for node, worker in self._roster.nodes.items():
             if selected[worker]:
                 about = *self._workers.accepted[worker], reads, self._key_bytes, *self._change[1:]
-                head = _protocol.BroadcastHeader(self._session, facts.round, worker, 0, 0, *about)
+                head = _protocol.BroadcastHeader(self._session, stats.round, worker, 0, 0, *about)
                 known = self._roster.model_rounds[worker]
                 content, size = _protocol.make_broadcast(head, self.state, known, self._change.body)
                 # the ttl lets Flower drop an expired broadcast, so that a slow node does not build up a backlog
-                message = Message(content, node, MessageType.TRAIN, group_id=str(facts.round), ttl=self._timeout)
-                facts.bytes_down[worker], facts.payload_down[worker] = _protocol.serialized_size(message), size
+                message = Message(content, node, MessageType.TRAIN, group_id=str(stats.round), ttl=self._timeout)
+                stats.bytes_down[worker], stats.payload_down[worker] = _protocol.serialized_size(message), size
                 messages[node] = message
         return messages
 
-    def _admit(self, replies: list[Message], asked: Container[int], facts: RoundStats) -> dict[int, AcceptedReply]:
+    def _admit(self, replies: list[Message], asked: Container[int], stats: RoundStats) -> dict[int, AcceptedReply]:
         """Return the replies of workers in sync, sorted by worker; log and count the rejected ones."""
-        nodes, records, about = dict(self._roster.nodes), self._workers, (self._session, facts.round, self._scheme)
+        nodes, records, about = dict(self._roster.nodes), self._workers, (self._session, stats.round, self._scheme)
         for reply in replies:
             if (worker := nodes.get(reply.metadata.src_node_id)) is not None:
-                facts.bytes_up[worker] += _protocol.serialized_size(reply)
+                stats.bytes_up[worker] += _protocol.serialized_size(reply)
         expected = {node: ExpectedReply(*about, w, records.accepted[w], node in asked) for node, w in nodes.items()}
         taken, rejections = collect_replies(self.alg, self.state.params, replies, expected, self._roster)
         outliers, records.max_magnitudes = find_outliers(taken, records.max_magnitudes, self._outlier_factor)
-        facts.refused = len(rejections) + len(outliers)
+        stats.refused = len(rejections) + len(outliers)
         _log_rejections(nodes, [*rejections, *outliers.values()])
         return {worker: reply for worker, reply in taken.items() if worker not in outliers}
 
@@ -383,8 +390,8 @@ def server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         server = FederatedServer(alg, params, key, **options)
-        for facts in server.run(grid, rounds, workers=workers, max_missed_rounds=max_missed_rounds):
+        for stats in server.run(grid, rounds, workers=workers, max_missed_rounds=max_missed_rounds):
             if on_round is not None:
-                on_round(facts, server)
+                on_round(stats, server)
 
     return app

@@ -115,7 +115,7 @@ def test_the_callers_arrays_survive(name: str, toy: Toy) -> None:
 def test_a_zero_gradient_moves_nothing(name: str, quadratic: Toy) -> None:
     still = quadratic.shards._replace(y=np.zeros((4, 12)))
     info, state = run(make(name, quadratic), quadratic.theta0, still, 10)
-    assert not any(np.any(fact) for name, fact in info.extra.items() if name != "gradients")
+    assert not any(np.any(value) for name, value in info.extra.items() if name != "gradients")
     assert not info.loss.any()
     np.testing.assert_array_equal(state.params, np.zeros(5))
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))

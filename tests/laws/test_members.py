@@ -125,5 +125,5 @@ def test_a_new_method_needs_its_four_places_only(
     sent = check_cut_run(alg, quadratic).info.sent
     assert 0.05 < sent[1:].mean() < 0.95
     check_sweep_is_loop(registry.points_of("larger", quadratic), quadratic)
-    facts = federate(alg, quadratic, 6)
-    np.testing.assert_array_equal([round.sent for round in facts], sent[:6])
+    stats = federate(alg, quadratic, 6)
+    np.testing.assert_array_equal([round.sent for round in stats], sent[:6])

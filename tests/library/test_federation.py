@@ -37,14 +37,14 @@ def loader(shards: laqjax.Shards) -> Callable[[int], laqjax.Shards]:
 
 
 def federated(alg: Any, start: Any, shards: laqjax.Shards, rounds: int, **options: Any) -> Any:
-    """(facts of all rounds, server, grid)."""
+    """(stats of all rounds, server, grid)."""
     grid = InProcessGrid(_client.client_app(alg, loader(shards)), range(alg.num_workers))
     server = _server.FederatedServer(alg, start, KEY, **options)
     return list(server.run(grid, rounds)), server, grid
 
 
-def column(facts: Any, name: str) -> np.ndarray:
-    return np.array([getattr(one, name) for one in facts])
+def column(stats: Any, name: str) -> np.ndarray:
+    return np.array([getattr(one, name) for one in stats])
 
 
 # ---- the same run as the simulation ------------------------------------------------------------------------------
@@ -66,14 +66,14 @@ QUICK = ["two_laq", "lag_ps", "lasg_wk1", "fedlaq"]
 def test_it_is_the_simulation(name: str, options: dict[str, Any], toy: Toy) -> None:
     alg = make(name, toy, **options)
     out = laqjax.run(alg, toy.theta0, toy.shards, 12, KEY, metrics=["gradients"])
-    facts, server, _ = federated(alg, toy.theta0, toy.shards, 12)
-    np.testing.assert_array_equal(column(facts, "sent"), out.info.sent)
-    np.testing.assert_array_equal(column(facts, "bits_up"), out.info.bits_up)
-    np.testing.assert_array_equal(column(facts, "bits_down"), out.info.bits_down)
-    np.testing.assert_array_equal(column(facts, "gradients"), out.info.extra["gradients"])
+    stats, server, _ = federated(alg, toy.theta0, toy.shards, 12)
+    np.testing.assert_array_equal(column(stats, "sent"), out.info.sent)
+    np.testing.assert_array_equal(column(stats, "bits_up"), out.info.bits_up)
+    np.testing.assert_array_equal(column(stats, "bits_down"), out.info.bits_down)
+    np.testing.assert_array_equal(column(stats, "gradients"), out.info.extra["gradients"])
     np.testing.assert_allclose(server.state.params, out.state.params, rtol=1e-4, atol=1e-6)
-    if alg.num_workers == column(facts, "answered").sum() / len(facts):  # else the mean is over those that were asked
-        np.testing.assert_allclose(column(facts, "loss"), out.info.loss, rtol=1e-5)
+    if alg.num_workers == column(stats, "answered").sum() / len(stats):  # else the mean is over those that were asked
+        np.testing.assert_allclose(column(stats, "loss"), out.info.loss, rtol=1e-5)
 
 
 @pytest.mark.long
@@ -84,41 +84,41 @@ def test_the_reference_problem(mnist: laqjax.Shards) -> None:
     params = {"bias": theta0[:10], "weight": theta0[10:].reshape(10, 784)}
     oracle = laqjax.oracles.from_loss(softmax_loss, params, l2=reference.AUTHORS_L2)
     alg = algorithms.laq(oracle, num_workers=10, **reference.AUTHORS)
-    facts, _, grid = federated(alg, theta0, mnist, 60)
-    sent, payload = column(facts, "sent"), column(facts, "payload_up")
+    stats, _, grid = federated(alg, theta0, mnist, 60)
+    sent, payload = column(stats, "sent"), column(stats, "payload_up")
     np.testing.assert_array_equal(sent, out.info.sent)
     np.testing.assert_array_equal(sent[:50], GOLDEN["sent"][:50])
-    np.testing.assert_allclose(column(facts, "loss"), out.info.loss, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(column(stats, "loss"), out.info.loss, rtol=0, atol=1e-6)
     # what is billed is what is sent, and the rest is heads: Flower's, and ours of a fixed size
     np.testing.assert_array_equal(8 * payload, out.info.bits_up)
-    heads = column(facts, "bytes_up") - payload
+    heads = column(stats, "bytes_up") - payload
     own = _protocol.HEADER_STRUCTS[_protocol.ReplyHeader].size
     assert own <= heads.min() <= heads.max() <= own + 120
-    hello = grid.bytes_up - column(facts, "bytes_up").sum()
+    hello = grid.bytes_up - column(stats, "bytes_up").sum()
     assert 0 < hello <= 10 * 80  # one reply of each node to the question who it is
     # every model goes down once a worker, as no worker has it yet, with the two numbers of the last step
-    np.testing.assert_array_equal(column(facts, "payload_down"), 4 * 7850)
-    assert (column(facts, "bytes_down") - 4 * 7850)[1:].max() < 200
+    np.testing.assert_array_equal(column(stats, "payload_down"), 4 * 7850)
+    assert (column(stats, "bytes_down") - 4 * 7850)[1:].max() < 200
 
     gd = algorithms.gd(oracle, lr=0.02, num_workers=10)
     plain = federated(gd, theta0, mnist, 20)[0]
-    assert column(facts[:20], "bytes_up").sum() < 0.2 * column(plain, "bytes_up").sum()
+    assert column(stats[:20], "bytes_up").sum() < 0.2 * column(plain, "bytes_up").sum()
 
 
 def test_the_model_comes_down_in_the_bits_that_are_billed(toy: Toy) -> None:
     alg = make("two_laq", toy)
-    facts, _, _ = federated(alg, toy.theta0, toy.shards, 5)
-    down = column(facts, "payload_down")
+    stats, _, _ = federated(alg, toy.theta0, toy.shards, 5)
+    down = column(stats, "payload_down")
     np.testing.assert_array_equal(down[0], 4 * 63)  # nobody has a model yet
-    np.testing.assert_array_equal(8 * down[1:], np.broadcast_to(column(facts, "bits_down")[:-1, None], (4, 4)))
+    np.testing.assert_array_equal(8 * down[1:], np.broadcast_to(column(stats, "bits_down")[:-1, None], (4, 4)))
 
 
 def test_who_is_not_asked_gets_nothing(toy: Toy) -> None:
-    facts, _, _ = federated(make("lag_ps", toy), toy.theta0, toy.shards, 12)
-    sent = column(facts, "sent")
+    stats, _, _ = federated(make("lag_ps", toy), toy.theta0, toy.shards, 12)
+    sent = column(stats, "sent")
     assert not sent.all()
-    assert not column(facts, "bytes_down")[~sent].any()
-    assert not column(facts, "bytes_up")[~sent].any()
+    assert not column(stats, "bytes_down")[~sent].any()
+    assert not column(stats, "bytes_up")[~sent].any()
 
 
 def test_a_model_that_did_not_change_is_not_sent_again(toy: Toy) -> None:
@@ -207,13 +207,13 @@ class Faulty:
         self.grid.pending_replies = [] if reorder else late
         for message in held if reorder else []:  # an old broadcast, before the new one or after it
             self.grid.deliver(message)
-        facts = self.server.run_round(self.grid)
+        stats = self.server.run_round(self.grid)
         for message in [] if reorder else held:
             self.grid.deliver(message)
         self.grid.pending_replies += late if reorder else []
-        if facts is not None:
+        if stats is not None:
             self.backups.append(self.file.read_bytes())
-        return facts
+        return stats
 
     def restart(self, age: int) -> None:
         self.file.write_bytes(self.backups[-1 - age % len(self.backups)])
@@ -354,9 +354,9 @@ def test_it_converges_through_faults(name: str, tmp_path: Path, toy: Toy, caplog
     while int(faulty.server.state.round) < 150:
         keys = [(way, 100 + m) for way in ("down", "up") for m in range(4)]
         plan = {key: (str(rng.choice(FAULTS[3:])), int(rng.integers(10**6))) for key in keys if rng.random() < 0.3}
-        facts = faulty.round(plan, bool(rng.random() < 0.5))
+        stats = faulty.round(plan, bool(rng.random() < 0.5))
         compared.append(faulty.check())
-        losses += [facts.loss] if facts else []
+        losses += [stats.loss] if stats else []
         if rng.random() < 0.1:
             list(faulty.grid.contexts.values())[rng.integers(4)].state = RecordDict()
         if rng.random() < 0.05:
@@ -370,12 +370,12 @@ def test_a_restarted_server_goes_on_as_if_it_had_not_stopped(tmp_path: Path, toy
     alg = make("laq", toy)
     straight, server, _ = federated(alg, toy.theta0, toy.shards, 14)
     grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4))
-    facts = []
+    stats = []
     for end in (5, 9, 14):  # a new process each time
         again = _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
-        facts += list(again.run(grid, end))
-    np.testing.assert_array_equal(column(facts, "sent"), column(straight, "sent"))
-    np.testing.assert_array_equal(column(facts, "loss"), column(straight, "loss"))
+        stats += list(again.run(grid, end))
+    np.testing.assert_array_equal(column(stats, "sent"), column(straight, "sent"))
+    np.testing.assert_array_equal(column(stats, "loss"), column(straight, "loss"))
     np.testing.assert_array_equal(again.state.params, server.state.params)  # pyright: ignore[reportPossiblyUnboundVariable]
     with pytest.raises(ValueError, match="of another algorithm, model or key"):
         _server.FederatedServer(make("qgd", toy), toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
@@ -439,12 +439,12 @@ def test_a_worker_that_joins_late(toy: Toy) -> None:
     alg = make("laq", toy)
     grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(3))
     server = _server.FederatedServer(alg, toy.theta0, KEY)
-    facts = list(server.run(grid, 5, workers=3))
+    stats = list(server.run(grid, 5, workers=3))
     grid.join(3)
-    facts += list(server.run(grid, 10, workers=3))
-    assert not column(facts, "answered")[:6, 3].any()  # greeted in round 5
-    assert column(facts, "sent")[6, 3]
-    assert column(facts, "answered")[6:, 3].all()
+    stats += list(server.run(grid, 10, workers=3))
+    assert not column(stats, "answered")[:6, 3].any()  # greeted in round 5
+    assert column(stats, "sent")[6, 3]
+    assert column(stats, "answered")[6:, 3].all()
     np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
 
 
@@ -461,7 +461,7 @@ def test_a_round_without_an_answer_comes_again(toy: Toy) -> None:
     with pytest.raises(RuntimeError, match="no valid reply in round 3 after 2 attempts"):
         list(server.run(grid, 9, max_missed_rounds=2))
     weather.plan = {}
-    assert [facts.round for facts in server.run(grid, 5)] == [3, 4]
+    assert [stats.round for stats in server.run(grid, 5)] == [3, 4]
     empty = InProcessGrid(_client.client_app(alg, loader(toy.shards)), [])
     with pytest.raises(RuntimeError, match="0 workers registered: must be 4"):
         list(_server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.01).run(empty, 1, max_missed_rounds=1))
@@ -576,13 +576,13 @@ def test_what_is_hostile_is_refused(name: str, toy: Toy, caplog: Any) -> None:
         list(server.run(grid, 3))
         at_work.append(True)
         caplog.clear()
-        facts = server.run_round(grid)
-        assert facts is not None
-        assert list(facts.answered) == [True, False, True, True]
-        assert facts.sent[2:].all()
+        stats = server.run_round(grid)
+        assert stats is not None
+        assert list(stats.answered) == [True, False, True, True]
+        assert stats.sent[2:].all()
         if fault is up:
             lines = [line.getMessage() for line in caplog.records]
-            assert len(lines) == facts.refused == 1
+            assert len(lines) == stats.refused == 1
             assert "refused: " in lines[0]
             assert "node " in lines[0]
             assert re.search(reason, lines[0]), lines[0]
@@ -619,14 +619,14 @@ def test_a_worker_believes_no_forged_acknowledgement(toy: Toy) -> None:
     server = _server.FederatedServer(alg, toy.theta0, KEY)
     list(server.run(grid, 3))
     at_work.append(True)
-    facts = server.run_round(grid)
-    assert facts is not None
-    assert facts.bits_up[1] == 32 * 63
+    stats = server.run_round(grid)
+    assert stats is not None
+    assert stats.bits_up[1] == 32 * 63
     at_work.clear()
     for _ in range(3):
-        facts = server.run_round(grid)
-        assert facts is not None
-        assert facts.answered.all()
+        stats = server.run_round(grid)
+        assert stats is not None
+        assert stats.answered.all()
     np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
 
 
@@ -636,9 +636,9 @@ def test_a_node_that_says_it_is_somebody_else(toy: Toy, caplog: Any) -> None:
     grid.join(1, node=500)  # a second worker 1
     grid.join(7, node=501)
     server = _server.FederatedServer(alg, toy.theta0, KEY)
-    facts = list(server.run(grid, 3))
+    stats = list(server.run(grid, 3))
     assert sorted(server._roster.nodes) == [100, 101, 102, 103]
-    assert column(facts, "answered").all()
+    assert column(stats, "answered").all()
     said = [line.getMessage() for line in caplog.records]
     assert len(said) == 2
     assert "worker = 1: must be in range(0, 4), and not registered already" in said[0]

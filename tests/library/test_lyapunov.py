@@ -73,18 +73,18 @@ def check_descent(
         alg: Algorithm = factory(oracle, lr=lr, num_workers=M, xi=xi, padded_window=WINDOW, **knobs, **bits)
         record = ["worker_loss", "grad", "error_sq", "step_sq"]
         out = laqjax.run(alg, jnp.asarray(rng.normal(size=P)), shards, ROUNDS, KEY, metrics=record, chunk_size=ROUNDS)
-    facts = out.info.extra
+    extra = out.info.extra
     # motion[k, d - 1] is the squared step from theta^{k-d} to theta^{k-d+1}
     motion = np.zeros((ROUNDS, len(xi)))
     for k in range(ROUNDS):
-        recent = facts["step_sq"][:k][::-1][: len(xi)]
+        recent = extra["step_sq"][:k][::-1][: len(xi)]
         motion[k, : len(recent)] = recent
     last_error_sq = np.zeros((ROUNDS, M))
     for k in range(1, ROUNDS):
-        last_error_sq[k] = np.where(out.info.sent[k - 1], facts["error_sq"][k - 1], last_error_sq[k - 1])
-    v = theory.lyapunov(facts["worker_loss"].sum(axis=1), motion, xi, lr)
-    gradient_sq = np.sum(facts["grad"].sum(axis=1) ** 2, axis=1)
-    noise = lr * M * np.sum(4 * facts["error_sq"] + 3 * last_error_sq, axis=1)
+        last_error_sq[k] = np.where(out.info.sent[k - 1], extra["error_sq"][k - 1], last_error_sq[k - 1])
+    v = theory.lyapunov(extra["worker_loss"].sum(axis=1), motion, xi, lr)
+    gradient_sq = np.sum(extra["grad"].sum(axis=1) ** 2, axis=1)
+    noise = lr * M * np.sum(4 * extra["error_sq"] + 3 * last_error_sq, axis=1)
     bound = v - lr / 2 * gradient_sq + noise
     assert np.all(v[1:] <= bound[:-1] + 1e-13 * v[0])
 

@@ -394,9 +394,7 @@ def test_the_arguments_of_a_run(wrong: dict[str, Any], message: str, toy: Toy) -
 def test_an_unknown_record(toy: Toy) -> None:
     # found while tracing: only there is it known what this algorithm has to tell
     alg = algorithms.laq(toy.oracle, lr=0.1, num_workers=4)
-    with pytest.raises(
-        ValueError, match=r"metrics = \['hope', 'pain'\]: must be names among .*'grad', .*'decoded_sq'"
-    ):
+    with pytest.raises(ValueError, match=r"metrics = \['hope', 'pain'\]: must be names among .*'decoded_sq', .*'grad'"):
         laqjax.run(alg, toy.theta0, toy.shards, 3, KEY, metrics=["pain", "grad", "hope"])
 
 
