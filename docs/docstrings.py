@@ -29,7 +29,7 @@ OPTIMIZER = (
 )
 SAMPLER = (
     "Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with `size` "
-    "rows per worker and round. None: full gradients."
+    "examples per worker and round. None: full gradients."
 )
 LOCAL_LR = (
     f"Learning rate > 0 of the server, {SCHEDULE}. The step acts on the SUM of the workers' vectors. None: "
@@ -89,7 +89,7 @@ XI_OR_C = {
 AMSGRAD = {"optimizer": f"{OPTIMIZER} The default is AMSGrad without bias correction, as in the paper."}
 LOCAL = {
     "lr": f"{LOCAL_LR}(number of participants), which makes the new model the average of their local models.",
-    "sampler": f"{SAMPLER} `size` must be a multiple of `num_local_steps`, since local steps share no rows.",
+    "sampler": f"{SAMPLER} `size` must be a multiple of `num_local_steps`, since local steps share no examples.",
 }
 # Descriptions that differ in some factories: factory -> argument -> text.
 SPECIAL_ARGUMENTS: dict[str, dict[str, str]] = {

@@ -77,7 +77,7 @@ class _PrecomputedGradient:
     def validate(self, shards: Shards) -> None:
         """Accept all shards."""
 
-    def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> OracleResult:
+    def __call__(self, params: Any, shards: Shards, worker: Any, examples: Any = None) -> OracleResult:
         """Return a loss of 0 and the given gradient."""
         return OracleResult(jnp.zeros((), self.dtype), shards.x[worker])
 
@@ -119,7 +119,7 @@ def lazy_aggregate(
 
     Returns:
         A transformation with two functions. `init(params)` is called outside of the `shard_map`. It returns a
-        `LazyAggregateState` with rows for all M workers, to be placed by `partition_specs`.
+        `LazyAggregateState` with the states of all M workers, to be placed by `partition_specs`.
         `update(gradients, state, params)` is called inside. It takes pytrees of any floating dtypes, and its direction
         has the dtypes of the gradients. The algorithm computes in float32, or in float64 if a leaf is float64.
 
@@ -213,7 +213,7 @@ def partition_specs(state: Any, axis: str) -> Any:
 
     Returns:
         The specs for `in_specs` and `out_specs` of `jax.shard_map`, and for placing a restored state on the mesh. The
-        rows of the workers are split over the axis; all else is the same on every device.
+        states of the workers are split over the axis; all else is the same on every device.
     """
 
     def make_specs(node: Any) -> Any:
@@ -289,17 +289,17 @@ def _check_axis(axis: Any, num_workers: int) -> None:
 
 
 def _check_state(state: LazyAggregateState, expected: LazyAggregateState) -> None:
-    """Raise ValueError unless each device holds one row of the workers' state, with the shapes that `init` gives."""
+    """Raise ValueError unless each device holds the state of one worker, with the shapes that `init` gives."""
     for leaf in jax.tree.leaves(state.algorithm_state.workers):
         if np.shape(leaf)[:1] != (1,):
             raise ValueError(
                 f"lazy_aggregate with an array {list(np.shape(leaf))} of the workers' state on each device: must be one row "
                 "[1, ...]; use laqjax.aggregation.partition_specs(state, axis), not P(), in in_specs and out_specs and to place a restored state"
             )
-    row = jax.tree.map(
+    one = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), expected.algorithm_state.workers
     )
-    expected = expected._replace(algorithm_state=expected.algorithm_state._replace(workers=row))
+    expected = expected._replace(algorithm_state=expected.algorithm_state._replace(workers=one))
     if jax.tree.structure(state) != jax.tree.structure(expected):
         raise ValueError(
             "lazy_aggregate with the state of another method or other settings: must be the state of its own init"

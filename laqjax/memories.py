@@ -146,7 +146,7 @@ class VrMarinaMemory(_EstimateMemory):
     """Memory of VR-MARINA, which is MARINA on minibatches (Gorbunov et al. 2021, Algorithm 2).
 
     - h_m = gradient of the full shard where the shared Bernoulli variable is True, which includes round 0
-    - h_m += C(g_m(theta) - g_m(last theta)) in all other rounds, with both gradients on the same rows
+    - h_m += C(g_m(theta) - g_m(last theta)) in all other rounds, with both gradients on the same examples
 
     The worker state is (h_m, last theta). Combine it with `compressors.bernoulli_full` of the same probability.
 
@@ -203,7 +203,7 @@ class DashaMemory(_EstimateMemory):
         estimate_m += C(h_m - last h_m - a (estimate_m - last h_m))
 
     - DASHA, and the first round of DASHA-MVR: h_m = g_m
-    - DASHA-MVR: h_m = g_m + (1 - b)(last h_m - g_m(last theta)), with both gradients on the same rows
+    - DASHA-MVR: h_m = g_m + (1 - b)(last h_m - g_m(last theta)), with both gradients on the same examples
 
     The worker state of DASHA is (estimate_m, h_m). DASHA-MVR adds the last theta, and whether there was one.
 

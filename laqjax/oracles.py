@@ -28,7 +28,7 @@ from laqjax._core.validation import (
     oracle_dtype,
     suggest,
 )
-from laqjax.samplers import RowSelection
+from laqjax.samplers import ExampleSelection
 from laqjax.types import Oracle, OracleHints, OracleResult, Shards, register_dataclass, static_field
 
 __all__ = ["LocalSgdOracle", "PytreeLayout", "TiledOracle", "from_loss", "with_local_steps"]
@@ -107,8 +107,8 @@ class TiledOracle:
         l2: weight of (l2 / 2) ||params||^2.
         loss_fn: the loss per example, (params, x, y) -> losses [n].
         layout: layout of the parameters in the vector.
-        reduction: "mean" or "sum" over the rows of a shard, weighted by `Shards.weight`.
-        tile: rows per tile, or None for a default by device.
+        reduction: "mean" or "sum" over the examples of a shard, weighted by `Shards.weight`.
+        tile: examples per tile, or None for a default by device.
         precision: precision of the matrix products.
         use_cpu_layouts: whether gradients on the CPU are rewritten for XLA's fast kernels.
     """
@@ -149,40 +149,44 @@ class TiledOracle:
         """Restore the pytree of parameters from a vector [p]."""
         return self.layout.unravel(params)
 
-    def rows_per_tile(self, shards: Shards) -> int:
-        """Return the number of rows of a tile, at most those of a shard.
+    def examples_per_tile(self, shards: Shards) -> int:
+        """Return the number of examples of a tile, at most those of a shard.
 
         This is `tile` if it was given. Otherwise a shard is split into tiles of nearly equal size. On the CPU a tile
         has about 4 MiB. On other devices the tiles of all workers together have about 1 GiB.
         """
-        workers, rows = shards.weight.shape
+        workers, examples = shards.weight.shape
         size = _CPU_TILE_BYTES if jax.default_backend() == "cpu" else _ACCELERATOR_TILE_BYTES // workers
         numbers = sum(math.prod(a.shape[2:]) for a in jax.tree.leaves(shards.x))
-        tiles = -(-rows * numbers * self.dtype.itemsize // size)
-        return min(self.tile or -(-rows // max(tiles, 1)), rows)
+        tiles = -(-examples * numbers * self.dtype.itemsize // size)
+        return min(self.tile or -(-examples // max(tiles, 1)), examples)
 
     def __call__(
-        self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""], rows: RowSelection | None = None
+        self,
+        params: Float[Array, " p"],
+        shards: Shards,
+        worker: Int[Array, ""],
+        examples: ExampleSelection | None = None,
     ) -> OracleResult:
         """Compute the loss and the gradient of one worker at `params`.
 
-        The loss is the reduction over the rows of the worker, plus (l2 / 2) ||params||^2.
+        The loss is the reduction over the examples of the worker, plus (l2 / 2) ||params||^2.
 
         Args:
             params: the model, [p].
             shards: the data, arrays [M, N, ...].
             worker: index of the worker's shard in `shards`.
-            rows: the minibatch, from which loss and gradient are estimated; None for the whole shard.
+            examples: the minibatch, from which loss and gradient are estimated; None for the whole shard.
 
         Returns:
             The loss and the gradient [p].
         """
         tree = self.unravel(params)
-        size = rows.size if rows else shards.weight.shape[1]
-        tile = min(self.rows_per_tile(shards), size)
+        size = examples.size if examples else shards.weight.shape[1]
+        tile = min(self.examples_per_tile(shards), size)
 
-        def sum_rows(start: Any, count: int) -> tuple[Array, Array, Any]:
-            x, y, weight = jax.tree.map(lambda a: _slice_rows(a, worker, rows, start, count), shards)
+        def sum_examples(start: Any, count: int) -> tuple[Array, Array, Any]:
+            x, y, weight = jax.tree.map(lambda a: _slice_examples(a, worker, examples, start, count), shards)
             weight = weight.astype(self.dtype)
             value_and_grad = jax.value_and_grad(lambda tree, x, y: jnp.vdot(self._losses(tree, x, y), weight))
             if self.use_cpu_layouts and jax.default_backend() == "cpu":
@@ -192,12 +196,12 @@ class TiledOracle:
             return loss, jnp.sum(weight), grad
 
         with jax.default_matmul_precision(self.precision):
-            loss, weight, grad = _sum_over_tiles(sum_rows, size, tile)
+            loss, weight, grad = _sum_over_tiles(sum_examples, size, tile)
         grad = self.ravel(grad)
-        if self.reduction == "mean" or rows:
+        if self.reduction == "mean" or examples:
             loss, grad = loss / weight, grad / weight
         # scaled to the sum of the whole shard, so that l2 keeps its relative weight
-        if self.reduction == "sum" and rows:
+        if self.reduction == "sum" and examples:
             whole_shard = jnp.sum(shards.weight[worker]).astype(self.dtype)
             loss, grad = loss * whole_shard, grad * whole_shard
         return OracleResult(loss + self.l2 / 2 * jnp.sum(params * params), grad + self.l2 * params)
@@ -238,7 +242,7 @@ class TiledOracle:
 
         The loss is traced, but not run.
         """
-        x, y = _example_structs(shards, self.rows_per_tile(shards))
+        x, y = _example_structs(shards, self.examples_per_tile(shards))
 
         def forward(tree: Any, x: Any, y: Any) -> Any:
             return jax.vjp(lambda tree: self._losses(tree, x, y), tree)[1]
@@ -265,28 +269,30 @@ def _example_structs(shards: Shards, count: int) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape[2:]), a.dtype), (shards.x, shards.y))
 
 
-def _slice_rows(a: Any, worker: Any, rows: RowSelection | None, start: Any, count: int) -> Array:
-    """Slice `count` rows from `start` on, out of the worker's shard or out of the selected `rows` of it."""
-    if rows and rows.index is not None:
-        return a[worker, jax.lax.dynamic_slice(rows.index, (start,), (count,))]
-    first = start if rows is None else start + rows.start
+def _slice_examples(a: Any, worker: Any, examples: ExampleSelection | None, start: Any, count: int) -> Array:
+    """Slice `count` examples from `start` on, out of the worker's shard or out of the selected `examples` of it."""
+    if examples and examples.index is not None:
+        return a[worker, jax.lax.dynamic_slice(examples.index, (start,), (count,))]
+    first = start if examples is None else start + examples.start
     at = [jnp.asarray(i, jnp.int32) for i in (worker, first, *(0,) * (a.ndim - 2))]
     return jax.lax.dynamic_slice(a, at, (1, count, *a.shape[2:]))[0]
 
 
-def _sum_over_tiles(sum_rows: Callable[[Any, int], Any], size: int, tile: int) -> Any:
-    """Sum `sum_rows(start, count)` over the tiles of `size` rows; a single tile needs no loop."""
+def _sum_over_tiles(sum_examples: Callable[[Any, int], Any], size: int, tile: int) -> Any:
+    """Sum `sum_examples(start, count)` over the tiles of `size` examples; a single tile needs no loop."""
     # summed as a pytree and flattened once, because slices of the flat vector inside the loop cost half of the speed
     whole = size - size % tile
     if whole == tile:
-        total = sum_rows(np.int32(0), tile)
+        total = sum_examples(np.int32(0), tile)
     else:
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: sum_rows(np.int32(0), tile)))
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: sum_examples(np.int32(0), tile))
+        )
         starts = np.arange(0, whole, tile, dtype=np.int32)
         total, _ = jax.lax.scan(
-            lambda sum, start: (jax.tree.map(jnp.add, sum, sum_rows(start, tile)), None), zeros, starts
+            lambda sum, start: (jax.tree.map(jnp.add, sum, sum_examples(start, tile)), None), zeros, starts
         )
-    return total if whole == size else jax.tree.map(jnp.add, total, sum_rows(np.int32(whole), size - whole))
+    return total if whole == size else jax.tree.map(jnp.add, total, sum_examples(np.int32(whole), size - whole))
 
 
 def from_loss(
@@ -302,12 +308,12 @@ def from_loss(
     """Build an oracle from a loss per example.
 
     Args:
-        loss_fn: (params, x, y) -> losses [n]. x and y are n rows of a shard in their storage dtypes; the loss casts and
-            scales them.
+        loss_fn: (params, x, y) -> losses [n]. x and y are n examples in their storage dtypes; the loss casts and scales
+            them.
         params: any pytree of floating arrays of one dtype. Only its structure, shapes and dtype are used.
         l2: weight of the term (l2 / 2) ||params||^2, which is added for each worker.
         reduction: "mean" or "sum" over a worker's shard, weighted by `Shards.weight`.
-        tile: rows read at a time. None: about 4 MiB per tile on the CPU; on GPU and TPU 1 GiB for all workers together.
+        tile: examples read at a time. None: about 4 MiB per tile on the CPU; 1 GiB for all workers on GPU and TPU.
         precision: precision of the matrix products. "highest" is true float32 on every device. A lower precision
             changes trajectories on GPU and TPU.
         use_cpu_layouts: on the CPU, rewrite gradients with transposed convolutions and products so that XLA uses its fast
@@ -391,7 +397,11 @@ class LocalSgdOracle:
         return get_declaration(self.oracle, OracleHints, "prefers_sequential")(shards)
 
     def __call__(
-        self, params: Float[Array, " p"], shards: Shards, worker: Int[Array, ""], rows: RowSelection | None = None
+        self,
+        params: Float[Array, " p"],
+        shards: Shards,
+        worker: Int[Array, ""],
+        examples: ExampleSelection | None = None,
     ) -> OracleResult:
         """Compute the loss at `params` and the mean of the local gradients.
 
@@ -399,24 +409,24 @@ class LocalSgdOracle:
             params: the model, [p], from which the local steps start.
             shards: the data, arrays [M, N, ...].
             worker: index of the worker's shard in `shards`.
-            rows: the minibatch, split into one part for each local step; None for the whole shard in every step.
+            examples: the minibatch, split into one part for each local step; None for the whole shard in every step.
 
         Returns:
-            The loss on the rows of the first local step, and the mean gradient [p].
+            The loss on the examples of the first local step, and the mean gradient [p].
 
         Raises:
             ValueError: the size of the minibatch is not a multiple of `num_local_steps`, or the inner oracle cannot be
                 evaluated at other models than that of the round.
         """
         check_evaluates_anywhere(self.oracle)
-        if rows and rows.size % self.num_local_steps:
+        if examples and examples.size % self.num_local_steps:
             raise ValueError(
-                f"minibatches of {rows.size} rows: must be a multiple of num_local_steps = {self.num_local_steps}, "
+                f"minibatches of {examples.size} rows: must be a multiple of num_local_steps = {self.num_local_steps}, "
                 "since every local step uses its own part"
             )
 
         def evaluate(t: Any, local: Any) -> OracleResult:
-            part = rows.slice(t, rows.size // self.num_local_steps) if rows else None
+            part = examples.slice(t, examples.size // self.num_local_steps) if examples else None
             return check_oracle_result(self.oracle, self.oracle(local, shards, worker, part))
 
         def local_step(local: Any, t: Any) -> Any:

@@ -73,7 +73,7 @@ def partition_data(x: Any, y: Any, num_workers: int, scheme: str, seed: int = 0)
 
 
 def _require_labels(y: Any, scheme: str) -> np.ndarray:
-    """Return `y` if it holds one label per row, [n]; raise ValueError otherwise."""
+    """Return `y` if it holds one label per example, [n]; raise ValueError otherwise."""
     if not hasattr(y, "shape") or len(y.shape) != 1:
         shapes = [np.shape(leaf) for leaf in jax.tree.leaves(y)]
         raise ValueError(f"scheme = {scheme!r} with y of shape {shapes}: must be one label for each row, y [n]")
@@ -92,7 +92,7 @@ def _parse_scheme_value(scheme: str, allowed: str, valid: Callable[[float], bool
 
 
 def _equal_shards(x: Any, y: Any, num_workers: int, order: np.ndarray | None = None) -> Shards:
-    """Build shards of floor(n / M) samples each, in the given order of row indices or in file order."""
+    """Build shards of floor(n / M) samples each, in the given order of example indices or in file order."""
     shape = (num_workers, len(jax.tree.leaves(x)[0]) // num_workers)
     kept = slice(math.prod(shape)) if order is None else order[: math.prod(shape)]
     x, y = jax.tree.map(lambda a: a[kept].reshape(shape + a.shape[1:]), (x, y))
@@ -100,9 +100,9 @@ def _equal_shards(x: Any, y: Any, num_workers: int, order: np.ndarray | None = N
 
 
 def _pad_shards(x: Any, y: Any, groups: list[np.ndarray]) -> Shards:
-    """Build shards of unequal sizes from the row indices of each worker, padded at the end."""
+    """Build shards of unequal sizes from the example indices of each worker, padded at the end."""
     shape = (len(groups), max(map(len, groups)))
-    own = np.arange(shape[1]) < np.array([len(rows) for rows in groups])[:, None]
+    own = np.arange(shape[1]) < np.array([len(examples) for examples in groups])[:, None]
 
     def fill(a: np.ndarray) -> np.ndarray:
         shards = np.zeros(shape + a.shape[1:], a.dtype)
@@ -113,15 +113,15 @@ def _pad_shards(x: Any, y: Any, groups: list[np.ndarray]) -> Shards:
 
 
 def _dirichlet(y: np.ndarray, num_workers: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """Draw the row indices of each worker for the scheme `dirichlet`."""
+    """Draw the example indices of each worker for the scheme `dirichlet`."""
     if not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f"y of dtype {y.dtype}: must be integer labels, since scheme 'dirichlet' splits classes")
     owner = np.empty(len(y), int)
     for label in np.unique(y):
-        rows = rng.permutation(np.flatnonzero(y == label))
+        examples = rng.permutation(np.flatnonzero(y == label))
         shares = rng.dirichlet(np.full(num_workers, alpha))
-        cuts = np.round(np.cumsum(shares)[:-1] * len(rows)).astype(int)
-        for worker, part in enumerate(np.split(rows, cuts)):
+        cuts = np.round(np.cumsum(shares)[:-1] * len(examples)).astype(int)
+        for worker, part in enumerate(np.split(examples, cuts)):
             owner[part] = worker
     for worker in range(num_workers):
         if not (owner == worker).any():
@@ -131,7 +131,7 @@ def _dirichlet(y: np.ndarray, num_workers: int, alpha: float, rng: np.random.Gen
 
 
 def _unequal(n: int, num_workers: int, ratio: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """Draw the row indices of each worker for the scheme `unequal`."""
+    """Draw the example indices of each worker for the scheme `unequal`."""
     ends = np.cumsum(np.geomspace(1, ratio, num_workers))
     cuts = np.round(ends / ends[-1] * n).astype(int)
     groups = np.split(rng.permutation(n), cuts[:-1])

@@ -87,7 +87,7 @@ class Problem:
 
         Args:
             dtype: dtype of the parameters.
-            tile: rows read at a time, as in `oracles.from_loss`.
+            tile: examples read at a time, as in `oracles.from_loss`.
 
         Returns:
             The oracle.
@@ -277,12 +277,12 @@ class Logistic(Problem):
 
 def _check_shapes(shards: Shards, features: int) -> None:
     """Raise ValueError unless x is one array [M, N, features] and y one array [M, N]."""
-    rows = tuple(shards.weight.shape)
+    leading = tuple(shards.weight.shape)
     remedies = {
         "x": f"flatten each example to a row of features, or build the problem with another number than {features}",
         "y": "turn one-hot labels into class ids with np.argmax(y, axis=-1), or drop an axis of length 1 with y[..., 0]",
     }
-    for name, wanted in (("x", (*rows, features)), ("y", rows)):
+    for name, wanted in (("x", (*leading, features)), ("y", leading)):
         given, tree = [list(leaf.shape) for leaf in jax.tree.leaves(getattr(shards, name))], getattr(shards, name)
         if not hasattr(tree, "shape") or given != [list(wanted)]:
             text = ", ".join(map(str, given))
@@ -290,7 +290,7 @@ def _check_shapes(shards: Shards, features: int) -> None:
 
 
 def _check_labels(shards: Shards, classes: int, wanted: str) -> None:
-    """Raise ValueError unless the labels of rows with positive weight are whole numbers from 0 to classes - 1.
+    """Raise ValueError unless the labels of examples with positive weight are whole numbers from 0 to classes - 1.
 
     Arrays that are traced or distributed over processes cannot be read here, and are not checked.
     """

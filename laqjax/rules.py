@@ -280,7 +280,7 @@ class InnovationChange:
 @register_dataclass
 @dataclass(frozen=True)
 class StaleModelChange:
-    """Squared change ||g_m(theta) - g_m(theta_hat_m)||^2 of the gradient on the same rows (LASG-WK2, CADA2).
+    """Squared change ||g_m(theta) - g_m(theta_hat_m)||^2 of the gradient on the same examples (LASG-WK2, CADA2).
 
     theta_hat_m is the model at the last upload of worker m. It is the worker state, [p].
     """
@@ -300,9 +300,9 @@ class StaleModelChange:
 class SnapshotChange:
     """Squared change ||d_m - last d_m||^2 of the gradient relative to a snapshot (LASG-WK1, CADA1).
 
-    d_m = g_m(theta) - g_m(snapshot), with both gradients on the same rows. last d_m [p] is its value at the last upload
-    of worker m, and is the worker state. The snapshot [p] is the shared state: the model of the last round that is a
-    multiple of `period`.
+    d_m = g_m(theta) - g_m(snapshot), with both gradients on the same examples. last d_m [p] is its value at the last
+    upload of worker m, and is the worker state. The snapshot [p] is the shared state: the model of the last round that
+    is a multiple of `period`.
 
     Attributes:
         period: rounds from one snapshot to the next.

@@ -1,7 +1,7 @@
-"""Samplers: minibatches, that is, the rows of its shard that a worker uses in a round.
+"""Samplers: minibatches, that is, the examples of its shard that a worker uses in a round.
 
 A sampler implements `laqjax.types.Sampler`. It keeps no state: its draws depend on the key of the run, the round and
-the worker. A resumed run therefore selects the same rows.
+the worker. A resumed run therefore selects the same examples.
 """
 
 from dataclasses import dataclass
@@ -13,37 +13,37 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from laqjax.types import RoundKeys, Shards, register_dataclass, static_field
 
-__all__ = ["BlockSampler", "RowSelection", "ShuffleSampler"]
+__all__ = ["BlockSampler", "ExampleSelection", "ShuffleSampler"]
 
 
 @dataclass(frozen=True)
-class RowSelection:
-    """Selection of `size` rows of a shard: consecutive rows from `start` on, or the rows listed in `index`.
+class ExampleSelection:
+    """Selection of `size` examples of a shard: consecutive ones from `start` on, or those listed in `index`.
 
     Attributes:
-        size: number of rows.
-        start: first of the consecutive rows, an integer scalar. None where `index` is given.
-        index: row numbers, [size]. None where `start` is given.
+        size: number of examples.
+        start: first of the consecutive examples, an integer scalar. None where `index` is given.
+        index: numbers of the examples in the shard, [size]. None where `start` is given.
     """
 
     size: int
     start: Int[Array, ""] | None = None
     index: Int[Array, " size"] | None = None
 
-    def slice(self, t: Any, size: int) -> "RowSelection":
-        """Return part `t` of the selection, cut into parts of `size` rows.
+    def slice(self, t: Any, size: int) -> "ExampleSelection":
+        """Return part `t` of the selection, cut into parts of `size` examples.
 
         Args:
             t: number of the part, counted from 0; may be traced.
-            size: rows of a part.
+            size: examples of a part.
 
         Returns:
-            The rows `t size` to `(t + 1) size - 1` of this selection.
+            The examples `t size` to `(t + 1) size - 1` of this selection.
         """
         if self.index is None:
             assert self.start is not None
-            return RowSelection(size, start=self.start + t * size)
-        return RowSelection(size, index=jax.lax.dynamic_slice(self.index, (t * size,), (size,)))
+            return ExampleSelection(size, start=self.start + t * size)
+        return ExampleSelection(size, index=jax.lax.dynamic_slice(self.index, (t * size,), (size,)))
 
 
 @register_dataclass
@@ -51,17 +51,17 @@ class RowSelection:
 class BlockSampler:
     """Sampler that draws one of the fixed blocks of a shard in every round, as the authors' program does.
 
-    A shard is cut into blocks of `size` consecutive rows. Rows after the last full block are never drawn.
+    A shard is cut into blocks of `size` consecutive examples. Examples after the last full block are never drawn.
 
     Attributes:
-        size: rows of a minibatch.
+        size: examples of a minibatch.
     """
 
     size: int = static_field()
 
-    def __call__(self, keys: RoundKeys, shards: Shards) -> RowSelection:
-        blocks = jnp.maximum(_num_valid_rows(shards, keys.shard) // self.size, 1)
-        return RowSelection(
+    def __call__(self, keys: RoundKeys, shards: Shards) -> ExampleSelection:
+        blocks = jnp.maximum(_num_valid_examples(shards, keys.shard) // self.size, 1)
+        return ExampleSelection(
             self.size, start=self.size * jax.random.randint(_sampling_key(keys.worker_key), (), 0, blocks, jnp.int32)
         )
 
@@ -69,32 +69,32 @@ class BlockSampler:
 @register_dataclass
 @dataclass(frozen=True)
 class ShuffleSampler:
-    """Sampler without replacement: it shuffles the shard in each epoch and takes the next `size` rows in each round.
+    """Sampler without replacement: it shuffles the shard in each epoch and takes `size` further examples in each round.
 
-    An epoch has as many rounds as there are full minibatches in the shard. The rows that are left over are skipped.
+    An epoch has as many rounds as there are full minibatches in the shard. The examples that are left over are skipped.
 
     Attributes:
-        size: rows of a minibatch.
+        size: examples of a minibatch.
     """
 
     size: int = static_field()
 
-    def __call__(self, keys: RoundKeys, shards: Shards) -> RowSelection:
-        rows = _num_valid_rows(shards, keys.shard)
-        rounds = jnp.maximum(rows // self.size, 1)
+    def __call__(self, keys: RoundKeys, shards: Shards) -> ExampleSelection:
+        count = _num_valid_examples(shards, keys.shard)
+        rounds = jnp.maximum(count // self.size, 1)
         key = jax.random.fold_in(jax.random.fold_in(_sampling_key(keys.run_key), keys.round // rounds), keys.worker)
         length = shards.weight.shape[1]
         place = jnp.where(
-            jnp.arange(length, dtype=jnp.int32) < rows, jax.random.uniform(key, (length,), jnp.float32), 2
+            jnp.arange(length, dtype=jnp.int32) < count, jax.random.uniform(key, (length,), jnp.float32), 2
         )
         order = jnp.argsort(place)  # padding comes last, because its key 2 is above every uniform draw
-        return RowSelection(
+        return ExampleSelection(
             self.size, index=jax.lax.dynamic_slice(order, (keys.round % rounds * self.size,), (self.size,))
         )
 
 
-def _num_valid_rows(shards: Shards, worker: Any) -> Int[Array, ""]:
-    """Return the number of rows of a worker that are not padding (padding comes at the end of a shard)."""
+def _num_valid_examples(shards: Shards, worker: Any) -> Int[Array, ""]:
+    """Return the number of examples of a worker that are not padding (padding comes at the end of a shard)."""
     return jnp.sum(shards.weight[worker] > 0, dtype=jnp.int32)
 
 

@@ -1,7 +1,7 @@
 """Meshes of devices, of one process or many, for workers and for the points of a sweep.
 
-A mesh has the axis `workers`, the axis `sweep`, or both. M workers on d devices take ceil(M / d) rows per device. Rows
-beyond M are padding: copies of the last worker, which never upload and are never counted.
+A mesh has the axis `workers`, the axis `sweep`, or both. M workers on d devices take ceil(M / d) slots per device.
+Slots beyond M are padding: copies of the last worker, which never upload and are never counted.
 """
 
 from collections.abc import Callable
@@ -82,7 +82,7 @@ def make_mesh(workers: int | None = None, sweep: int = 1) -> Mesh:
 
 
 def num_worker_slots(mesh: Mesh | None, num_workers: int) -> int:
-    """Return the number of rows of workers on a mesh, including padding.
+    """Return the number of slots for workers on a mesh, including padding.
 
     Args:
         mesh: mesh with the axis `workers`, `sweep` or both. None: no mesh and no padding.
@@ -171,7 +171,7 @@ def shard_state(state: AlgorithmState, mesh: Mesh, *points: str) -> AlgorithmSta
     """Place a state on a mesh.
 
     Args:
-        state: state with the rows of workers that the mesh needs, see `resize_workers`.
+        state: state with the padding workers that the mesh needs, see `resize_workers`.
         mesh: the mesh.
         *points: mesh axis along which the points of a sweep are split, for a state of many points.
 
@@ -186,23 +186,23 @@ def shard_state(state: AlgorithmState, mesh: Mesh, *points: str) -> AlgorithmSta
     )
 
 
-def pad_workers(tree: Any, rows: int, axis: int = 0) -> Any:
-    """Change the number of rows of workers in all arrays.
+def pad_workers(tree: Any, num_slots: int, axis: int = 0) -> Any:
+    """Change the number of workers in all arrays, by adding or removing padding.
 
     Args:
         tree: pytree of arrays [M, ...].
-        rows: number of rows of the result. Further rows are copies of the last one; rows beyond are dropped.
+        num_slots: number of workers of the result. Further ones are copies of the last one; those beyond are dropped.
         axis: array axis of the workers.
 
     Returns:
-        The pytree of arrays [rows, ...].
+        The pytree of arrays [num_slots, ...].
     """
 
     def resize(a: Any) -> Any:
-        if a.shape[axis] == rows:
+        if a.shape[axis] == num_slots:
             return a
         xp: Any = np if isinstance(a, np.ndarray) else jnp
-        return xp.take(a, np.minimum(np.arange(rows), a.shape[axis] - 1), axis=axis)
+        return xp.take(a, np.minimum(np.arange(num_slots), a.shape[axis] - 1), axis=axis)
 
     return jax.tree.map(resize, tree)
 
@@ -222,10 +222,10 @@ def load_local_shards(mesh: Mesh, num_workers: int, load: Callable[[int, int], S
     Raises:
         ValueError: the loaded shards are not finite, have other shapes, or are not padded at the end.
     """
-    rows = num_worker_slots(mesh, num_workers)
+    slots = num_worker_slots(mesh, num_workers)
     sharding = NamedSharding(mesh, partition_spec(mesh, WORKER_AXIS))
-    parts: Any = sharding.addressable_devices_indices_map((rows,)).values()
-    here = sorted({index[0].indices(rows)[:2] for index in parts})
+    parts: Any = sharding.addressable_devices_indices_map((slots,)).values()
+    here = sorted({index[0].indices(slots)[:2] for index in parts})
     first, last = here[0][0], here[-1][1]
     have = min(first, num_workers - 1), min(last, num_workers)
     mine = jax.tree.map(np.asarray, load(*have))
@@ -233,27 +233,27 @@ def load_local_shards(mesh: Mesh, num_workers: int, load: Callable[[int, int], S
     mine = pad_workers(mine, last - first)
 
     def assemble(a: np.ndarray) -> jax.Array:
-        def read_rows(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(rows)
+        def read_shards(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(slots)
             return a[start - first : stop - first]
 
-        return jax.make_array_from_callback((rows, *a.shape[1:]), sharding, read_rows)
+        return jax.make_array_from_callback((slots, *a.shape[1:]), sharding, read_shards)
 
     return jax.tree.map(assemble, mine)
 
 
-def resize_workers(state: AlgorithmState, rows: int, axis: int = 0) -> AlgorithmState:
-    """Change the number of rows of workers in a state, by adding or removing padding.
+def resize_workers(state: AlgorithmState, num_slots: int, axis: int = 0) -> AlgorithmState:
+    """Change the number of workers in a state, by adding or removing padding.
 
     Args:
         state: the state.
-        rows: number of rows of the result.
+        num_slots: number of workers of the result, including padding.
         axis: array axis of the workers: 0, or 1 for a state of many points.
 
     Returns:
-        The state with that many rows of workers.
+        The state with that many workers.
     """
-    return state._replace(workers=pad_workers(state.workers, rows, axis))
+    return state._replace(workers=pad_workers(state.workers, num_slots, axis))
 
 
 def to_host(tree: Any) -> Any:
@@ -276,13 +276,13 @@ def to_host(tree: Any) -> Any:
 
 
 def unpad_state(state: AlgorithmState, num_workers: int) -> AlgorithmState:
-    """Copy a state to the host without padding rows, to save it or to continue it on other devices.
+    """Copy a state to the host without padding workers, to save it or to continue it on other devices.
 
     Args:
         state: state from a run on a mesh.
         num_workers: number of workers M.
 
     Returns:
-        The state on the host, with M rows of workers.
+        The state of M workers, on the host.
     """
     return resize_workers(to_host(state), num_workers)

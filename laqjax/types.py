@@ -6,9 +6,9 @@ the parts. One round calls them in the order below; `laqjax._core.round` is the 
 
 Each worker:
 
-1. `sampler(keys, shards)` selects the rows of the minibatch. Without a sampler the whole shard is used.
+1. `sampler(keys, shards)` selects the examples of the minibatch. Without a sampler the whole shard is used.
 2. `rule.is_selected(...)` decides whether the worker participates in the round.
-3. `oracle(params, shards, worker, rows)` computes the loss and the gradient [p].
+3. `oracle(params, shards, worker, examples)` computes the loss and the gradient [p].
 4. `memory.compression_target(...)` turns the gradient into the vector [p] that is compressed.
 5. `compressor.encode(...)` builds the message; `compressor.decode(...)` is the vector [p] that the server will read
    from it.
@@ -31,7 +31,7 @@ An algorithm is a pytree. Its numbers are leaves: they are traced, so new values
 `vmap` over them. Its structure is static metadata and part of the compiled program. Each part owns its state, as an
 optax transformation does: `init` creates the state, and each round takes it and returns the new one.
 
-Shapes: p parameters, M workers, m workers on the current device, N rows of a shard, K rounds.
+Shapes: p parameters, M workers, m workers on the current device, N examples of a shard, K rounds.
 
 Example:
     A new compressor, a new rule with a state and a new memory, assembled to an algorithm. docs/own.md shows the same
@@ -231,14 +231,14 @@ def _count_bits(name: str, size: Any) -> np.ndarray:
 
 
 class Shards(NamedTuple):
-    """Data of M workers, padded to N rows each.
+    """Data of M workers, padded to N examples each.
 
     Padding comes at the end of a shard. Minibatches rely on it.
 
     Attributes:
         x: inputs, any pytree of arrays [M, N, ...] in their storage dtypes (uint8 for images).
         y: targets, any pytree of arrays [M, N, ...] in their storage dtypes.
-        weight: weight of each row, [M, N] and >= 0. A weight of 0 marks padding, which comes after all other rows.
+        weight: weight of each example, [M, N] and >= 0. A weight of 0 marks padding, which comes after all examples.
     """
 
     x: Any
@@ -256,7 +256,7 @@ class RoundKeys(NamedTuple):
         run_key: key of the whole run.
         round: number of the round, counted from 0.
         worker: number of the worker, 0 to M - 1. M for the server.
-        shard_index: row of this worker in the arrays of `Shards`. None: the row equals `worker`.
+        shard_index: index of this worker's shard in the arrays of `Shards` on this device. None: it equals `worker`.
     """
 
     worker_key: PRNGKeyArray
@@ -268,7 +268,7 @@ class RoundKeys(NamedTuple):
 
     @property
     def shard(self) -> Int[Array, ""]:
-        """Return the row of this worker in `Shards`. On a mesh, a device holds only some of the shards."""
+        """Return the index of this worker's shard in `Shards`. On a mesh, a device holds only some of the shards."""
         return self.worker if self.shard_index is None else self.shard_index
 
 
@@ -297,8 +297,9 @@ class RoundContext:
         lr: learning rate of the server in this round, a scalar.
         num_workers: M.
         gradient_at: function `(params, full=False, when=True) -> gradient [p]`. It computes this worker's gradient at
-            another model, on the rows of the round, or on the whole shard if `full`. It costs and counts one gradient
-            for each call, only in rounds in which the scalar bool `when` is true. In the other rounds it returns zeros.
+            another model, on the examples of the round, or on the whole shard if `full`. It costs and counts one
+            gradient for each call, only in rounds in which the scalar bool `when` is true. In the other rounds it
+            returns zeros.
     """
 
     params: Float[Array, " p"]
@@ -407,7 +408,7 @@ class AlgorithmState(NamedTuple):
         optimizer_state: state of the optax transformation of the server.
         rule_state: state that the upload rule shares with all workers, such as a history or a snapshot of the model.
         downlink_state: state of the downlink on the server.
-        workers: states of the workers; every leaf is [M, ...]. On a mesh, rows of padding follow the M-th.
+        workers: states of the workers; every leaf is [M, ...]. On a mesh, padding workers follow the M-th.
     """
 
     params: Float[Array, " p"]
@@ -476,11 +477,11 @@ class RoundInfo(NamedTuple):
     """Metrics of one round, or of K rounds with one row per round. Row k belongs to the model *before* step k.
 
     `loss` is the mean over all M workers of the loss that each worker's oracle computed at that model. It is evaluated
-    on the rows of the round: the whole shard, or the minibatch of the sampler. This has three consequences:
+    on the examples of the round: the whole shard, or the minibatch of the sampler. This has three consequences:
 
     - Workers that did not participate in the round (partial participation, rules in which the server selects) are
       included.
-    - With local steps and a sampler it is the loss on the rows of the first local step.
+    - With local steps and a sampler it is the loss on the examples of the first local step.
     - VR-MARINA reports the loss of the minibatch also in a round whose message is a full gradient.
 
     Messages are counted in bytes (int32), since the bits of 2^26 float32 numbers exceed int32. `bits_up` and
@@ -586,17 +587,17 @@ class Oracle(Protocol):
         """
         ...
 
-    def __call__(self, params: Any, shards: Shards, worker: Any, rows: Any = None) -> OracleResult:
+    def __call__(self, params: Any, shards: Shards, worker: Any, examples: Any = None) -> OracleResult:
         """Compute the loss and the gradient of one worker.
 
         Args:
             params: model, [p].
             shards: data of all workers, or on a mesh of the workers of this device.
-            worker: row of the worker in the arrays of `shards`, an integer scalar (`RoundKeys.shard`).
-            rows: minibatch, a `laqjax.samplers.RowSelection`. None: the whole shard.
+            worker: index of the worker's shard in the arrays of `shards`, an integer scalar (`RoundKeys.shard`).
+            examples: minibatch, a `laqjax.samplers.ExampleSelection`. None: the whole shard.
 
         Returns:
-            The loss and the gradient. With `rows`, both are estimates from these rows alone.
+            The loss and the gradient. With `examples`, both are estimates from these examples alone.
         """
         ...
 
@@ -649,7 +650,7 @@ class Collective(Protocol):
 
         Args:
             num_workers: M.
-            shards: the data on this device, with m rows.
+            shards: the data on this device, of m workers.
 
         Returns:
             The number of the first worker, which may be traced, and the number m of workers. Worker numbers >= M are
@@ -699,22 +700,22 @@ class Collective(Protocol):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Choice of the rows of a shard that a worker uses in a round; see `laqjax.samplers`."""
+    """Choice of the examples of a shard that a worker uses in a round; see `laqjax.samplers`."""
 
     @property
     def size(self) -> int:
-        """Return the number of rows in a round."""
+        """Return the number of examples in a round."""
         ...
 
     def __call__(self, keys: RoundKeys, shards: Shards) -> Any:
-        """Select the rows of one worker in one round.
+        """Select the examples of one worker in one round.
 
         Args:
-            keys: keys, round number and worker number. `keys.shard` is the row of the worker in the arrays of `shards`.
+            keys: keys, round number and worker number. `keys.shard` is the index of the worker's shard in `shards`.
             shards: data of all workers, or on a mesh of the workers of this device.
 
         Returns:
-            A `laqjax.samplers.RowSelection` of `size` rows.
+            A `laqjax.samplers.ExampleSelection` of `size` examples.
         """
         ...
 

@@ -3,7 +3,7 @@
 Each worker:
 
     selected = rule.is_selected(...)
-    loss, grad = oracle(params, shards, worker, rows)
+    loss, grad = oracle(params, shards, worker, examples)
     target = memory.compression_target(grad)
     message = compressor.encode(target)
     sent = selected and rule.should_send(...)
@@ -173,9 +173,9 @@ class Algorithm:
         collective = collective or LocalCollective()
         first, count = collective.local_workers(alg.num_workers, shards)
 
-        def run_worker(row: Array, worker: WorkerState) -> Any:
-            index = first + row
-            keys = RoundKeys(jax.random.fold_in(round_key, index), shared_key, key, state.round, index, row)
+        def run_worker(position: Array, worker: WorkerState) -> Any:
+            index = first + position
+            keys = RoundKeys(jax.random.fold_in(round_key, index), shared_key, key, state.round, index, position)
             worker, upload, measured = worker_step(alg, worker, state, shards, keys)
             real = index < alg.num_workers
             upload = upload._replace(sent=upload.sent & real, selected=upload.selected & real)
@@ -329,8 +329,8 @@ def map_workers(
     """Apply a function of one worker to all workers of this device.
 
     Args:
-        run_worker: function `(row, worker) -> (worker, contribution, rest)`. `row` is the position of the worker on
-            this device and `worker` its `WorkerState`. `rest` is a tuple whose first entry is a `WorkerUpload`.
+        run_worker: function `(position, worker) -> (worker, contribution, rest)`. `position` counts the workers of
+            this device from 0, and `worker` its `WorkerState`. `rest` is a tuple whose first entry is a `WorkerUpload`.
         state: state of the algorithm. The leaves of `state.workers` are [count, ...].
         count: number of workers on this device.
         batch_size: number of workers that are computed in one batch.
@@ -340,33 +340,35 @@ def map_workers(
         The next states of the workers, the contributions, and `rest`; states and `rest` are stacked to [count, ...].
         The contributions are the sum [p] over the senders if `accumulates_locally`, else they are stacked too.
     """
-    rows = jnp.arange(count, dtype=jnp.int32)
+    positions = jnp.arange(count, dtype=jnp.int32)
 
-    def add_row(carry: Any, row: Array) -> Any:
-        # updating the worker's row in place and adding its message at once avoids writing another array [M, p]
+    def add_worker(carry: Any, position: Array) -> Any:
+        # updating the worker's state in place and adding its message at once avoids writing another array [M, p]
         workers, total = carry
-        before = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, row, keepdims=False), workers)
-        after, message, rest = run_worker(row, before)
+        before = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, position, keepdims=False), workers)
+        after, message, rest = run_worker(position, before)
 
-        def write_row(rows: Array, new: Array, old: Array) -> Array:
-            return rows if new is old else jax.lax.dynamic_update_index_in_dim(rows, new, row, 0)
+        def write(all: Array, new: Array, old: Array) -> Array:
+            return all if new is old else jax.lax.dynamic_update_index_in_dim(all, new, position, 0)
 
         if accumulates_locally:
             total, message = total + jnp.where(rest[0].sent, message, 0), None
-        return (jax.tree.map(write_row, workers, after, before), total), (message, rest)
+        return (jax.tree.map(write, workers, after, before), total), (message, rest)
 
     if batch_size == 1:
-        (workers, total), (messages, rest) = jax.lax.scan(add_row, (state.workers, jnp.zeros_like(state.params)), rows)
+        (workers, total), (messages, rest) = jax.lax.scan(
+            add_worker, (state.workers, jnp.zeros_like(state.params)), positions
+        )
         return workers, total if accumulates_locally else messages, rest
     side_by_side = jax.vmap(run_worker) if batch_size >= count else partial(_map_in_batches, run_worker, batch_size)
-    workers, messages, rest = side_by_side(rows, state.workers)
+    workers, messages, rest = side_by_side(positions, state.workers)
     if accumulates_locally:  # a matrix product, because XLA on the CPU sums over a leading axis many times slower
         messages = jnp.matmul(rest[0].sent.astype(messages.dtype), messages, precision="highest")
     return workers, messages, rest
 
 
-def _map_in_batches(run_worker: Callable[..., Any], batch_size: int, rows: Array, workers: WorkerState) -> Any:
-    return jax.lax.map(lambda pair: run_worker(*pair), (rows, workers), batch_size=batch_size)
+def _map_in_batches(run_worker: Callable[..., Any], batch_size: int, positions: Array, workers: WorkerState) -> Any:
+    return jax.lax.map(lambda pair: run_worker(*pair), (positions, workers), batch_size=batch_size)
 
 
 def tree_where(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:
@@ -389,22 +391,22 @@ def worker_step(
         alg: the algorithm.
         worker: state of this worker.
         state: state of the algorithm. Only the model, the round and the shared state of the rule are read.
-        shards: data of all workers on this device. Only the row `keys.shard` is read.
+        shards: data of all workers on this device. Only the shard `keys.shard` is read.
         keys: PRNG keys, round number and worker number.
 
     Returns:
         The next state of the worker, its message, and its metrics by name, those of `WORKER_METRICS`. "grad" is [p], the
         others are scalars.
     """
-    rows = alg.sampler(keys, shards) if alg.sampler else None
+    examples = alg.sampler(keys, shards) if alg.sampler else None
     counted: list[Any] = [1]  # gradients of this round; `gradient_at` appends to it while it is traced
 
-    def evaluate(params: Any, rows: Any) -> OracleResult:
-        return check_oracle_result(alg.oracle, alg.oracle(params, shards, keys.shard, rows))
+    def evaluate(params: Any, examples: Any) -> OracleResult:
+        return check_oracle_result(alg.oracle, alg.oracle(params, shards, keys.shard, examples))
 
     def gradient_at(params: Any, full: bool = False, when: bool | Bool[Array, ""] = True) -> Float[Array, " p"]:
         def evaluate_grad(params: Any) -> Any:
-            return evaluate(params, None if full else rows).grad
+            return evaluate(params, None if full else examples).grad
 
         check_evaluates_anywhere(alg.oracle)
         counted.append(jnp.asarray(when, jnp.int32))
@@ -412,7 +414,7 @@ def worker_step(
 
     context = RoundContext(state.params, keys, alg.learning_rate_at(state.round), alg.num_workers, gradient_at)
     selected = alg.rule.is_selected(state.rule_state, worker.rule_state, context)
-    loss, grad, _ = evaluate(state.params, rows)
+    loss, grad, _ = evaluate(state.params, examples)
     target, renewed = alg.memory.compression_target(worker.memory_state, grad, context)
     payload = alg.compressor.encode(target, keys)
     decoded = alg.compressor.decode(payload, target)

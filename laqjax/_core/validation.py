@@ -270,7 +270,7 @@ def _learning_rates(alg: Any, rounds: Any, *, points: bool) -> Any:
     return jax.vmap(alg.learning_rate_at)(rounds)
 
 
-def check_run_inputs(alg: Any, params: Any, shards: Shards, rows: int = 0) -> None:
+def check_run_inputs(alg: Any, params: Any, shards: Shards, num_slots: int = 0) -> None:
     """Raise ValueError if parameters, data and algorithm do not fit each other.
 
     Of the data, only shapes, dtypes, finiteness and weights are checked.
@@ -279,7 +279,7 @@ def check_run_inputs(alg: Any, params: Any, shards: Shards, rows: int = 0) -> No
         alg: the algorithm.
         params: the model as a vector [p].
         shards: the data of the workers.
-        rows: the number of workers in `shards` including padding workers, where those are allowed; 0 otherwise.
+        num_slots: the number of workers in `shards` including padding workers, where those are allowed; 0 otherwise.
     """
     p, m = alg.oracle.size, alg.num_workers
     if not callable(alg.lr) and np.ndim(alg.lr):
@@ -295,10 +295,10 @@ def check_run_inputs(alg: Any, params: Any, shards: Shards, rows: int = 0) -> No
     most = np.iinfo(np.int32).max // max(m if alg.rule.server_selects else 1, 2) // alg.oracle.dtype.itemsize
     if p > most:
         raise ValueError(f"params of {p} parameters: must be <= {most}, since a round's bytes are counted in int32")
-    check_shards(shards, m, rows)
+    check_shards(shards, m, num_slots)
     if alg.sampler is not None and not 1 <= alg.sampler.size <= shards.weight.shape[1]:
-        rows = shards.weight.shape[1]
-        raise ValueError(f"sampler.size = {alg.sampler.size}: must be 1 to {rows}, the rows of a shard")
+        length = shards.weight.shape[1]
+        raise ValueError(f"sampler.size = {alg.sampler.size}: must be 1 to {length}, the rows of a shard")
     alg.oracle.validate(shards)
 
 
@@ -311,13 +311,13 @@ def check_type(shards: Any) -> None:
         )
 
 
-def check_shards(shards: Shards, num_workers: int, rows: int = 0) -> None:
+def check_shards(shards: Shards, num_workers: int, num_slots: int = 0) -> None:
     """Raise ValueError unless the shards hold finite numbers, with the padding at the end of each shard.
 
     Args:
         shards: the data of the workers, with arrays [M, N, ...].
         num_workers: the number of workers M that `shards` must have.
-        rows: another number of workers that is allowed, such as one that includes padding workers; 0 for none.
+        num_slots: another number of workers that is allowed: that with padding workers; 0 for none.
     """
     check_type(shards)
     for name, tree in zip(Shards._fields, shards, strict=True):
@@ -331,7 +331,7 @@ def check_shards(shards: Shards, num_workers: int, rows: int = 0) -> None:
     if len(shape) != 2 or not x or any(a[:2] != shape for a in (*x, *y)):
         x, y, weight = (", ".join(str(list(a)) for a in shapes) for shapes in (x, y, weight))
         raise ValueError(f"shards of shapes {x}, {y}, {weight}: must be x [M, N, ...], y [M, N, ...] and weight [M, N]")
-    if shape[0] not in (num_workers, rows):
+    if shape[0] not in (num_workers, num_slots):
         raise ValueError(
             f"shards of {shape[0]} workers: must be {num_workers} workers, the num_workers of the algorithm"
         )

@@ -99,7 +99,7 @@ class RunCheckpointer:
         A damaged checkpoint is skipped with a warning.
 
         Args:
-            like: state without padding rows, or its shapes. Leaves that are NumPy arrays here are restored as NumPy
+            like: state without padding workers, or its shapes. Leaves that are NumPy arrays here are restored as NumPy
                 arrays.
             rounds: maximum number of completed rounds of the checkpoint.
             mesh: mesh on which the state is placed. None: the first local device.

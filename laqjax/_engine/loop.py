@@ -99,7 +99,7 @@ def run(
 
     Returns:
         `info` with the metrics of all rounds, on the host, and the final `state`. On a mesh the workers of the state
-        are spread over the devices, with padding rows after the M-th (`laqjax.sharding.unpad_state` removes them).
+        are spread over the devices, with padding workers after the M-th (`laqjax.sharding.unpad_state` removes them).
 
     Raises:
         ValueError: the arguments and data do not fit each other, or the checkpoints belong to another run. Raised
@@ -202,7 +202,7 @@ def stream(
     rounds, chunk_size, names = check_loop_arguments(rounds, chunk_size, metrics, worker_batch_size, collective)
     check_keys("key", key, ())
     params = start.params if isinstance(start, AlgorithmState) else alg.oracle.ravel(start)
-    check_run_inputs(alg, params, shards, rows=sharding.num_worker_slots(mesh, alg.num_workers))
+    check_run_inputs(alg, params, shards, sharding.num_worker_slots(mesh, alg.num_workers))
     check_schedule(alg, int(start.round) if isinstance(start, AlgorithmState) else 0, rounds)
     options: Any = {
         "length": chunk_size,
@@ -290,28 +290,28 @@ def check_state(state: AlgorithmState, expected: AlgorithmState) -> None:
 def shard_inputs(alg: Algorithm, start: Any, params: Any, shards: Shards, mesh: Mesh) -> tuple[AlgorithmState, Shards]:
     """Place the initial state and the shards on the devices of a mesh.
 
-    Where M is not a multiple of the devices, both are padded with further rows of workers. The state is a copy, since a
+    Where M is not a multiple of the devices, both are padded with further workers. The state is a copy, since a
     chunk donates its input state.
 
     Raises:
         ValueError: `start` is a state whose shapes or dtypes do not fit the algorithm.
     """
-    rows, specs = sharding.num_worker_slots(mesh, alg.num_workers), sharding.state_partition_specs(mesh)
+    slots, specs = sharding.num_worker_slots(mesh, alg.num_workers), sharding.state_partition_specs(mesh)
     if isinstance(start, AlgorithmState):
         check_state(
-            jax.eval_shape(partial(sharding.resize_workers, rows=alg.num_workers), start),
+            jax.eval_shape(partial(sharding.resize_workers, num_slots=alg.num_workers), start),
             jax.eval_shape(alg.init, params),
         )
         # a copy, since a chunk donates its input state
         state = jax.jit(partial(jax.tree.map, jnp.copy))(
-            sharding.shard_state(sharding.resize_workers(start, rows), mesh)
+            sharding.shard_state(sharding.resize_workers(start, slots), mesh)
         )
     else:
         at = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda node: isinstance(node, P))
-        state = jax.jit(lambda alg, params: sharding.resize_workers(alg.init(params), rows), out_shardings=at)(
+        state = jax.jit(lambda alg, params: sharding.resize_workers(alg.init(params), slots), out_shardings=at)(
             alg, params
         )
-    return state, sharding.device_put_global(sharding.pad_workers(shards, rows), mesh, specs.workers)
+    return state, sharding.device_put_global(sharding.pad_workers(shards, slots), mesh, specs.workers)
 
 
 @partial(

@@ -104,7 +104,7 @@ def sweep(
     Args:
         algs: algorithm from `stack_algorithms`: every leaf has a leading axis [S].
         start: parameters of all points (a pytree or a flat vector [p]), parameters of each point [S, p], or a state of
-            S points without padding rows from which the runs continue.
+            S points without padding workers from which the runs continue.
         shards: data of the workers, arrays [M, N, ...]; all points share it.
         rounds: number of rounds, at least 1.
         keys: typed PRNG keys [S], one for each point.
@@ -124,7 +124,7 @@ def sweep(
     Returns:
         `info` on the host with the axis of points after that of rounds: loss [K, S], sent [K, S, M] and so on. `state`
         has the points first in every array: `select_points(out.state, i)` is a state of point i. Where M is not a
-        multiple of the devices along `workers`, the workers of the state include padding rows.
+        multiple of the devices along `workers`, the workers of the state include padding.
 
     Raises:
         ValueError: the arguments and data do not fit each other. Raised before anything is compiled.
@@ -186,7 +186,7 @@ def stream_sweep(
         algs: algorithm from `stack_algorithms`: every leaf has a leading axis [S]. S must be a multiple of the devices
             along the axis `sweep` of the mesh.
         start: parameters of all points (a pytree or a flat vector [p]), parameters of each point [S, p], or a state of
-            S points without padding rows from which the runs continue. It is copied, never donated.
+            S points without padding workers from which the runs continue. It is copied, never donated.
         shards: data of the workers, arrays [M, N, ...]; all points share it.
         rounds: number of rounds, at least 1.
         keys: typed PRNG keys [S], one for each point.
@@ -202,7 +202,7 @@ def stream_sweep(
 
     Yields:
         `info` with the metrics of the chunk's rounds, on the host: loss [K, S], sent [K, S, M] and so on. `state` is
-        the state after the chunk, with the points first in every array and the padding rows that the mesh needs.
+        the state after the chunk, with the points first in every array and the padding workers that the mesh needs.
 
     Raises:
         ValueError: the arguments and data do not fit each other. Raised when the first chunk is requested, before
@@ -213,7 +213,7 @@ def stream_sweep(
     mesh = make_sweep_mesh() if mesh is None else mesh
     points, params = check_sweep(algs, start, shards, rounds, keys, mesh)
     one, devices = select_points(algs, 0), mesh.shape.get(sharding.SWEEP_AXIS, 1)
-    rows = sharding.num_worker_slots(mesh, one.num_workers)
+    slots = sharding.num_worker_slots(mesh, one.num_workers)
     if points % devices:
         raise ValueError(f"{points} points on {devices} devices: must be a multiple; fill up with copies of a point")
     begin = partial(jax.vmap(Algorithm.init), algs)
@@ -224,7 +224,7 @@ def stream_sweep(
     specs = sharding.state_partition_specs(mesh, sharding.SWEEP_AXIS)
     algs, keys = sharding.device_put_global((algs, keys), mesh, specs.params)
     shards = sharding.device_put_global(
-        sharding.pad_workers(shards, rows), mesh, sharding.partition_spec(mesh, sharding.WORKER_AXIS)
+        sharding.pad_workers(shards, slots), mesh, sharding.partition_spec(mesh, sharding.WORKER_AXIS)
     )
     options: Any = {
         "length": chunk_size,
@@ -233,7 +233,7 @@ def stream_sweep(
     }
     if sharding.WORKER_AXIS in mesh.axis_names:
         options["collective"] = collectives.resolve_collective(collective, algs)
-    state = sharding.resize_workers(state, rows, axis=1)
+    state = sharding.resize_workers(state, slots, axis=1)
     for done in range(0, rounds, chunk_size):
         count = min(chunk_size, rounds - done)
         state = sharding.shard_state(state, mesh, sharding.SWEEP_AXIS)

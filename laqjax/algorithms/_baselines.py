@@ -36,7 +36,7 @@ def gd(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -78,7 +78,7 @@ def qgd(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -114,7 +114,7 @@ def iag_cyclic(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -157,7 +157,7 @@ def iag_random(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -192,7 +192,7 @@ def sgd(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.

@@ -44,7 +44,7 @@ def ef21(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -89,7 +89,7 @@ def ef21_sgdm(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -138,7 +138,7 @@ def ef21_p(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -195,7 +195,7 @@ def ef_bv(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -243,7 +243,7 @@ def diana(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -276,7 +276,7 @@ def marina(
     """MARINA: h_m += Q(g_m - previous g_m), or h_m = g_m in a full round, theta -= lr sum_m h_m.
 
     Round 0 is full. A shared Bernoulli variable with the given probability makes a later round full for all workers.
-    With a `sampler` the method is VR-MARINA. It computes both gradients on the same rows, and a full round uses the
+    With a `sampler` the method is VR-MARINA. It computes both gradients on the same examples, and a full round uses the
     gradient of the full shard.
 
     Reference: Gorbunov, Burlachenko, Li, Richtarik, ICML 2021, Algorithm 1 (VR-MARINA: Algorithm 2).
@@ -292,7 +292,7 @@ def marina(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -331,7 +331,7 @@ def dasha(
     MARINA. The estimates e_m start at zero, and h_m starts with the gradient of round 0.
 
     On minibatches the method is DASHA-MVR, h_m = g_m(theta) + (1 - b) (previous h_m - g_m(previous theta)). The number
-    b is `mvr_momentum`, and both gradients use the same rows.
+    b is `mvr_momentum`, and both gradients use the same examples.
 
     Reference: Tyurin, Richtarik, "DASHA", ICLR 2023, Algorithm 1.
 
@@ -348,7 +348,7 @@ def dasha(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.

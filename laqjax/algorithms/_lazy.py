@@ -70,7 +70,7 @@ def lag_wk(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -146,7 +146,7 @@ def lag_ps(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -217,7 +217,7 @@ def laq(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -287,7 +287,7 @@ def two_laq(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -358,7 +358,7 @@ def laq_adaptive(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -414,7 +414,7 @@ def clag(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -477,7 +477,7 @@ def slaq(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -520,8 +520,8 @@ def lasg_wk1(
 ) -> Algorithm:
     """LASG-WK1: h_m = g_m iff ||d_m - last sent d_m||^2 >= threshold, with d_m = g_m(theta) - g_m(snapshot).
 
-    Both gradients use the same rows. The snapshot is the model of the last round that is a multiple of `period`. The
-    step is theta -= lr sum_m h_m.
+    Both gradients use the same examples. The snapshot is the model of the last round that is a multiple of `period`.
+    The step is theta -= lr sum_m h_m.
 
     The threshold is sum_d xi_d motion_d / (lr^2 M^2), or (c / D) sum_d motion_d if `c` is given. motion_d is the
     squared norm of the d-th newest model step, see `laqjax.rules.History`.
@@ -554,7 +554,7 @@ def lasg_wk1(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -595,7 +595,7 @@ def lasg_wk2(
 ) -> Algorithm:
     """LASG-WK2: h_m = g_m iff ||g_m(theta) - g_m(theta_hat_m)||^2 >= threshold, theta -= lr sum_m h_m.
 
-    theta_hat_m is the model of worker m's last upload, and both gradients use the same rows.
+    theta_hat_m is the model of worker m's last upload, and both gradients use the same examples.
 
     The threshold is sum_d xi_d motion_d / (lr^2 M^2), or (c / D) sum_d motion_d if `c` is given. motion_d is the
     squared norm of the d-th newest model step, see `laqjax.rules.History`.
@@ -626,7 +626,7 @@ def lasg_wk2(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -695,7 +695,7 @@ def lasg_ps(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -779,7 +779,7 @@ def cada1(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is AMSGrad
             without bias correction, as in the paper.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -816,7 +816,7 @@ def cada2(
 ) -> Algorithm:
     """CADA2: h_m = g_m iff ||g_m(theta) - g_m(theta_hat_m)||^2 >= (c / D) sum_d motion_d, theta by AMSGrad.
 
-    AMSGrad gets sum_m h_m. theta_hat_m is the model of worker m's last upload, and both gradients use the same rows, as
+    AMSGrad gets sum_m h_m. theta_hat_m is the model of worker m's last upload. Both gradients use the same examples, as
     in `lasg_wk2`. motion_d is the squared norm of the d-th newest model step. With c = 0 the method is AMSGrad.
 
     In the notation of the paper, `max_silence` = D - 1 and `window` = d_max. D above is `window`.
@@ -841,7 +841,7 @@ def cada2(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is AMSGrad
             without bias correction, as in the paper.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.

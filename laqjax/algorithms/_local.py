@@ -54,8 +54,8 @@ def fedavg(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients. `size` must be a multiple of `num_local_steps`,
-            since local steps share no rows.
+            `size` examples per worker and round. None: full gradients. `size` must be a multiple of `num_local_steps`,
+            since local steps share no examples.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -107,8 +107,8 @@ def fedpaq(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients. `size` must be a multiple of `num_local_steps`,
-            since local steps share no rows.
+            `size` examples per worker and round. None: full gradients. `size` must be a multiple of `num_local_steps`,
+            since local steps share no examples.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -176,8 +176,8 @@ def fedlaq(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients. `size` must be a multiple of `num_local_steps`,
-            since local steps share no rows.
+            `size` examples per worker and round. None: full gradients. `size` must be a multiple of `num_local_steps`,
+            since local steps share no examples.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.

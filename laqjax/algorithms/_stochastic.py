@@ -42,7 +42,7 @@ def qsgd(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -76,7 +76,7 @@ def terngrad(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -119,7 +119,7 @@ def ssgd(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -156,7 +156,7 @@ def sign_sgd(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -194,7 +194,7 @@ def ef_sign_sgd(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -231,7 +231,7 @@ def topk_ef(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.
@@ -277,7 +277,7 @@ def dgc(
             or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
             as in the papers.
         sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
-            `size` rows per worker and round. None: full gradients.
+            `size` examples per worker and round. None: full gradients.
 
     Returns:
         The algorithm, a pytree whose leaves are its numbers.

@@ -116,7 +116,7 @@ def _compute_worker_step(
         alg: the algorithm.
         worker: state of this worker.
         state: the model, the round and the rule's shared state; its other fields are None.
-        shards: the data of this worker, one row [1, N, ...].
+        shards: the data of this worker alone, arrays [1, N, ...].
         key: PRNG key of the run.
         index: id of the worker.
         at: round from which the random draws are derived.
@@ -275,8 +275,8 @@ def client_app(
 
     Args:
         alg: the algorithm; it must be the same as the server's.
-        load_shard: function from the worker's id to its data, `Shards` of one row ([1, N, ...]). The id is the node's
-            `partition-id`.
+        load_shard: function from the worker's id to its data, `Shards` of one worker ([1, N, ...]). The id is the
+            node's `partition-id`.
         compilation_cache_dir: folder for compiled programs. Flower's processes end after each message; without this
             folder each of them compiles again.
 

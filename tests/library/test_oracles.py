@@ -77,7 +77,7 @@ def test_minibatches_estimate_the_whole_shard(reduction: str, toy64: Toy) -> Non
     """The mean over the blocks of a shard is the shard itself: data and l2 in the shares that they have there."""
     given = oracles.from_loss(softmax_loss, toy64.oracle.unravel(toy64.theta0), l2=0.3, reduction=reduction)
     one = jnp.int32(1)
-    draw = jax.jit(lambda start: given(toy64.theta0, toy64.shards, one, samplers.RowSelection(4, start=start)))
+    draw = jax.jit(lambda start: given(toy64.theta0, toy64.shards, one, samplers.ExampleSelection(4, start=start)))
     parts = [draw(np.int32(start)) for start in (0, 4, 8)]
     loss, grad = tiled(given, toy64.theta0, toy64.shards, np.int32(1))
     np.testing.assert_allclose(np.mean([part[0] for part in parts]), loss, rtol=1e-12)
