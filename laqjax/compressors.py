@@ -15,8 +15,8 @@ The size of a message is the sum over its fields, rounded up to a whole byte onc
 `to_bytes` serializes a message, and `from_bytes` reads it. Bit counts in this module are for float32. With float64,
 each float that is sent counts 64 instead of 32.
 
-Build compressors with the functions (`grid`, `top_k`, ...), which check their numbers. The classes check nothing,
-because JAX rebuilds them with tracers or axes in the place of numbers.
+Build every compressor with its function (`grid`, `top_k`, `identity`, ...), which checks its numbers. The classes are
+the types of the results. They check nothing, because JAX rebuilds them with tracers or axes in the place of numbers.
 
 Theorems distinguish two kinds of compressors:
 
@@ -476,9 +476,20 @@ class BernoulliFull:
 
 # ---- factories, which check their numbers ------------------------------------------------------------------------
 
-identity = Identity
-ternary = Ternary
-natural = NaturalCompressor
+
+def identity() -> Identity:
+    """Build an `Identity` compressor, which sends the vector unchanged."""
+    return Identity()
+
+
+def ternary() -> Ternary:
+    """Build a `Ternary` compressor (TernGrad)."""
+    return Ternary()
+
+
+def natural() -> NaturalCompressor:
+    """Build a `NaturalCompressor`, which rounds to powers of two."""
+    return NaturalCompressor()
 
 
 def grid(bits: int) -> Grid:

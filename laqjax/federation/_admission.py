@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from laqjax._core.round import Algorithm
 from laqjax._core.wire_format import from_bytes
-from laqjax.compressors import Identity
+from laqjax.compressors import identity
 from laqjax.federation import _protocol
 from laqjax.federation._roster import Rejection, Roster, register_node
 from laqjax.types import max_abs
@@ -58,7 +58,7 @@ def validate_reply(
         body, decoded = parts.get("body", b""), None
         reason = _find_fault(header, body, expected, alg.memory.is_persistent)
         if reason is None and header.kind in (_protocol.REPLY_UPLOAD, _protocol.REPLY_FULL):
-            decoded = from_bytes(Identity() if header.kind == _protocol.REPLY_FULL else alg.compressor, body, params)
+            decoded = from_bytes(identity() if header.kind == _protocol.REPLY_FULL else alg.compressor, body, params)
             reason = (
                 None if np.all(np.isfinite(np.asarray(decoded))) else "numbers with NaN or infinity: must be finite"
             )

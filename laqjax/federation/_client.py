@@ -17,7 +17,7 @@ from jaxtyping import Array, PRNGKeyArray
 from laqjax import types
 from laqjax._core.round import Algorithm, worker_step
 from laqjax._core.wire_format import from_bytes, to_bytes
-from laqjax.compressors import Identity
+from laqjax.compressors import identity
 from laqjax.federation import _protocol
 from laqjax.rules import BaseUploadRule
 from laqjax.types import AlgorithmState, RoundKeys, ServerStep, Shards, WorkerState, register_dataclass, static_field
@@ -139,7 +139,7 @@ class FederatedClient:
 
     def __init__(self, alg: Algorithm, load_shard: Callable[[int], Shards]) -> None:
         self._alg = replace(alg, rule=ForcedUpload(alg.rule, False))
-        full = replace(alg, rule=ForcedUpload(alg.rule, True), compressor=Identity())
+        full = replace(alg, rule=ForcedUpload(alg.rule, True), compressor=identity())
         self._full = full if alg.memory.is_persistent else self._alg
         self._rule, self._scheme, self._down = alg.rule, _protocol.scheme_digest(alg), _protocol.down_compressor(alg)
         # a dictionary of loaded shards instead of functools.cache, because Ray copies apps
