@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import laqjax
 from experiments import datasets, teams, traffic
 from experiments.bench import peak
-from laqjax import distributed, run_chunk, shard_inputs, sharding
+from laqjax import distributed, sharding
 
 BITS, LR, CLASSES, PIXELS = 4, 0.2, 10, 784  # lr M: steps on the mean of the workers' losses
 
@@ -104,15 +104,19 @@ def moved(cell: dict[str, Any]) -> dict[str, Any]:
     """Bytes that a device receives in a round, by the compiled program, and by an all-gather of float32 gradients."""
     given = made(**cell)
     alg, mesh = given["alg"], given["mesh"]
-    state, shards = shard_inputs(alg, given["start"], given["start"], given["shards"], mesh)
+    devices, slots = jax.device_count(), sharding.num_worker_slots(mesh, alg.num_workers)
+    collective = sharding.resolve_collective(given["collective"], alg)
+    state = sharding.shard_state(sharding.resize_workers(alg.init(given["start"]), slots), mesh)
+    specs = sharding.state_partition_specs(mesh)
+
+    def step(alg: Any, state: Any, shards: Any, key: Any) -> Any:
+        return alg.step(state, shards, key, worker_batch_size=1, collective=collective)
+
+    in_specs = P(), specs, specs.workers, P()
+    split = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=(specs, P()), check_vma=False)
     alg, key = sharding.device_put_global((alg, given["key"]), mesh, P())
-    collective = sharding.resolve_collective(given["collective"], given["alg"])
-    options: Any = {"length": 10, "metrics": (), "worker_batch_size": 1, "mesh": mesh, "collective": collective}
-    program = run_chunk.lower(alg, state, shards, key, np.int32(10), **options).compile()
-    devices = jax.device_count()
-    floats = (
-        4 * given["start"].size * sharding.num_worker_slots(mesh, given["alg"].num_workers) * (devices - 1) / devices
-    )
+    program = jax.jit(split).lower(alg, state, given["shards"], key).compile()
+    floats = 4 * given["start"].size * slots * (devices - 1) / devices
     return traffic.received(program.as_text() or "") | {"float32": floats, "p": int(given["start"].size)}
 
 
@@ -139,13 +143,9 @@ def constants(cell: dict[str, Any], words: int, times: int) -> dict[str, Any]:
         return {"short": short, "long": long}
     given = made(**cell)
     alg, like, workers = given["alg"], given["start"], 8
-    widths = sharding.field_widths(alg)
-    assert widths is not None  # of a grid they are known
-    size = sum(
-        sharding.num_packed_words(f.like, b) for f, b in zip(alg.compressor.wire_fields({}, like), widths, strict=True)
-    )
-    decode = partial(sharding.unpack_message, alg.compressor, like=like, widths=widths)
-    added = jax.jit(lambda every, sent: sharding.sum_messages(decode, every, sent, like))
+    collective = sharding.all_gather(alg)
+    added = jax.jit(lambda every, sent: collective.sum_packed(alg, every, sent, like))
+    size = collective.bytes_received(alg, 2) // 4  # the words of one message
     every, sent = jnp.ones((workers, size), jnp.uint32), jnp.ones(workers, bool)
     return {"decode": best(lambda: added(every, sent), times) / (workers * like.size)}
 

@@ -56,7 +56,7 @@ from laqjax import (
 from laqjax._core.round import Algorithm, assemble, server_step, worker_step
 from laqjax._core.validation import check_inputs, check_number
 from laqjax._engine.checkpoint import RunCheckpointer
-from laqjax._engine.loop import DivergenceError, RunResult, concatenate_infos, run, run_chunk, shard_inputs, stream
+from laqjax._engine.loop import DivergenceError, RunResult, concatenate_infos, run, stream
 from laqjax._engine.sweep import max_batch_size, select_points, stack_algorithms, stream_sweep, sweep
 from laqjax.aggregation import lazy_aggregate
 from laqjax.partition import partition_data
@@ -89,11 +89,9 @@ __all__ = [
     "problems",
     "rules",
     "run",
-    "run_chunk",
     "samplers",
     "select_points",
     "server_step",
-    "shard_inputs",
     "sharding",
     "stack_algorithms",
     "stream",

@@ -22,11 +22,7 @@ from laqjax._engine.collectives import (
     all_gather,
     all_reduce,
     all_to_all,
-    field_widths,
-    num_packed_words,
     resolve_collective,
-    sum_messages,
-    unpack_message,
 )
 from laqjax.types import AlgorithmState, Shards
 
@@ -40,10 +36,8 @@ __all__ = [
     "all_reduce",
     "all_to_all",
     "device_put_global",
-    "field_widths",
     "load_local_shards",
     "make_mesh",
-    "num_packed_words",
     "num_worker_slots",
     "pad_workers",
     "partition_spec",
@@ -51,9 +45,7 @@ __all__ = [
     "resolve_collective",
     "shard_state",
     "state_partition_specs",
-    "sum_messages",
     "to_host",
-    "unpack_message",
     "unpad_state",
 ]
 

@@ -21,6 +21,7 @@ a bitmap. Such a message moves in decoded form, and so does that of a compressor
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -148,7 +149,27 @@ class AllGather(AllReduce):
 
     def _reduce(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
         every = lax.all_gather(self._pack_all(messages), self.axis, tiled=True)[: sent.shape[0]]
-        return sum_messages(lambda words: unpack_message(alg.compressor, words, like, self.widths), every, sent, like)
+        return self.sum_packed(alg, every, sent, like)
+
+    def sum_packed(self, alg: Any, messages: UInt32[Array, "M words"], sent: Bool[Array, " M"], like: Any) -> Array:
+        """Decode the packed messages of all uploading workers and add them in worker order, as one device does.
+
+        Args:
+            alg: the algorithm.
+            messages: packed messages of the M workers.
+            sent: whether each of the M workers uploads. A message is not decoded if its worker does not.
+            like: array or struct with the shape and dtype of the sum.
+
+        Returns:
+            The sum, of the shape of `like`.
+        """
+
+        def add(total: Array, message: Any) -> Any:
+            words, sent = message
+            decode = partial(unpack_message, alg.compressor, words, like, self.widths)
+            return lax.cond(sent, lambda: total + decode(), lambda: total), None
+
+        return lax.scan(add, jnp.zeros(like.shape, like.dtype), (messages, sent))[0]
 
     def bytes_received(self, alg: Any, devices: int) -> int:
         """Return the bytes that each device receives in `reduce`, with one worker per device."""
@@ -182,7 +203,7 @@ class AllToAll(AllGather):
         packed = self._pack_all(messages)
         mine = lax.all_to_all(packed, self.axis, split_axis=1, concat_axis=0, tiled=True)[: sent.shape[0], 0]
         part = jax.ShapeDtypeStruct((self._chunk_size(like.shape[0]),), like.dtype)
-        total = sum_messages(lambda words: unpack_message(alg.compressor, words, part, self.widths), mine, sent, part)
+        total = self.sum_packed(alg, mine, sent, part)
         return lax.all_gather(total, self.axis, tiled=True)[: like.shape[0]]
 
     def bytes_received(self, alg: Any, devices: int) -> int:
@@ -446,23 +467,3 @@ def from_words(words: UInt32[Array, "m words"], like: Any) -> Array:
     if like.dtype.itemsize < 4:
         return words.reshape(shape).astype(like.dtype)
     return lax.bitcast_convert_type(words.reshape(shape if like.dtype.itemsize == 4 else (*shape, 2)), like.dtype)
-
-
-def sum_messages(decode: Any, messages: Array, sent: Bool[Array, " M"], like: Any) -> Array:
-    """Add the uploaded messages in worker order, as one device does.
-
-    Args:
-        decode: function from the words of a message to its vector. It is not called for a worker without an upload.
-        messages: packed messages, stacked over the M workers.
-        sent: whether each of the M workers uploads.
-        like: array or struct with the shape and dtype of the sum.
-
-    Returns:
-        The sum, of the shape of `like`.
-    """
-
-    def add(total: Array, message: Any) -> Any:
-        words, sent = message
-        return lax.cond(sent, lambda: total + decode(words), lambda: total), None
-
-    return lax.scan(add, jnp.zeros(like.shape, like.dtype), (messages, sent))[0]
