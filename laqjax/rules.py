@@ -25,14 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from laqjax import types
 from laqjax._core.validation import check_nonnegative_array, check_number
-from laqjax.types import (
-    Decision,
-    RoundContext,
-    ServerStep,
-    UploadContext,
-    register_dataclass,
-    static_field,
-)
+from laqjax.types import Decision, RoundContext, ServerStep, UploadContext, register_dataclass, static_field
 
 __all__ = [
     "Always",

@@ -10,21 +10,9 @@ Arguments of one name mean the same in every function. The sections from "Args" 
 
 from laqjax.algorithms._baselines import gd, iag_cyclic, iag_random, qgd, sgd
 from laqjax.algorithms._compressed import dasha, diana, ef21, ef21_p, ef21_sgdm, ef_bv, marina
-from laqjax.algorithms._lazy import (
-    amsgrad,
-    cada1,
-    cada2,
-    clag,
-    lag_ps,
-    lag_wk,
-    laq,
-    laq_adaptive,
-    lasg_ps,
-    lasg_wk1,
-    lasg_wk2,
-    slaq,
-    two_laq,
-)
+from laqjax.algorithms._lag import clag, lag_ps, lag_wk
+from laqjax.algorithms._laq import laq, laq_adaptive, slaq, two_laq
+from laqjax.algorithms._lasg_cada import amsgrad, cada1, cada2, lasg_ps, lasg_wk1, lasg_wk2
 from laqjax.algorithms._local import fedavg, fedlaq, fedpaq
 from laqjax.algorithms._stochastic import dgc, ef_sign_sgd, qsgd, sign_sgd, ssgd, terngrad, topk_ef
 

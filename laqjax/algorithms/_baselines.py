@@ -8,15 +8,8 @@ from laqjax._core.round import Algorithm, assemble
 from laqjax._core.validation import oracle_dtype
 from laqjax.algorithms._shared import check_smoothness
 from laqjax.compressors import grid, identity
-from laqjax.memories import (
-    NoMemory,
-    make_innovation_memory,
-)
-from laqjax.rules import (
-    Always,
-    Cyclic,
-    sample_one_worker,
-)
+from laqjax.memories import NoMemory, make_innovation_memory
+from laqjax.rules import Always, Cyclic, sample_one_worker
 from laqjax.types import Oracle, Sampler
 
 

@@ -8,16 +8,8 @@ from laqjax import compressors
 from laqjax._core.round import Algorithm, assemble
 from laqjax._core.validation import check_number, oracle_dtype
 from laqjax.downlinks import CompressedModel
-from laqjax.memories import (
-    DashaMemory,
-    MarinaMemory,
-    MomentumMemory,
-    VrMarinaMemory,
-    make_innovation_memory,
-)
-from laqjax.rules import (
-    Always,
-)
+from laqjax.memories import DashaMemory, MarinaMemory, MomentumMemory, VrMarinaMemory, make_innovation_memory
+from laqjax.rules import Always
 from laqjax.types import Compressor, Oracle, Sampler
 
 

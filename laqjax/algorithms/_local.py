@@ -9,15 +9,8 @@ from laqjax._core.round import Algorithm, assemble
 from laqjax._core.validation import oracle_dtype
 from laqjax.algorithms._shared import history_kind, make_lazy_rule, make_local_oracle, with_max_silence
 from laqjax.compressors import grid, identity
-from laqjax.memories import (
-    NoMemory,
-    make_innovation_memory,
-)
-from laqjax.rules import (
-    InnovationChange,
-    make_history,
-    partial_participation,
-)
+from laqjax.memories import NoMemory, make_innovation_memory
+from laqjax.rules import InnovationChange, make_history, partial_participation
 from laqjax.types import Oracle, Sampler, UploadRule
 
 

@@ -7,15 +7,7 @@ import optax
 
 from laqjax._core.validation import check_nonnegative_array, check_number, oracle_dtype
 from laqjax.oracles import with_local_steps
-from laqjax.rules import (
-    Always,
-    History,
-    LazyRule,
-    MaxSilence,
-    limit_silence,
-    make_history,
-    partial_participation,
-)
+from laqjax.rules import Always, History, LazyRule, MaxSilence, limit_silence, make_history, partial_participation
 from laqjax.types import Oracle, UploadRule
 
 # Source text of a value for each argument without a default: for error messages, and for docs/docstrings.py.

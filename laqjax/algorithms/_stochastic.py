@@ -8,14 +8,8 @@ from laqjax import compressors
 from laqjax._core.round import Algorithm, assemble
 from laqjax._core.validation import check_number, oracle_dtype
 from laqjax.downlinks import CompressedDirection
-from laqjax.memories import (
-    ErrorFeedback,
-    MomentumCorrection,
-    NoMemory,
-)
-from laqjax.rules import (
-    Always,
-)
+from laqjax.memories import ErrorFeedback, MomentumCorrection, NoMemory
+from laqjax.rules import Always
 from laqjax.types import Oracle, Sampler
 
 

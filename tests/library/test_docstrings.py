@@ -35,15 +35,15 @@ def test_docstrings_are_up_to_date() -> None:
     ],
 )
 def test_a_changed_docstring_is_reported_and_written_again(folder: Path, old: str, new: str) -> None:
-    path, start = folder / "_lazy.py", "def laq("
+    path, start = folder / "_laq.py", "def laq("
     original = path.read_text()
     before, _, after = original.partition(start)
     changed = before + start + after.replace(old, new, 1)
     assert changed != original
     path.write_text(changed)
-    assert run_script("--check", folder) == (1, ["_lazy.py: laq: docstring is out of date; run `make docstrings`"])
+    assert run_script("--check", folder) == (1, ["_laq.py: laq: docstring is out of date; run `make docstrings`"])
     assert path.read_text() == changed
-    assert run_script(folder) == (0, ["_lazy.py: laq: rewritten"])
+    assert run_script(folder) == (0, ["_laq.py: laq: rewritten"])
     assert run_script("--check", folder) == (0, [])
     assert (path.read_text() == original) == ("period" not in new)
     assert run_script(folder) == (0, [])

@@ -340,7 +340,9 @@ def test_a_rule_with_a_memory_from_outside(toy: Toy) -> None:
 EXPLAINED = (
     "_baselines",
     "_compressed",
-    "_lazy",
+    "_lag",
+    "_laq",
+    "_lasg_cada",
     "_local",
     "_stochastic",
     "aggregation",
