@@ -140,16 +140,12 @@ def lazy_aggregate(
     collectives.check_collective(collective)
 
     def build(sizes: list[int], dtype: Any) -> Algorithm:
-        alg = algorithm(
-            _PrecomputedGradient(sum(sizes), dtype),
-            lr=1.0,
-            num_workers=num_workers,
-            optimizer=_PASS_DIRECTION,
-            **settings,
-        )
+        server: Any = {"lr": 1.0, "num_workers": num_workers, "optimizer": _PASS_DIRECTION}
+        alg = algorithm(_PrecomputedGradient(sum(sizes), dtype), **server, **settings)
         if quantizer_blocks is None:
             return alg
-        return dataclasses.replace(alg, compressor=blockwise(alg.compressor, sizes if quantizer_blocks == "leaf" else quantizer_blocks))  # pyright: ignore[reportArgumentType]  # fmt: skip
+        blocks: Any = sizes if quantizer_blocks == "leaf" else quantizer_blocks
+        return dataclasses.replace(alg, compressor=blockwise(alg.compressor, blocks))
 
     # report wrong settings in this call, not in `init`; p is large, since a method may derive k from p
     build([10**6], np.dtype(np.float32))

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from laqjax._core.validation import check_implements, check_number, get_declaration
+from laqjax._core.validation import check_compressor, check_number, get_declaration
 from laqjax._core.wire_format import (
     bool_struct,
     float_bits,
@@ -609,9 +609,7 @@ def blockwise(compressor: Compressor, sizes: Sequence[int]) -> Blockwise:
     Raises:
         ValueError: `compressor` is not a compressor, or a size is not a whole number >= 1.
     """
-    check_implements(
-        "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, such as compressors.top_k(10)"
-    )
+    check_compressor(compressor)
     return Blockwise(compressor, tuple(int(check_number("size", size, np.int32, minimum=1)) for size in sizes))
 
 
@@ -628,9 +626,7 @@ def bernoulli_full(compressor: Compressor, probability: float) -> BernoulliFull:
     Raises:
         ValueError: `compressor` is not a compressor, or `probability` is out of its range.
     """
-    check_implements(
-        "compressor", compressor, ("encode", "decode", "wire_fields"), "a compressor, such as compressors.top_k(10)"
-    )
+    check_compressor(compressor)
     return BernoulliFull(compressor, check_number("probability", probability, np.float32, above=0, maximum=1))
 
 

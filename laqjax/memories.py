@@ -101,7 +101,7 @@ class Innovation:
 class _EstimateMemory:
     """Base class for memories whose server adds the messages of each round to its aggregate.
 
-    The aggregate is the sum of the workers' estimates, and is the direction for the optimizer.
+    The first entry of a worker state is the estimate, to which the worker adds the messages that it sends. The aggregate is the sum of the workers' estimates, and is the direction for the optimizer.
     """
 
     is_persistent = True
@@ -109,6 +109,9 @@ class _EstimateMemory:
     def init(self, params: Float[Array, " p"]) -> Any:
         """Return zeros [p] for the estimate and for a second vector: the gradient or model of the round before."""
         return jnp.zeros_like(params), jnp.zeros_like(params)
+
+    def update(self, worker_state, grad, target, decoded):
+        return worker_state[0] + decoded, *worker_state[1:]
 
     def update_aggregate(self, aggregate, total):
         return aggregate + total, aggregate + total
@@ -136,9 +139,6 @@ class MarinaMemory(_EstimateMemory):
         coin = shared_bernoulli(context.keys, self.probability)
         return grad - jnp.where(coin, estimate, last), (estimate, grad)
 
-    def update(self, worker_state, grad, target, decoded):
-        return worker_state[0] + decoded, worker_state[1]
-
 
 @register_dataclass
 @dataclass(frozen=True)
@@ -162,9 +162,6 @@ class VrMarinaMemory(_EstimateMemory):
         full = context.gradient_at(context.params, full=True, when=coin)
         there = context.gradient_at(last, when=~coin)
         return jnp.where(coin, full - estimate, grad - there), (estimate, context.params)
-
-    def update(self, worker_state, grad, target, decoded):
-        return worker_state[0] + decoded, worker_state[1]
 
 
 @register_dataclass
@@ -190,9 +187,6 @@ class MomentumMemory(_EstimateMemory):
         estimate, average, begun = worker_state
         average = jnp.where(begun, (1 - self.eta) * average + self.eta * grad, grad)
         return average - estimate, (estimate, average, jnp.asarray(True))
-
-    def update(self, worker_state, grad, target, decoded):
-        return worker_state[0] + decoded, *worker_state[1:]
 
 
 @register_dataclass
@@ -227,9 +221,6 @@ class DashaMemory(_EstimateMemory):
             new = jnp.where(past[1], grad + correction, grad)
             past = [context.params, jnp.asarray(True)]
         return new - last - self.estimate_momentum * (estimate - last), (estimate, new, *past)
-
-    def update(self, worker_state, grad, target, decoded):
-        return worker_state[0] + decoded, *worker_state[1:]
 
 
 @register_dataclass

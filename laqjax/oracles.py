@@ -11,6 +11,7 @@ arrays, because slicing the worker first would copy every shard once more per ro
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from laqjax._core import cpu_layouts
 from laqjax._core.validation import (
+    check_bool,
     check_evaluates_anywhere,
     check_number,
     check_oracle_result,
@@ -183,20 +185,18 @@ class TiledOracle:
         """
         tree = self.unravel(params)
         size = examples.size if examples else shards.weight.shape[1]
-        tile = min(self.examples_per_tile(shards), size)
 
         def sum_examples(start: Any, count: int) -> tuple[Array, Array, Any]:
             x, y, weight = jax.tree.map(lambda a: _slice_examples(a, worker, examples, start, count), shards)
             weight = weight.astype(self.dtype)
             value_and_grad = jax.value_and_grad(lambda tree, x, y: jnp.vdot(self._losses(tree, x, y), weight))
             if self.use_cpu_layouts and jax.default_backend() == "cpu":
-                loss, grad = cpu_layouts.with_canonical_layouts(value_and_grad, tree, x, y)
-            else:
-                loss, grad = value_and_grad(tree, x, y)
+                value_and_grad = partial(cpu_layouts.with_canonical_layouts, value_and_grad)
+            loss, grad = value_and_grad(tree, x, y)
             return loss, jnp.sum(weight), grad
 
         with jax.default_matmul_precision(self.precision):
-            loss, weight, grad = _sum_over_tiles(sum_examples, size, tile)
+            loss, weight, grad = _sum_over_tiles(sum_examples, size, min(self.examples_per_tile(shards), size))
         grad = self.ravel(grad)
         if self.reduction == "mean" or examples:
             loss, grad = loss / weight, grad / weight
@@ -285,13 +285,14 @@ def _sum_over_tiles(sum_examples: Callable[[Any, int], Any], size: int, tile: in
     if whole == tile:
         total = sum_examples(np.int32(0), tile)
     else:
-        zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: sum_examples(np.int32(0), tile))
-        )
+        one = jax.eval_shape(lambda: sum_examples(np.int32(0), tile))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), one)
         starts = np.arange(0, whole, tile, dtype=np.int32)
-        total, _ = jax.lax.scan(
-            lambda sum, start: (jax.tree.map(jnp.add, sum, sum_examples(start, tile)), None), zeros, starts
-        )
+
+        def add(total: Any, start: Any) -> Any:
+            return jax.tree.map(jnp.add, total, sum_examples(start, tile)), None
+
+        total, _ = jax.lax.scan(add, zeros, starts)
     return total if whole == size else jax.tree.map(jnp.add, total, sum_examples(np.int32(whole), size - whole))
 
 
@@ -338,8 +339,7 @@ def from_loss(
         raise ValueError(f"params of dtypes {sorted(map(str, dtypes))}: must be arrays of one floating dtype")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction = {reduction!r}: must be 'mean' or 'sum'{suggest(reduction, ('mean', 'sum'))}")
-    if not isinstance(use_cpu_layouts, bool | np.bool_):
-        raise ValueError(f"use_cpu_layouts = {use_cpu_layouts!r}: must be True or False")
+    check_bool("use_cpu_layouts", use_cpu_layouts)
     layout = PytreeLayout(tree, tuple(np.shape(leaf) for leaf in leaves), dtypes.pop())
     strength = check_number("l2", l2, layout.dtype, minimum=0)
     tile = None if tile is None else int(check_number("tile", tile, np.int32, minimum=1))

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from laqjax import types
-from laqjax._core.validation import check_nonnegative_array, check_number
+from laqjax._core.validation import check_bool, check_nonnegative_array, check_number
 from laqjax.types import Decision, RoundContext, ServerStep, UploadContext, register_dataclass, static_field
 
 __all__ = [
@@ -520,16 +520,14 @@ def make_history(
         ValueError: a number is out of its range, or `rescale_short_history` is not a bool.
     """
     window = int(check_number("window", window, np.int32, minimum=1))
-    padded_window = int(
-        check_number("padded_window", window if padded_window is None else padded_window, np.int32, minimum=window)
-    )
+    length = window if padded_window is None else padded_window
+    length = int(check_number("padded_window", length, np.int32, minimum=window))
     weights = check_nonnegative_array(
         name, xi, dtype, ((), (window,)), f"a number >= 0 (the sum of the weights) or {window} of them (the window)"
     )
-    padded = np.zeros(padded_window, dtype)
+    padded = np.zeros(length, dtype)
     padded[:window] = weights if weights.ndim else weights / window
-    if not isinstance(rescale_short_history, bool | np.bool_):
-        raise ValueError(f"rescale_short_history = {rescale_short_history!r}: must be True or False")
+    check_bool("rescale_short_history", rescale_short_history)
     return History(padded, check_number("window", window, np.int32), np.asarray(rescale_short_history, np.bool_), kind)  # pyright: ignore[reportArgumentType]
 
 
@@ -547,8 +545,7 @@ def limit_silence(rule: types.UploadRule, max_silence: int | None, *, force_firs
     Raises:
         ValueError: `max_silence` is not a whole number >= 0, or `force_first_upload` is not a bool.
     """
-    if not isinstance(force_first_upload, bool | np.bool_):
-        raise ValueError(f"force_first_upload = {force_first_upload!r}: must be True or False")
+    check_bool("force_first_upload", force_first_upload)
     most = check_number("max_silence", _NO_LIMIT if max_silence is None else max_silence, np.int32, minimum=0)
     return MaxSilence(rule, most, most if force_first_upload else np.zeros_like(most))
 

@@ -61,9 +61,8 @@ class BlockSampler:
 
     def __call__(self, keys: RoundKeys, shards: Shards) -> ExampleSelection:
         blocks = jnp.maximum(_num_valid_examples(shards, keys.shard) // self.size, 1)
-        return ExampleSelection(
-            self.size, start=self.size * jax.random.randint(_sampling_key(keys.worker_key), (), 0, blocks, jnp.int32)
-        )
+        block = jax.random.randint(_sampling_key(keys.worker_key), (), 0, blocks, jnp.int32)
+        return ExampleSelection(self.size, start=self.size * block)
 
 
 @register_dataclass
@@ -84,13 +83,11 @@ class ShuffleSampler:
         rounds = jnp.maximum(count // self.size, 1)
         key = jax.random.fold_in(jax.random.fold_in(_sampling_key(keys.run_key), keys.round // rounds), keys.worker)
         length = shards.weight.shape[1]
-        place = jnp.where(
-            jnp.arange(length, dtype=jnp.int32) < count, jax.random.uniform(key, (length,), jnp.float32), 2
-        )
+        draws = jax.random.uniform(key, (length,), jnp.float32)
+        place = jnp.where(jnp.arange(length, dtype=jnp.int32) < count, draws, 2)
         order = jnp.argsort(place)  # padding comes last, because its key 2 is above every uniform draw
-        return ExampleSelection(
-            self.size, index=jax.lax.dynamic_slice(order, (keys.round % rounds * self.size,), (self.size,))
-        )
+        first = keys.round % rounds * self.size
+        return ExampleSelection(self.size, index=jax.lax.dynamic_slice(order, (first,), (self.size,)))
 
 
 def _num_valid_examples(shards: Shards, worker: Any) -> Int[Array, ""]:

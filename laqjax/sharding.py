@@ -170,12 +170,8 @@ def shard_state(state: AlgorithmState, mesh: Mesh, *points: str) -> AlgorithmSta
     Returns:
         The state with the shardings of `state_partition_specs`.
     """
-    return AlgorithmState(
-        *(
-            device_put_global(part, mesh, at)
-            for part, at in zip(state, state_partition_specs(mesh, *points), strict=True)
-        )
-    )
+    parts = zip(state, state_partition_specs(mesh, *points), strict=True)
+    return AlgorithmState(*(device_put_global(part, mesh, spec) for part, spec in parts))
 
 
 def pad_workers(tree: Any, num_slots: int, axis: int = 0) -> Any:

@@ -22,7 +22,6 @@ place.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -34,6 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from laqjax._core.validation import (
     as_optimizer_factory,
     as_schedule,
+    check_compressor,
     check_evaluates_anywhere,
     check_implements,
     check_number,
@@ -272,8 +272,8 @@ def assemble(
             each other.
     """
     downlink = FullModelDownlink() if downlink is None else downlink
+    check_compressor(compressor)
     for name, part, methods, allowed in (
-        ("compressor", compressor, "encode decode wire_fields", "a compressor, such as compressors.top_k(10)"),
         ("rule", rule, "init is_selected should_send update", "an upload rule, such as rules.Always()"),
         ("memory", memory, "init compression_target update update_aggregate", "a memory, such as memories.NoMemory()"),
         ("downlink", downlink, "init broadcast", "a downlink, such as downlinks.CompressedModel(compressor), or None"),
@@ -360,15 +360,14 @@ def map_workers(
             add_worker, (state.workers, jnp.zeros_like(state.params)), positions
         )
         return workers, total if accumulates_locally else messages, rest
-    side_by_side = jax.vmap(run_worker) if batch_size >= count else partial(_map_in_batches, run_worker, batch_size)
-    workers, messages, rest = side_by_side(positions, state.workers)
+    if batch_size >= count:
+        workers, messages, rest = jax.vmap(run_worker)(positions, state.workers)
+    else:
+        pairs = positions, state.workers
+        workers, messages, rest = jax.lax.map(lambda pair: run_worker(*pair), pairs, batch_size=batch_size)
     if accumulates_locally:  # a matrix product, because XLA on the CPU sums over a leading axis many times slower
         messages = jnp.matmul(rest[0].sent.astype(messages.dtype), messages, precision="highest")
     return workers, messages, rest
-
-
-def _map_in_batches(run_worker: Callable[..., Any], batch_size: int, positions: Array, workers: WorkerState) -> Any:
-    return jax.lax.map(lambda pair: run_worker(*pair), (positions, workers), batch_size=batch_size)
 
 
 def tree_where(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:
@@ -378,8 +377,7 @@ def tree_where(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:
 
 # ---- one worker, and the server ---------------------------------------------------------------------------------
 
-NORM_METRICS = ("target_sq", "decoded_sq", "error_sq")
-WORKER_METRICS = ("grad", *NORM_METRICS, "worker_loss", "gradients")
+WORKER_METRICS = ("grad", "target_sq", "decoded_sq", "error_sq", "worker_loss", "gradients")
 
 
 def worker_step(
@@ -418,11 +416,10 @@ def worker_step(
     target, renewed = alg.memory.compression_target(worker.memory_state, grad, context)
     payload = alg.compressor.encode(target, keys)
     decoded = alg.compressor.decode(payload, target)
-    squares = squared_norm(target), squared_norm(decoded), squared_norm(target - decoded)
-    fields: dict[str, Any] = vars(context)
-    upload_context = UploadContext(
-        **fields, grad=grad, target=target, decoded=decoded, **dict(zip(NORM_METRICS, squares, strict=True))
-    )
+    norms = {"target_sq": squared_norm(target), "decoded_sq": squared_norm(decoded)}
+    norms["error_sq"] = squared_norm(target - decoded)
+    fields: dict[str, Any] = vars(context) | norms
+    upload_context = UploadContext(**fields, grad=grad, target=target, decoded=decoded)
     decision = alg.rule.should_send(state.rule_state, worker.rule_state, upload_context)
     sent = selected & decision.send
 
@@ -435,7 +432,7 @@ def worker_step(
     # a worker that is not selected counts as computing no gradient, although the simulation computes one
     gradients = jnp.where(selected, jnp.asarray(sum(counted), jnp.int32), 0)
     metrics = {"worker_loss": loss, "grad": grad, "gradients": gradients}
-    return worker, upload, metrics | dict(zip(NORM_METRICS, squares, strict=True))
+    return worker, upload, metrics | norms
 
 
 def server_step(

@@ -211,6 +211,18 @@ def check_implements(name: str, value: Any, methods: Iterable[str], allowed: str
         raise ValueError(f"{name} = {value!r}: must be {allowed}")
 
 
+def check_compressor(value: Any) -> None:
+    """Raise ValueError unless the argument `compressor` of a function is a compressor."""
+    methods = "encode", "decode", "wire_fields"
+    check_implements("compressor", value, methods, "a compressor, such as compressors.top_k(10)")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} = {value!r}: must be True or False")
+
+
 def check_not_traced(*trees: Any) -> None:
     """Raise ValueError if a leaf of the trees is traced, since a run is a loop on the host."""
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):

@@ -155,16 +155,14 @@ class RunCheckpointer:
         metadata: Any = self.writer.metadata(path)
         shapes = metadata.item_metadata.tree
         places = _restore_shardings(like, shapes["state"], mesh)
-        empty = lambda shape: np.empty(shape.shape, shape.dtype)  # noqa: E731
-        target = {
-            "state": [
-                empty(shape)
-                if isinstance(leaf, np.ndarray)
-                else jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
-                for leaf, shape, place in zip(leaves, shapes["state"], places, strict=True)
-            ],
-            "facts": jax.tree.map(empty, shapes["facts"]),
-        }
+
+        def describe(shape: Any, leaf: Any = None, place: Any = None) -> Any:
+            if place is None or isinstance(leaf, np.ndarray):
+                return np.empty(shape.shape, shape.dtype)
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+
+        state = [describe(*each) for each in zip(shapes["state"], leaves, places, strict=True)]
+        target = {"state": state, "facts": jax.tree.map(describe, shapes["facts"])}
         saved: Any = self.writer.restore(path, target)
         return jax.tree.unflatten(structure, _rewrap_prng_keys(saved["state"], leaves)), saved["facts"]
 

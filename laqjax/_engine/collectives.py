@@ -18,7 +18,6 @@ a bitmap. Such a message moves in decoded form, and so does that of a compressor
 (`laqjax.types.CompressorTraits`).
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -312,11 +311,6 @@ def automatic_axes() -> tuple[str, ...]:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes and mesh.shape[axis] > 1)
-
-
-def with_vmap_axis(collective: AllReduce | None, axis: str) -> AllReduce | None:
-    """Return the collective for points under the `vmap` axis `axis`, which skip communication together."""
-    return None if collective is None else dataclasses.replace(collective, vmap_axis=axis)
 
 
 # ---- messages as words ------------------------------------------------------------------------------------------

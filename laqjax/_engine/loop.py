@@ -124,11 +124,8 @@ def run(
     state, done, saved = None, 0, None
     begin = start if isinstance(start, AlgorithmState) else alg.oracle.ravel(start)
     if checkpoint_dir is not None:
-        checkpoint_every = int(
-            check_number(
-                "checkpoint_every", chunk_size if checkpoint_every is None else checkpoint_every, np.int32, minimum=1
-            )
-        )
+        every = chunk_size if checkpoint_every is None else checkpoint_every
+        checkpoint_every = int(check_number("checkpoint_every", every, np.int32, minimum=1))
         chunk_size = min(chunk_size, checkpoint_every)
         contents = {"algorithm": alg, "start": begin, "data": shards, "key": key, "metrics": sorted(set(metrics))}
         saved = RunCheckpointer(checkpoint_dir, contents)
@@ -204,11 +201,8 @@ def stream(
     params = start.params if isinstance(start, AlgorithmState) else alg.oracle.ravel(start)
     check_run_inputs(alg, params, shards, sharding.num_worker_slots(mesh, alg.num_workers))
     check_schedule(alg, int(start.round) if isinstance(start, AlgorithmState) else 0, rounds)
-    options: Any = {
-        "length": chunk_size,
-        "metrics": names,
-        "worker_batch_size": worker_batch_size or alg.default_worker_batch_size(shards),
-    }
+    at_once = worker_batch_size or alg.default_worker_batch_size(shards)
+    options: Any = {"length": chunk_size, "metrics": names, "worker_batch_size": at_once}
     if mesh is None:
         # a copy, since a chunk donates its input state
         state = copy_state(start if isinstance(start, AlgorithmState) else alg.init(params), alg.init, params)
@@ -263,11 +257,9 @@ def check_loop_arguments(
     collectives.check_collective(collective)
     if worker_batch_size is not None:
         check_number("worker_batch_size", worker_batch_size, np.int32, minimum=1)
-    checked = [
-        int(check_number(name, value, np.int32, minimum=1))
-        for name, value in (("rounds", rounds), ("chunk_size", chunk_size))
-    ]
-    return checked[0], checked[1], tuple(sorted(set(metrics)))
+    rounds = int(check_number("rounds", rounds, np.int32, minimum=1))
+    chunk_size = int(check_number("chunk_size", chunk_size, np.int32, minimum=1))
+    return rounds, chunk_size, tuple(sorted(set(metrics)))
 
 
 def copy_state(state: AlgorithmState, init: Callable[[Any], AlgorithmState], params: Any) -> AlgorithmState:
@@ -298,19 +290,14 @@ def shard_inputs(alg: Algorithm, start: Any, params: Any, shards: Shards, mesh: 
     """
     slots, specs = sharding.num_worker_slots(mesh, alg.num_workers), sharding.state_partition_specs(mesh)
     if isinstance(start, AlgorithmState):
-        check_state(
-            jax.eval_shape(partial(sharding.resize_workers, num_slots=alg.num_workers), start),
-            jax.eval_shape(alg.init, params),
-        )
-        # a copy, since a chunk donates its input state
-        state = jax.jit(partial(jax.tree.map, jnp.copy))(
-            sharding.shard_state(sharding.resize_workers(start, slots), mesh)
-        )
+        unpadded = jax.eval_shape(partial(sharding.resize_workers, num_slots=alg.num_workers), start)
+        check_state(unpadded, jax.eval_shape(alg.init, params))
+        placed = sharding.shard_state(sharding.resize_workers(start, slots), mesh)
+        state = jax.jit(partial(jax.tree.map, jnp.copy))(placed)  # a chunk donates its input state
     else:
         at = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda node: isinstance(node, P))
-        state = jax.jit(lambda alg, params: sharding.resize_workers(alg.init(params), slots), out_shardings=at)(
-            alg, params
-        )
+        init = jax.jit(lambda alg, params: sharding.resize_workers(alg.init(params), slots), out_shardings=at)
+        state = init(alg, params)
     return state, sharding.device_put_global(sharding.pad_workers(shards, slots), mesh, specs.workers)
 
 

@@ -4,6 +4,7 @@ A point is one setting of the numbers of an algorithm, with a PRNG key of its ow
 program, which reads the data once per round for all points.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -149,13 +150,8 @@ def sweep(
         which = np.minimum(np.arange(first, first + batch_size), points - 1)
         begin = select_points(start if isinstance(start, AlgorithmState) else params, which)
         infos, state = [], None
-        options: Any = dict(
-            metrics=metrics,
-            chunk_size=chunk_size,
-            worker_batch_size=worker_batch_size,
-            mesh=mesh,
-            collective=collective,
-        )
+        options: Any = {"metrics": metrics, "chunk_size": chunk_size, "worker_batch_size": worker_batch_size}
+        options |= {"mesh": mesh, "collective": collective}
         for out in stream_sweep(select_points(algs, which), begin, shards, rounds, keys[which], **options):
             infos.append(out.info)
             state = out.state
@@ -226,11 +222,8 @@ def stream_sweep(
     shards = sharding.device_put_global(
         sharding.pad_workers(shards, slots), mesh, sharding.partition_spec(mesh, sharding.WORKER_AXIS)
     )
-    options: Any = {
-        "length": chunk_size,
-        "metrics": names,
-        "worker_batch_size": worker_batch_size or one.default_worker_batch_size(shards),
-    }
+    at_once = worker_batch_size or one.default_worker_batch_size(shards)
+    options: Any = {"length": chunk_size, "metrics": names, "worker_batch_size": at_once}
     if sharding.WORKER_AXIS in mesh.axis_names:
         options["collective"] = collectives.resolve_collective(collective, algs)
     state = sharding.resize_workers(state, slots, axis=1)
@@ -267,12 +260,8 @@ def check_sweep(algs: Algorithm, start: Any, shards: Shards, rounds: int, keys: 
         raise ValueError(f"start of {params.shape[0]} points: must be {points} points, as in the stack of algorithms")
     one = select_points(algs, 0)
     check_run_inputs(one, params[0], shards, sharding.num_worker_slots(mesh, one.num_workers))
-    check_schedule(
-        algs,
-        int(np.max(sharding.to_host(start.round))) if isinstance(start, AlgorithmState) else 0,
-        rounds,
-        points=True,
-    )
+    first = int(np.max(sharding.to_host(start.round))) if isinstance(start, AlgorithmState) else 0
+    check_schedule(algs, first, rounds, points=True)
     return points, params
 
 
@@ -358,8 +347,11 @@ def run_sweep_chunk(
     def run_together(
         algs: Algorithm, state: AlgorithmState, shards: Shards, keys: Any, count: Array
     ) -> tuple[AlgorithmState, RoundInfo]:
+        # points under this `vmap` axis skip communication together
+        together = collective and dataclasses.replace(collective, vmap_axis="points")
+
         def step(state: AlgorithmState) -> tuple[AlgorithmState, RoundInfo]:
-            each = partial(run_round, shards, collective=collectives.with_vmap_axis(collective, "points"))
+            each = partial(run_round, shards, collective=together)
             return jax.vmap(each, (0, vmap_axes, 0), (vmap_axes, 0), axis_name="points")(algs, state, keys)
 
         state, info = fori_rounds(step, _swap_point_axis(state), count, length)

@@ -148,14 +148,8 @@ def ef21_p(
         4
     """
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
-    return assemble(
-        oracle,
-        compressor,
-        Always(),
-        make_innovation_memory(oracle),
-        downlink=CompressedModel(downlink_compressor),
-        **server,
-    )
+    downlink = CompressedModel(downlink_compressor)
+    return assemble(oracle, compressor, Always(), make_innovation_memory(oracle), downlink=downlink, **server)
 
 
 def ef_bv(
@@ -362,13 +356,8 @@ def dasha(
             "mvr_momentum = None with a sampler: must be a number > 0 and <= 1, since DASHA needs its momentum on "
             "minibatches (DASHA-MVR)"
         )
-    momentum = (
-        None
-        if mvr_momentum is None
-        else check_number("mvr_momentum", mvr_momentum, oracle_dtype(oracle), above=0, maximum=1)
-    )
-    memory = DashaMemory(
-        check_number("estimate_momentum", estimate_momentum, oracle_dtype(oracle), above=0, maximum=1), momentum
-    )
+    dtype = oracle_dtype(oracle)
+    momentum = None if mvr_momentum is None else check_number("mvr_momentum", mvr_momentum, dtype, above=0, maximum=1)
+    memory = DashaMemory(check_number("estimate_momentum", estimate_momentum, dtype, above=0, maximum=1), momentum)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(oracle, compressor, Always(), memory, **server)

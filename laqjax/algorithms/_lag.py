@@ -10,12 +10,12 @@ from laqjax.algorithms._shared import (
     check_smoothness,
     history_from_xi_or_c,
     history_kind,
-    make_lazy_rule,
+    make_innovation_rule,
     with_max_silence,
 )
 from laqjax.compressors import identity
 from laqjax.memories import make_innovation_memory
-from laqjax.rules import ClagRule, InnovationChange, ServerLazyRule, make_history
+from laqjax.rules import ClagRule, ServerLazyRule
 from laqjax.types import Compressor, Oracle, Sampler
 
 
@@ -74,15 +74,9 @@ def lag_wk(
         >>> laqjax.algorithms.lag_wk(oracle, lr=0.1, num_workers=4).num_workers
         4
     """
-    past = make_history(
-        xi,
-        window,
-        oracle_dtype(oracle),
-        padded_window=padded_window,
-        rescale_short_history=rescale_short_history,
-        kind=history_kind(lr, optimizer),
+    rule = make_innovation_rule(
+        oracle, lr, optimizer, xi, window, max_silence, rescale_short_history, force_first_upload, padded_window
     )
-    rule = with_max_silence(make_lazy_rule(past, InnovationChange()), max_silence, force_first_upload)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(oracle, identity(), rule, make_innovation_memory(oracle), **server)
 

@@ -6,12 +6,12 @@ import optax
 
 from laqjax import compressors
 from laqjax._core.round import Algorithm, assemble
-from laqjax._core.validation import oracle_dtype
-from laqjax.algorithms._shared import history_kind, make_lazy_rule, with_max_silence
+from laqjax.algorithms._shared import (
+    make_innovation_rule,
+)
 from laqjax.compressors import grid
 from laqjax.downlinks import CompressedStep
 from laqjax.memories import make_innovation_memory
-from laqjax.rules import InnovationChange, make_history
 from laqjax.types import Oracle, Sampler
 
 
@@ -77,15 +77,9 @@ def laq(
         >>> laqjax.algorithms.laq(oracle, lr=0.1, num_workers=4).num_workers
         4
     """
-    past = make_history(
-        xi,
-        window,
-        oracle_dtype(oracle),
-        padded_window=padded_window,
-        rescale_short_history=rescale_short_history,
-        kind=history_kind(lr, optimizer),
+    rule = make_innovation_rule(
+        oracle, lr, optimizer, xi, window, max_silence, rescale_short_history, force_first_upload, padded_window
     )
-    rule = with_max_silence(make_lazy_rule(past, InnovationChange()), max_silence, force_first_upload)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(oracle, grid(bits), rule, make_innovation_memory(oracle), **server)
 
@@ -147,15 +141,9 @@ def two_laq(
         >>> laqjax.algorithms.two_laq(oracle, lr=0.1, num_workers=4).num_workers
         4
     """
-    past = make_history(
-        xi,
-        window,
-        oracle_dtype(oracle),
-        padded_window=padded_window,
-        rescale_short_history=rescale_short_history,
-        kind=history_kind(lr, optimizer),
+    rule = make_innovation_rule(
+        oracle, lr, optimizer, xi, window, max_silence, rescale_short_history, force_first_upload, padded_window
     )
-    rule = with_max_silence(make_lazy_rule(past, InnovationChange()), max_silence, force_first_upload)
     downlink = CompressedStep(grid(bits if downlink_bits is None else downlink_bits))
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler, "downlink": downlink}
     return assemble(oracle, grid(bits), rule, make_innovation_memory(oracle), **server)
@@ -218,15 +206,9 @@ def laq_adaptive(
         >>> laqjax.algorithms.laq_adaptive(oracle, lr=0.1, num_workers=4).num_workers
         4
     """
-    past = make_history(
-        xi,
-        window,
-        oracle_dtype(oracle),
-        padded_window=padded_window,
-        rescale_short_history=rescale_short_history,
-        kind=history_kind(lr, optimizer),
+    rule = make_innovation_rule(
+        oracle, lr, optimizer, xi, window, max_silence, rescale_short_history, force_first_upload, padded_window
     )
-    rule = with_max_silence(make_lazy_rule(past, InnovationChange()), max_silence, force_first_upload)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(
         oracle, compressors.adaptive_grid(min_bits, max_bits), rule, make_innovation_memory(oracle), **server

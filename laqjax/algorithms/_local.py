@@ -6,11 +6,13 @@ import optax
 
 from laqjax import compressors
 from laqjax._core.round import Algorithm, assemble
-from laqjax._core.validation import oracle_dtype
-from laqjax.algorithms._shared import history_kind, make_lazy_rule, make_local_oracle, with_max_silence
+from laqjax.algorithms._shared import (
+    make_innovation_rule,
+    make_local_oracle,
+)
 from laqjax.compressors import grid, identity
 from laqjax.memories import NoMemory, make_innovation_memory
-from laqjax.rules import InnovationChange, make_history, partial_participation
+from laqjax.rules import partial_participation
 from laqjax.types import Oracle, Sampler, UploadRule
 
 
@@ -185,15 +187,9 @@ def fedlaq(
         4
     """
     local, lr, _ = make_local_oracle(oracle, num_workers, num_local_steps, local_lr, lr, None)
-    past = make_history(
-        xi,
-        window,
-        oracle_dtype(oracle),
-        padded_window=padded_window,
-        rescale_short_history=rescale_short_history,
-        kind=history_kind(lr, optimizer),
+    rule: UploadRule = make_innovation_rule(
+        oracle, lr, optimizer, xi, window, max_silence, rescale_short_history, force_first_upload, padded_window
     )
-    rule: UploadRule = with_max_silence(make_lazy_rule(past, InnovationChange()), max_silence, force_first_upload)
     if num_participants is not None:
         rule = partial_participation(rule, num_workers, count=num_participants)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}

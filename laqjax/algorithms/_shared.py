@@ -7,7 +7,16 @@ import optax
 
 from laqjax._core.validation import check_nonnegative_array, check_number, oracle_dtype
 from laqjax.oracles import with_local_steps
-from laqjax.rules import Always, History, LazyRule, MaxSilence, limit_silence, make_history, partial_participation
+from laqjax.rules import (
+    Always,
+    History,
+    InnovationChange,
+    LazyRule,
+    MaxSilence,
+    limit_silence,
+    make_history,
+    partial_participation,
+)
 from laqjax.types import Oracle, UploadRule
 
 # Source text of a value for each argument without a default: for error messages, and for docs/docstrings.py.
@@ -44,6 +53,27 @@ def with_max_silence(rule: UploadRule, max_silence: int | None, force_first_uplo
     return limit_silence(rule, checked, force_first_upload=force_first_upload)
 
 
+def make_innovation_rule(
+    oracle: Oracle,
+    lr: Any,
+    optimizer: Any,
+    xi: Any,
+    window: int,
+    max_silence: int | None,
+    rescale_short_history: bool,
+    force_first_upload: bool,
+    padded_window: int | None,
+) -> MaxSilence:
+    """Build the upload rule of LAG-WK and LAQ from the arguments of their factories.
+
+    Raises:
+        ValueError: a number is out of its range, or `oracle` is not an oracle.
+    """
+    options: Any = {"padded_window": padded_window, "rescale_short_history": rescale_short_history}
+    past = make_history(xi, window, oracle_dtype(oracle), kind=history_kind(lr, optimizer), **options)
+    return with_max_silence(make_lazy_rule(past, InnovationChange()), max_silence, force_first_upload)
+
+
 def history_kind(lr: Any, optimizer: Any) -> str:
     """Return the kind of `rules.History`: "step" for plain SGD with a constant lr, otherwise "direction"."""
     return "step" if optimizer is optax.sgd and not callable(lr) else "direction"
@@ -63,29 +93,15 @@ def history_from_xi_or_c(
     Raises:
         ValueError: both `xi` and `c` are given, or a number is out of its range.
     """
+    options: Any = {"padded_window": padded_window, "rescale_short_history": rescale_short_history}
     if c is None:
-        return make_history(
-            0.8 if xi is None else xi,
-            window,
-            oracle_dtype(oracle),
-            padded_window=padded_window,
-            rescale_short_history=rescale_short_history,
-            kind=kind,
-        )
+        return make_history(0.8 if xi is None else xi, window, oracle_dtype(oracle), kind=kind, **options)
     if xi is not None:
         raise ValueError(
             f"xi = {xi!r} and c = {c!r}: must be only one of them; c sets every weight to c / window, without lr and M"
         )
     weight = check_number("c", c, oracle_dtype(oracle), minimum=0)
-    return make_history(
-        weight,
-        window,
-        oracle_dtype(oracle),
-        padded_window=padded_window,
-        rescale_short_history=rescale_short_history,
-        kind="absolute",
-        name="c",
-    )
+    return make_history(weight, window, oracle_dtype(oracle), kind="absolute", name="c", **options)
 
 
 def check_smoothness(smoothness: Any, oracle: Oracle, num_workers: int) -> np.ndarray:
@@ -94,13 +110,8 @@ def check_smoothness(smoothness: Any, oracle: Oracle, num_workers: int) -> np.nd
     Raises:
         ValueError: the shape is not [num_workers], or a number is negative or not finite.
     """
-    return check_nonnegative_array(
-        "smoothness",
-        smoothness,
-        oracle_dtype(oracle),
-        ((num_workers,),),
-        "num_workers numbers L_m >= 0, one for each worker",
-    )
+    allowed = "num_workers numbers L_m >= 0, one for each worker"
+    return check_nonnegative_array("smoothness", smoothness, oracle_dtype(oracle), ((num_workers,),), allowed)
 
 
 def make_local_oracle(
@@ -117,7 +128,7 @@ def make_local_oracle(
     """
     local = with_local_steps(oracle, num_local_steps, local_lr)
     count = num_workers if num_participants is None else num_participants
-    rule = (
-        Always() if num_participants is None else partial_participation(Always(), num_workers, count=num_participants)
-    )
+    rule = Always()
+    if num_participants is not None:
+        rule = partial_participation(rule, num_workers, count=num_participants)
     return local, float(local.lr) * local.num_local_steps / count if lr is None else lr, rule

@@ -59,9 +59,8 @@ def validate_reply(
         reason = _find_fault(header, body, expected, alg.memory.is_persistent)
         if reason is None and header.kind in (_protocol.REPLY_UPLOAD, _protocol.REPLY_FULL):
             decoded = from_bytes(identity() if header.kind == _protocol.REPLY_FULL else alg.compressor, body, params)
-            reason = (
-                None if np.all(np.isfinite(np.asarray(decoded))) else "numbers with NaN or infinity: must be finite"
-            )
+            if not np.all(np.isfinite(np.asarray(decoded))):
+                reason = "numbers with NaN or infinity: must be finite"
     except ValueError as error:
         return Rejection(node, str(error))
     return AcceptedReply(node, header, decoded) if reason is None else Rejection(node, reason)

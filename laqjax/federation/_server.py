@@ -106,9 +106,8 @@ def _select_workers(alg: Algorithm, state: AlgorithmState, own: Any, key: PRNGKe
         known: dict[str, Any] = vars(now)
         evidence = UploadContext(**known, grad=nothing, target=nothing, decoded=nothing, target_sq=zero, decoded_sq=zero, error_sq=zero)  # fmt: skip
         decision = alg.rule.should_send(state.rule_state, own, evidence)
-        return alg.rule.is_selected(state.rule_state, own, now), jax.tree.map(
-            lambda a, b: jnp.where(sent, a, b), decision.if_sent, decision.if_silent
-        )
+        after = jax.tree.map(lambda a, b: jnp.where(sent, a, b), decision.if_sent, decision.if_silent)
+        return alg.rule.is_selected(state.rule_state, own, now), after
 
     return jax.vmap(select)(jnp.arange(alg.num_workers, dtype=jnp.int32), own, sent)
 
@@ -240,11 +239,8 @@ class FederatedServer:
         if (size := len(self._key_bytes)) != 8:
             raise ValueError(f"key of {size} bytes: must be jax.random.key(seed) of JAX's default kind")
         self._timeout, self._checkpoint_path, self._outlier_factor = round_timeout, checkpoint_path, outlier_factor
-        self._scheme, self._session, self._roster = (
-            _protocol.scheme_digest(alg),
-            time.time_ns(),
-            Roster(range(alg.num_workers)),
-        )
+        self._scheme, self._session = _protocol.scheme_digest(alg), time.time_ns()
+        self._roster = Roster(range(alg.num_workers))
         state = alg.init(params)
         self.state: AlgorithmState = state._replace(workers=None)  # pyright: ignore[reportArgumentType]
         memories: list[Any] = [jnp.zeros_like(state.params) if alg.memory.is_persistent else None] * alg.num_workers
@@ -311,13 +307,11 @@ class FederatedServer:
 
     def _make_broadcasts(self, selected: np.ndarray, stats: RoundStats) -> dict[int, Message]:
         """Return the broadcasts of this round by node, and add their sizes to the stats."""
-        messages, reads = (
-            {},
-            _protocol.short_digest(_protocol.tree_to_bytes((self.state.params, self.state.rule_state))),
-        )
+        messages: dict[int, Message] = {}
+        digest = _protocol.short_digest(_protocol.tree_to_bytes((self.state.params, self.state.rule_state)))
         for node, worker in self._roster.nodes.items():
             if selected[worker]:
-                about = *self._workers.accepted[worker], reads, self._key_bytes, *self._change[1:]
+                about = *self._workers.accepted[worker], digest, self._key_bytes, *self._change[1:]
                 head = _protocol.BroadcastHeader(self._session, stats.round, worker, 0, 0, *about)
                 known = self._roster.model_rounds[worker]
                 content, size = _protocol.make_broadcast(head, self.state, known, self._change.body)
