@@ -24,7 +24,7 @@ import pytest
 import tyro
 
 import laqjax
-from experiments import terminal
+from experiments.harness import cli
 from laqjax import types
 from laqjax._core import wire_format
 
@@ -236,13 +236,13 @@ def idle(f: Any) -> Any:
 
 def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `terminal.cli` read the command line, call nothing, and raise `Parsed`."""
-    cli = terminal.cli
+    parse = cli.parse_cli
 
     def stop(what: Any, *args: Any, **given: Any) -> None:
-        cli({k: idle(v) for k, v in what.items()} if isinstance(what, dict) else idle(what), *args, **given)
+        parse({k: idle(v) for k, v in what.items()} if isinstance(what, dict) else idle(what), *args, **given)
         raise Parsed
 
-    monkeypatch.setattr(terminal, "cli", stop)
+    monkeypatch.setattr(cli, "parse_cli", stop)
 
 
 @pytest.mark.parametrize("command", commands())
