@@ -207,6 +207,8 @@ def test_the_pages_build_and_fetch_nothing(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stdout + built.stderr
     pages = {page.name: page.read_text() for page in site.glob("*.html")}
     assert {page.with_suffix(".html").name for page in (ROOT / "docs").glob("*.md")} <= set(pages)
+    assert {"contributing.html", "changelog.html"} <= set(pages)
+    assert (site / "search" / "search_index.js").read_text().startswith("var __index")  # pages from disk load a script
     for text in pages.values():
         assert not re.search(r'<(script|img|iframe)[^>]*src="(https?:)?//', text)
         assert not re.search(r'<link[^>]*rel="(stylesheet|preconnect|preload)"[^>]*href="(https?:)?//', text)
