@@ -69,8 +69,8 @@ docs: setup ## the pages of docs/, in results/site
 docstrings: setup ## write the shared sections of the factories' docstrings again
 	$(BIN)/python docs/docstrings.py
 
-notebook: setup ## the Colab notebook again, from experiments/laqjax_colab.py
-	$(BIN)/jupytext --quiet --to ipynb --update experiments/laqjax_colab.py
+notebook: setup ## the Colab notebook again, from experiments/notebook/laqjax_colab.py
+	$(BIN)/jupytext --quiet --to ipynb --update experiments/notebook/laqjax_colab.py
 
 lock: setup ## pin again what pyproject.toml asks for (needs uv on the PATH)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \

@@ -7,35 +7,37 @@ from typing import Any
 
 HERE = Path(__file__).parent
 COMMANDS = ["sweep", "tune", "compare", "federated", "reproduce", "scaling", "bench", "plots", "report", "deployment"]
-EXAMPLES = ["examples.parallel", "examples.hosts"]
-HEAD = """LAQ and its family: experiments on one machine or many. Three to begin with:
+EXAMPLES = ["examples.data_parallel", "examples.multihost"]
+INTRO = """LAQ and its family: experiments on one machine or many. Three to begin with:
 
     python -m experiments reproduce laq-logistic    the paper's table, 5 minutes on 2 cores
-    python -m experiments sweep --smoke             does everything work here? half a minute
+    python -m experiments sweep --quick             does everything work here? half a minute
     python -m experiments report results/sweep      one HTML page of what is there
 
 python -m experiments NAME --help says more of each:
 """
 
 
-def said(node: Any) -> str:
+def first_doc_line(node: Any) -> str:
     """The first line of a docstring."""
     return (ast.get_docstring(node) or "-").splitlines()[0]
 
 
-def read(name: str) -> ast.Module:
+def parse_command_module(name: str) -> ast.Module:
     """The module of a command; reading it is quick, importing it would import JAX."""
     path = HERE.joinpath(*name.split("."))
     return ast.parse((path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
 
 
-def tables() -> dict[str, str]:
+def reproduce_subcommands() -> dict[str, str]:
     """The subcommands of `reproduce`, from its dict of functions."""
-    found: Any = next(node for node in ast.walk(read("reproduce")) if isinstance(node, ast.Dict))
+    found: Any = next(node for node in ast.walk(parse_command_module("reproduce")) if isinstance(node, ast.Dict))
     lines = {}
     for key, value in zip(found.keys, found.values, strict=True):  # "lag": lag.table
-        body = read(f"reproduce.{value.value.id}").body
-        lines[key.value] = next(said(f) for f in body if isinstance(f, ast.FunctionDef) and f.name == value.attr)
+        body = parse_command_module(f"reproduce.{value.value.id}").body
+        lines[key.value] = next(
+            first_doc_line(f) for f in body if isinstance(f, ast.FunctionDef) and f.name == value.attr
+        )
     return lines
 
 
@@ -51,10 +53,10 @@ def main() -> None:
     if name not in ("-h", "--help"):
         sys.stderr.write(f"error: {name} is no command: expected one of {', '.join((*COMMANDS, *EXAMPLES))}\n")
         sys.exit(2)
-    print(HEAD)
+    print(INTRO)
     for command in (*COMMANDS, *EXAMPLES):
-        print(f"  {command:<18}{said(read(command))}")
-        for table, line in tables().items() if command == "reproduce" else ():
+        print(f"  {command + ' ':<18}{first_doc_line(parse_command_module(command))}")
+        for table, line in reproduce_subcommands().items() if command == "reproduce" else ():
             print(f"    {table:<16}{line}")
 
 

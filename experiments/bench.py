@@ -2,7 +2,7 @@
 
     python -m experiments.bench                          nine minutes and 4 GB on two cores
     python -m experiments.bench --quick                  under one minute, with rougher times
-    python -m experiments.bench --only laq gd --json     single calls too, for a program
+    python -m experiments.bench --workloads laq gd --json     single calls too, for a program
 
 Expect ratios, not milliseconds: times move by a factor of two and more with whatever else the machine does. So the
 contestants of a group run in turns in one process, by calls of about equal length, the best call counts, and a share of
@@ -11,225 +11,35 @@ laqjax, where other processes take more than a few per cent of the CPU: the titl
 time (of a first round) and the peak memory are those of fresh processes that load the data and call `laqjax.run`.
 """
 
-import json
-import os
-import resource
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import jax.numpy as jnp
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-import laqjax
-from experiments import files, terminal
-from experiments.contestants import BITS, GROUPS, STREAM, Contestant, cores, gemm, laqjax_run, laqjax_sweep, mnist
+from experiments.benchmarks import speed
+from experiments.harness import cli
 
-SECONDS = {
-    "softmax": 75,
-    "network": 35,
-    "sweep": 60,
-    "network-sweep": 30,
-    "kernel": 20,
-    "cnn": 40,
-    "million": 20,
-    "ten": 60,
-    "checkpoint": 60,
-    "message": 5,
-}  # of turns, a tenth of them with --quick
-FRESH = {"fresh-softmax": "softmax", "fresh-network": "network", "fresh-sweep": "sweep"}
-GOALS = (  # names of `check_nonnegative_array`
-    ("laq, share of GEMM", ">=", 0.25),
-    ("laq, share of GEMM", ">=", 0.35),
-    ("laq / gd", "<=", 1.10),
-    ("laq / plain", "<=", 0.75),
-    ("numpy / laq", ">=", 4),
-    ("pytorch / laq", ">=", 1.8),
-    ("network-laq, share of GEMM", ">=", 0.60),
-    ("sweep-16, share of GEMM", ">=", 0.75),
-    ("sweep-64, share of GEMM", ">=", 0.75),
-    ("sweep-16 / one", "<=", 0.45),
-    ("sweep-64 / one", "<=", 0.45),
-    ("network-sweep-8, share of GEMM", ">=", 0.80),
-    ("in-out / out-in", "<=", 1.25),
-    ("cnn-laq / cnn-calls", "<=", 1.15),
-    ("cnn-sweep / cnn-calls", "<=", 1.15),
-    ("million-laq / million-gd", "<=", 1.4),
-    ("million-gd / million-plain", "<=", 1.0),
-    ("ten-million-laq / ten-million-gd", "<=", 1.4),
-    ("ten-million-gd / ten-million-plain", "<=", 1.0),
-    ("saved / unsaved", "<=", 1.03),
-    ("message-pack, ms", "<=", 5),
-    ("fresh-softmax, compile s", "<=", 5),
-    ("fresh-network, compile s", "<=", 5),
-    ("fresh-sweep, compile s", "<=", 10),
-    ("fresh-softmax, peak MB", "<=", 600),
-    ("fresh-network, peak MB", "<=", 1500),
-)
+WorkloadNames = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help=f"Only these, of {', '.join(speed.NAMES)}.")
+]
 
 
-# ---- measuring ------------------------------------------------------------------------------------------------------
-
-
-def measure(chosen: set[str], quick: bool, note: Callable[[str], Any]) -> dict[str, Any]:
-    """Machine, seconds of every call, and what fresh processes say. `note` is told what runs."""
-    report: dict[str, Any] = {"machine": machine(), "others": 0.0}
-    report |= {key: {} for key in ("fresh", "seconds", "flops", "missing")}
-    for name in [name for name in FRESH if name in chosen]:
-        note(name)
-        runs = [in_fresh_process(FRESH[name]) for _ in range(1 if quick else 2)]
-        report["fresh"][name] = {key: min(run[key] for run in runs) for key in runs[0]}
-    if chosen <= FRESH.keys():
-        return report
-    shards = laqjax.Shards(*map(jnp.asarray, mnist()))
-    others, wall = cpu_seconds_of_others(), time.perf_counter()
-    for group, builders in GROUPS.items():
-        contestants = {"gemm": gemm()}
-        for name in [name for name in builders if name in chosen]:
-            try:
-                contestants[name] = builders[name](shards)
-            except ImportError as error:
-                report["missing"][name] = str(error)
-        if len(contestants) > 1:
-            note(", ".join(contestants))
-            report["seconds"][group] = race(contestants, SECONDS[group] / (10 if quick else 1))
-            report["flops"] |= {name: contestant.flops for name, contestant in contestants.items()}
-    report["others"] = (cpu_seconds_of_others() - others) / (time.perf_counter() - wall) / cores()
-    return report
-
-
-def race(contestants: Mapping[str, Contestant], seconds: float) -> dict[str, list[float]]:
-    """Seconds per round of every call: all contestants in turn until the time is up, at least twice."""
-    for contestant in contestants.values():
-        contestant.call()  # compiles
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    end, turn = time.perf_counter() + seconds, 0
-    while turn < 2 or time.perf_counter() < end:
-        # there and back again, so that nobody always runs after the same neighbour
-        for name in list(contestants)[:: -1 if turn % 2 else 1]:
-            begin = time.perf_counter()
-            contestants[name].call()
-            times[name].append((time.perf_counter() - begin) / contestants[name].rounds)
-        turn += 1
-    return times
-
-
-def in_fresh_process(kind: str) -> dict[str, float]:
-    """`fresh`, in a new Python without a compilation cache."""
-    command = [sys.executable, "-c", f"from experiments import bench; bench.fresh({kind!r})"]
-    env, root = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}, Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=env, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def fresh(kind: str) -> None:
-    """Load the data, run four rounds one by one, print what that took."""
-    shards = mnist()
-    sweeping = kind == "sweep"
-    one_round = (
-        laqjax_sweep(shards, "softmax", 16, 1) if sweeping else laqjax_run(shards, kind, "laq", 1, bits=BITS[kind])
-    )
-    seconds = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        one_round.call()
-        seconds.append(time.perf_counter() - begin)
-    print(json.dumps({"compile s": seconds[0] - seconds[1], "peak MB": peak() / 1e6}))
-
-
-def peak() -> int:
-    """Peak resident memory of this process, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux `ru_maxrss` would include what the parent held when it started this process
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def cpu_seconds_of_others() -> float:
-    """CPU time of all other processes since the machine started; 0 where the system does not tell."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return 0.0
-    user, nice, system = map(int, stat.read_text().split()[1:4])
-    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    info = Path("/proc/cpuinfo")
-    _, _, cpu = (info.read_text() if info.exists() else "").partition("model name\t: ")
-    torch = {"torch": version("torch")} if find_spec("torch") else {}
-    facts = files.provenance()
-    return facts | {"cores": cores(), "cpu": cpu.partition("\n")[0], "versions": facts["versions"] | torch}
-
-
-def numbers(report: Mapping[str, Any]) -> dict[str, float]:
-    """What GOALS speak of: shares of GEMM, best times and their ratios in a group, and the fresh processes' numbers."""
-    found = {f"{name}, {key}": value for name, facts in report["fresh"].items() for key, value in facts.items()}
-    for times in report["seconds"].values():
-        best = {name: min(seconds) for name, seconds in times.items()}
-        rate = {name: flops / best[name] for name, flops in report["flops"].items() if flops and name in best}
-        found |= {f"{name}, share of GEMM": value / rate["gemm"] for name, value in rate.items()}
-        found |= {f"{name}, ms": 1e3 * seconds for name, seconds in best.items()}
-        found |= {f"{a} / {b}": best[a] / best[b] for a in best for b in best if a != b}
-    return found
-
-
-def show(report: Mapping[str, Any], console: Console) -> None:
-    """A table of times, and one of goals."""
-    facts, found = report["machine"], numbers(report)
-    title = f"one round on {facts['cores']} cores of {facts['cpu'] or 'an unknown CPU'}"
-    table = Table("", title=f"{title}; other processes took {report['others']:.0%}")
-    for name in ("ms, best", "ms, median", "rate", "share of GEMM"):
-        table.add_column(name, justify="right")
-    for times in report["seconds"].values():
-        for name, seconds in times.items():
-            best, flops, share = min(seconds), report["flops"][name], found.get(f"{name}, share of GEMM")
-            rate = f"{flops / best / 1e9:.0f} GFLOP/s" if flops else ""
-            rate = f"{8 * STREAM / best / 1e9:.1f} GB/s" if name == "stream" else rate
-            median = statistics.median(seconds)
-            table.add_row(name, f"{1e3 * best:.1f}", f"{1e3 * median:.1f}", rate, f"{share:.0%}" if share else "")
-        table.add_section()
-    for name, reason in report["missing"].items():
-        table.add_row(name, "", "", f"not installed: {reason}", "")
-    console.print(table)
-    table = Table("", "goal", "measured", "verdict", title="goals")
-    for name, sign, bound in GOALS:
-        if name in found:
-            met = found[name] >= bound if sign == ">=" else found[name] <= bound
-            verdict = f"{'[green]met' if met else '[red]missed'} by {abs(found[name] / bound - 1):.0%}"
-            table.add_row(name, f"{sign} {bound:g}", f"{found[name]:.3g}", verdict)
-    console.print(table)
-
-
-NAMES = (*FRESH, *(name for builders in GROUPS.values() for name in builders))
-Chosen = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help=f"Only these, of {', '.join(NAMES)}.")]
-
-
-def main(quick: bool = False, only: Chosen = ()) -> None:
+def main(quick: bool = False, workloads: WorkloadNames = ()) -> None:
     """Measure and print.
 
     Args:
         quick: Fewer turns.
-        only: What to measure, of NAMES; all by default.
+        workloads: What to measure, of NAMES; all by default.
     """
-    if unknown := sorted(set(only) - set(NAMES)):
-        raise ValueError(f"--only {' '.join(unknown)}: expected some of {' '.join(NAMES)}")
+    if unknown := sorted(set(workloads) - set(speed.NAMES)):
+        raise ValueError(f"--workloads {' '.join(unknown)}: expected some of {' '.join(speed.NAMES)}")
     console = Console()
     with console.status("") as status:
-        report = measure(set(only or NAMES), quick, status.update)
-    show(report, console)
-    terminal.answer(report | {"numbers": numbers(report), "goals": GOALS})
+        report = speed.measure(set(workloads or speed.NAMES), quick, status.update)
+    speed.print_report(report, console)
+    cli.write_json_result(report | {"numbers": speed.derive_metrics(report), "goals": speed.TARGETS})
 
 
 if __name__ == "__main__":
-    with terminal.command() as given:
-        terminal.cli(main, given, __doc__)
+    with cli.command_line() as given:
+        cli.parse_cli(main, given, __doc__)

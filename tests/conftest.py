@@ -22,7 +22,7 @@ pytest.register_assert_rewrite("tests.support", "tests.laws.laws")
 # before the first import of the library: the shapes in its annotations are then checked at every call
 jaxtyping.install_import_hook("laqjax", f"{typecheck.__module__}.{typecheck.__name__}")
 
-from experiments import datasets  # noqa: E402
+from experiments.harness import datasets  # noqa: E402
 from laqjax import Shards, partition  # noqa: E402
 from tests.support import Toy, make_quadratic, make_toy  # noqa: E402
 

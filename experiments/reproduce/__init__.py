@@ -1,4 +1,4 @@
-"""The tables of the papers, beside the published values: which points, which targets; all else is `experiments.study`."""
+"""The tables of the papers, beside the published values: which points, which targets; all else is `experiments.harness.runner`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,25 +8,31 @@ import jax
 import polars as pl
 from rich.console import Console
 
-from experiments import files, ledger, plots, study
-from experiments.ledger import Targets
-from experiments.study import Budget, Point
+from experiments.figures import drawing
+from experiments.harness import results, runner, storage
+from experiments.harness.results import Targets
+from experiments.harness.runner import RunOptions, SweepPoint
 
 COSTS = {"rounds": "rounds", "uploads": "uploads", "bits_up": "bits up", "paper_bits": "as b p", "bits": "up + down"}
 
 
-def methods(
-    name: dict[str, Any], points: Sequence[Point], targets: Targets, out: Path, budget: Budget, console: Console
+def run_methods(
+    name: dict[str, Any],
+    points: Sequence[SweepPoint],
+    targets: Targets,
+    out: Path,
+    budget: RunOptions,
+    console: Console,
 ) -> pl.DataFrame:
     """Points whose label is their method, to their targets; figures; the summary."""
     identity = name | {"experiment": "methods", "rounds": budget.rounds, "targets": targets.values}
-    summary = study.run(points, targets, out, budget, identity=identity, console=console)
+    summary = runner.run(points, targets, out, budget, identity=identity, console=console)
     if jax.process_index() == 0:
-        plots.methods(out)
+        drawing.plot_methods(out)
     return summary
 
 
-def beside(
+def compare_with_published(
     summary: pl.DataFrame, target: str, published: Mapping[str, Mapping[str, float]], message: Any
 ) -> pl.DataFrame:
     """A row a method and cost: mean, least and most over the starts, what was published, and whether it lies inside.
@@ -54,11 +60,11 @@ def beside(
     return pl.DataFrame(rows, schema_overrides=kinds)
 
 
-def finish(out: Path, table: pl.DataFrame, title: str, console: Console) -> None:
+def write_and_print(out: Path, table: pl.DataFrame, title: str, console: Console) -> None:
     """Write the table, print it, say where it is: process 0 alone."""
     if jax.process_index() > 0:
         return
-    files.save(table, out / "table", csv=True)
-    ledger.result(
-        console, out, {title: table}, words=dict.fromkeys(("mean", "least", "most", "published"), ledger.short)
+    storage.save_frame(table, out / "table", csv=True)
+    results.report_result(
+        console, out, {title: table}, words=dict.fromkeys(("mean", "least", "most", "published"), results.format_count)
     )

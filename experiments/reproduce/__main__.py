@@ -1,7 +1,7 @@
 """The tables of the papers, beside the published values.
 
     python -m experiments.reproduce laq-logistic          the paper's table, 5 minutes on 2 cores
-    python -m experiments.reproduce laq-logistic --smoke  a tenth of the data, under a minute
+    python -m experiments.reproduce laq-logistic --quick  a tenth of the data, under a minute
     python -m experiments.reproduce laq-nn                8000 rounds of a network, hours on a CPU
     python -m experiments.reproduce lag --help            the options of one of them
 
@@ -10,7 +10,7 @@ Ctrl-C ends early and keeps what is done; the same command goes on where it, or 
 where it ended.
 """
 
-from experiments import terminal
+from experiments.harness import cli
 from experiments.reproduce import family, lag, laq
 
 
@@ -20,12 +20,12 @@ def main() -> None:
         "laq-logistic": laq.logistic,
         "laq-nn": laq.network,
         "slaq": laq.slaq,
-        "lag": lag.table,
+        "lag": lag.lag_table,
         "heterogeneity": family.heterogeneity,
         "family": family.family,
     }
-    with terminal.command() as given:
-        terminal.cli(tables, given, __doc__)
+    with cli.command_line() as given:
+        cli.parse_cli(tables, given, __doc__)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
-from experiments import compare, files, ledger, plots, study
-from experiments.compare import Comparison
-from experiments.ledger import Targets
-from experiments.problems import SYNTHETIC, convex
-from experiments.reproduce import finish, methods
-from experiments.study import Budget
+from experiments.figures import drawing
+from experiments.harness import comparison, results, runner, storage
+from experiments.harness.cases import SYNTHETIC, convex_case
+from experiments.harness.comparison import Comparison
+from experiments.harness.results import Targets
+from experiments.harness.runner import RunOptions
+from experiments.reproduce import run_methods, write_and_print
 
 DECADES, ALPHAS = (0, 0.5, 1, 1.5, 2), (0.1, 0.3, 1, 3, 10)  # of L_m; of Dirichlet
 
@@ -31,9 +32,11 @@ def family(out: Path = Path("results/family"), rounds: int = 3000, target: float
     """
     console = Console()
     with jax.enable_x64(True):
-        compared = Comparison(compare.Settings(), console)
+        compared = Comparison(comparison.Settings(), console)
         chosen = [replace(p, label={"method": p.label["algorithm"]}) for p in compared.points(compared.first(), (0,))]
-        summary = methods({"name": "family"}, chosen, Targets((target,)), out, Budget(rounds, every=20), console)
+        summary = run_methods(
+            {"name": "family"}, chosen, Targets((target,)), out, RunOptions(rounds, eval_every=20), console
+        )
     t = f"{target:g}"
     table = summary.sort(f"bits_up_{t}", nulls_last=True).select(
         "method",
@@ -41,7 +44,7 @@ def family(out: Path = Path("results/family"), rounds: int = 3000, target: float
         *(pl.col(f"{c}_{t}").cast(pl.Int64).alias(n) for c, n in (("bits_up", "bits up"), ("bits", "bits up + down"))),
         (pl.col("final_loss") - pl.col("f_star")).alias("f - f* at the end"),
     )
-    finish(out, table, f"cost to f - f* <= {t} (- : not reached in {rounds} rounds)", console)
+    write_and_print(out, table, f"cost to f - f* <= {t} (- : not reached in {rounds} rounds)", console)
 
 
 def heterogeneity(out: Path = Path("results/heterogeneity"), target: float = 1e-6) -> None:
@@ -58,27 +61,27 @@ def heterogeneity(out: Path = Path("results/heterogeneity"), target: float = 1e-
     cases += [("Dirichlet alpha", a, f"{SYNTHETIC}0", f"dirichlet:{a}") for a in ALPHAS]
     with jax.enable_x64(True):
         for axis, value, name, scheme in cases:
-            case = convex(name, scheme)
+            case = convex_case(name, scheme)
             spread = float(np.log10(case.smoothness[0].max() / case.smoothness[0].min()))
-            axes = replace(compare.Settings().axes, algorithm=("gd", "laq", "lag_wk"))
-            compared = Comparison(replace(compare.Settings(), axes=axes), console, case)
+            axes = replace(comparison.Settings().axes, algorithm=("gd", "laq", "lag_wk"))
+            compared = Comparison(replace(comparison.Settings(), axes=axes), console, case)
             label = {"axis": axis, "value": float(value), "spread": spread}
             made = compared.points(compared.first(), (0,))
             chosen += [replace(point, label=label | {"method": point.label["algorithm"]}) for point in made]
         identity = {"experiment": "heterogeneity", "targets": (target,)}
-        budget = Budget(20_000, every=500)
-        summary = study.run(chosen, Targets((target,)), out, budget, identity=identity, console=console)
+        budget = RunOptions(20_000, eval_every=500)
+        summary = runner.run(chosen, Targets((target,)), out, budget, identity=identity, console=console)
     table = summary.pivot("method", index=["axis", "value", "spread"], values=f"uploads_{target:g}").with_columns(
         **{f"{m} saves": 1 - pl.col(m) / pl.col("gd") for m in ("laq", "lag_wk")}
     )
-    files.save(table, out / "heterogeneity", csv=True)
-    plots.heterogeneity(out)
+    storage.save_frame(table, out / "heterogeneity", csv=True)
+    drawing.plot_heterogeneity(out)
     shown = table.select(
         pl.concat_str("axis", "value", separator=" ").alias("workers"),
         "spread",
         *("gd", "laq", "lag_wk", "laq saves", "lag_wk saves"),
     )
     title = f"uploads to f - f* <= {target:g}; spread: log10 of max L_m / min L_m"
-    words: Any = dict.fromkeys(("gd", "laq", "lag_wk"), ledger.short)
+    words: Any = dict.fromkeys(("gd", "laq", "lag_wk"), results.format_count)
     words |= dict.fromkeys(("laq saves", "lag_wk saves"), lambda share: "-" if share is None else f"{share:.1%}")
-    ledger.result(console, out, {title: shown}, words=words)
+    results.report_result(console, out, {title: shown}, words=words)

@@ -15,19 +15,19 @@ import polars as pl
 from rich.console import Console
 
 import laqjax
-from experiments import ledger
-from experiments.ledger import Targets
-from experiments.problems import Case
-from experiments.reproduce import finish, methods
-from experiments.study import Budget, Point
+from experiments.harness import results
+from experiments.harness.cases import ProblemInstance
+from experiments.harness.results import Targets
+from experiments.harness.runner import RunOptions, SweepPoint
+from experiments.reproduce import run_methods, write_and_print
 from laqjax import algorithms
 from laqjax.rules import BaseUploadRule
 from laqjax.types import register_dataclass
 
 SETS = {"linear": (28, 29, 30), "logistic": (2, 9, 11)}
 FEATURES = {"linear": 8, "logistic": 34}  # the smallest number among the three sets
-OPTIMUM_AFTER = {"linear": 25000, "logistic": 8000}  # rounds of GD
-WITHIN = 1e-8
+OPTIMUM_ROUNDS = {"linear": 25000, "logistic": 8000}  # rounds of GD
+TOLERANCE = 1e-8
 RECOMPUTED = {  # uploads, from the authors' rules and data
     ("linear", 9): {"GD": 5283, "LAG-WK": 398, "LAG-PS": 1756, "Cyc-IAG": 5270, "Num-IAG": 3466},
     ("linear", 18): {"GD": 10548, "LAG-WK": 664, "LAG-PS": 3610, "Cyc-IAG": 10523, "Num-IAG": 5283},
@@ -38,7 +38,7 @@ RECOMPUTED = {  # uploads, from the authors' rules and data
 
 @register_dataclass
 @dataclass(frozen=True)
-class After(BaseUploadRule):
+class DelayedRule(BaseUploadRule):
     """`rule`, but nobody uploads in the first rounds: the authors' LAGs begin with a full history of ten steps."""
 
     rule: Any
@@ -84,21 +84,21 @@ def read(folder: Path, problem: str, parts: int) -> laqjax.Shards:
     return laqjax.Shards(np.stack([pad(x) for x in xs]), np.stack([pad(y) for y in ys]), weight)
 
 
-def model_of(problem: str) -> laqjax.problems.Problem:
+def make_model(problem: str) -> laqjax.problems.Problem:
     """The loss of LAG's linear or logistic problem."""
     return (laqjax.problems.Logistic if problem == "logistic" else laqjax.problems.Ridge)(FEATURES[problem])
 
 
-def algorithms_of(problem: str, shards: laqjax.Shards) -> dict[str, tuple[laqjax.Algorithm, laqjax.AlgorithmState]]:
+def make_algorithms(problem: str, shards: laqjax.Shards) -> dict[str, tuple[laqjax.Algorithm, laqjax.AlgorithmState]]:
     """Each method with the state before the round that the authors' program counts as its first."""
     workers = shards.x.shape[0]
-    model = model_of(problem)
+    model = make_model(problem)
     oracle = model.oracle(np.float64)
     each, smooth = model.smoothness_constants(shards)
     smooth -= (workers - 1) * model.l2  # the authors add lambda once
     lags: dict[str, Any] = {"lr": 1 / smooth, "num_workers": workers}
     lags |= {"window": 10, "max_silence": None, "force_first_upload": False}
-    late = lambda alg: replace(alg, rule=After(alg.rule, np.int32(10)))  # noqa: E731
+    late = lambda alg: replace(alg, rule=DelayedRule(alg.rule, np.int32(10)))  # noqa: E731
     algs: dict[str, laqjax.Algorithm] = {
         "GD": algorithms.gd(oracle, lr=1 / smooth, num_workers=workers),
         "LAG-WK": late(algorithms.lag_wk(oracle, xi=1.0, **lags)),
@@ -108,10 +108,10 @@ def algorithms_of(problem: str, shards: laqjax.Shards) -> dict[str, tuple[laqjax
             oracle, lr=0.5 / (smooth * np.sqrt(workers)), num_workers=workers, smoothness=each
         ),
     }
-    return {name: (alg, start(name, alg, shards, workers)) for name, alg in algs.items()}
+    return {name: (alg, initial_state(name, alg, shards, workers)) for name, alg in algs.items()}
 
 
-def start(name: str, alg: laqjax.Algorithm, shards: laqjax.Shards, workers: int) -> laqjax.AlgorithmState:
+def initial_state(name: str, alg: laqjax.Algorithm, shards: laqjax.Shards, workers: int) -> laqjax.AlgorithmState:
     """Zero parameters and memories of ones. GD and the IAGs have already stepped along these ones when their counting begins."""
     zero = jnp.zeros(alg.oracle.size)
     state, ones = alg.init(zero), jnp.ones_like(zero)
@@ -123,7 +123,7 @@ def start(name: str, alg: laqjax.Algorithm, shards: laqjax.Shards, workers: int)
     return state._replace(aggregate=workers * ones, workers=state.workers._replace(memory_state=memory))
 
 
-def counted(out: Path) -> pl.DataFrame:
+def count_uploads_like_authors(out: Path) -> pl.DataFrame:
     """Uploads as the authors count them, from the tables of a study: the loss of a round's model is measured after that
     round's uploads, within 1e-8 of the optimum in the sum over workers; the counter starts at 1 and gains 1 at rounds 1000,
     2000, ... when nobody uploads then.
@@ -131,8 +131,8 @@ def counted(out: Path) -> pl.DataFrame:
     rows = []
     points, masks = (pl.read_parquet(out / f"{name}.parquet") for name in ("points", "masks"))
     for row, mask in zip(points.iter_rows(named=True), masks.iter_rows(named=True), strict=True):
-        sent, name, workers = ledger.unpacked(mask), row["method"], row["workers"]
-        end = row[f"rounds_{WITHIN / workers:g}"] + 1
+        sent, name, workers = results.unpack_mask(mask), row["method"], row["workers"]
+        end = row[f"rounds_{TOLERANCE / workers:g}"] + 1
         uploads = int(sent[:end].sum()) + 1 + sum(not sent[k - 1].any() for k in range(1000, end, 1000))
         if name == "GD":  # one more round of M uploads stands before the state we start from
             uploads += workers - 1
@@ -145,7 +145,7 @@ def counted(out: Path) -> pl.DataFrame:
     return pl.DataFrame(rows).with_columns(difference=pl.col("uploads") - pl.col("recomputed"))
 
 
-def table(data: Path, out: Path = Path("results/lag")) -> None:
+def lag_table(data: Path, out: Path = Path("results/lag")) -> None:
     """LAG's real-data table: uploads to 1e-8 (NeurIPS 2018, table 5).
 
     Linear and logistic regression, M = 9 and 18.
@@ -158,15 +158,22 @@ def table(data: Path, out: Path = Path("results/lag")) -> None:
     with jax.enable_x64(True):
         for problem, parts in [(p, s) for p in SETS for s in (3, 6)]:
             shards = read(data, problem, parts)
-            algs = algorithms_of(problem, shards)
+            algs = make_algorithms(problem, shards)
             with console.status(f"f* of {problem}, M = {len(shards.x)}, by GD"):
-                gd = laqjax.run(*algs["GD"], shards, OPTIMUM_AFTER[problem], jax.random.key(0), chunk_size=1000)
-            case = Case(model_of(problem), shards, None, np.float64, float(gd.info.loss[-1]))
+                gd = laqjax.run(*algs["GD"], shards, OPTIMUM_ROUNDS[problem], jax.random.key(0), chunk_size=1000)
+            case = ProblemInstance(make_model(problem), shards, None, np.float64, float(gd.info.loss[-1]))
             for name, (alg, state) in algs.items():
                 label = {"problem": problem, "workers": len(shards.x), "method": name}
-                points.append(Point(alg, case, 0, label, state))
-        targets = Targets(tuple(sorted({WITHIN / len(point.case.shards.x) for point in points}, reverse=True)))
-        methods(
-            {"name": "lag", "data": str(data)}, points, targets, out, Budget(200_000, every=1000, keep=1000), console
+                points.append(SweepPoint(alg, case, 0, label, state))
+        targets = Targets(tuple(sorted({TOLERANCE / len(point.case.shards.x) for point in points}, reverse=True)))
+        run_methods(
+            {"name": "lag", "data": str(data)},
+            points,
+            targets,
+            out,
+            RunOptions(200_000, eval_every=1000, curve_points=1000),
+            console,
         )
-    finish(out, counted(out), f"uploads to a total loss within {WITHIN:g} of the optimum", console)
+    write_and_print(
+        out, count_uploads_like_authors(out), f"uploads to a total loss within {TOLERANCE:g} of the optimum", console
+    )

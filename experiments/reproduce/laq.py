@@ -10,10 +10,10 @@ import polars as pl
 import tyro
 from rich.console import Console
 
-from experiments import ledger, points, problems, terminal
-from experiments.ledger import Targets
-from experiments.reproduce import beside, finish, methods
-from experiments.study import Budget, Point
+from experiments.harness import cases, cli, grid, results
+from experiments.harness.results import Targets
+from experiments.harness.runner import RunOptions, SweepPoint
+from experiments.reproduce import compare_with_published, run_methods, write_and_print
 from laqjax import algorithms, check_number
 from laqjax.samplers import BlockSampler
 
@@ -43,11 +43,11 @@ class Settings:
     """Folder for the results; results/NAME by default."""
     rounds: int | None = None
     """Stop each method after so many rounds."""
-    starts: int | None = None
+    num_starts: int | None = None
     """Starts of each method that may skip uploads, side by side; 3 (the network: 1) by default. The first is that of the
     authors' program (softmax regression), the others are draws of seeds 1, 2, ..."""
-    hosts: points.Hosts = points.Hosts()
-    smoke: bool = False
+    hosts: grid.HostOptions = grid.HostOptions()
+    quick: bool = False
     """A tenth of the data and few rounds: does everything work here?"""
     float64: bool = False
     """Compute in float64: shows which counts are ruled by rounding."""
@@ -71,15 +71,15 @@ def network(settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
 
 def compare(name: str, settings: Settings, bits: int, rounds: int, published: Any) -> None:
     """LAQ, TWO-LAQ, GD, QGD and LAG from the same starts; table, curves and figures in the output folder."""
-    settings.hosts.join()
-    console, convex = terminal.console(), name == "laq-logistic"
-    out = settings.out or Path("results") / (name + "-smoke" * settings.smoke + "-float64" * settings.float64)
-    rounds = (200 if settings.smoke else rounds) if settings.rounds is None else settings.rounds
-    starts = (3 if convex else 1) if settings.starts is None else settings.starts
-    budget = Budget(rounds, every=100, keep=1000)
-    check_number("starts", starts, np.int32, minimum=1)
+    settings.hosts.initialize()
+    console, convex = cli.leader_console(), name == "laq-logistic"
+    out = settings.out or Path("results") / (name + "-quick" * settings.quick + "-float64" * settings.float64)
+    rounds = (200 if settings.quick else rounds) if settings.rounds is None else settings.rounds
+    starts = (3 if convex else 1) if settings.num_starts is None else settings.num_starts
+    budget = RunOptions(rounds, eval_every=100, curve_points=1000)
+    check_number("num_starts", starts, np.int32, minimum=1)
     with jax.enable_x64(settings.float64):
-        case = problems.case("softmax" if convex else "network", "mnist", rows=600 if settings.smoke else None)
+        case = cases.get_case("softmax" if convex else "network", "mnist", rows=600 if settings.quick else None)
         case = replace(case, dtype=np.float64 if settings.float64 else np.float32)
         server: dict[str, Any] = {"lr": 0.02, "num_workers": 10}
         authors: dict[str, Any] = {"rescale_short_history": True, "force_first_upload": False}
@@ -90,27 +90,27 @@ def compare(name: str, settings: Settings, bits: int, rounds: int, published: An
             "QGD": algorithms.qgd(case.oracle, bits=bits, **server),
             "LAG": algorithms.lag_wk(case.oracle, **server, **authors),
         }
-        first = problems.authors_start(case.oracle) if convex else case.start(0)
+        first = cases.load_authors_init(case.oracle) if convex else case.start(0)
         begin = [first, *(case.start(seed) for seed in range(1, starts))]
         chosen = [  # whoever always sends counts the same from every start: 12 rounds of 2800 apart, over three
-            Point(alg, case, seed, {"method": m}, begin[seed])
+            SweepPoint(alg, case, seed, {"method": m}, begin[seed])
             for m, alg in algs.items()
             for seed in range(starts if alg.rule.can_skip else 1)
         ]
-        identity = {"name": name, "starts": starts, "smoke": settings.smoke, "float64": settings.float64}
-        summary = methods(identity, chosen, Targets(TARGETS if convex else ()), out, budget, console)
+        identity = {"name": name, "num_starts": starts, "quick": settings.quick, "float64": settings.float64}
+        summary = run_methods(identity, chosen, Targets(TARGETS if convex else ()), out, budget, console)
     full, short = first.nbytes * 8, bits * case.oracle.size
     message = {"LAQ": short, "TWO-LAQ": short, "GD": full, "QGD": short, "LAG": full}
-    target = ledger.goals_of(summary)[-1]
+    target = results.target_labels(summary)[-1]
     if summary[f"rounds_{target}"].null_count() == len(summary):
         target = "end"
     unfinished = convex and target == "end"
-    table = beside(summary, target, {} if settings.smoke or unfinished else published, message)
+    table = compare_with_published(summary, target, {} if settings.quick or unfinished else published, message)
     goal = "at the end" if target == "end" else f"to {summary['goal'][0]} {target}"
-    finish(out, table, f"cost {goal}, over {starts} start(s)", console)
+    write_and_print(out, table, f"cost {goal}, over {starts} start(s)", console)
 
 
-def slaq(out: Path | None = None, network: bool = False, rounds: int = 1000, smoke: bool = False) -> None:
+def slaq(out: Path | None = None, network: bool = False, rounds: int = 1000, quick: bool = False) -> None:
     """SLAQ and the stochastic baselines on MNIST.
 
     500 examples per worker and round, lr 0.008, b = 3.
@@ -119,15 +119,18 @@ def slaq(out: Path | None = None, network: bool = False, rounds: int = 1000, smo
         out: Folder for the results.
         network: The 784-200-10 network instead of softmax regression.
         rounds: Rounds of each method.
-        smoke: Few examples and rounds: does everything work here?
+        quick: Few examples and rounds: does everything work here?
     """
     console = Console()
-    out = out or Path("results") / ("slaq" + "-nn" * network + "-smoke" * smoke)
-    case = problems.case("network" if network else "softmax", "mnist", rows=600 if smoke else None)
-    start = case.start(0) if network else problems.authors_start(case.oracle)
-    chosen = [Point(alg, case, 0, {"method": name}, start) for name, alg in stochastic(case.oracle, network).items()]
-    budget = Budget(min(40, rounds) if smoke else rounds, every=20, keep=1000)
-    summary = methods({"name": "slaq", "network": network, "smoke": smoke}, chosen, Targets(), out, budget, console)
+    out = out or Path("results") / ("slaq" + "-nn" * network + "-quick" * quick)
+    case = cases.get_case("network" if network else "softmax", "mnist", rows=600 if quick else None)
+    start = case.start(0) if network else cases.load_authors_init(case.oracle)
+    chosen = [
+        SweepPoint(alg, case, 0, {"method": name}, start)
+        for name, alg in stochastic_methods(case.oracle, network).items()
+    ]
+    budget = RunOptions(min(40, rounds) if quick else rounds, eval_every=20, curve_points=1000)
+    summary = run_methods({"name": "slaq", "network": network, "quick": quick}, chosen, Targets(), out, budget, console)
     table = summary.select(
         "method",
         *(pl.col(f"{c}_end").cast(pl.Int64).alias(t) for c, t in (("uploads", "uploads"), ("bits_up", "bits up"))),
@@ -135,10 +138,10 @@ def slaq(out: Path | None = None, network: bool = False, rounds: int = 1000, smo
         pl.col("final_loss").alias("f"),
         pl.col("accuracy"),
     )
-    finish(out, table, f"after {budget.rounds} rounds (published: SLAQ 8552 uploads in 1000)", console)
+    write_and_print(out, table, f"after {budget.rounds} rounds (published: SLAQ 8552 uploads in 1000)", console)
 
 
-def stochastic(oracle: Any, network: bool) -> dict[str, Any]:
+def stochastic_methods(oracle: Any, network: bool) -> dict[str, Any]:
     """The methods of `slaq`.
 
     With b = 3 the quantization error alone stands at the threshold of the paper's rule: nearly all uploads are those that

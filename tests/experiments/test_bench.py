@@ -8,7 +8,9 @@ import pytest
 from rich.console import Console
 
 import laqjax
-from experiments import bench, contestants, terminal
+from experiments import bench
+from experiments.benchmarks import speed, workloads
+from experiments.harness import cli
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +35,8 @@ def run(shards, rounds):
 def test_twin_is_laq(shards, name):
     xp = pytest.importorskip(name)
     convert = xp.asarray if name == "numpy" else xp.from_numpy
-    arrays = [*contestants.floats(shards, np.float64), contestants.start(shards)]
-    history = contestants.twin(xp, *(convert(a) for a in arrays), rounds=12)
+    arrays = [*workloads.to_float_arrays(shards, np.float64), workloads.init_params(shards)]
+    history = workloads.laq_reference(xp, *(convert(a) for a in arrays), rounds=12)
     info = run(shards, 12)
     np.testing.assert_allclose([float(loss) for loss, _ in history], info.loss, rtol=1e-5)
     np.testing.assert_array_equal([np.asarray(sent) for _, sent in history], info.sent)
@@ -42,45 +44,45 @@ def test_twin_is_laq(shards, name):
 
 
 def test_plain_is_the_gradient_without_l2(shards):
-    (losses, grads), *_ = contestants.plain(shards).call()
+    (losses, grads), *_ = workloads.autodiff_baseline(shards).call()
     assert losses.shape == (10,)
     np.testing.assert_allclose(losses, np.log(10), rtol=1e-6)
-    images, onehot = contestants.floats(shards, np.float64)
+    images, onehot = workloads.to_float_arrays(shards, np.float64)
     expected = np.einsum("mnc,mnf->mfc", 0.1 - onehot, images) / 30
     np.testing.assert_allclose(grads["weight"], expected, atol=1e-6)
 
 
 def test_race_and_report(shards):
-    racers = {name: bench.GROUPS["softmax"][name](shards) for name in ("laq", "gd")}
-    racers["gemm"] = contestants.repeat(lambda: jax.numpy.ones(3), 2, flops=1e6)
-    times = bench.race(racers, seconds=0)
+    racers = {name: speed.WORKLOAD_GROUPS["softmax"][name](shards) for name in ("laq", "gd")}
+    racers["gemm"] = workloads.repeat(lambda: jax.numpy.ones(3), 2, flops=1e6)
+    times = speed.time_interleaved(racers, seconds=0)
     assert {len(calls) for calls in times.values()} == {2}
     flops = {name: contestant.flops for name, contestant in racers.items()}
     report = {
-        "machine": bench.machine(),
+        "machine": speed.describe_machine(),
         "fresh": {},
         "seconds": {"softmax": times},
         "flops": flops,
         "missing": {},
         "others": 0.125,
     }
-    report["fresh"]["fresh-softmax"] = {"compile s": 2.0, "peak MB": bench.peak() / 1e6}
+    report["fresh"]["fresh-softmax"] = {"compile s": 2.0, "peak MB": speed.peak_rss_bytes() / 1e6}
     report["missing"]["pytorch"] = "No module named 'torch'"
-    found = bench.numbers(report)
+    found = speed.derive_metrics(report)
     assert found["laq / gd"] == pytest.approx(min(times["laq"]) / min(times["gd"]))
     console = Console(record=True, width=200)
-    bench.show(report, console)
+    speed.print_report(report, console)
     text = console.export_text()
     for name in ("took 12%", "laq / gd", "fresh-softmax, compile s", "met by 60%", "not installed", "share of GEMM"):
         assert name in text
 
 
 def test_one_object_for_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    facts = {"machine": bench.machine(), "fresh": {}, "seconds": {"softmax": {"gemm": [1.0], "laq": [0.5]}}}
+    facts = {"machine": speed.describe_machine(), "fresh": {}, "seconds": {"softmax": {"gemm": [1.0], "laq": [0.5]}}}
     facts |= {"flops": {"gemm": 4.0, "laq": 1.0}, "missing": {}, "others": 0.0}
-    monkeypatch.setattr(bench, "measure", lambda chosen, quick, note: facts | {"chosen": sorted(chosen)})
-    with terminal.command(["--only", "laq", "--json"]) as given:
-        terminal.cli(bench.main, given)
+    monkeypatch.setattr(speed, "measure", lambda chosen, quick, note: facts | {"chosen": sorted(chosen)})
+    with cli.command_line(["--workloads", "laq", "--json"]) as given:
+        cli.parse_cli(bench.main, given)
     found = json.loads(capsys.readouterr().out)
     assert found["chosen"] == ["laq"]
     assert found["numbers"]["laq, share of GEMM"] == 0.5
@@ -88,12 +90,14 @@ def test_one_object_for_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_every_goal_names_something_measured():
-    every = {name for builders in bench.GROUPS.values() for name in builders} | bench.FRESH.keys()
-    for goal, sign, _ in bench.GOALS:
+    every = {
+        name for builders in speed.WORKLOAD_GROUPS.values() for name in builders
+    } | speed.COLD_START_WORKLOADS.keys()
+    for goal, sign, _ in speed.TARGETS:
         assert sign in ("<=", ">=")
         assert set(goal.partition(", ")[0].split(" / ")) <= every, goal
 
 
 def test_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"no-such.*network-laq"):
-        bench.main(only=("no-such",))
+        bench.main(workloads=("no-such",))

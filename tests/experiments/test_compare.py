@@ -16,12 +16,14 @@ import pytest
 from polars.testing import assert_frame_equal
 from rich.console import Console
 
-from experiments import compare, files, plots, points, report, report_figures, study, terminal
+from experiments import compare
+from experiments.figures import drawing, report_figures, report_page
+from experiments.harness import cli, comparison, grid, runner, storage
 
 ROOT = Path(__file__).parents[2]
 TASK = ["--dataset", "synthetic-logistic?workers=4&samples=30&features=10", "--problem", "logistic", "--workers", "4"]
-TASK += ["--compute-ms", "1", "--target", "10", "4", "--rounds", "80", "--every", "20", "--batch", "8"]
-TASK += ["--steps", "2", "--seeds", "0", "1", "--report-seeds", "2", "3", "4"]
+TASK += ["--compute-ms", "1", "--target", "10", "4", "--rounds", "80", "--eval-every", "20", "--batch-size", "8"]
+TASK += ["--num-lrs", "2", "--seeds", "0", "1", "--report-seeds", "2", "3", "4"]
 PAIR = ["--algorithm", "gd", "laq", "--xi", "0.4", "-b", "4"]
 
 
@@ -38,7 +40,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
 
 def run(out: Path, *more: str) -> pl.DataFrame:
     methods = [] if "--algorithm" in more else PAIR
-    compare.run(points.parsed(compare.Settings, [*TASK, *methods, *more, "--out", str(out)], None))
+    compare.run(grid.parse_settings(comparison.Settings, [*TASK, *methods, *more, "--out", str(out)], None))
     return pl.read_parquet(out / "best.parquet")
 
 
@@ -51,10 +53,10 @@ def whole(home: Path) -> Path:
 
 
 def test_a_method_without_a_row_is_compared_over_lr_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(compare.Settings().axes.algorithm) == set(points.factories())
-    monkeypatch.delitem(compare.MEMBERS, "qgd")
-    settings = points.parsed(compare.Settings, [*TASK, "--algorithm", "qgd"], None)
-    (axes,) = compare.Comparison(settings, Console()).grids.values()
+    assert set(comparison.Settings().axes.algorithm) == set(grid.algorithm_factories())
+    monkeypatch.delitem(comparison.MEMBERS, "qgd")
+    settings = grid.parse_settings(comparison.Settings, [*TASK, "--algorithm", "qgd"], None)
+    (axes,) = comparison.Comparison(settings, Console()).grids.values()
     assert list(axes) == ["lr"]
 
 
@@ -84,17 +86,19 @@ def test_the_best_is_chosen_on_some_seeds_and_reported_on_others(whole: Path) ->
 
 def test_the_table_is_one_object_and_the_page_has_the_fronts(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     best, tried = (pl.read_parquet(whole / f"{name}.parquet") for name in ("best", "tried"))
-    with terminal.command(["--json"]):
-        compare.report(whole, Console())
+    with cli.command_line(["--json"]):
+        compare.print_report(whole, Console())
     (rows,) = json.loads(capsys.readouterr().out)["tables"].values()
     known = {(row["method"], row["target"]): row["bits_up"] for row in best.filter(pl.col("cheapest in") == "bits up").iter_rows(named=True)}  # fmt: skip
     assert {(row["method"], target): row[target] for row in rows for target in ("10", "4")} == known
-    cost, fronts, curves = (panel for _, _, (panel,) in report_figures.of("compare", report.read(whole).tables, 1000))
+    cost, fronts, curves = (
+        panel for _, _, (panel,) in report_figures.of("compare", report_page.read(whole).tables, 1000)
+    )
     drawn = {(line["name"], line["view"]): line["data"] for line in fronts["series"]}
     assert len(drawn) == 4
     for (name, number), data in drawn.items():
         target = ("10", "4")[number]
-        edge = plots.front(tried.filter(pl.col("algorithm") == name), target)
+        edge = drawing.pareto_front(tried.filter(pl.col("algorithm") == name), target)
         assert (data[f"bits_up_{target}"], data[f"rounds_{target}"]) == tuple(edge.select(f"bits_up_{target}", f"rounds_{target}").to_dict(as_series=False).values())  # fmt: skip
     colors = {"gd": report_figures.color(0), "laq": report_figures.color(1)}  # of the full and of the lazy ones
     assert {line["name"]: line["color"] for line in curves["series"]} == colors
@@ -124,15 +128,15 @@ def test_a_grid_grows_where_its_best_lies_on_the_edge(whole: Path) -> None:
 
 
 def test_it_goes_on_where_it_was(whole: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran, calls = study.Batch.run, []
+    ran, calls = runner.Batch.run, []
 
-    def failing(self: study.Batch, *given: Any) -> Any:
+    def failing(self: runner.Batch, *given: Any) -> Any:
         calls.append(len(self.points))
         if len(calls) in (2, 5):
             raise KeyboardInterrupt
         return ran(self, *given)
 
-    monkeypatch.setattr(study.Batch, "run", failing)
+    monkeypatch.setattr(runner.Batch, "run", failing)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(home / "cut")
@@ -152,7 +156,7 @@ def test_it_goes_on_to_more_rounds_and_a_smaller_target(whole: Path, home: Path)
         assert_frame_equal(*(pl.read_parquet(home / out / f"{name}.parquet") for out in ("straight", "more")))
     aside = {path.name for path in (home / "more").glob("*before*")}
     assert aside == {f"{name}.before-1" for name in ("finer-0", "finer-1", "report")}
-    assert files.read_json(home / "more" / "search" / "run.json")["points_computed"] == 8
+    assert storage.read_json(home / "more" / "search" / "run.json")["points_computed"] == 8
     with pytest.raises(ValueError, match="rounds: 160 there, 80 asked for, which goes on to more rounds only"):
         run(home / "more")
 
@@ -160,10 +164,10 @@ def test_it_goes_on_to_more_rounds_and_a_smaller_target(whole: Path, home: Path)
 @pytest.mark.long
 def test_a_setting_is_reported_once_and_nothing_reached_is_said(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The step of theory is the best of a grid of one, and a NumPy number."""
-    run(home / "once", "--algorithm", "ef21", "--steps", "1", "--rounds", "20", "--target", "1e-30")
+    run(home / "once", "--algorithm", "ef21", "--num-lrs", "1", "--rounds", "20", "--target", "1e-30")
     assert pl.read_parquet(home / "once" / "report" / "points.parquet")["seed"].to_list() == [2, 3, 4]
     assert "no target was reached: give more --rounds" in " ".join(capsys.readouterr().out.split())
-    best = run(home / "named", "--algorithm", "diana", "--compressor", "top_k:3", "natural", "--steps", "1")
+    best = run(home / "named", "--algorithm", "diana", "--compressor", "top_k:3", "natural", "--num-lrs", "1")
     tried = pl.read_parquet(home / "named" / "tried.parquet")
     assert tried.group_by("compressor").agg(pl.col("bits_up_end").first())["bits_up_end"].n_unique() == 2
     assert "compressor=" in best.drop_nulls("setting")["setting"][0]
@@ -183,7 +187,7 @@ def test_what_cannot_run_is_said_before_anything_is_written(home: Path) -> None:
 
 KILLED = {
     "compare": ["experiments.compare", *TASK, *PAIR],
-    "reproduce": ["experiments.reproduce", "laq-logistic", "--smoke", "--rounds", "100"],
+    "reproduce": ["experiments.reproduce", "laq-logistic", "--quick", "--rounds", "100"],
 }
 
 
@@ -213,13 +217,15 @@ def test_three_kills_lose_and_repeat_nothing(name: str, tmp_path: Path) -> None:
         one, other = (pl.read_parquet(tmp_path / folder / table) for folder in ("calm", "cut"))
         costs = [column for column in one.columns if "seconds" in column or column.startswith("gain")]
         assert_frame_equal(one.drop(costs), other.drop(costs))
-    assert files.read_json(tmp_path / "cut" / "identity.json") == files.read_json(tmp_path / "calm" / "identity.json")
+    assert storage.read_json(tmp_path / "cut" / "identity.json") == storage.read_json(
+        tmp_path / "calm" / "identity.json"
+    )
 
 
 @pytest.mark.parametrize(("given", "searched"), [([], {"xi"}), (["--c", "0.6", "6"], {"c"})])
 def test_c_takes_the_place_of_xi(given: list[str], searched: set[str]) -> None:
     """Both are no algorithm: where c is given nothing is searched over xi."""
     line = [*TASK[:6], "--algorithm", "lasg_wk2", "--minibatch", "10", *given]
-    made = compare.Comparison(points.parsed(compare.Settings, line, None), Console(quiet=True))
+    made = comparison.Comparison(grid.parse_settings(comparison.Settings, line, None), Console(quiet=True))
     assert {"xi", "c"} & made.grids["lasg_wk2"].keys() == searched
     assert len(made.points(made.first(), (0,))) == 1

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import datasets
-from experiments.datasets import Dataset, load, synthetic
+from experiments.harness import datasets
+from experiments.harness.datasets import Dataset, load, synthetic
 from laqjax.partition import partition_data
 
 IDX_STEMS = (

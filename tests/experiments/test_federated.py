@@ -17,8 +17,10 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from experiments import deployment, federated, ledger, plots, points, terminal
-from experiments.apps import Plan
+from experiments import deployment, federated, plots
+from experiments.federation import local
+from experiments.federation.flower_apps import PointSpec
+from experiments.harness import cli, grid, results
 
 ROOT = Path(__file__).parents[2]
 DATA = "synthetic-logistic?workers=3&samples=40&features=12&condition=10&heterogeneity=1"
@@ -26,7 +28,7 @@ SMALL = ["--problem", "logistic", "--dataset", DATA, "--workers", "3", "--lr", "
 
 
 def settings(*words: str) -> federated.Settings:
-    return points.parsed(federated.Settings, [*SMALL, *words], None)
+    return grid.parse_settings(federated.Settings, [*SMALL, *words], None)
 
 
 def read(folder: Path, name: str) -> pl.DataFrame:
@@ -40,7 +42,7 @@ def test_the_command_in_one_process(tmp_path: Path, capsys: Any) -> None:
     assert table["algorithm"].unique(maintain_order=True).to_list() == ["laq", "gd", "qgd", "ef21"]
     assert (table["bits_up_end"] == 8 * table["payload_up"]).all()
     assert (table["bytes_up"] == table["payload_up"] + table["heads_up"]).all()
-    sent = [ledger.unpacked(row).sum() for row in masks.iter_rows(named=True)]
+    sent = [results.unpack_mask(row).sum() for row in masks.iter_rows(named=True)]
     assert sent == table["uploads_end"].to_list()
     laq, gd = (table.filter(algorithm=name) for name in ("laq", "gd"))
     assert laq["uploads_end"].sum() < gd["uploads_end"].sum()
@@ -55,7 +57,7 @@ def test_the_command_in_one_process(tmp_path: Path, capsys: Any) -> None:
     assert "median milliseconds" in said
     kept = (out / "facts" / "0.json").read_bytes()
     (out / "facts" / "1.json").unlink()  # as if it had been stopped there
-    with terminal.command(["--json"]):
+    with cli.command_line(["--json"]):
         federated.run(settings(*words))
     result = json.loads(capsys.readouterr().out)
     assert [row["uploads"] for row in result["tables"]["12 rounds"]] == table["uploads_end"].to_list()
@@ -74,9 +76,9 @@ def test_points_that_cannot_run_are_refused_first(tmp_path: Path) -> None:
 
 
 def test_a_plan_is_the_same_in_every_process() -> None:
-    choice = next(iter(points.select(settings().axes, settings().data)))
-    plan = Plan(choice, 10, False, None, 5, 60.0, "facts.json", "")
-    assert Plan.read(plan.text) == plan
+    choice = next(iter(grid.iter_settings(settings().axes, settings().data)))
+    plan = PointSpec(choice, 10, False, None, 5, 60.0, "facts.json", "")
+    assert PointSpec.from_hex_json(plan.to_hex_json) == plan
 
 
 def test_certificates_are_good_for_this_machine_only(tmp_path: Path) -> None:
@@ -116,34 +118,44 @@ def handshake(client: Any, server: Any) -> bool:
 
 
 def test_a_process_and_all_that_came_from_it_are_stopped(tmp_path: Path) -> None:
-    flwr = deployment.Flower(tmp_path, tmp_path, 1.0, dict(os.environ))
+    flwr = local.FlowerCli(tmp_path, tmp_path, 1.0, dict(os.environ))
     inner = "import subprocess, sys, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"
-    with deployment.started([sys.executable, "-c", inner], flwr, "parent") as process:
+    with local.spawn([sys.executable, "-c", inner], flwr, "parent") as process:
         end = time.monotonic() + 10
-        while len(family := deployment.descendants(process.pid)) < 1 and time.monotonic() < end:
+        while len(family := local.descendants(process.pid)) < 1 and time.monotonic() < end:
             time.sleep(0.05)
         assert len(family) == 1
-    assert not any(map(deployment.alive, [process.pid, *family]))
+    assert not any(map(local.is_running, [process.pid, *family]))
     words = [sys.executable, "-c", "raise SystemExit('no such thing')"]
     with (
-        deployment.started(words, flwr, "parent") as process,
+        local.spawn(words, flwr, "parent") as process,
         pytest.raises(ChildProcessError, match=r"(?s)parent did not start.*no such thing"),
     ):
-        deployment.wait_for(deployment.free_port(), process, tmp_path / "parent.log")
+        local.wait_for(local.free_port(), process, tmp_path / "parent.log")
 
 
 def test_processes_find_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower's commands are started anywhere, and the experiments are not installed."""
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    look = "from importlib.util import find_spec; raise SystemExit(find_spec('experiments.apps') is None)"
-    subprocess.run([sys.executable, "-c", look], cwd=tmp_path, env=deployment.environment(tmp_path, 0.2), check=True)
+    look = "from importlib.util import find_spec; raise SystemExit(find_spec('experiments.federation.flower_apps') is None)"
+    subprocess.run([sys.executable, "-c", look], cwd=tmp_path, env=local.subprocess_env(tmp_path, 0.2), check=True)
 
 
 # ---- a SuperLink and SuperNodes ----------------------------------------------------------------------------------
 
 
 def command(out: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "experiments.federated", *SMALL, "--grid", "deployment", "--out", str(out), *words]
+    return [
+        sys.executable,
+        "-m",
+        "experiments.federated",
+        *SMALL,
+        "--transport",
+        "deployment",
+        "--out",
+        str(out),
+        *words,
+    ]
 
 
 def ended(words: list[str], signalled: int | None = None) -> tuple[int, str]:
@@ -153,17 +165,17 @@ def ended(words: list[str], signalled: int | None = None) -> tuple[int, str]:
         assert process.stdout is not None
         while "SuperLink at" not in said and (line := process.stdout.readline()):
             said += line
-        family |= set(deployment.descendants(process.pid))
+        family |= set(local.descendants(process.pid))
         if signalled is not None:
             time.sleep(8)  # the run is on its way, with processes for the apps
-            family |= set(deployment.descendants(process.pid))
+            family |= set(local.descendants(process.pid))
             process.send_signal(signalled)
         while process.poll() is None:
-            family |= set(deployment.descendants(process.pid))
+            family |= set(local.descendants(process.pid))
             time.sleep(0.2)
         said += process.stdout.read()
     assert len(family) >= 4  # a SuperLink, three SuperNodes, and whom they started
-    left = [pid for pid in family if deployment.alive(pid)]
+    left = [pid for pid in family if local.is_running(pid)]
     assert not left
     return process.returncode, said
 
@@ -176,7 +188,7 @@ def test_three_nodes_with_tls_are_the_loopback(tmp_path: Path) -> None:
     here = federated.run(settings(*words, "--out", str(tmp_path / "loopback")))
     table, loopback = read(tmp_path / "real", "points"), read(here, "points")
     masks = [read(folder, "masks").row(0, named=True) for folder in (tmp_path / "real", here)]
-    np.testing.assert_array_equal(ledger.unpacked(masks[0]), ledger.unpacked(masks[1]))
+    np.testing.assert_array_equal(results.unpack_mask(masks[0]), results.unpack_mask(masks[1]))
     assert table["answered"][0] == 1
     assert table["bits_up_end"][0] == 8 * table["payload_up"][0] == loopback["bits_up_end"][0]
     assert table["payload_down"][0] == loopback["payload_down"][0]
@@ -205,16 +217,16 @@ def test_nobody_is_left_after_a_failure(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_flowers_simulation_engine(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    words = ["--algorithm", "laq", "--rounds", "3", "--grid", "simulation"]
+    words = ["--algorithm", "laq", "--rounds", "3", "--transport", "simulation"]
     real = command(tmp_path / "real", *words)
     said = subprocess.run(real, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "3 simulated nodes" in said
     here = federated.run(settings(*words[:-2], "--out", str(tmp_path / "loopback")))
     masks = [read(folder, "masks").row(0, named=True) for folder in (tmp_path / "real", here)]
-    np.testing.assert_array_equal(ledger.unpacked(masks[0]), ledger.unpacked(masks[1]))
+    np.testing.assert_array_equal(results.unpack_mask(masks[0]), results.unpack_mask(masks[1]))
 
 
 @pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is here")
 def test_the_simulation_engine_needs_ray(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs Ray: pip install"):
-        federated.run(settings("--grid", "simulation", "--algorithm", "laq", "--out", str(tmp_path / "run")))
+        federated.run(settings("--transport", "simulation", "--algorithm", "laq", "--out", str(tmp_path / "run")))

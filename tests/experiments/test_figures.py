@@ -20,7 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator
 
-from experiments import files, ledger, plots
+from experiments.figures import drawing
+from experiments.harness import results, storage
 
 WORKERS, ROUNDS = 4, 40
 KINDS = {"gd": "baseline", "laq": "lazy", "lag_wk": "lazy", "ef21": "compressed"}
@@ -85,13 +86,13 @@ COMMANDS = {  # and the cases of each; the curves of all commands are one functi
 def make_tables(case: Case) -> dict[str, pl.DataFrame]:
     """Return curves, masks, points and summary of a case, as a command writes them."""
     runs = [(run, seed) for run in case.runs for seed in range(case.seeds)]
-    record = ledger.Record.empty(ROUNDS, len(runs), WORKERS, 0.0)
+    record = results.PointHistory.empty(ROUNDS, len(runs), WORKERS, 0.0)
     times = np.arange(ROUNDS)[:, None] + np.arange(WORKERS)
     for i, (run, seed) in enumerate(runs):
         record.loss[:, i] = run.start * run.rate ** np.arange(ROUNDS + 1) * (1 + 0.1 * seed)
         record.sent[:, i] = times % run.every == 0
-        record.up[:, i] = run.size * record.sent[:, i]
-    record.down[:], record.computed[:], record.ran[:] = 320, 1, ROUNDS
+        record.bits_up[:, i] = run.size * record.sent[:, i]
+    record.bits_down[:], record.gradients[:], record.rounds_done[:] = 320, 1, ROUNDS
     grid = any(run.bits for run in case.runs)
     labels = [
         {"point": i, "algorithm": run.algorithm}
@@ -99,17 +100,17 @@ def make_tables(case: Case) -> dict[str, pl.DataFrame]:
         | {"seed": seed}
         for i, (run, seed) in enumerate(runs)
     ]
-    spent = record.spent(ledger.LINK, 1.0)
+    spent = record.cumulative_costs(results.DEFAULT_NETWORK, 1.0)
     spent["bytes_up"] = spent["bits_up"] // 8 + 100 * spent["uploads"]
-    tables = ledger.tables(labels, record, ledger.Targets(case.targets), spent, 200)
-    return tables | {"summary": ledger.summarised(tables["points"])}
+    tables = results.build_tables(labels, record, results.Targets(case.targets), spent, 200)
+    return tables | {"summary": results.summarize(tables["points"])}
 
 
 def make_comparison(summary: pl.DataFrame) -> dict[str, pl.DataFrame]:
     """Return the tables best and tried of a comparison with these settings, the first one being that of theory."""
     rows = []
     for (name,), mine in summary.group_by(["algorithm"], maintain_order=True):
-        for target in ledger.goals_of(summary):
+        for target in results.target_labels(summary):
             cheapest = mine.sort(f"bits_up_{target}", nulls_last=True).row(0, named=True)
             row = {"method": name, "kind": KINDS.get(str(name), "your own"), "target": target, "cheapest in": "bits up"}
             row |= {f"bits_up{end}": cheapest[f"bits_up_{target}{end}"] for end in ("", "_ci95")}
@@ -127,7 +128,7 @@ def drawn(command: str, name: str) -> dict[str, Figure]:
     if command == "compare":
         tables = make_comparison(summary)
     elif command == "tune":
-        target = ledger.goals_of(summary)[-1]
+        target = results.target_labels(summary)[-1]
         trials = summary.select("goal", bits_up=f"bits_up_{target}", target=pl.lit(float(target)))
         tables = {"trials": trials.with_row_index("trial")}
     elif command == "methods":
@@ -136,14 +137,14 @@ def drawn(command: str, name: str) -> dict[str, Figure]:
 
     def keep(figure: Figure, path: Path) -> None:
         figure.draw_without_rendering()
-        plots.plt.close(figure)
+        drawing.plt.close(figure)
         figures[path.name] = figure
 
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for table, frame in tables.items():
-            files.save(frame, Path(folder) / table)
-        patch.setattr(plots, "save", keep)
-        getattr(plots, command)(Path(folder))
+            storage.save_frame(frame, Path(folder) / table)
+        patch.setattr(drawing, "save", keep)
+        getattr(drawing, {"compare": "plot_comparison"}.get(command, f"plot_{command}"))(Path(folder))
     return figures
 
 
@@ -309,12 +310,12 @@ def test_no_method_is_missing(command: str, path: str) -> None:
 
 
 def test_a_log_axis_has_two_labels_in_any_range() -> None:
-    figure, axes = plots.plt.subplots(figsize=(3, 3))
-    plots.log_scale(axes, "x")
+    figure, axes = drawing.plt.subplots(figsize=(3, 3))
+    drawing.log_scale(axes, "x")
     rng = np.random.default_rng(0)
     for low, decades in zip(10 ** rng.uniform(-13, 15, 300), 10 ** rng.uniform(-3, 1, 300), strict=True):
         axes.set_xlim(low, low * 10**decades)
         words = axes.xaxis.get_major_formatter().format_ticks(axes.xaxis.get_majorticklocs().tolist())
         assert 2 <= len(words) <= 9
         assert len(set(words)) == len(words)
-    plots.plt.close(figure)
+    drawing.plt.close(figure)

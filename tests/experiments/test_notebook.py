@@ -23,7 +23,7 @@ from laqjax import compressors, rules
 from laqjax._core.round import worker_step
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "experiments" / "laqjax_colab.py"
+SOURCE = ROOT / "experiments" / "notebook" / "laqjax_colab.py"
 NOTEBOOK = SOURCE.with_suffix(".ipynb")
 CELLS = jupytext.read(SOURCE).cells
 CODE = [cell.source for cell in CELLS if cell.cell_type == "code"]

@@ -1,6 +1,7 @@
 """Files of the user's in the commands: data, problems, algorithms; and what is said when they are wrong."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments import compare, datasets, files, plots, points, report, report_figures, sweep, tune
+from experiments import compare, sweep, tune
+from experiments.figures import drawing, report_figures, report_page
+from experiments.harness import comparison, datasets, grid, user_code
 
 EXAMPLES = Path(__file__).parents[2] / "experiments" / "examples"
 OWN = """
@@ -76,17 +79,17 @@ def run(*given: str) -> pl.DataFrame:
 
 def test_data_problem_and_algorithm_of_ones_own(own: Path) -> None:
     task = ["--dataset", f"{own}:load", "--problem", f"{own}:make", "--algorithm", f"{own}:slow", "--lr", "0.5"]
-    task += ["--rounds", "40", "--every", "10", "--target-accuracy", "0.6", "0.95"]
+    task += ["--rounds", "40", "--eval-every", "10", "--target-accuracy", "0.6", "0.95"]
     table = run(*task, "--set", "patience", "1", "5")
     assert table["patience"].to_list() == [1, 5]
     assert table["reached"].all()
     assert (table["rounds_0.95"] % 10 == 0).all()
     assert table["f_star"].is_null().all()
     assert table["uploads_end"][0] > table["uploads_end"][1]
-    settings = points.parsed(
-        tune.Settings, [*task, "--set", "patience", "1", "5", "--trials", "4", "--batch", "2"], None
+    settings = grid.parse_settings(
+        tune.Settings, [*task, "--set", "patience", "1", "5", "--trials", "4", "--batch-size", "2"], None
     )
-    tune.run(sweep.replace(settings, data=sweep.replace(settings.data, workers=(4,)), out=Path("tuned")))
+    tune.run(replace(settings, data=replace(settings.data, workers=(4,)), out=Path("tuned")))
     trials = pl.read_parquet("tuned/trials.parquet")
     assert trials["patience"].is_between(1, 5).all()
     assert len(trials) == 4
@@ -123,7 +126,7 @@ def test_what_is_wrong_in_it_is_said(given: list[str], said: str, own: Path) -> 
 def test_a_file_that_cannot_be_read(own: Path) -> None:
     own.write_text("x = 1\ny = 1 / 0\n")
     with pytest.raises(ValueError, match=r"cannot be read: ZeroDivisionError: division by zero \(line 2\)"):
-        files.load(f"{own}:make")
+        user_code.load_user_function(f"{own}:make")
 
 
 def test_npz_and_csv(tmp_path: Path) -> None:
@@ -158,16 +161,16 @@ def test_a_flax_cnn_in_sweep_tune_and_compare(
 ) -> None:
     """Without a smoothness constant there is no step of theory: no column, no marker, no word of it."""
     words: dict[str, list[str]] = {}
-    monkeypatch.setattr(plots, "save", lambda figure, path: words.update({path.name: legend_of(figure)}))
+    monkeypatch.setattr(drawing, "save", lambda figure, path: words.update({path.name: legend_of(figure)}))
     task = ["--dataset", f"{own}:images", "--problem", f"{own}:cnn", "--partition", "dirichlet:1", "--workers", "4"]
-    task += ["--rounds", "40", "--every", "10", "--target-accuracy", "0.7", "--compute-ms", "1"]
+    task += ["--rounds", "40", "--eval-every", "10", "--target-accuracy", "0.7", "--compute-ms", "1"]
     sweep.main([*task, "-b", "4", "8", "-C", "5", "-D", "3", "--lr", "0.05", "--out", "swept"])
     table = pl.read_parquet("swept/points.parquet")
     assert table["reached"].all()
-    tune.run(points.parsed(tune.Settings, [*task, "--trials", "3", "--batch", "2", "--out", "tuned"], None))
+    tune.run(grid.parse_settings(tune.Settings, [*task, "--trials", "3", "--batch-size", "2", "--out", "tuned"], None))
     assert len(pl.read_parquet("tuned/trials.parquet")) == 3
-    given = ["--algorithm", "laq", "lag_ps", "sgd", "--xi", "0.4", "-b", "4", "--steps", "3", "--batch", "8"]
-    compare.run(points.parsed(compare.Settings, [*task, *given, "--out", "compared"], None))
+    given = ["--algorithm", "laq", "lag_ps", "sgd", "--xi", "0.4", "-b", "4", "--num-lrs", "3", "--batch-size", "8"]
+    compare.run(grid.parse_settings(comparison.Settings, [*task, *given, "--out", "compared"], None))
     best = pl.read_parquet("compared/best.parquet").filter(pl.col("cheapest in") == "bits up")
     assert best["method"].to_list() == ["laq", "sgd"]
     assert best["goal"].unique().to_list() == ["test accuracy >="]
@@ -177,18 +180,18 @@ def test_a_flax_cnn_in_sweep_tune_and_compare(
     assert "theory" not in said
     assert not [name for name in best.columns if "theory" in name and best[name].count()]
     assert set(words["bits"]) == {"lazy", "stochastic"}
-    figures = report_figures.of("compare", report.read(Path("compared")).tables, 1000)
+    figures = report_figures.of("compare", report_page.read(Path("compared")).tables, 1000)
     assert "theory" not in str(list(figures))
 
 
 def test_the_example_of_a_loop_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "")  # the import would set it for the processes of other tests
-    from experiments.examples import parallel
+    from experiments.examples import data_parallel
 
-    np.testing.assert_allclose(parallel.smoothed([3.0, 2.0, 1.0]), [2.0])
-    np.testing.assert_allclose(parallel.smoothed([*range(12)]), [4.5, 5.5, 6.5])
+    np.testing.assert_allclose(data_parallel.smoothed([3.0, 2.0, 1.0]), [2.0])
+    np.testing.assert_allclose(data_parallel.smoothed([*range(12)]), [4.5, 5.5, 6.5])
     with pytest.raises(ValueError, match="steps = 0: must be a whole number >= 1"):
-        parallel.main(steps=0)
+        data_parallel.main(steps=0)
 
 
 def legend_of(figure: Any) -> list[str]:
@@ -197,21 +200,21 @@ def legend_of(figure: Any) -> list[str]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["images", "tokens"])
+@pytest.mark.parametrize("name", ["flax_cnn", "equinox_transformer"])
 def test_the_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the README has them, with few rows and rounds."""
     monkeypatch.chdir(tmp_path)
     path = shutil.copy(EXAMPLES / f"{name}.py", tmp_path / f"{name}_here.py")
-    data = ["--dataset", f"{path}:load" if name == "tokens" else "mnist"]
+    data = ["--dataset", f"{path}:load" if name == "equinox_transformer" else "mnist"]
     given = [
-        "--smoke",
+        "--quick",
         "--problem",
         f"{path}:make",
         *data,
         "--partition",
-        "unequal:2" if name == "tokens" else "dirichlet:0.5",
+        "unequal:2" if name == "equinox_transformer" else "dirichlet:0.5",
     ]
-    given += ["-b", "4", "8", "-C", "5", "-D", "3", "--lr", "0.05", "--rounds", "4", "--every", "2"]
+    given += ["-b", "4", "8", "-C", "5", "-D", "3", "--lr", "0.05", "--rounds", "4", "--eval-every", "2"]
     table = run(*given, "--target-accuracy", "0.999")
     assert table["bits"].to_list() == [4, 8]
     assert table["final_loss"].is_finite().all()

@@ -12,7 +12,8 @@ from typing import Any
 import polars as pl
 import pytest
 
-from experiments import plots, report, sweep
+from experiments import report, sweep
+from experiments.figures import drawing, report_page
 
 DATA = "synthetic-logistic?workers=4&samples=30&features=10"
 TASK = ["--dataset", DATA, "--problem", "logistic", "--workers", "4", "--compute-ms", "1", "--target", "10", "5"]
@@ -30,7 +31,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        patch.setattr(plots, "save", lambda figure, path: plots.plt.close(figure))
+        patch.setattr(drawing, "save", lambda figure, path: drawing.plt.close(figure))
         sweep.main([*TASK, *GRID, "--out", "swept"])
     return home / "swept"
 
@@ -40,7 +41,7 @@ def page(swept: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of that sweep beside another folder of it, whose name would be HTML."""
     other = tmp_path_factory.mktemp("other") / "a <script>&"
     shutil.copytree(swept, other)
-    return report.page([report.read(swept), report.read(other)])
+    return report_page.render_page([report_page.read(swept), report_page.read(other)])
 
 
 def figures(page: str) -> list[dict[str, Any]]:
@@ -74,9 +75,9 @@ def test_nothing_is_loaded(page: str) -> None:
 
 
 def test_the_curves_are_those_of_the_tables(swept: Path, page: str) -> None:
-    curves, words = pl.read_parquet(swept / "curves.parquet"), plots.named(*(pl.read_parquet(swept / f"{n}.parquet") for n in ("points", "summary")))  # fmt: skip
+    curves, words = pl.read_parquet(swept / "curves.parquet"), drawing.point_labels(*(pl.read_parquet(swept / f"{n}.parquet") for n in ("points", "summary")))  # fmt: skip
     figure = next(f for f in figures(page) if f.get("series") and not f["series"][0]["name"].startswith("swept"))
-    assert [view["xtitle"] for view in figure["views"]] == list(plots.AXES.values())
+    assert [view["xtitle"] for view in figure["views"]] == list(drawing.AXES.values())
     assert {view["ytitle"] for view in figure["views"]} == {"f - f*"}
     assert {line["name"] for line in figure["series"]} == set(words.values())
     assert len(figure["series"]) == 8
@@ -84,7 +85,7 @@ def test_the_curves_are_those_of_the_tables(swept: Path, page: str) -> None:
     for point, name in words.items():
         rows = curves.filter(pl.col("point") == point)
         data = drawn[name, *rows["residual"]]
-        assert all(data[column] == rows[column].to_list() for column in plots.AXES)
+        assert all(data[column] == rows[column].to_list() for column in drawing.AXES)
 
 
 def test_the_heat_map_and_the_tables_hold_all(swept: Path, page: str) -> None:
@@ -105,9 +106,9 @@ def test_the_heat_map_and_the_tables_hold_all(swept: Path, page: str) -> None:
 
 
 def test_many_points_are_thinned_and_it_says_so(swept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "POINTS", 220)
-    monkeypatch.setattr(report, "ROWS", 3)
-    thin = report.page([report.read(swept)])
+    monkeypatch.setattr(report_page, "POINTS", 220)
+    monkeypatch.setattr(report_page, "ROWS", 3)
+    thin = report_page.render_page([report_page.read(swept)])
     figure = next(figure for figure in figures(thin) if "series" in figure)
     longest = pl.read_parquet(swept / "curves.parquet").group_by("point").len()["len"].max()
     assert max(len(line["data"]["round"]) for line in figure["series"]) <= 20 < longest  # pyright: ignore[reportOperatorIssue]
@@ -120,11 +121,11 @@ def test_an_unfinished_folder_shows_what_is_done(swept: Path, tmp_path: Path) ->
     shutil.copytree(swept, tmp_path / "half")
     for name in ("run.json", "summary.parquet", "points.parquet", "curves.parquet"):
         (tmp_path / "half" / name).unlink()
-    page = report.page([report.read(tmp_path / "half")])
+    page = report_page.render_page([report_page.read(tmp_path / "half")])
     assert "Not finished: the tables show 8 points." in page
     assert len(tables(page)["Settings"]) == 4
     shutil.rmtree(tmp_path / "half" / "batches")
-    page = report.page([report.read(tmp_path / "half")])
+    page = report_page.render_page([report_page.read(tmp_path / "half")])
     assert "There is no table yet." in page
     assert figures(page) == []
 
@@ -133,9 +134,9 @@ def test_a_target_of_accuracy_replaces_the_others(swept: Path, tmp_path: Path) -
     shutil.copytree(swept, tmp_path / "scored")
     identity = tmp_path / "scored" / "identity.json"
     asked = json.loads(identity.read_text())
-    assert "target" in report.read(tmp_path / "scored").asked
+    assert "target" in report_page.read(tmp_path / "scored").asked
     identity.write_text(json.dumps(asked | {"target_accuracy": [0.9]}))
-    asked = report.read(tmp_path / "scored").asked
+    asked = report_page.read(tmp_path / "scored").asked
     assert asked["target_accuracy"] == [0.9]
     assert "target" not in asked
 
@@ -159,11 +160,11 @@ def test_what_is_no_result_folder_is_said(swept: Path, tmp_path: Path, capsys: p
 def test_the_other_experiments_have_their_figures() -> None:
     """Tables as tune and heterogeneity leave them, drawn as they stand."""
     tables: dict[str, pl.DataFrame] = {"trials": pl.DataFrame({"trial": [0, 1, 2], "bits": [4, 4, 2], "bits_up": [5.0, None, 3.0], "goal": "f <=", "target": 0.1})}  # fmt: skip
-    (heading, _, (figure,)), *_ = report.report_figures.of("tune", tables, 100)
+    (heading, _, (figure,)), *_ = report_page.report_figures.of("tune", tables, 100)
     assert heading == "Bits up over the trials"
     assert [line["data"]["bits_up"] for line in figure["series"]] == [[5.0, None, 3.0], [5.0, 5.0, 3.0]]
     rows = {"axis": ["decades of L_m", "Dirichlet alpha"], "value": [1.0, 0.1], "laq saves": [0.8, 0.7], "lag_wk saves": [0.5, math.nan]}  # fmt: skip
-    (_, _, (figure,)), *_ = report.report_figures.of("heterogeneity", {"heterogeneity": pl.DataFrame(rows)}, 100)
+    (_, _, (figure,)), *_ = report_page.report_figures.of("heterogeneity", {"heterogeneity": pl.DataFrame(rows)}, 100)
     assert [line["data"]["saves"] for line in figure["series"]] == [[0.8], [0.5], [0.7], [None]]
 
 

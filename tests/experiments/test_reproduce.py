@@ -14,8 +14,9 @@ import polars as pl
 import pytest
 
 import laqjax
-from experiments import compare, plots, reproduce, terminal
-from experiments.members import MEMBERS
+from experiments import plots, reproduce
+from experiments.harness import cli, comparison
+from experiments.harness.search_spaces import MEMBERS
 from experiments.reproduce import family, lag, laq
 from laqjax import rules, types
 from laqjax.algorithms import _shared
@@ -65,7 +66,7 @@ def test_a_missing_file_is_named(folder: Path) -> None:
 def test_nobody_uploads_in_the_first_ten_rounds(folder: Path, x64: None) -> None:
     """The authors' LAGs step along memories of ones until the history is full; GD starts one step down the ones."""
     shards = lag.read(folder, "logistic", 3)
-    algs = lag.algorithms_of("logistic", shards)
+    algs = lag.make_algorithms("logistic", shards)
     for name in ("LAG-WK", "LAG-PS"):
         alg, state = algs[name]
         info = laqjax.run(alg, state, shards, 14, jax.random.key(0), metrics=["params"], chunk_size=14).info
@@ -89,11 +90,11 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
 def test_the_whole_table_of_little_sets(folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One problem, coarsely: the command writes its tables and figures."""
     monkeypatch.setattr(lag, "SETS", {"logistic": lag.SETS["logistic"]})
-    monkeypatch.setattr(lag, "OPTIMUM_AFTER", {"logistic": 300})
-    monkeypatch.setattr(lag, "WITHIN", 1e-1)
+    monkeypatch.setattr(lag, "OPTIMUM_ROUNDS", {"logistic": 300})
+    monkeypatch.setattr(lag, "TOLERANCE", 1e-1)
     recorded = {("logistic", m): lag.RECOMPUTED["logistic", 9] for m in (9, 18)}
     monkeypatch.setattr(lag, "RECOMPUTED", recorded)
-    lag.table(folder)
+    lag.lag_table(folder)
     out = home / "results" / "lag"
     table = pl.read_csv(out / "table.csv")
     assert table["method"].to_list() == ["GD", "LAG-WK", "LAG-PS", "Cyc-IAG", "Num-IAG"] * 2
@@ -107,7 +108,7 @@ def test_the_whole_table_of_little_sets(folder: Path, home: Path, monkeypatch: p
 @pytest.mark.parametrize(("command", "bits"), [(laq.logistic, 4), (laq.network, 8)])
 def test_laq_and_its_rivals(command: Any, bits: int, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rounds in (7, 12)[bits // 8 :]:  # it goes on to more
-        command(laq.Settings(home, rounds=rounds, starts=2, smoke=True))
+        command(laq.Settings(home, rounds=rounds, num_starts=2, quick=True))
     scored = pl.read_parquet(home / "curves.parquet").drop_nans("accuracy")
     assert scored.group_by("point").agg("round")["round"].to_list() == [[0, 12]] * 8
     table = pl.read_csv(home / "table.csv")
@@ -120,8 +121,8 @@ def test_laq_and_its_rivals(command: Any, bits: int, home: Path, capsys: pytest.
     assert cost["LAQ", "as b p"] == bits * p * cost["LAQ", "uploads"]
     said = capsys.readouterr().out
     assert "cost at the end, over 2 start(s)" in said
-    with terminal.command(["--json"]):
-        command(laq.Settings(home, rounds=12, starts=2, smoke=True))
+    with cli.command_line(["--json"]):
+        command(laq.Settings(home, rounds=12, num_starts=2, quick=True))
     ((title, shown),) = json.loads(capsys.readouterr().out)["tables"].items()
     assert title in said
     assert [row["mean"] for row in shown] == table["mean"].to_list()
@@ -135,7 +136,7 @@ def test_a_published_value_lies_inside_the_starts_or_not() -> None:
     ends = {"": 110.0, "_least": 100.0, "_most": 120.0}
     row = {"method": "GD"} | {f"{c}_1{e}": v for c in ("rounds", "uploads", "bits_up", "bits") for e, v in ends.items()}
     published = {"GD": {"rounds": 100, "uploads": 121, "paper_bits": 3300}}
-    table = reproduce.beside(pl.DataFrame([row]), "1", published, {"GD": 30})
+    table = reproduce.compare_with_published(pl.DataFrame([row]), "1", published, {"GD": 30})
     found = {row["cost"]: (row["mean"], row["difference"], row["inside"]) for row in table.iter_rows(named=True)}
     assert found == {
         "rounds": (110, "+10.0%", "yes"),
@@ -149,9 +150,9 @@ def test_a_published_value_lies_inside_the_starts_or_not() -> None:
 @pytest.mark.long
 def test_the_stochastic_methods(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = ("SGD", "SLAQ, half the errors")
-    every = laq.stochastic
-    monkeypatch.setattr(laq, "stochastic", lambda *given: {n: a for n, a in every(*given).items() if n in few})
-    laq.slaq(home, rounds=3, smoke=True)
+    every = laq.stochastic_methods
+    monkeypatch.setattr(laq, "stochastic_methods", lambda *given: {n: a for n, a in every(*given).items() if n in few})
+    laq.slaq(home, rounds=3, quick=True)
     table = pl.read_csv(home / "table.csv")
     assert table["method"].to_list() == list(few)
     assert table["uploads"][0] == 30
@@ -160,8 +161,8 @@ def test_the_stochastic_methods(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("every", [len(MEMBERS) // 2, pytest.param(1, marks=pytest.mark.long)])
 def test_the_family_at_the_steps_of_theory(every: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = compare.Comparison.first
-    monkeypatch.setattr(compare.Comparison, "first", lambda self: first(self)[::every])
+    first = comparison.Comparison.first
+    monkeypatch.setattr(comparison.Comparison, "first", lambda self: first(self)[::every])
     family.family(rounds=20, target=0.05)
     table = pl.read_csv(home / "results" / "family" / "table.csv")
     assert len(table) == len(range(0, len(MEMBERS), every))
@@ -223,7 +224,7 @@ RANDOM = {("linear", 9): 3466, ("linear", 18): 5283, ("logistic", 9): 22113, ("l
 @cache
 def counts(data: str, tmp: Path) -> dict[tuple[str, int], dict[str, int]]:
     """The table, as `experiments.reproduce lag` makes it."""
-    lag.table(Path(data), tmp)
+    lag.lag_table(Path(data), tmp)
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for problem, workers, method, uploads, *_ in pl.read_parquet(tmp / "table.parquet").iter_rows():
         found.setdefault((problem, workers), {})[method] = uploads

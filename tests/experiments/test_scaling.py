@@ -13,7 +13,10 @@ import polars as pl
 import pytest
 
 import laqjax
-from experiments import datasets, files, points, scaling, scaling_plots, teams, traffic
+from experiments import scaling
+from experiments.benchmarks import hlo_traffic, process_group
+from experiments.figures import scaling_figures
+from experiments.harness import datasets, grid, storage
 
 HLO = """HloModule jit_chunk, is_scheduled=true
 
@@ -54,16 +57,16 @@ ENTRY %main (x: f32[9]) -> f32[9] {
 def test_bytes_of_a_program_made_by_hand():
     always = 8 * 3 * 2 * 3 / 4
     skipped = 20 * 7 * 4 * 3 / 4 + 2 * 3 * 2 * 4 * 1 / 2 + 2 * 9 * 4 * 3 / 4
-    assert traffic.received(HLO) == {"always": always, "skipped": skipped}
+    assert hlo_traffic.count_received_bytes(HLO) == {"always": always, "skipped": skipped}
 
 
 def test_what_is_not_understood_is_refused():
     with pytest.raises(ValueError, match="replica_groups"):
-        traffic.received(HLO.replace("replica_groups={{0,1},{2,3}}", "groups=?"))
+        hlo_traffic.count_received_bytes(HLO.replace("replica_groups={{0,1},{2,3}}", "groups=?"))
     with pytest.raises(ValueError, match="f4"):
-        traffic.received(HLO.replace("bf16", "f4"))
+        hlo_traffic.count_received_bytes(HLO.replace("bf16", "f4"))
     with pytest.raises(ValueError, match="ENTRY"):
-        traffic.received("nothing")
+        hlo_traffic.count_received_bytes("nothing")
 
 
 def echo(rank: int, processes: int, port: int) -> None:
@@ -72,7 +75,7 @@ def echo(rank: int, processes: int, port: int) -> None:
             raise ValueError("as asked")
         return [rank, processes, question, os.getpid(), os.environ["XLA_FLAGS"].count("device_count=3")]
 
-    teams.answer(respond)
+    process_group.serve(respond)
 
 
 def there(pid: int) -> bool:
@@ -84,7 +87,7 @@ def member(tmp_path, monkeypatch):
     """`echo`, where new processes find it without JAX and all that tests import."""
     source = Path(__file__).read_text()
     function = source[source.index("def echo") : source.index("def there")]
-    (tmp_path / "echoing.py").write_text(f"import os\nfrom experiments import teams\n{function}")
+    (tmp_path / "echoing.py").write_text(f"import os\nfrom experiments.benchmarks import process_group\n{function}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # a team finds the experiments by itself, wherever it is started
     monkeypatch.chdir(tmp_path)
     return "echoing:echo"
@@ -92,7 +95,7 @@ def member(tmp_path, monkeypatch):
 
 @pytest.mark.distributed
 def test_team_answers_and_ends(member):
-    with teams.Team(member, processes=2, devices=3) as team:
+    with process_group.ProcessGroup(member, processes=2, devices=3) as team:
         answers = team.ask(number=4)
         assert [(a[0], a[1], a[2], a[4]) for a in answers] == [(0, 2, {"number": 4}, 1), (1, 2, {"number": 4}, 1)]
         pids = [a[3] for a in answers]
@@ -106,7 +109,7 @@ def test_nothing_is_left_behind(member, error):
     pids = []
 
     def interrupted():
-        with teams.Team(member, processes=2, devices=3) as team:
+        with process_group.ProcessGroup(member, processes=2, devices=3) as team:
             pids.extend(answer[3] for answer in team.ask())
             if error is KeyboardInterrupt:
                 raise KeyboardInterrupt
@@ -120,7 +123,7 @@ def test_nothing_is_left_behind(member, error):
 
 @pytest.mark.distributed
 def test_members_end_when_the_one_who_asks_is_killed(member):
-    program = f"from experiments import teams; t = teams.Team({member!r}, 1, 3); print(t.ask()[0][3], flush=True); t.ask(); import time; time.sleep(60)"
+    program = f"from experiments.benchmarks import process_group; t = process_group.ProcessGroup({member!r}, 1, 3); print(t.ask()[0][3], flush=True); t.ask(); import time; time.sleep(60)"
     root = Path(__file__).parents[2]
     with subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
@@ -135,7 +138,7 @@ def test_members_end_when_the_one_who_asks_is_killed(member):
 @pytest.mark.parametrize(("fixed", "power"), [(0.0, 1.0), (0.01, 1.0), (0.02, 0.7), (0.005, 1.3)])
 def test_slope_above_the_fixed_cost(fixed, power):
     x = np.array([10, 30, 100, 300, 1000])
-    found = scaling_plots.slope(x, fixed + 1e-3 * x**power)
+    found = scaling_figures.fit_power_law(x, fixed + 1e-3 * x**power)
     np.testing.assert_allclose(found, (fixed, power), atol=0.02)
 
 
@@ -148,8 +151,8 @@ def test_quick_run(tmp_path):
     for name in ("cost", "devices", "model"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
         assert (tmp_path / f"{name}.svg").exists()
-    assert files.read_json(tmp_path / "run.json")["quick"]
-    assert "model" in files.read_json(tmp_path / "model.json")["assumptions"][0]
+    assert storage.read_json(tmp_path / "run.json")["quick"]
+    assert "model" in storage.read_json(tmp_path / "model.json")["assumptions"][0]
     moved = pl.read_parquet(tmp_path / "bytes.parquet").row(0, named=True)
     words = 983  # of a message: 7850 codes of 4 bits in whole words of 32, and a radius
     assert moved["skipped"] == 10 * words * 4 / 2
@@ -162,14 +165,20 @@ def test_quick_run(tmp_path):
 
 def test_devices_come_before_all_else():
     with pytest.raises(ValueError, match="devices = 2: expected to be set before"):
-        points.cpu_devices(2)
+        grid.set_cpu_devices(2)
     with pytest.raises(ValueError, match="devices"):
-        points.cpu_devices(0)
+        grid.set_cpu_devices(0)
 
 
 @pytest.mark.distributed
 def test_example_of_hosts():
-    command = [sys.executable, "-m", "experiments.examples.hosts", "--coordinator", f"127.0.0.1:{teams.free_port()}"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.examples.multihost",
+        "--coordinator",
+        f"127.0.0.1:{process_group.free_port()}",
+    ]
     command += ["--num-processes", "2", "--rows", "60", "--rounds", "20", "--process-id"]
     options = {"cwd": Path(__file__).parents[2], "env": os.environ | {"JAX_PLATFORMS": "cpu"}}
     with contextlib.ExitStack() as stack:

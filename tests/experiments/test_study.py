@@ -15,14 +15,15 @@ from polars.testing import assert_frame_equal
 from rich.console import Console
 
 import laqjax
-from experiments import files, ledger, problems, report, study
-from experiments.ledger import Link, Targets
-from experiments.study import Budget, Point
+from experiments.figures import report_page
+from experiments.harness import cases, results, runner, storage
+from experiments.harness.results import NetworkModel, Targets
+from experiments.harness.runner import RunOptions, SweepPoint
 from laqjax import algorithms
 from laqjax.samplers import BlockSampler
 
 DATA = "synthetic-logistic?workers=4&samples=30&features=10"
-LINK = Link(compute_ms=1.0)
+LINK = NetworkModel(compute_ms=1.0)
 
 
 class CrashError(Exception):
@@ -35,21 +36,21 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
     monkeypatch.chdir(tmp_path_factory.mktemp("home"))
 
 
-def case() -> problems.Case:
-    return problems.case("logistic", DATA, workers=4)
+def case() -> cases.ProblemInstance:
+    return cases.get_case("logistic", DATA, workers=4)
 
 
-def chosen() -> list[Point]:
+def chosen() -> list[SweepPoint]:
     """Two structures, one with a sampler; three points of the first."""
     mine, server = case(), dict[str, Any](num_workers=4)
     laq: Any = [algorithms.laq(mine.oracle, lr=lr, **server) for lr in (0.01, 0.02, 0.05)]
     sgd: Any = algorithms.sgd(mine.oracle, lr=0.01, sampler=BlockSampler(5), **server)
-    points = [Point(alg, mine, 0, {"method": f"LAQ {i}"}) for i, alg in enumerate(laq)]
-    return [*points, Point(sgd, mine, 1, {"method": "SGD", "rows": 5})]
+    points = [SweepPoint(alg, mine, 0, {"method": f"LAQ {i}"}) for i, alg in enumerate(laq)]
+    return [*points, SweepPoint(sgd, mine, 1, {"method": "SGD", "rows": 5})]
 
 
 def run(out: Path, targets: Targets | None = None, **given: Any) -> pl.DataFrame:
-    return study.run(chosen(), targets or Targets((1.0,)), out, Budget(40, every=10), LINK, **given)
+    return runner.run(chosen(), targets or Targets((1.0,)), out, RunOptions(40, eval_every=10), LINK, **given)
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -57,26 +58,26 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def same(a: Path, b: Path) -> None:
-    for name in (*ledger.TABLES, "summary"):
+    for name in (*results.TABLES, "summary"):
         one, other = (pl.read_parquet(folder / f"{name}.parquet") for folder in (a, b))
         assert_frame_equal(one, other, check_exact=True)
 
 
 def test_points_of_several_structures_are_rows_in_their_order(tmp_path: Path) -> None:
     summary = run(tmp_path)
-    assert ledger.settings_of(summary) == ["method", "rows"]
+    assert results.setting_columns(summary) == ["method", "rows"]
     assert summary["method"].to_list() == ["LAQ 0", "LAQ 1", "LAQ 2", "SGD"]
     assert summary["rows"].to_list() == [None, None, None, 5]
-    assert files.read_json(tmp_path / "plan.json")["batch"] == [3, 1]
+    assert storage.read_json(tmp_path / "plan.json")["batch"] == [3, 1]
     curve = pl.read_parquet(tmp_path / "curves.parquet").filter(pl.col("point") == 3)
     assert curve["round"].to_list() == [0, 10, 20, 30, 40]  # a minibatch says little: all data, at the ends of chunks
-    info = laqjax.run(chosen()[1].algorithm, case().start(0), case().on_device, 40, jax.random.key(0)).info
+    info = laqjax.run(chosen()[1].algorithm, case().start(0), case().device_shards, 40, jax.random.key(0)).info
     mine = pl.read_parquet(tmp_path / "curves.parquet").filter(pl.col("point") == 1)
     np.testing.assert_allclose(mine["loss"], info.loss[: len(mine)], rtol=1e-5)
     np.testing.assert_array_equal(mine["uploads"][1:], np.cumsum(info.sent.sum(axis=1))[: len(mine) - 1])
 
 
-def scored(rows: int) -> problems.Case:
+def scored(rows: int) -> cases.ProblemInstance:
     """The case with so many test rows."""
     mine = case()
     return replace(mine, test=(np.resize(mine.shards.x, (rows, 10)), np.resize(mine.shards.y, rows)))
@@ -85,7 +86,7 @@ def scored(rows: int) -> problems.Case:
 def interval(rows: int, targets: Targets, sampler: Any = None, **given: Any) -> int:
     mine = scored(rows) if rows else case()
     alg = algorithms.sgd(mine.oracle, num_workers=4, lr=0.01, sampler=sampler)
-    return study.interval(Point(alg, mine), targets, Budget(**given))
+    return runner.interval(SweepPoint(alg, mine), targets, RunOptions(**given))
 
 
 def test_the_chosen_interval_costs_few_rows() -> None:
@@ -96,17 +97,17 @@ def test_the_chosen_interval_costs_few_rows() -> None:
     assert interval(0, residuals, BlockSampler(25)) == 20  # 120 rows scored for 300 * 2 %
     assert interval(60, residuals, BlockSampler(25)) == 30
     assert interval(0, residuals, BlockSampler(5)) == 50
-    assert [interval(72, shares, **given) for given in ({"every": 7}, {"longest": 8}, {"longest": 2})] == [7, 8, 2]
+    assert [interval(72, shares, **given) for given in ({"eval_every": 7}, {"longest": 8}, {"longest": 2})] == [7, 8, 2]
 
 
 def test_the_chosen_interval_is_kept_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, targets = scored(72), Targets((0.99, 0.999), accuracy=True)
     points = [replace(point, case=mine) for point in chosen()[:3]]
     for name, rounds in (("straight", 30), ("more", 20)):
-        study.run(points, targets, tmp_path / name, Budget(rounds), LINK)
-        assert files.read_json(tmp_path / name / "plan.json")["every"] == [10]
-    monkeypatch.setattr(study, "LOOKS", 1e-9)  # what a later version may choose
-    study.run(points, targets, tmp_path / "more", Budget(30), LINK)
+        runner.run(points, targets, tmp_path / name, RunOptions(rounds), LINK)
+        assert storage.read_json(tmp_path / name / "plan.json")["every"] == [10]
+    monkeypatch.setattr(runner, "LOOKS", 1e-9)  # what a later version may choose
+    runner.run(points, targets, tmp_path / "more", RunOptions(30), LINK)
     same(tmp_path / "straight", tmp_path / "more")
     curve = pl.read_parquet(tmp_path / "more" / "curves.parquet").drop_nans("accuracy")
     assert curve["round"].unique().to_list() == [0, 10, 20, 30]
@@ -114,12 +115,12 @@ def test_the_chosen_interval_is_kept_and_gone_on_with(tmp_path: Path, monkeypatc
 
 def test_a_start_may_be_a_state(tmp_path: Path) -> None:
     alg, mine = chosen()[2].algorithm, case()
-    half = laqjax.run(alg, mine.start(0), mine.on_device, 20, jax.random.key(0))
-    points = [Point(alg, mine, 0, {"method": "LAQ"}, half.state)]
-    study.run(points, Targets(), tmp_path, Budget(20, every=20), LINK)
-    rest = laqjax.run(alg, half.state, mine.on_device, 20, jax.random.key(0)).info
+    half = laqjax.run(alg, mine.start(0), mine.device_shards, 20, jax.random.key(0))
+    points = [SweepPoint(alg, mine, 0, {"method": "LAQ"}, half.state)]
+    runner.run(points, Targets(), tmp_path, RunOptions(20, eval_every=20), LINK)
+    rest = laqjax.run(alg, half.state, mine.device_shards, 20, jax.random.key(0)).info
     (mask,) = pl.read_parquet(tmp_path / "masks.parquet").iter_rows(named=True)
-    np.testing.assert_array_equal(ledger.unpacked(mask), rest.sent)
+    np.testing.assert_array_equal(results.unpack_mask(mask), rest.sent)
 
 
 @pytest.mark.parametrize("calls", [2, 6])
@@ -128,17 +129,17 @@ def test_what_was_saved_within_a_batch_is_gone_on_with(
 ) -> None:
     """Stopped in the first batch, and in the second: the rows of an undisturbed run, no chunk twice."""
     run(tmp_path / "calm", Targets())
-    monkeypatch.setattr(study, "SAVE", 0.0)
-    take_in, taken = study.Batch.take_in, []
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
+    take_in, taken = runner.Batch._record_chunk, []
 
-    def counted(self: study.Batch, out: Any) -> None:
+    def counted(self: runner.Batch, out: Any) -> None:
         if len(taken) == calls:
             taken.append(None)
             raise KeyboardInterrupt
-        taken.append(int(self.record.ran.max()))
+        taken.append(int(self.record.rounds_done.max()))
         take_in(self, out)
 
-    monkeypatch.setattr(study.Batch, "take_in", counted)
+    monkeypatch.setattr(runner.Batch, "_record_chunk", counted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", Targets())
     assert len(list(tmp_path.glob("cut/batches/*/run.json"))) == min(calls // 4 + 1, 2)
@@ -151,22 +152,24 @@ def test_a_stop_before_a_cut_changes_no_row(tmp_path: Path, monkeypatch: pytest.
     """The batch is saved, then cut in half: what goes on is cut too."""
     mine, server = case(), dict[str, Any](num_workers=4)
     rates = (0.05, 0.05, 0.05, 0.05, 0.05, 1e-5)
-    points = [Point(algorithms.gd(mine.oracle, lr=lr, **server), mine, i, {"lr": lr}) for i, lr in enumerate(rates)]
-    budget, targets = Budget(300, every=10), Targets((5.0,))
-    study.run(points, targets, tmp_path / "calm", budget, LINK)
-    monkeypatch.setattr(study, "SAVE", 0.0)
-    fill, fills = study.Batch.fill, []
+    points = [
+        SweepPoint(algorithms.gd(mine.oracle, lr=lr, **server), mine, i, {"lr": lr}) for i, lr in enumerate(rates)
+    ]
+    budget, targets = RunOptions(300, eval_every=10), Targets((5.0,))
+    runner.run(points, targets, tmp_path / "calm", budget, LINK)
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
+    fill, fills = runner.Batch._load_slots, []
 
-    def stopped(self: study.Batch) -> int:
-        fills.append((int(self.record.ran.max()), self.places()))
+    def stopped(self: runner.Batch) -> int:
+        fills.append((int(self.record.rounds_done.max()), self._compacted_size()))
         if len(fills) == 3:
             raise KeyboardInterrupt
         return fill(self)
 
-    monkeypatch.setattr(study.Batch, "fill", stopped)
+    monkeypatch.setattr(runner.Batch, "_load_slots", stopped)
     with pytest.raises(KeyboardInterrupt):
-        study.run(points, targets, tmp_path / "cut", budget, LINK)
-    study.run(points, targets, tmp_path / "cut", budget, LINK)
+        runner.run(points, targets, tmp_path / "cut", budget, LINK)
+    runner.run(points, targets, tmp_path / "cut", budget, LINK)
     assert fills == [(0, 6), (0, 6), (100, 1), (100, 1)]
     same(tmp_path / "calm", tmp_path / "cut")
 
@@ -186,16 +189,16 @@ def test_a_folder_that_is_no_checkpoint_is_set_aside(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_passed_over(damaged: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill in the midst of a batch, and files that were cut off: it goes on from the one before, or from the start."""
     run(tmp_path / "calm", Targets())
-    monkeypatch.setattr(study, "SAVE", 0.0)
-    take_in, calls = study.Batch.take_in, []
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
+    take_in, calls = runner.Batch._record_chunk, []
 
-    def third(self: study.Batch, out: Any) -> None:
-        calls.append(int(self.record.ran.max()))
+    def third(self: runner.Batch, out: Any) -> None:
+        calls.append(int(self.record.rounds_done.max()))
         if len(calls) == 4:
             raise KeyboardInterrupt
         take_in(self, out)
 
-    monkeypatch.setattr(study.Batch, "take_in", third)
+    monkeypatch.setattr(runner.Batch, "_record_chunk", third)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", Targets())
     there = sorted((tmp_path / "cut" / "batches" / "000-000000").glob("[0-9]*"), key=lambda path: int(path.name))
@@ -213,57 +216,57 @@ def test_a_damaged_checkpoint_is_passed_over(damaged: int, tmp_path: Path, monke
 
 def test_a_state_of_other_points_is_set_aside(tmp_path: Path) -> None:
     """What a search that is asked for more trials would find after a kill."""
-    mine, budget = chosen(), Budget(40, every=10)
+    mine, budget = chosen(), RunOptions(40, eval_every=10)
     path, show, console = (
         tmp_path / "batch",
         lambda work, note: None,
         Console(record=True, width=200, file=io.StringIO()),
     )
-    study.Batch(mine[2::-1], Targets(), budget, 3, path, show).run(console, keep=True)
+    runner.Batch(mine[2::-1], Targets(), budget, 3, path, show).run(console, keep=True)
     assert not console.export_text(clear=False)
-    study.Batch(mine[:3], Targets(), budget, 3, path, show).run(console)
+    runner.Batch(mine[:3], Targets(), budget, 3, path, show).run(console)
     assert "of a run with other arguments (points)" in console.export_text()
 
 
 def test_the_loss_of_local_steps_is_that_of_the_model_before_them() -> None:
     mine = case()
     alg = algorithms.fedavg(mine.oracle, num_workers=4, num_local_steps=3, local_lr=0.01)
-    info = laqjax.run(alg, mine.start(1), mine.on_device, 1, jax.random.key(0)).info
-    np.testing.assert_allclose(info.loss[0], mine.losses(mine.start(1)[None])[0], rtol=1e-6)
+    info = laqjax.run(alg, mine.start(1), mine.device_shards, 1, jax.random.key(0)).info
+    np.testing.assert_allclose(info.loss[0], mine.batched_loss(mine.start(1)[None])[0], rtol=1e-6)
 
 
 def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
-    with files.claimed(tmp_path, {"a": 1}):
+    with storage.lock_results_dir(tmp_path, {"a": 1}):
         with pytest.raises(
             ValueError, match=r"is held by process \d+ on .*: wait until it ends, or give another --out"
         ):
-            files.claimed(tmp_path, {"a": 1}).__enter__()
+            storage.lock_results_dir(tmp_path, {"a": 1}).__enter__()
         with pytest.raises(ValueError, match=r"holds the results of other settings \(a: 1 there, 2 asked for\)"):
-            files.claimed(tmp_path, {"a": 2}).__enter__()
-    with files.claimed(tmp_path, {"a": 1}):
+            storage.lock_results_dir(tmp_path, {"a": 2}).__enter__()
+    with storage.lock_results_dir(tmp_path, {"a": 1}):
         pass
 
 
 def test_results_of_another_format_are_refused(tmp_path: Path) -> None:
-    with files.claimed(tmp_path, {"experiment": "sweep"}):
+    with storage.lock_results_dir(tmp_path, {"experiment": "sweep"}):
         pass
-    assert files.read_identity(tmp_path) == {"experiment": "sweep"}
+    assert storage.read_identity(tmp_path) == {"experiment": "sweep"}
     path = tmp_path / "identity.json"
-    for other, found in ({"format": 2}, "2"), ({}, "None"):
-        files.write_json(path, {"experiment": "sweep"} | other)
+    for other, found in ({"format": 1}, "1"), ({}, "None"):
+        storage.write_json(path, {"experiment": "sweep"} | other)
         for read in (
-            lambda: files.claimed(tmp_path, {"experiment": "sweep"}).__enter__(),
-            lambda: report.read(tmp_path),
+            lambda: storage.lock_results_dir(tmp_path, {"experiment": "sweep"}).__enter__(),
+            lambda: report_page.read(tmp_path),
         ):
-            with pytest.raises(ValueError, match=f"holds results of format {found}: must be format 1"):
+            with pytest.raises(ValueError, match=f"holds results of format {found}: must be format 2"):
                 read()
 
 
 @pytest.mark.parametrize("error", [ValueError, CrashError])
 def test_a_failure_before_anything_is_done_leaves_the_folder_free(error: type[Exception], tmp_path: Path) -> None:
-    with pytest.raises(error), files.claimed(tmp_path, {"a": 1}):
+    with pytest.raises(error), storage.lock_results_dir(tmp_path, {"a": 1}):
         raise error
-    with files.claimed(tmp_path, {"a": 2}):
+    with storage.lock_results_dir(tmp_path, {"a": 2}):
         pass
 
 
@@ -278,16 +281,18 @@ def test_another_study_is_refused(tmp_path: Path) -> None:
 FAR, NEVER = (4.0, 3.0), 10**9
 
 
-def uneven() -> list[Point]:
+def uneven() -> list[SweepPoint]:
     """Points that are done early, late, never, and one that diverges; and minibatches, with which another batch begins."""
     mine, server = case(), dict[str, Any](num_workers=4)
     laq: Any = [algorithms.laq(mine.oracle, lr=lr, **server) for lr in (0.1, 0.1, 0.08, 0.05, 0.01, 1e38)]
     sgd: Any = [algorithms.sgd(mine.oracle, lr=lr, sampler=BlockSampler(5), **server) for lr in (0.1, 0.03)]
-    return [Point(alg, mine, i, {"method": f"{i}"}) for i, alg in enumerate([*laq, *sgd])]
+    return [SweepPoint(alg, mine, i, {"method": f"{i}"}) for i, alg in enumerate([*laq, *sgd])]
 
 
 def asked(out: Path, rounds: int, targets: tuple[float, ...], short: int = NEVER, **given: Any) -> pl.DataFrame:
-    return study.run(uneven(), Targets(targets), out, Budget(rounds, every=10, short=short), LINK, **given)
+    return runner.run(
+        uneven(), Targets(targets), out, RunOptions(rounds, eval_every=10, compact_after=short), LINK, **given
+    )
 
 
 @pytest.fixture
@@ -334,13 +339,13 @@ def test_more_is_what_a_straight_run_would_have(
     same(tmp_path / "straight", tmp_path / "more")
     begun.clear()
     asked(tmp_path / "more", *then, short)
-    assert files.read_json(tmp_path / "more" / "run.json")["points_computed"] == len(begun) == 0
+    assert storage.read_json(tmp_path / "more" / "run.json")["points_computed"] == len(begun) == 0
 
 
 def test_a_target_that_is_met_between_two_looks_is_a_straight_run_too(tmp_path: Path) -> None:
     """More rounds would have taken the point to its next look."""
     for name, rounds in (("straight", 75), ("more", 37), ("more", 75)):
-        study.run(uneven()[3:4], Targets(FAR[:1]), tmp_path / name, Budget(rounds, every=10), LINK)
+        runner.run(uneven()[3:4], Targets(FAR[:1]), tmp_path / name, RunOptions(rounds, eval_every=10), LINK)
     assert pl.read_parquet(tmp_path / "more" / "points.parquet")["ended"].to_list() == [40]
     same(tmp_path / "straight", tmp_path / "more")
 
@@ -357,7 +362,7 @@ def test_further_targets_after_a_cut_change_nothing_before(tmp_path: Path, begun
     for old, new in zip(
         before.to_dicts(), pl.read_parquet(tmp_path / "more" / "masks.parquet").to_dicts(), strict=True
     ):
-        np.testing.assert_array_equal(ledger.unpacked(old), ledger.unpacked(new)[: old["rounds"]])
+        np.testing.assert_array_equal(results.unpack_mask(old), results.unpack_mask(new)[: old["rounds"]])
     one, other = (pl.read_parquet(tmp_path / name / "points.parquet") for name in ("straight", "more"))
     assert_frame_equal(one.select("ended", "reached", "diverged"), other.select("ended", "reached", "diverged"))
     assert_frame_equal(one.select("rounds_3", "final_loss"), other.select("rounds_3", "final_loss"), rel_tol=0.03)
@@ -372,30 +377,32 @@ def test_a_stop_while_it_goes_on_loses_and_repeats_nothing(
     begun.clear()
     asked(tmp_path / "calm", 130, FAR)
     before = {path: path.read_bytes() for path in tmp_path.glob("cut/*.parquet")}
-    monkeypatch.setattr(study, "SAVE", 0.0)
-    take_in, taken, calm = study.Batch.take_in, [], len(begun)
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
+    take_in, taken, calm = runner.Batch._record_chunk, [], len(begun)
 
-    def stopped(self: study.Batch, out: Any) -> None:
-        taken.append((len(self.points), *self.record.ran))
+    def stopped(self: runner.Batch, out: Any) -> None:
+        taken.append((len(self.points), *self.record.rounds_done))
         if len(taken) in (2, 6):
             raise KeyboardInterrupt
         take_in(self, out)
 
-    monkeypatch.setattr(study.Batch, "take_in", stopped)
+    monkeypatch.setattr(runner.Batch, "_record_chunk", stopped)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             asked(tmp_path / "cut", 130, FAR)
         assert {path: path.read_bytes() for path in tmp_path.glob("cut/*.parquet")} == before
         assert not (tmp_path / "cut" / "run.json").exists()
-    saved = files.save
+    saved = storage.save_frame
 
     def crash(*given: Any, **more: Any) -> None:
         raise CrashError
 
-    monkeypatch.setattr(files, "save", crash)  # the last states are there, and the tables those of the first request
+    monkeypatch.setattr(
+        storage, "save_frame", crash
+    )  # the last states are there, and the tables those of the first request
     with pytest.raises(CrashError):
         asked(tmp_path / "cut", 130, FAR)
-    monkeypatch.setattr(files, "save", saved)
+    monkeypatch.setattr(storage, "save_frame", saved)
     asked(tmp_path / "cut", 130, FAR)
     stopped_chunks = [taken[1], taken[5]]
     assert [chunk for chunk in taken if taken.count(chunk) > 1] == [c for c in stopped_chunks for _ in range(2)]
@@ -420,13 +427,13 @@ def test_less_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=said):
             asked(tmp_path, rounds, targets)
     with pytest.raises(ValueError, match=r"holds the results of other settings \(points: .* asked for\); give"):
-        study.run(uneven()[:3], Targets(FAR), tmp_path, Budget(80, every=10), LINK)
+        runner.run(uneven()[:3], Targets(FAR), tmp_path, RunOptions(80, eval_every=10), LINK)
     assert before == contents(tmp_path)
 
 
 def test_states_that_are_too_large_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "KEEP", 1e-9)
-    monkeypatch.setattr(study, "SAVE", 0.0)
+    monkeypatch.setattr(runner, "MAX_STATES_GIB", 1e-9)
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
     console = Console(record=True, width=200, file=io.StringIO())
     asked(tmp_path, 20, FAR, console=console)
     assert "of its last states were not kept" in console.export_text()
@@ -476,7 +483,7 @@ def test_f_star_of_softmax_regression_is_that_of_newton() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (2, 30, 4)).astype(np.uint8), rng.integers(0, 3, (2, 30)).astype(np.int32)
     problem = laqjax.problems.Softmax(4, 3)
-    found = problems.optimum(problem, laqjax.Shards(x, y, np.ones((2, 30), np.float32)))
+    found = cases.solve_optimum(problem, laqjax.Shards(x, y, np.ones((2, 30), np.float32)))
     rows = np.column_stack([x.reshape(60, 4) / 255, np.ones(60)])
     theta, gradient, p = np.zeros((3, 5)), np.ones((3, 5)), np.ones((60, 3))
     for _ in range(20):
@@ -493,7 +500,7 @@ def test_f_star_of_softmax_regression_is_that_of_newton() -> None:
 
 def test_a_full_disk_is_said(tmp_path: Path) -> None:
     def write() -> None:
-        with files.replacing(tmp_path / "rows.csv") as part:
+        with storage.atomic_write(tmp_path / "rows.csv") as part:
             part.write_text("half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -509,6 +516,6 @@ def test_targets_of_one_name_are_refused() -> None:
 
 
 def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
-    files.write_json(tmp_path / "plan.json", {"batch": [1], "compute_ms": [1.0], "devices": jax.local_device_count()})
+    storage.write_json(tmp_path / "plan.json", {"batch": [1], "compute_ms": [1.0], "devices": jax.local_device_count()})
     with pytest.raises(ValueError, match=r"lacks \['every'\]: it was made by another version"):
-        study.planned([], [], tmp_path, ledger.LINK, Targets(()), Budget())
+        runner.load_or_make_plan([], [], tmp_path, results.DEFAULT_NETWORK, Targets(()), RunOptions())

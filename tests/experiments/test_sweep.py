@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ import numpy as np
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
+from rich.console import Console
 
 import laqjax
-from experiments import files, ledger, plots, points, problems, study, sweep, teams
+from experiments import plots, sweep
+from experiments.benchmarks import process_group
+from experiments.figures import drawing
+from experiments.harness import cases, grid, results, runner, storage
 from laqjax._engine import loop
 from laqjax._engine import sweep as many
 from tests.support import programs
@@ -62,11 +67,11 @@ def environment() -> dict[str, str]:
 
 def quicken(patch: pytest.MonkeyPatch, home: Path) -> None:
     """No figures where nobody looks at them."""
-    patch.setattr(sweep, "report", lambda folder, console: None)
+    patch.setattr(sweep, "print_report", lambda folder, console: None)
     patch.chdir(home)
 
 
-REPORT = sweep.report
+REPORT = sweep.print_report
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +79,7 @@ def whole(home: Path) -> Path:
     """The grid in batches of 5: the last of them is filled up."""
     with pytest.MonkeyPatch.context() as patch:
         quicken(patch, home)
-        return run("--batch", "5", *GRID, out=home / "whole")
+        return run("--batch-size", "5", *GRID, out=home / "whole")
 
 
 def run(*more: str, out: Path) -> Path:
@@ -92,7 +97,7 @@ def rows(folder: Path, name: str = "points") -> pl.DataFrame:
 
 def masks(folder: Path) -> list[np.ndarray]:
     """Who sent when, [rounds, workers] a point."""
-    return [ledger.unpacked(row) for row in rows(folder, "masks").iter_rows(named=True)]
+    return [results.unpack_mask(row) for row in rows(folder, "masks").iter_rows(named=True)]
 
 
 def same(a: Path, b: Path) -> None:
@@ -118,16 +123,16 @@ def same_early(a: Path, b: Path) -> None:
 
 
 def parsed(*more: str) -> sweep.Settings:
-    return points.parsed(sweep.Settings, [*TASK, *more], None)
+    return grid.parse_settings(sweep.Settings, [*TASK, *more], None)
 
 
 def select(settings: sweep.Settings) -> list[dict[str, Any]]:
-    return list(points.select(settings.axes, settings.data, settings.draw))
+    return list(grid.iter_settings(settings.axes, settings.data, settings.draw))
 
 
-def chosen(*more: str) -> list[study.Point]:
+def chosen(*more: str) -> list[runner.SweepPoint]:
     settings = parsed(*more)
-    return sweep.built(settings, select(settings))
+    return grid.build_checked_points(settings, select(settings))
 
 
 def refusal(*more: str, out: Path = Path("refused")) -> str:
@@ -144,7 +149,9 @@ def test_rows_are_single_runs(whole: Path) -> None:
     f_star: Any = singles[0].case.f_star
     for i in np.random.default_rng(0).choice(24, 6, replace=False):
         row, point = table.row(i, named=True), singles[i]
-        info = laqjax.run(point.algorithm, point.begin(), point.case.on_device, 100, jax.random.key(point.seed)).info
+        info = laqjax.run(
+            point.algorithm, point.initial_params(), point.case.device_shards, 100, jax.random.key(point.seed)
+        ).info
         assert len(sent[i]) == row["ended"]
         np.testing.assert_array_equal(sent[i][:50], info.sent[: min(50, len(sent[i]))])
         met = np.flatnonzero(info.loss - f_star <= 3)
@@ -164,7 +171,7 @@ def test_rows_are_single_runs(whole: Path) -> None:
 
 
 def test_filled_up_batches_give_every_point_once(whole: Path) -> None:
-    assert files.read_json(whole / "plan.json")["batch"] == [5]
+    assert storage.read_json(whole / "plan.json")["batch"] == [5]
     for name in ("points", "masks"):
         assert rows(whole, name)["point"].to_list() == list(range(24))
     assert rows(whole).select("bits", "max_silence", "window", "lr").n_unique() == 24
@@ -182,10 +189,10 @@ def test_compaction_changes_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return stream(algs, state, shards, rounds, keys, **given)
 
     monkeypatch.setattr(laqjax, "stream_sweep", counted)
-    given = ["--batch", "8", *EIGHT, "--rounds", "300", "--target", "10", "5", "3", "2"]
-    straight = run(*given, "--every", "300", out=tmp_path / "straight")
+    given = ["--batch-size", "8", *EIGHT, "--rounds", "300", "--target", "10", "5", "3", "2"]
+    straight = run(*given, "--eval-every", "300", out=tmp_path / "straight")
     assert sizes == [8]
-    first, again = (run(*given, "--every", "10", out=tmp_path / name) for name in ("first", "again"))
+    first, again = (run(*given, "--eval-every", "10", out=tmp_path / name) for name in ("first", "again"))
     cut = sizes[1 : len(sizes) // 2 + 1]
     assert cut[0] == 8
     assert min(cut) < 8
@@ -197,7 +204,7 @@ def test_compaction_changes_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_one_program_for_a_group(tmp_path: Path) -> None:
     before = programs()
-    given = ["--rounds", "40", "--every", "40", "--target", "1e-9", "--batch", "7"]
+    given = ["--rounds", "40", "--eval-every", "40", "--target", "1e-9", "--batch-size", "7"]
     out = run(*given, *GRID, out=tmp_path / "out")
     assert programs() == before + 1
     assert not rows(out)["reached"].any()
@@ -205,11 +212,11 @@ def test_one_program_for_a_group(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_four_devices(whole: Path, tmp_path: Path) -> None:
-    given = ["--batch", "8", *EIGHT, "--rounds", "50"]
+    given = ["--batch-size", "8", *EIGHT, "--rounds", "50"]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     env = environment() | {"XLA_FLAGS": flags}
     subprocess.run(command(*given, out=tmp_path), env=env, check=True, stdout=subprocess.DEVNULL)
-    assert files.read_json(tmp_path / "plan.json") == {"batch": [8], "every": [50], "compute_ms": [1.0], "devices": 4}
+    assert storage.read_json(tmp_path / "plan.json") == {"batch": [8], "every": [50], "compute_ms": [1.0], "devices": 4}
     mine = rows(whole)["bits"] == 4
     early = ["max_silence", "window", "lr", "rounds_10", "uploads_10", "bits_up_10"]
     assert_frame_equal(rows(whole).filter(mine).select(early), rows(tmp_path).select(early))
@@ -222,7 +229,7 @@ def test_four_devices(whole: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kills", [(12,), pytest.param((0, 7, 12), marks=pytest.mark.long)])
 def test_kills_lose_nothing(kills: tuple[int, ...], whole: Path, tmp_path: Path) -> None:
     """Killed so many times, a random moment after so many of the 15 batch files are there."""
-    given, rng = ["--batch", "5", *GRID], np.random.default_rng()
+    given, rng = ["--batch-size", "5", *GRID], np.random.default_rng()
     for wanted in kills:
         process = subprocess.Popen(command(*given, out=tmp_path), env=environment(), stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
@@ -242,12 +249,12 @@ def test_kills_lose_nothing(kills: tuple[int, ...], whole: Path, tmp_path: Path)
     run(*given, out=tmp_path)
     same(tmp_path, whole)
     assert all(path.stat().st_mtime_ns == done[path] for path in complete)
-    assert files.read_json(tmp_path / "run.json")["points_computed"] == 24 - 5 * len(complete) // 3
+    assert storage.read_json(tmp_path / "run.json")["points_computed"] == 24 - 5 * len(complete) // 3
 
 
 def processes(*more: str, out: Path) -> list["subprocess.Popen[str]"]:
     """The same command in two processes, which share the points."""
-    where = ["--coordinator", f"127.0.0.1:{teams.free_port()}", "--num-processes", "2", "--process-id"]
+    where = ["--coordinator", f"127.0.0.1:{process_group.free_port()}", "--num-processes", "2", "--process-id"]
     given: dict[str, Any] = {"env": environment(), "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return [subprocess.Popen([*command(*more, *where, str(i), out=out)], **given) for i in (0, 1)]
 
@@ -263,18 +270,18 @@ def test_processes_are_named_whole_or_found() -> None:
 @pytest.mark.distributed
 def test_two_processes_share_the_points(whole: Path, tmp_path: Path) -> None:
     """Row for row what one of them computes alone; what process 0 refuses is refused by both, and process 0 alone speaks."""
-    pair = processes("--batch", "5", *GRID, out=tmp_path)
+    pair = processes("--batch-size", "5", *GRID, out=tmp_path)
     said = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said
     same(tmp_path, whole)
-    assert files.read_json(tmp_path / "plan.json")["batch"] == [5]
+    assert storage.read_json(tmp_path / "plan.json")["batch"] == [5]
     assert len(list(tmp_path.glob("batches/*/[0-9]*"))) == 5  # the last states of each batch, by whoever computed it
-    assert files.read_json(tmp_path / "run.json")["points_computed"] == 14  # in three of the five batches
+    assert storage.read_json(tmp_path / "run.json")["points_computed"] == 14  # in three of the five batches
     assert "cheapest" in said[0][0]
     assert all(
         line.startswith("[Gloo]") for line in said[1][0].splitlines()
     )  # its own line on stdout, of all processes
-    pair = processes("--batch", "5", *GRID, "--xi", "0.3", out=tmp_path)
+    pair = processes("--batch-size", "5", *GRID, "--xi", "0.3", out=tmp_path)
     said = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [2, 2], said
     assert all("holds the results of other settings" in error for _, error in said)
@@ -288,7 +295,7 @@ def test_processes_that_do_not_belong_together(fault: str, tmp_path: Path) -> No
     out = tmp_path / "file" if fault == "file" else Path("here")
     more = [[], ["--rounds", "90"]] if fault == "settings" else [[], []]
     places = [tmp_path / name for name in (("a", "b") if fault == "folder" else ("a", "a"))]
-    where = ["--coordinator", f"127.0.0.1:{teams.free_port()}", "--num-processes", "2", "--process-id"]
+    where = ["--coordinator", f"127.0.0.1:{process_group.free_port()}", "--num-processes", "2", "--process-id"]
     given: dict[str, Any] = {
         "env": environment(),
         "text": True,
@@ -310,7 +317,7 @@ def test_processes_that_do_not_belong_together(fault: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("lost", [0, 1])
 def test_one_of_two_processes_is_killed(lost: int, whole: Path, tmp_path: Path) -> None:
     """The other one ends within a minute, and the same points go on in one process from what is there."""
-    given = ["--batch", "5", *GRID]
+    given = ["--batch-size", "5", *GRID]
     pair = processes(*given, out=tmp_path)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("batches/0*-points.parquet")):
@@ -330,13 +337,13 @@ def test_a_damaged_batch_heals(whole: Path, tmp_path: Path, capsys: pytest.Captu
     shutil.copytree(whole, out)
     part = out / "batches" / "000-000010-curves.parquet"
     part.write_bytes(part.read_bytes()[:100])
-    run("--batch", "5", *GRID, out=out)
+    run("--batch-size", "5", *GRID, out=out)
     said = "".join(capsys.readouterr().out.split())
     assert "000-000010-curves.parquetisdamaged" in said
     assert "000-000010-curves.parquet.damaged-1" in said
     assert part.with_name(f"{part.name}.damaged-1").stat().st_size == 100
     same(out, whole)
-    assert files.read_json(out / "run.json")["points_computed"] == 5
+    assert storage.read_json(out / "run.json")["points_computed"] == 5
 
 
 class CrashError(Exception):
@@ -349,10 +356,10 @@ def crash(*given: Any) -> None:
 
 def test_it_goes_on_to_more_rounds_and_a_smaller_target(tmp_path: Path) -> None:
     """From the last states; a shard that has not got there is not merged."""
-    given, more = ["--batch", "8", *EIGHT], ["--rounds", "90", "--target", "10", "5", "3", "2.5"]
+    given, more = ["--batch-size", "8", *EIGHT], ["--rounds", "90", "--target", "10", "5", "3", "2.5"]
     straight, out = run(*given, *more, out=tmp_path / "straight"), run(*given, "--rounds", "60", out=tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study.Batch, "run", crash)
+        patch.setattr(runner.Batch, "run", crash)
         assert run(*given, "--rounds", "60", out=out) == out  # nothing is left to run
         with pytest.raises(CrashError):
             run(*given, *more, out=out)
@@ -366,9 +373,9 @@ def test_it_goes_on_to_more_rounds_and_a_smaller_target(tmp_path: Path) -> None:
 
 def test_another_sweep_is_refused(whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    said = refusal("--batch", "5", *GRID, "--xi", "0.4", "--uplink-mbps", "1", out=whole)
+    said = refusal("--batch-size", "5", *GRID, "--xi", "0.4", "--uplink-mbps", "1", out=whole)
     assert "uplink_mbps: 10.0 there, 1.0 asked for; xi: [] there, [0.4] asked for" in said
-    assert "batch: 5 there, 6 asked for" in refusal("--batch", "6", *GRID, out=whole)
+    assert "batch_size: 5 there, 6 asked for" in refusal("--batch-size", "6", *GRID, out=whole)
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
@@ -406,13 +413,13 @@ def test_a_loss_that_averages_is_named(tmp_path: Path) -> None:
         (["--shard", "3/2"], "shard = '3/2': expected i/n"),
         (["--shard", "one"], "shard = 'one': expected i/n"),
         (["--shard", "1/99"], "expected at most 36 shards for 36 points"),
-        (["--random", "0"], "random = 0: must be a whole number"),
+        (["--num-random", "0"], "num_random = 0: must be a whole number"),
         (["--algorithm", "lac"], "algorithm = 'lac': expected FILE.py:factory or one of "),
         (["--algorithm", "ef21", "--compressor", "tip_k:3"], "compressor = 'tip_k:3': expected one of"),
         (["--problem", "softmaxx"], "problem = 'softmaxx' on synthetic-logistic: expected"),
         (["--target", "1", "2"], "the largest first"),
         (["--rounds", "0"], "rounds = 0: must be"),
-        (["--batch", "-1"], "batch = -1: must be"),
+        (["--batch-size", "-1"], "batch_size = -1: must be"),
         (["--uplink-mbps", "0"], "uplink_mbps = 0.0: expected a number > 0"),
         (["--algorithm"], "axis algorithm has no values"),
         (["--set", "momentum"], "--set momentum has no values"),
@@ -448,15 +455,15 @@ def test_a_loss_that_averages_is_named(tmp_path: Path) -> None:
         (["--algorithm", "gd", "sgd", "--k", "2"], "--k 2: gd, sgd has no argument k; leave the option out"),
         (["--target-accuracy", "0.5"], "target_accuracy: expected a problem with an accuracy, and data with test rows"),
         (["--seeds", "0", "-1"], "seeds = -1: must be a whole number >= 0"),
-        (["--batch", "0"], "batch = 0: must be"),
+        (["--batch-size", "0"], "batch_size = 0: must be"),
         (["--algorithm", "sgd", "--minibatch", "31"], "minibatch = 31: must be a whole number >= 1 and <= 30"),
         (["--algorithm", "topk_ef", "--k", "99"], "1 of 1 points cannot run"),
         (["--algorithm", "marina", "--compressor", "rand_k:99"], "1 of 1 points cannot run"),
         (["--workers", "4", "99999", "-b", "4", "-C", "1", "-D", "1"], "1 of 2 points cannot run"),
-        (["--random", "2", "--lr", "0", "0.1"], "lr = 0.0: must be a finite number > 0"),
+        (["--num-random", "2", "--lr", "0", "0.1"], "lr = 0.0: must be a finite number > 0"),
         (["--config", "."], "directory"),
         (["--config", "none.toml"], "none.toml"),
-        (["--memory", "1e-9"], "memory_limit = 0 MiB: must be at least"),
+        (["--memory-gib", "1e-9"], "memory_limit = 0 MiB: must be at least"),
         (["--dataset", "synthetic-linear?workers=4", "--problem", "softmax"], "ridge for numbers"),
     ],
 )
@@ -465,7 +472,7 @@ def test_refusals(given: list[str], said: str) -> None:
 
 
 def test_random_points() -> None:
-    axes = ["-b", "2", "8", "-C", "1", "200", "-D", "1", "4", "9", "--lr", "0.001", "0.1", "--random", "200"]
+    axes = ["-b", "2", "8", "-C", "1", "200", "-D", "1", "4", "9", "--lr", "0.001", "0.1", "--num-random", "200"]
     settings = parsed(*axes)
     table = pl.DataFrame(select(settings))
     assert len(table) == 200
@@ -476,7 +483,7 @@ def test_random_points() -> None:
     assert table["lr"].is_between(0.001, 0.1).all()
     assert table.filter(pl.col("lr") < 0.01).height == pytest.approx(100, abs=25)  # a log scale
     assert select(settings) == table.to_dicts()
-    assert select(parsed(*axes, "--random-seed", "1")) != table.to_dicts()
+    assert select(parsed(*axes, "--sampling-seed", "1")) != table.to_dicts()
 
 
 def test_knobs_that_an_algorithm_lacks_collapse(tmp_path: Path) -> None:
@@ -500,24 +507,24 @@ RANGES += ", probability 0.2 0.5, period 3 9, min-bits 2 3, max-bits 8 10, bits-
 def ranges(name: str) -> list[str]:
     """The options that an algorithm has; CADA has c where the others have xi."""
     all_of_them = RANGES.split(", ") + ["c 0.1 0.6"] * name.startswith("cada")
-    mine = [text.split() for text in all_of_them if text.split()[0].replace("-", "_") in points.arguments(name)]
+    mine = [text.split() for text in all_of_them if text.split()[0].replace("-", "_") in grid.argument_names(name)]
     given = [word for option, *values in mine for word in (f"--{option}", *values)]
-    return [*given, "--random", "3", "--minibatch", "10"]
+    return [*given, "--num-random", "3", "--minibatch", "10"]
 
 
-@pytest.mark.parametrize("name", points.factories())
+@pytest.mark.parametrize("name", grid.algorithm_factories())
 def test_every_member_is_one_structure_for_all_values(name: str) -> None:
     made = chosen("--algorithm", name, *ranges(name))
     assert len(made) == 3
     stacked = laqjax.stack_algorithms([point.algorithm for point in made])  # refuses another structure
     changed = [leaf for leaf in jax.tree.leaves(stacked) if len(np.unique(leaf, axis=0)) > 1]
-    swept = points.arguments(name) & {word[2:].replace("-", "_") for word in ranges(name) if word[:2] == "--"}
+    swept = grid.argument_names(name) & {word[2:].replace("-", "_") for word in ranges(name) if word[:2] == "--"}
     # what is a structure or a start besides: the window is in the weights too, the bound in the first silence
     assert len(changed) >= len(swept)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", points.factories())
+@pytest.mark.parametrize("name", grid.algorithm_factories())
 def test_every_member_sweeps_in_one_program(name: str, tmp_path: Path) -> None:
     before = programs()
     out = run("--algorithm", name, *ranges(name), "--rounds", "5", out=tmp_path)
@@ -527,24 +534,24 @@ def test_every_member_sweeps_in_one_program(name: str, tmp_path: Path) -> None:
 
 def test_config_files_are_the_command_line(tmp_path: Path) -> None:
     line = ["-b", "2", "4", "--lr", "0.05", "--target", "1e-1", "1e-2", "--rounds", "600", "--dataset", DATA]
-    line += ["--random", "7", "--smoke", "--out", "there", "--partition-seed", "3"]
-    read = lambda given: points.parsed(sweep.Settings, given, None)  # noqa: E731
+    line += ["--num-random", "7", "--quick", "--out", "there", "--partition-seed", "3"]
+    read = lambda given: grid.parse_settings(sweep.Settings, given, None)  # noqa: E731
     expected = read(line)
     toml, yaml = tmp_path / "a.toml", tmp_path / "a.yaml"
     toml.write_text(
-        f'bits = [2, 4]\nlr = 0.05\ntarget = [1e-1, 1e-2]\nrounds = 600\ndataset = "{DATA}"\nrandom = 7\n'
-        'smoke = true\nout = "there"\npartition_seed = [3]\n'
+        f'bits = [2, 4]\nlr = 0.05\ntarget = [1e-1, 1e-2]\nrounds = 600\ndataset = "{DATA}"\nnum_random = 7\n'
+        'quick = true\nout = "there"\npartition_seed = [3]\n'
     )
     yaml.write_text(
-        f"bits: [2, 4]\nlr: 0.05\ntarget: [1e-1, 1e-2]\nrounds: 600\ndataset: '{DATA}'\nrandom: 7\n"
-        "smoke: true\nout: there\npartition_seed: 3\n"
+        f"bits: [2, 4]\nlr: 0.05\ntarget: [1e-1, 1e-2]\nrounds: 600\ndataset: '{DATA}'\nnum_random: 7\n"
+        "quick: true\nout: there\npartition_seed: 3\n"
     )
     for path in (toml, yaml):
-        assert sweep.replace(read(["--config", str(path)]), config=None) == expected
+        assert replace(read(["--config", str(path)]), config=None) == expected
         # the command line wins, also where it asks for the default
-        mixed = read(["--config", str(path), "-b", "2", "3", "4", "8", "--random", "None", "--no-smoke"])
+        mixed = read(["--config", str(path), "-b", "2", "3", "4", "8", "--num-random", "None", "--no-quick"])
         assert (mixed.axes.bits, mixed.axes.lr) == ((2, 3, 4, 8), (0.05,))
-        assert (mixed.draw.random, mixed.smoke) == (None, False)
+        assert (mixed.draw.num_random, mixed.quick) == (None, False)
     yaml.write_text("- 3\n")
     assert "expected names of settings with their values" in refusal("--config", str(yaml))
     toml.write_text("bitz = 3\n")
@@ -554,14 +561,14 @@ def test_config_files_are_the_command_line(tmp_path: Path) -> None:
 
 
 def test_names_are_choices_and_other_folders_are_no_sweeps(tmp_path: Path) -> None:
-    settings = parsed("--set", "force_first_upload", "True", "False", "--random", "9", "--random-seed", "1")
+    settings = parsed("--set", "force_first_upload", "True", "False", "--num-random", "9", "--sampling-seed", "1")
     assert {row["force_first_upload"] for row in select(settings)} == {True, False}
     (tmp_path / "a.yaml").write_text("set: [[momentum, 0.5]]\n")
     assert "set = [['momentum', 0.5]]: expected names with" in refusal("--config", str(tmp_path / "a.yaml"))
     (tmp_path / "a.yaml").write_text("set: {momentum: [0.5, 0.9]}\nalgorithm: dgc\n")
-    read = points.parsed(sweep.Settings, ["--config", str(tmp_path / "a.yaml")], None)
-    assert points.values_of(read.axes, read.data)["momentum"] == (0.5, 0.9)
-    (tmp_path / "identity.json").write_text(json.dumps({"format": files.FORMAT, "experiment": "tune"}))
+    read = grid.parse_settings(sweep.Settings, ["--config", str(tmp_path / "a.yaml")], None)
+    assert grid.axis_values(read.axes, read.data)["momentum"] == (0.5, 0.9)
+    (tmp_path / "identity.json").write_text(json.dumps({"format": storage.FORMAT, "experiment": "tune"}))
     with pytest.raises(SystemExit, match="holds no sweep but tune"):
         sweep.main(["merge", str(tmp_path), "--out", str(tmp_path / "out")])
 
@@ -573,7 +580,7 @@ def test_what_is_refused_while_it_compiles_leaves_the_folder_free(tmp_path: Path
 
 
 def test_shards_merge_to_the_whole(whole: Path, tmp_path: Path) -> None:
-    one, two = (run("--shard", f"{i}/2", "--batch", "5", *GRID, out=tmp_path / f"{i}") for i in (1, 2))
+    one, two = (run("--shard", f"{i}/2", "--batch-size", "5", *GRID, out=tmp_path / f"{i}") for i in (1, 2))
     assert sorted([*rows(one)["point"], *rows(two)["point"]]) == list(range(24))
 
     def merge(*folders: Path) -> None:
@@ -588,7 +595,7 @@ def test_shards_merge_to_the_whole(whole: Path, tmp_path: Path) -> None:
         merge(one, two, one)
     with pytest.raises(SystemExit, match=r"shards \['1/2', '1/1'\]: expected"):
         merge(one, whole)
-    foreign = run("--shard", "2/2", "--batch", "5", *GRID, "--xi", "0.5", out=tmp_path / "foreign")
+    foreign = run("--shard", "2/2", "--batch-size", "5", *GRID, "--xi", "0.5", out=tmp_path / "foreign")
     with pytest.raises(SystemExit, match=r"holds another sweep: xi: \[0.5\] here, \[\] there"):
         merge(one, foreign)
     (two / "points.parquet").unlink()
@@ -599,22 +606,30 @@ def test_shards_merge_to_the_whole(whole: Path, tmp_path: Path) -> None:
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
 
-def record(loss: Any, sent: Any, up: Any, down: Any, f_star: float | None = 0.0) -> ledger.Record:
+def record(loss: Any, sent: Any, up: Any, down: Any, f_star: float | None = 0.0) -> results.PointHistory:
     """Of one point."""
-    made = ledger.Record.empty(len(sent), 1, len(sent[0]), f_star)
-    made.loss[:, 0], made.sent[:, 0], made.up[:, 0], made.down[:, 0], made.computed[:] = loss, sent, up, down, 1
-    made.ran[:] = len(sent)
+    made = results.PointHistory.empty(len(sent), 1, len(sent[0]), f_star)
+    made.loss[:, 0], made.sent[:, 0], made.bits_up[:, 0], made.bits_down[:, 0], made.gradients[:] = (
+        loss,
+        sent,
+        up,
+        down,
+        1,
+    )
+    made.rounds_done[:] = len(sent)
     return made
 
 
 def test_seconds_of_a_hand_made_run() -> None:
     """2 workers on 1 Mbit/s up and 10 Mbit/s down, 20 ms one way, 5 ms a gradient: the slowest message counts."""
-    link, targets = ledger.Link(uplink_mbps=1, downlink_mbps=10, latency_ms=20), ledger.Targets((1.0, 0.1))
+    link, targets = results.NetworkModel(uplink_mbps=1, downlink_mbps=10, latency_ms=20), results.Targets((1.0, 0.1))
     up = [[1000, 2000], [0, 0], [0, 500], [9, 9]]
     sent = np.array([[1, 1], [0, 0], [0, 1], [1, 1]], bool)
     mine = record([3.0, 1.5, 0.9, 0.05, np.nan], sent, up, [10_000] * 4)
-    mine.computed[1] = 2  # as SVRG and the like
-    made = ledger.tables([{"point": 7, "lr": 0.1, "seed": 0}], mine, targets, mine.spent(link, 5.0), 100)
+    mine.gradients[1] = 2  # as SVRG and the like
+    made = results.build_tables(
+        [{"point": 7, "lr": 0.1, "seed": 0}], mine, targets, mine.cumulative_costs(link, 5.0), 100
+    )
     row = made["points"].row(0, named=True)
     quiet = 0.005 + 0.020 + 10_000 / 1e7  # compute, the model's way down, its bits
     spent = np.cumsum([0, quiet + 0.020 + 2000 / 1e6, quiet + 0.005, quiet + 0.020 + 500 / 1e6])
@@ -628,14 +643,16 @@ def test_seconds_of_a_hand_made_run() -> None:
     assert made["curves"]["loss"].to_list() == [3.0, 1.5, 0.9, 0.05]
     assert made["curves"]["uploads"].to_list() == [0, 2, 2, 3]
     assert made["curves"]["bits"].to_list() == [0, 13_000, 23_000, 33_500]
-    np.testing.assert_array_equal(ledger.unpacked(made["masks"].row(0, named=True)), sent)
+    np.testing.assert_array_equal(results.unpack_mask(made["masks"].row(0, named=True)), sent)
 
 
 def test_a_point_that_diverges_at_once_is_a_row() -> None:
-    targets = ledger.Targets((1.0,))
+    targets = results.Targets((1.0,))
     mine = record([np.inf] * 3, [[False, False]] * 2, [[0, 0]] * 2, [0, 0])
-    mine.lost[:] = 0
-    made = ledger.tables([{"point": 0, "seed": 0}], mine, targets, mine.spent(ledger.LINK, 1.0), 100)
+    mine.diverged_at[:] = 0
+    made = results.build_tables(
+        [{"point": 0, "seed": 0}], mine, targets, mine.cumulative_costs(results.DEFAULT_NETWORK, 1.0), 100
+    )
     row = made["points"].row(0, named=True)
     assert (row["diverged"], row["reached"], row["final_loss"], row["rounds_1"]) == (True, False, None, None)
     assert made["masks"].row(0, named=True)["rounds"] == 0
@@ -643,8 +660,10 @@ def test_a_point_that_diverges_at_once_is_a_row() -> None:
 
 def test_a_curve_of_which_nothing_is_known_is_empty() -> None:
     mine = record([np.inf, np.nan], [[True]], [[8]], [0])
-    mine.lost[:] = 0
-    made = ledger.tables([{"point": 0, "seed": 0}], mine, ledger.Targets(), mine.spent(ledger.LINK, 1.0), 100)
+    mine.diverged_at[:] = 0
+    made = results.build_tables(
+        [{"point": 0, "seed": 0}], mine, results.Targets(), mine.cumulative_costs(results.DEFAULT_NETWORK, 1.0), 100
+    )
     assert made["curves"].schema["point"] == pl.Int64
     assert len(made["curves"]) == 0
 
@@ -653,14 +672,16 @@ def test_an_accuracy_in_float32_that_is_the_target_meets_it() -> None:
     mine = record([1.0, 1.0], [[True]], [[8]], [0], None)
     for share in (0.6, 0.7, 0.9, 0.95, 0.99):
         mine.accuracy[1] = np.float32(share)
-        assert ledger.Targets((share,), accuracy=True).met(mine, share).tolist() == [[False], [True]]
+        assert results.Targets((share,), accuracy=True).reached(mine, share).tolist() == [[False], [True]]
 
 
 def test_targets_of_accuracy_are_read_where_it_was_measured() -> None:
     mine = record([3.0, 2.0, 1.0, 0.5, np.nan], [[True]] * 4, [[8]] * 4, [0] * 4, None)
     mine.accuracy[[0, 2, 4], 0] = 0.1, 0.6, 0.9
-    targets = ledger.Targets((0.5, 0.8, 0.95), accuracy=True)
-    made = ledger.tables([{"point": 0, "seed": 0}], mine, targets, mine.spent(ledger.LINK, 1.0), 100)
+    targets = results.Targets((0.5, 0.8, 0.95), accuracy=True)
+    made = results.build_tables(
+        [{"point": 0, "seed": 0}], mine, targets, mine.cumulative_costs(results.DEFAULT_NETWORK, 1.0), 100
+    )
     row = made["points"].row(0, named=True)
     assert (row["rounds_0.5"], row["rounds_0.8"], row["rounds_0.95"], row["reached"]) == (2, 4, None, False)
     assert (row["f_star"], row["goal"], row["accuracy"]) == (None, "test accuracy >=", 0.9)
@@ -668,23 +689,31 @@ def test_targets_of_accuracy_are_read_where_it_was_measured() -> None:
 
 def test_targets_that_were_met_at_one_look_are_named() -> None:
     """Where a measurement between the looks would tell them apart: not in round 0, not where each round is measured."""
-    targets = ledger.Targets((0.5, 0.8, 0.95), accuracy=True)
+    targets = results.Targets((0.5, 0.8, 0.95), accuracy=True)
     looks: list[Any] = []
     for shares in ((0.1, 0.9, 0.94), (0.1, 0.6, 0.9), (0.85, 0.9, 0.9), (0.1, 0.6, 0.96)):
         mine = record([np.nan] * 5, [[True]] * 4, [[8]] * 4, [0] * 4, None)
         mine.accuracy[[0, 2, 4], 0] = shares
         label = {"point": len(looks), "lr": 0.1 * len(looks), "seed": 0}
-        looks.append(ledger.tables([label], mine, targets, mine.spent(ledger.LINK, 1.0), 100)["points"])
+        looks.append(
+            results.build_tables([label], mine, targets, mine.cumulative_costs(results.DEFAULT_NETWORK, 1.0), 100)[
+                "points"
+            ]
+        )
     assert [table["every"].item() for table in looks] == [2, 2, 2, 2]
-    said = "1 of {} settings met targets {} and {} at the same look (every = 2 rounds): give a smaller --every"
-    assert ledger.tied(pl.concat(looks[:3])) == [said.format(3, 0.5, 0.8)]
-    assert ledger.tied(pl.concat(looks)) == [said.format(4, 0.5, 0.8), said.format(4, 0.8, 0.95)]
+    said = "1 of {} settings met targets {} and {} at the same look (every = 2 rounds): give a smaller --eval-every"
+    assert results.tied(pl.concat(looks[:3])) == [said.format(3, 0.5, 0.8)]
+    assert results.tied(pl.concat(looks)) == [said.format(4, 0.5, 0.8), said.format(4, 0.8, 0.95)]
     full = record([3.0, 2.0, 0.01, 0.01, np.nan], [[True]] * 4, [[8]] * 4, [0] * 4)
-    table = ledger.tables(
-        [{"point": 0, "seed": 0}], full, ledger.Targets((1.0, 0.1)), full.spent(ledger.LINK, 1.0), 100
+    table = results.build_tables(
+        [{"point": 0, "seed": 0}],
+        full,
+        results.Targets((1.0, 0.1)),
+        full.cumulative_costs(results.DEFAULT_NETWORK, 1.0),
+        100,
     )
     assert (table["points"]["rounds_1"].item(), table["points"]["rounds_0.1"].item()) == (2, 2)
-    assert ledger.tied(table["points"]) == []
+    assert results.tied(table["points"]) == []
 
 
 def test_means_and_intervals_over_seeds() -> None:
@@ -710,7 +739,7 @@ def test_means_and_intervals_over_seeds() -> None:
         },
         schema_overrides={"accuracy": pl.Float64},
     )
-    four, two = ledger.summarised(table).iter_rows(named=True)
+    four, two = results.summarize(table).iter_rows(named=True)
     assert (four["seeds"], four["reached"], four["rounds_0.1"]) == (3, 3, 13)
     assert four["rounds_0.1_ci95"] == pytest.approx(4.302653 * np.std([10, 12, 17], ddof=1) / np.sqrt(3))
     assert four["final_loss_ci95"] == 0
@@ -719,8 +748,8 @@ def test_means_and_intervals_over_seeds() -> None:
     assert two["final_loss"] == 1.5
     assert two["final_loss_ci95"] == pytest.approx(12.7062 * 0.5)
     assert (four["rounds_0.1_least"], four["rounds_0.1_most"]) == (10, 17)
-    assert ledger.goals_of(ledger.summarised(table)) == ["0.1"]
-    assert plots.ranked(ledger.summarised(table), "0.1")["bits"].to_list() == [4]
+    assert results.target_labels(results.summarize(table)) == ["0.1"]
+    assert drawing.rank_by_bits(results.summarize(table), "0.1")["bits"].to_list() == [4]
 
 
 def test_seeds_are_rows_of_one_setting(tmp_path: Path) -> None:
@@ -736,10 +765,10 @@ sweep.report = lambda folder, console: None
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 task = ["--dataset", "synthetic-logistic?workers=4&samples=50&features=190", "--problem", "network", "--workers", "4"]
 task += ["--compute-ms", "1", "--rounds", "2", "--target", "1e-9", "-b", "4", "-C", "10", "-D", "2"]
-sweep.main([*task, "--batch", "1", "--lr", "0.1", "--out", "warm"])
+sweep.main([*task, "--batch-size", "1", "--lr", "0.1", "--out", "warm"])
 before = peak()
 rates = [str(0.001 * i) for i in range(1, 49)]
-sweep.main([*task, "--batch", "500", "--memory", "0.125", "--lr", *rates, "--out", "out"])
+sweep.main([*task, "--batch-size", "500", "--memory-gib", "0.125", "--lr", *rates, "--out", "out"])
 print("grew", peak() - before)
 """
 
@@ -750,7 +779,7 @@ def test_the_memory_budget_holds(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", MEASURED], env=environment(), cwd=tmp_path, check=True, capture_output=True, text=True
     )
-    (batch,) = files.read_json(tmp_path / "out" / "plan.json")["batch"]
+    (batch,) = storage.read_json(tmp_path / "out" / "plan.json")["batch"]
     assert 5 < batch < 30
     assert len(rows(tmp_path / "out")) == 48
     assert int(done.stdout.rsplit(maxsplit=1)[1]) < 2**27 + 2**26
@@ -758,7 +787,9 @@ def test_the_memory_budget_holds(tmp_path: Path) -> None:
 
 def test_less_memory_is_a_smaller_batch() -> None:
     point = chosen(*GRID)[0]
-    sizes = [laqjax.max_batch_size(point.algorithm, point.case.on_device, memory) for memory in (2**20, 2**21, 2**24)]
+    sizes = [
+        laqjax.max_batch_size(point.algorithm, point.case.device_shards, memory) for memory in (2**20, 2**21, 2**24)
+    ]
     assert 1 <= sizes[0] < sizes[1] < sizes[2]
 
 
@@ -797,23 +828,25 @@ def test_a_start_that_is_good_enough(tmp_path: Path) -> None:
     """All costs are zero: a table, and no figure fails."""
     out = run("-b", "4", "-C", "10", "-D", "1", "5", "--lr", "0.1", "--target", "1000", "--rounds", "5", out=tmp_path)
     assert rows(out)["rounds_1000"].to_list() == [0, 0]
-    REPORT(out, sweep.Console(quiet=True))
+    REPORT(out, Console(quiet=True))
 
 
 def test_whole_numbers_stand_in_the_table(tmp_path: Path) -> None:
     given = ["--algorithm", "sgd", "--minibatch", "3", "5", "--lr", "0.1", "--target", "12", "8", "--rounds", "5"]
-    console = sweep.Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=120)
     REPORT(run(*given, out=tmp_path), console)
     said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     first = [line.split()[0] for line in said.splitlines() if line.strip()]
     assert [word for word in first if word in ("3", "5", "3.0", "5.0")] == ["3", "5"]
-    assert "2 of 2 settings met targets 12 and 8 at the same look (every = 5 rounds): give a smaller --every" in said
+    assert (
+        "2 of 2 settings met targets 12 and 8 at the same look (every = 5 rounds): give a smaller --eval-every" in said
+    )
 
 
 def test_where_none_gets_there_the_nearest_are_drawn(tmp_path: Path) -> None:
     given = ["-b", "2", "4", "-C", "10", "-D", "1", "--lr", "0.001", "--target", "1e-9", "--rounds", "20"]
     out = run(*given, out=tmp_path)
-    console = sweep.Console(file=io.StringIO())
+    console = Console(file=io.StringIO())
     REPORT(out, console)
     assert {path.name for path in out.glob("*.png")} == {"front.png"}
     said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
@@ -834,7 +867,7 @@ def test_labels_tell_settings_apart() -> None:
             "point": [0, 1, 2, 3],
         }
     )
-    assert plots.labels(table) == {
+    assert drawing.setting_labels(table) == {
         0: "ef21, compressor=natural, lr=0.02 (point 0)",
         1: "ef21, compressor=top_k:50, lr=0.02",
         2: "ef21, compressor=natural, lr=0.02 (point 2)",
@@ -847,9 +880,9 @@ def test_minibatches_are_judged_on_all_data(tmp_path: Path) -> None:
     out = run(*given, out=tmp_path)
     (point,) = chosen(*given)
     (row,) = rows(out).iter_rows(named=True)
-    start, key = point.begin(), jax.random.key(0)
-    info = laqjax.run(point.algorithm, start, point.case.on_device, 100, key, metrics=["params"]).info
-    loss = jax.jit(problems.full_loss(point.case.oracle, point.case.on_device))
+    start, key = point.initial_params(), jax.random.key(0)
+    info = laqjax.run(point.algorithm, start, point.case.device_shards, 100, key, metrics=["params"]).info
+    loss = jax.jit(cases.make_full_loss(point.case.oracle, point.case.device_shards))
     whole = np.array([float(loss(jnp.asarray(params))) for params in info.extra["params"][[0, 50]]])
     assert rows(out, "curves")["round"].to_list()[:2] == [0, 50]
     np.testing.assert_allclose(rows(out, "curves")["loss"].to_list()[:2], whole, rtol=1e-4)
@@ -869,24 +902,24 @@ def test_a_shard_runs_the_points_of_the_whole(home: Path) -> None:
 
 
 def test_random_settings_run_on_all_seeds() -> None:
-    table = pl.DataFrame(select(parsed("-b", "2", "8", "--random", "5", "--seeds", "0", "1", "2")))
+    table = pl.DataFrame(select(parsed("-b", "2", "8", "--num-random", "5", "--seeds", "0", "1", "2")))
     assert table["seed"].to_list() == [0, 1, 2] * 5
 
 
-@pytest.mark.parametrize(("given", "folder"), [([], "results/sweep-smoke"), (["--out", "mine"], "mine")])
-def test_smoke_has_its_own_folder(given: list[str], folder: str) -> None:
-    settings = sweep.configured(points.parsed(sweep.Settings, ["--smoke", *given], None))
+@pytest.mark.parametrize(("given", "folder"), [([], "results/sweep-quick"), (["--out", "mine"], "mine")])
+def test_quick_has_its_own_folder(given: list[str], folder: str) -> None:
+    settings = grid.apply_quick_defaults(grid.parse_settings(sweep.Settings, ["--quick", *given], None))
     assert (settings.out, settings.goal.target, settings.budget.rounds) == (Path(folder), (1.0, 0.5), 60)
-    settings = sweep.configured(points.parsed(sweep.Settings, ["--smoke", "--target", "2"], None))
+    settings = grid.apply_quick_defaults(grid.parse_settings(sweep.Settings, ["--quick", "--target", "2"], None))
     assert settings.goal.target == (2.0,)
 
 
 def test_a_folder_of_other_points_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What a lost plan or identity would let through."""
     axes = ["-b", "4", "-C", "10", "-D", "1", "--lr", "0.1", "0.2", "--rounds", "10"]
-    out = run(*axes, "--batch", "1", out=tmp_path)
+    out = run(*axes, "--batch-size", "1", out=tmp_path)
     (out / "identity.json").unlink()
     (out / "plan.json").unlink()
-    run(*axes, "--batch", "2", out=out)
+    run(*axes, "--batch-size", "2", out=out)
     assert "it holds other points" in " ".join(capsys.readouterr().out.split())
     assert rows(out)["point"].to_list() == [0, 1]

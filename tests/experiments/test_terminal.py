@@ -13,7 +13,9 @@ import polars as pl
 import pytest
 
 from experiments import __main__ as listing
-from experiments import plots, study, sweep, terminal
+from experiments import sweep
+from experiments.figures import drawing
+from experiments.harness import cli, runner
 
 ROOT = Path(__file__).parents[2]
 TASK = ["--dataset", "synthetic-logistic?workers=4&samples=30&features=10", "--problem", "logistic", "--workers", "4"]
@@ -23,7 +25,7 @@ TASK += ["--compute-ms", "1", "--target", "5", "-b", "2", "4", "-C", "5", "-D", 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plots, "save", lambda figure, path: plots.plt.close(figure))
+    monkeypatch.setattr(drawing, "save", lambda figure, path: drawing.plt.close(figure))
     return tmp_path
 
 
@@ -41,7 +43,7 @@ def test_the_list_is_whole() -> None:
         if '__name__ == "__main__"' in path.read_text()
     } - {"__main__"}
     assert {*listing.COMMANDS, *listing.EXAMPLES} == with_command_line
-    for name in (*with_command_line, *listing.tables(), "laq-logistic"):
+    for name in (*with_command_line, *listing.reproduce_subcommands(), "laq-logistic"):
         assert re.search(rf"^ +{re.escape(name)} +\w", done.stdout, re.MULTILINE), name
     assert max(map(len, done.stdout.splitlines())) <= 100
     assert done.stdout == command("--help").stdout
@@ -64,7 +66,7 @@ def test_help_begins_with_the_examples(capsys: pytest.CaptureFixture[str], monke
     said = capsys.readouterr().out
     assert said.startswith(f"{(sweep.__doc__ or '').splitlines()[0]}\n\n    python -m experiments.sweep  ")
     assert max(map(len, said.splitlines())) <= 100
-    example, codes, usage = (said.index(words) for words in ("--rounds 2000", terminal.CODES, "usage: "))
+    example, codes, usage = (said.index(words) for words in ("--rounds 2000", cli.EXIT_CODE_HELP, "usage: "))
     assert example < codes < usage < said.index("--bits INT ...")
 
 
@@ -82,20 +84,20 @@ def test_json_is_all_that_stands_on_stdout(capsys: pytest.CaptureFixture[str]) -
     assert "figures and tables: out" in said.err
     sweep.main([*TASK, "--out", "out"])
     assert "figures and tables: out" in capsys.readouterr().out
-    assert terminal.RESULT.get() is None
+    assert cli._json_stream.get() is None
 
 
 def test_json_is_alone_beside_what_libraries_write() -> None:
     """As Gloo does, with the file descriptor; before and behind the command stdout is as ever."""
     script = """
 import ctypes, os
-from experiments import terminal
+from experiments.harness import cli
 print("before")
-with terminal.command(["--json", "word"]) as words:
+with cli.command_line(["--json", "word"]) as words:
     print("python", words)
     os.write(1, b"library\\n")
     ctypes.CDLL(None).printf(b"C\\n")
-    terminal.answer({"a": 1})
+    cli.write_json_result({"a": 1})
 print("behind", flush=True)
 os.write(1, b"the end\\n")
 """
@@ -118,7 +120,7 @@ def test_exit_codes(error: BaseException, code: int, said: str, monkeypatch: pyt
     def failing(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(study, "run", failing)
+    monkeypatch.setattr(runner, "run", failing)
     with pytest.raises(SystemExit, match=re.escape(said)) as stop:
         sweep.main([*TASK, "--json"])
     assert stop.value.code == code

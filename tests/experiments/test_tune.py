@@ -8,10 +8,25 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from experiments import plots, points, study, sweep, terminal, tune
+from experiments import plots, sweep, tune
+from experiments.harness import cli, grid, runner
 
 TASK = ["--dataset", "synthetic-logistic?workers=4&samples=30&features=10", "--problem", "logistic", "--workers", "4"]
-TASK += ["--compute-ms", "1", "--target", "5", "--rounds", "60", "--every", "60", "--lr", "0.05", "0.1", "--batch", "4"]
+TASK += [
+    "--compute-ms",
+    "1",
+    "--target",
+    "5",
+    "--rounds",
+    "60",
+    "--eval-every",
+    "60",
+    "--lr",
+    "0.05",
+    "0.1",
+    "--batch-size",
+    "4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +41,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
 
 
 def run(out: Path, *more: str) -> pl.DataFrame:
-    tune.run(points.parsed(tune.Settings, [*TASK, *more, "--out", str(out)], None))
+    tune.run(grid.parse_settings(tune.Settings, [*TASK, *more, "--out", str(out)], None))
     return pl.read_parquet(out / "trials.parquet")
 
 
@@ -42,7 +57,7 @@ def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert best["bits_saved"] == pytest.approx(1 - calm["bits_up"].min() / calm["bits_up"][0])
     assert best["bits_saved"] > 0
     said = " ".join(capsys.readouterr().out.split())
-    with terminal.command(["--json"]):
+    with cli.command_line(["--json"]):
         run(tmp_path / "calm", "--trials", "11")
     assert json.loads(capsys.readouterr().out)["best"] == best["best"]
     assert "best of 11 trials: b = " in said
@@ -53,7 +68,7 @@ def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     plots.main(tmp_path / "calm")
     assert (tmp_path / "calm" / "trials.png").exists()
     # stopped in the second batch, then killed in the third: the same trials in the end
-    out, measured = tmp_path / "out", study.Batch.run
+    out, measured = tmp_path / "out", runner.Batch.run
     for error, stop in ((KeyboardInterrupt, SystemExit), (MemoryError, MemoryError)):
         calls = []
 
@@ -63,13 +78,13 @@ def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
                 raise error
             return measured(*given)
 
-        monkeypatch.setattr(study.Batch, "run", failing)
+        monkeypatch.setattr(runner.Batch, "run", failing)
         with pytest.raises(stop):
             run(out, "--trials", "11")
     assert len(pl.read_parquet(out / "trials.parquet")) == 4
-    monkeypatch.setattr(study.Batch, "run", measured)
+    monkeypatch.setattr(runner.Batch, "run", measured)
     assert_frame_equal(run(out, "--trials", "11"), calm)
-    monkeypatch.setattr(study.Batch, "run", None)
+    monkeypatch.setattr(runner.Batch, "run", None)
     assert_frame_equal(run(out, "--trials", "11"), calm)
     with pytest.raises(ValueError, match="search_seed: 0 there, 1 asked for"):
         run(out, "--trials", "11", "--search-seed", "1")
@@ -83,13 +98,13 @@ def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_a_trial_costs_what_the_sweep_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two seeds; choices that leave out the paper's b, of which one never gets there."""
     axes = ["-b", "3", "-C", "10", "20", "30", "-D", "1", "--xi", "0.8", "--seeds", "0", "1"]
-    table = run(tmp_path / "tune", *axes, "--lr", "1e-9", "0.05", "0.1", "--batch", "2", "--trials", "9")
+    table = run(tmp_path / "tune", *axes, "--lr", "1e-9", "0.05", "0.1", "--batch-size", "2", "--trials", "9")
     assert table.select("bits", "max_silence", "window", "lr").row(0) == (4, 100, 10, 0.02)
     assert set(table["lr"][1:]) <= {1e-9, 0.05, 0.1}
     assert table["bits_up"].is_null().any()
     best = json.loads((tmp_path / "tune" / "best.json").read_text())["best"]
     assert best["reached"] == 2
-    monkeypatch.setattr(sweep, "report", lambda folder, console: None)
+    monkeypatch.setattr(sweep, "print_report", lambda folder, console: None)
     axes = ["-b", "3", "-C", str(best["max_silence"]), "-D", "1", "--xi", "0.8", "--seeds", "0", "1"]
     sweep.main([*TASK, *axes, "--lr", str(best["lr"]), "--out", str(tmp_path / "sweep")])
     (row,) = pl.read_parquet(tmp_path / "sweep" / "summary.parquet").iter_rows(named=True)
@@ -105,7 +120,7 @@ def test_a_trial_costs_what_the_sweep_says(tmp_path: Path, monkeypatch: pytest.M
         (["--problem", "logistic", "ridge"], "expected one; a search runs on one problem"),
         (["--seeds"], "axis seed has no values"),
         (["--trials", "0"], "trials = 0: must be"),
-        (["--memory", "1e-5"], "expected at most 2 points in the memory"),
+        (["--memory-gib", "1e-5"], "expected at most 2 points in the memory"),
     ],
 )
 def test_refusals(given: list[str], said: str, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ MEMBERS = "laq", "two_laq", "slaq", "ef21"
 
 
 def data(workers: int, rows: int) -> laqjax.Shards:
-    from experiments import datasets
+    from experiments.harness import datasets
 
     train = datasets.load("mnist")
     return partition.partition_data(train.x[: rows * workers], train.y[: rows * workers], workers, "contiguous")

@@ -1,6 +1,6 @@
 """A flax CNN on images, for any command:
 
-    python -m experiments.sweep --problem experiments/examples/images.py:make --dataset mnist \\
+    python -m experiments.sweep --problem experiments/examples/flax_cnn.py:make --dataset mnist \\
         --partition dirichlet:0.3 -b 2 4 8 -C 10 100 --lr 0.02 --target-accuracy 0.9 0.95 --out results/cnn
 """
 

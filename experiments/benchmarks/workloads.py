@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import laqjax
-from experiments import datasets
+from experiments.harness import datasets
 from laqjax import compressors
 
 GEMM = 2048  # rows and columns
@@ -24,7 +24,7 @@ BITS = {"softmax": 4, "network": 8}
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Workload:
     """`call` does `saved_rounds` rounds of `flops` floating-point operations each, and returns when they are done."""
 
     call: Callable[[], Any]
@@ -35,7 +35,7 @@ class Contestant:
 # ---- contestants ----------------------------------------------------------------------------------------------------
 
 
-def laqjax_run(shards: laqjax.Shards, kind: str, algorithm: str, rounds: int, **knobs: Any) -> Contestant:
+def run_workload(shards: laqjax.Shards, kind: str, algorithm: str, rounds: int, **knobs: Any) -> Workload:
     """`laqjax.run`, with all that it does."""
     problem = getattr(laqjax.problems, {"network": "TwoLayerNetwork"}.get(kind, kind.capitalize()))(
         shards.x.shape[-1], CLASSES
@@ -44,10 +44,10 @@ def laqjax_run(shards: laqjax.Shards, kind: str, algorithm: str, rounds: int, **
     alg = getattr(laqjax.algorithms, algorithm)(oracle, lr=0.02, num_workers=len(shards.x), **knobs)
     theta0, key = problem.init_vector(oracle), jax.random.key(0)
     run = repeat(lambda: laqjax.run(alg, theta0, shards, rounds, key), 1)
-    return Contestant(run.call, rounds, FLOPS[kind])
+    return Workload(run.call, rounds, FLOPS[kind])
 
 
-def saved(shards: laqjax.Shards, every: int | None) -> Contestant:
+def checkpoint_workload(shards: laqjax.Shards, every: int | None) -> Workload:
     """1000 rounds of LAQ on softmax regression, with a checkpoint every so many of them, or with none."""
     problem = laqjax.problems.Softmax(shards.x.shape[-1], CLASSES)
     alg = laqjax.algorithms.laq(problem.oracle(), lr=0.02, num_workers=len(shards.x), bits=BITS["softmax"])
@@ -67,10 +67,10 @@ def saved(shards: laqjax.Shards, every: int | None) -> Contestant:
                 checkpoint_every=every,
             )
 
-    return Contestant(call, 1000, FLOPS["softmax"])
+    return Workload(call, 1000, FLOPS["softmax"])
 
 
-def laqjax_sweep(shards: laqjax.Shards, kind: str, points: int, rounds: int) -> Contestant:
+def sweep_workload(shards: laqjax.Shards, kind: str, points: int, rounds: int) -> Workload:
     """`laqjax.sweep` over limits, with all that it does; a round is one round of one point."""
     problem = getattr(laqjax.problems, {"network": "TwoLayerNetwork"}.get(kind, kind.capitalize()))(
         shards.x.shape[-1], CLASSES
@@ -80,10 +80,10 @@ def laqjax_sweep(shards: laqjax.Shards, kind: str, points: int, rounds: int) -> 
     algs = laqjax.stack_algorithms([laqjax.algorithms.laq(oracle, max_silence=10 + i, **knobs) for i in range(points)])
     theta0, keys = problem.init_vector(oracle), jax.random.split(jax.random.key(0), points)
     run = repeat(lambda: laqjax.sweep(algs, theta0, shards, rounds, keys, batch_size=points), 1)
-    return Contestant(run.call, rounds * points, FLOPS[kind])
+    return Workload(run.call, rounds * points, FLOPS[kind])
 
 
-def in_out(shards: laqjax.Shards) -> Contestant:
+def transposed_kernel_workload(shards: laqjax.Shards) -> Workload:
     """Softmax regression with its kernel stored [in, out] and pixels divided, as one writes it in flax."""
 
     def loss(params: Any, x: Any, y: Any) -> Any:
@@ -94,10 +94,10 @@ def in_out(shards: laqjax.Shards) -> Contestant:
     oracle = laqjax.oracles.from_loss(loss, params, l2=0.01)
     alg = laqjax.algorithms.laq(oracle, lr=0.02, num_workers=len(shards.x), bits=BITS["softmax"])
     run = repeat(lambda: laqjax.run(alg, params, shards, 20, jax.random.key(0)), 1)
-    return Contestant(run.call, 20, FLOPS["softmax"])
+    return Workload(run.call, 20, FLOPS["softmax"])
 
 
-def cnn(shards: laqjax.Shards, form: str) -> Contestant:
+def cnn_workload(shards: laqjax.Shards, form: str) -> Workload:
     """Two 5x5 convolutions with stride 2 and two dense layers on 64 images a worker: LAQ, four points of it, or gradients."""
     import flax.linen as nn  # here: optional
 
@@ -114,16 +114,16 @@ def cnn(shards: laqjax.Shards, form: str) -> Contestant:
     if form == "calls":  # the better of two plain forms: vmap takes more than twice as long
         gradient = jax.jit(jax.value_and_grad(lambda params, x, y: jnp.mean(loss(params, x, y))))
         data = list(zip(few.x, few.y, strict=True))
-        return Contestant(repeat(lambda: [gradient(params, x, y) for x, y in data], rounds).call, rounds)
+        return Workload(repeat(lambda: [gradient(params, x, y) for x, y in data], rounds).call, rounds)
     oracle, points = laqjax.oracles.from_loss(loss, params), 4
     algs = [laqjax.algorithms.laq(oracle, lr=0.01 * (i + 1), num_workers=workers) for i in range(points)]
     if form == "laq":
-        return Contestant(lambda: laqjax.run(algs[0], params, few, rounds, key, chunk_size=rounds), rounds)
+        return Workload(lambda: laqjax.run(algs[0], params, few, rounds, key, chunk_size=rounds), rounds)
     stacked, keys = laqjax.stack_algorithms(algs), jax.random.split(key, points)
-    return Contestant(lambda: laqjax.sweep(stacked, params, few, rounds, keys, chunk_size=rounds), rounds * points)
+    return Workload(lambda: laqjax.sweep(stacked, params, few, rounds, keys, chunk_size=rounds), rounds * points)
 
 
-def large(hidden: int, form: str) -> Contestant:
+def large_model_workload(hidden: int, form: str) -> Workload:
     """784-hidden-10 on 8 workers of 32 rows: LAQ, GD, or a plain scan over the workers on the flat vector."""
     workers, rounds, rng = 8, 8, np.random.default_rng(0)
     problem = laqjax.problems.TwoLayerNetwork(784, CLASSES, hidden, l2=0)
@@ -139,7 +139,7 @@ def large(hidden: int, form: str) -> Contestant:
             for out in laqjax.stream(alg, holder[0], data, rounds, key, chunk_size=rounds):
                 holder[0] = out.state
 
-        return Contestant(call, rounds)
+        return Workload(call, rounds)
 
     @jax.jit
     def plain(theta: Any, data: Any) -> Any:
@@ -153,15 +153,15 @@ def large(hidden: int, form: str) -> Contestant:
 
         return jax.lax.scan(one, theta, length=rounds)
 
-    return Contestant(lambda: jax.block_until_ready(plain(theta, data)), rounds)
+    return Workload(lambda: jax.block_until_ready(plain(theta, data)), rounds)
 
 
-def repeat(call: Callable[[], Any], times: int, flops: float | None = None) -> Contestant:
+def repeat(call: Callable[[], Any], times: int, flops: float | None = None) -> Workload:
     """`call` does one round."""
-    return Contestant(lambda: [jax.block_until_ready(call()) for _ in range(times)], times, flops)
+    return Workload(lambda: [jax.block_until_ready(call()) for _ in range(times)], times, flops)
 
 
-def message(form: str) -> Contestant:
+def wire_workload(form: str) -> Workload:
     """10^6 coordinates in 4 bits: encoded and packed into bytes, or read back from them."""
     scheme, target = compressors.grid(4), jnp.asarray(np.random.default_rng(0).standard_normal(10**6, np.float32))
     encode = jax.jit(lambda target: scheme.encode(target, None))
@@ -173,14 +173,14 @@ def message(form: str) -> Contestant:
     return repeat(calls[form], 50)
 
 
-def gemm() -> Contestant:
+def gemm() -> Workload:
     """A square product, the unit of rates."""
     a = jnp.asarray(np.random.default_rng(0).random((GEMM, GEMM), np.float32))
     product = jax.jit(jnp.matmul)
     return repeat(lambda: product(a, a), 4, 2 * GEMM**3)
 
 
-def stream() -> Contestant:
+def stream() -> Workload:
     """Read and write a large array, in place: fresh pages would cost more than the traffic."""
     add = jax.jit(lambda a: a + 1, donate_argnums=0)
     holder = [jnp.zeros(STREAM, jnp.float32)]
@@ -192,35 +192,35 @@ def stream() -> Contestant:
     return repeat(call, 8)
 
 
-def plain(shards: laqjax.Shards) -> Contestant:
+def autodiff_baseline(shards: laqjax.Shards) -> Workload:
     """Losses and gradients alone, as one would write them: float32 images, vmap over the workers."""
 
     def loss(params: Any, x: Any, y: Any) -> Any:
         return -jnp.mean(jnp.sum(jax.nn.log_softmax(x @ params["weight"] + params["bias"]) * y, axis=-1))
 
-    data = [jnp.asarray(a) for a in floats(shards, np.float32)]
+    data = [jnp.asarray(a) for a in to_float_arrays(shards, np.float32)]
     params = {"bias": jnp.zeros(CLASSES), "weight": jnp.zeros((data[0].shape[-1], CLASSES))}
     grads = jax.jit(jax.vmap(jax.value_and_grad(loss), (None, 0, 0)))
     return repeat(lambda: grads(params, *data), 8)
 
 
-def numpy_laq(shards: laqjax.Shards) -> Contestant:
+def numpy_laq(shards: laqjax.Shards) -> Workload:
     """LAQ in NumPy, float64."""
-    data, theta = floats(shards, np.float64), start(shards)
-    return Contestant(lambda: twin(np, *data, theta, rounds=3), 3)
+    data, theta = to_float_arrays(shards, np.float64), init_params(shards)
+    return Workload(lambda: laq_reference(np, *data, theta, rounds=3), 3)
 
 
-def pytorch_laq(shards: laqjax.Shards) -> Contestant:
+def pytorch_laq(shards: laqjax.Shards) -> Workload:
     """LAQ in PyTorch, float32, on all cores."""
     import torch  # here: optional, and seconds to import
 
-    torch.set_num_threads(cores())
-    arrays = (*floats(shards, np.float32), start(shards).astype(np.float32))
+    torch.set_num_threads(num_available_cores())
+    arrays = (*to_float_arrays(shards, np.float32), init_params(shards).astype(np.float32))
     images, onehot, theta = (torch.from_numpy(a) for a in arrays)
-    return Contestant(lambda: twin(torch, images, onehot, theta, rounds=8), 8)
+    return Workload(lambda: laq_reference(torch, images, onehot, theta, rounds=8), 8)
 
 
-def twin(xp: Any, images: Any, onehot: Any, theta: Any, rounds: int) -> list[tuple[Any, Any]]:
+def laq_reference(xp: Any, images: Any, onehot: Any, theta: Any, rounds: int) -> list[tuple[Any, Any]]:
     """LAQ with softmax regression, vectorised over the workers, on `xp` = NumPy or PyTorch: (loss, sent) of each round.
 
     images [M, N, features], onehot [M, N, classes], theta [p] = bias, weight [classes, features]. Of the ways tried to
@@ -254,46 +254,54 @@ def twin(xp: Any, images: Any, onehot: Any, theta: Any, rounds: int) -> list[tup
     return history
 
 
-def floats(shards: laqjax.Shards, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+def to_float_arrays(shards: laqjax.Shards, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """Images in 0..1 and one-hot labels."""
     return np.divide(shards.x, 255, dtype=dtype), np.eye(CLASSES, dtype=dtype)[np.asarray(shards.y)]
 
 
-def start(shards: laqjax.Shards) -> np.ndarray:
+def init_params(shards: laqjax.Shards) -> np.ndarray:
     """The theta0 of softmax regression, float64."""
     params = laqjax.problems.Softmax(shards.x.shape[-1], CLASSES).init_params(0, np.float64)
     return np.concatenate([params["bias"], params["weight"].ravel()])
 
 
 # A group takes turns with a GEMM of its own. The calls take half a second to a second each.
-GROUPS: dict[str, dict[str, Callable[[laqjax.Shards], Contestant]]] = {
+WORKLOAD_GROUPS: dict[str, dict[str, Callable[[laqjax.Shards], Workload]]] = {
     "softmax": {
         "stream": lambda shards: stream(),
-        "laq": lambda shards: laqjax_run(shards, "softmax", "laq", 20, bits=BITS["softmax"]),
-        "gd": lambda shards: laqjax_run(shards, "softmax", "gd", 20),
-        "plain": plain,
+        "laq": lambda shards: run_workload(shards, "softmax", "laq", 20, bits=BITS["softmax"]),
+        "gd": lambda shards: run_workload(shards, "softmax", "gd", 20),
+        "plain": autodiff_baseline,
         "numpy": numpy_laq,
         "pytorch": pytorch_laq,
     },
     "network": {
-        "network-laq": lambda shards: laqjax_run(shards, "network", "laq", 2, bits=BITS["network"]),
-        "network-gd": lambda shards: laqjax_run(shards, "network", "gd", 2),
+        "network-laq": lambda shards: run_workload(shards, "network", "laq", 2, bits=BITS["network"]),
+        "network-gd": lambda shards: run_workload(shards, "network", "gd", 2),
     },
     "sweep": {
-        "one": lambda shards: laqjax_run(shards, "softmax", "laq", 20, bits=BITS["softmax"]),
-        "sweep-16": lambda shards: laqjax_sweep(shards, "softmax", 16, 8),
-        "sweep-64": lambda shards: laqjax_sweep(shards, "softmax", 64, 4),
+        "one": lambda shards: run_workload(shards, "softmax", "laq", 20, bits=BITS["softmax"]),
+        "sweep-16": lambda shards: sweep_workload(shards, "softmax", 16, 8),
+        "sweep-64": lambda shards: sweep_workload(shards, "softmax", 64, 4),
     },
     "kernel": {
-        "out-in": lambda shards: laqjax_run(shards, "softmax", "laq", 20, bits=BITS["softmax"]),
-        "in-out": in_out,
+        "out-in": lambda shards: run_workload(shards, "softmax", "laq", 20, bits=BITS["softmax"]),
+        "in-out": transposed_kernel_workload,
     },
-    "cnn": {f"cnn-{form}": partial(cnn, form=form) for form in ("calls", "laq", "sweep")},
-    "million": {f"million-{form}": lambda shards, form=form: large(1258, form) for form in ("plain", "gd", "laq")},
-    "ten": {f"ten-million-{form}": lambda shards, form=form: large(12579, form) for form in ("plain", "gd", "laq")},
-    "checkpoint": {"unsaved": lambda shards: saved(shards, None), "saved": lambda shards: saved(shards, 100)},
-    "message": {f"message-{form}": lambda shards, form=form: message(form) for form in ("pack", "read")},
-    "network-sweep": {"network-sweep-8": lambda shards: laqjax_sweep(shards, "network", 8, 2)},
+    "cnn": {f"cnn-{form}": partial(cnn_workload, form=form) for form in ("calls", "laq", "sweep")},
+    "million": {
+        f"million-{form}": lambda shards, form=form: large_model_workload(1258, form) for form in ("plain", "gd", "laq")
+    },
+    "ten": {
+        f"ten-million-{form}": lambda shards, form=form: large_model_workload(12579, form)
+        for form in ("plain", "gd", "laq")
+    },
+    "checkpoint": {
+        "unsaved": lambda shards: checkpoint_workload(shards, None),
+        "saved": lambda shards: checkpoint_workload(shards, 100),
+    },
+    "message": {f"message-{form}": lambda shards, form=form: wire_workload(form) for form in ("pack", "read")},
+    "network-sweep": {"network-sweep-8": lambda shards: sweep_workload(shards, "network", 8, 2)},
 }
 
 
@@ -303,6 +311,6 @@ def mnist() -> laqjax.Shards:
     return laqjax.partition_data(data.x, data.y, 10, "contiguous")
 
 
-def cores() -> int:
+def num_available_cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,7 @@
 
 On 4 devices (forced ones on a CPU): gradients by pmean, lazily aggregated quantized ones (LAQ), and the largest 1 % with error feedback.
 
-    python -m experiments.examples.parallel --steps 300 --out results/parallel
+    python -m experiments.examples.data_parallel --steps 300 --out results/parallel
 """
 
 import os
@@ -24,7 +24,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import laqjax
-from experiments import datasets, files
+from experiments.harness import cli, datasets
 from laqjax import check_number
 from laqjax.algorithms import topk_ef
 
@@ -119,5 +119,5 @@ def main(steps: int = 300, batch: int = 1024, lr: float = 0.1, out: Path = Path(
 
 
 if __name__ == "__main__":
-    with files.refusing():
+    with cli.exit_on_user_error():
         tyro.cli(main)

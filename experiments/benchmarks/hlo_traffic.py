@@ -21,7 +21,7 @@ CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_co
 LISTED = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 
 
-def received(hlo: str) -> dict[str, float]:
+def count_received_bytes(hlo: str) -> dict[str, float]:
     """Bytes that a device receives in a round, by a compiled chunk's text: `always`, and `skipped` where nobody sends.
 
     Each collective counts once: the loop over rounds calls its body once a round, and no inner loop may hold one that is
@@ -30,7 +30,7 @@ def received(hlo: str) -> dict[str, float]:
     Raises:
         ValueError: a shape or a group of devices is not understood.
     """
-    bodies, entry = computations(hlo)
+    bodies, entry = parse_computations(hlo)
     counted: dict[str, float] = {"always": 0.0, "skipped": 0.0}
     seen: set[tuple[str, bool]] = set()
     todo = [(entry, False)]
@@ -41,14 +41,14 @@ def received(hlo: str) -> dict[str, float]:
         seen.add((name, inside))
         for line in bodies[name]:
             if match := COLLECTIVE.search(line):
-                counted["skipped" if inside else "always"] += bytes_of(match)
+                counted["skipped" if inside else "always"] += collective_bytes(match)
             branch = inside or " conditional(" in line
             called = CALLED.findall(line) + [n.strip(" %") for m in LISTED.findall(line) for n in m.split(",")]
             todo += [(n, branch) for n in called if n in bodies]
     return counted
 
 
-def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+def parse_computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     """(Lines of each computation, name of the entry)."""
     bodies: dict[str, list[str]] = {}
     entry, lines = "", []
@@ -63,16 +63,16 @@ def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def bytes_of(match: re.Match[str]) -> float:
+def collective_bytes(match: re.Match[str]) -> float:
     """What a device receives by one collective."""
     shapes, op, start, rest = match.groups()
-    sizes = [sized(dtype, dims) for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)]
+    sizes = [array_bytes(dtype, dims) for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)]
     if start and len(sizes) > 1:  # (operands, results)
         sizes = sizes[len(sizes) // 2 :]
     return RECEIVED[op](sum(sizes), group_size(rest))
 
 
-def sized(dtype: str, dims: str) -> int:
+def array_bytes(dtype: str, dims: str) -> int:
     """Bytes of an array."""
     if dtype not in BYTES:
         raise ValueError(f"dtype {dtype} in a compiled program: expected one of {sorted(BYTES)}")
@@ -93,7 +93,7 @@ def group_size(attributes: str) -> int:
     raise ValueError(f"groups of devices of a collective, {attributes[:80]}: expected replica_groups")
 
 
-def loopback() -> int | None:
+def loopback_bytes() -> int | None:
     """Bytes that the loopback device has received since the machine started, by whomever; None where it does not tell."""
     path = Path("/proc/net/dev")
     lines = [

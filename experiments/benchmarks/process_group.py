@@ -13,10 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-FLAG = "--xla_force_host_platform_device_count"
+DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
-class Team:
+class ProcessGroup:
     """`processes` processes of `devices` forced CPU devices each, which run `member` ("module:function").
 
     A question is a dictionary; all members get it, and answer one each, by `answer`. Use it in a `with` block.
@@ -27,8 +27,8 @@ class Team:
         self.errors = [tempfile.TemporaryFile("w+") for _ in range(processes)]  # noqa: SIM115, closed in `close`
         self.members: list[subprocess.Popen[str]] = []
         module, _, function = member.partition(":")
-        flags = re.sub(rf"{FLAG}=\d+", "", os.environ.get("XLA_FLAGS", ""))
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} {FLAG}={devices}"}
+        flags = re.sub(rf"{DEVICE_COUNT_FLAG}=\d+", "", os.environ.get("XLA_FLAGS", ""))
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} {DEVICE_COUNT_FLAG}={devices}"}
         port = free_port()
         try:
             for rank, errors in enumerate(self.errors):
@@ -36,7 +36,7 @@ class Team:
                 self.members.append(
                     subprocess.Popen(
                         [sys.executable, "-c", program],
-                        cwd=Path(__file__).parent.parent,
+                        cwd=Path(__file__).parents[2],
                         env=env,
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
@@ -49,7 +49,7 @@ class Team:
             self.close()
             raise
 
-    def __enter__(self) -> "Team":
+    def __enter__(self) -> "ProcessGroup":
         return self
 
     def __exit__(
@@ -75,10 +75,10 @@ class Team:
         Raises:
             ChildProcessError: a member ended; its last words are said.
         """
-        self.tell(question)
-        return [self.heard(rank) for rank in range(self.processes)]
+        self._send(question)
+        return [self._receive(rank) for rank in range(self.processes)]
 
-    def tell(self, question: dict[str, Any]) -> None:
+    def _send(self, question: dict[str, Any]) -> None:
         """A question to all members; whoever is gone is noticed when its answer is read."""
         for member in self.members:
             assert member.stdin
@@ -86,7 +86,7 @@ class Team:
                 member.stdin.write(json.dumps(question) + "\n")
                 member.stdin.flush()
 
-    def heard(self, rank: int) -> Any:
+    def _receive(self, rank: int) -> Any:
         """The answer of a member."""
         output = self.members[rank].stdout
         assert output
@@ -108,7 +108,7 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def answer(respond: Callable[..., Any]) -> None:
+def serve(respond: Callable[..., Any]) -> None:
     """The loop of a member: an answer to each question, until there are no more."""
     for line in sys.stdin:
         print(json.dumps({"answer": respond(**json.loads(line))}), flush=True)

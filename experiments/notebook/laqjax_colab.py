@@ -14,7 +14,7 @@
 # %% [markdown]
 # # LAQ, lazily aggregated quantized gradients
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/laqjax/laqjax/blob/main/experiments/laqjax_colab.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/laqjax/laqjax/blob/main/experiments/notebook/laqjax_colab.ipynb)
 #
 # Workers hold data, a server holds the model. Gradient descent sends every worker's gradient up in every round; LAQ ([Sun, Chen, Giannakis, Yang, NeurIPS 2019](https://papers.nips.cc/paper/2019/hash/4e87337f366f72daa424dae11df0538c-Abstract.html)) sends the *change* of a gradient, in b bits a coordinate, and only when that change matters. It gets to the same loss in about as many rounds, with a hundredth of the bits. This notebook explains it beside the lines of laqjax that are it, runs it on MNIST, sweeps its parameters, and trains a model of your own.
 #
@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 
 if Path("laqjax_colab.ipynb").exists():  # opened in a checkout
-    sys.path.insert(0, str(Path("..").resolve()))
+    sys.path.insert(0, str(Path("../..").resolve()))
 if any(importlib.util.find_spec(name) is None for name in ("laqjax", "experiments")):
     checkout = Path("laqjax-checkout").resolve()  # the experiments are in no package: they run from here
     if not checkout.exists():
@@ -143,7 +143,7 @@ show(memories.Innovation.update, memories.Innovation.update_aggregate, worker_st
 # Softmax regression on the MNIST images that come with laqjax, dealt out to ten workers. An algorithm is a pytree of numbers; `laqjax.run` compiles its rounds into one loop.
 
 # %%
-from experiments import datasets
+from experiments.harness import datasets
 
 data = datasets.load("mnist")
 shards = laqjax.partition_data(data.x, data.y, 10, "contiguous")  # x [10, 6000, 784] bytes, y, weight
@@ -295,8 +295,8 @@ curves(runs)
 # ## Where to go next
 #
 # In the repository:
-# - [docs/algorithm.md](../docs/algorithm.md): all of the above, and the family: LAG, TWO-LAQ, EF21, MARINA, CADA and others, each a few lines.
-# - [docs/own.md](../docs/own.md): models, data, compressors, rules and methods of your own.
-# - [docs/sweeps.md](../docs/sweeps.md): sweeps, comparisons and searches as commands.
-# - [docs/mesh.md](../docs/mesh.md), [docs/federation.md](../docs/federation.md): many devices and processes; a real federation, where silent workers send a few bytes.
-# - [docs/reproduction.md](../docs/reproduction.md): the published tables.
+# - [docs/algorithm.md](../../docs/algorithm.md): all of the above, and the family: LAG, TWO-LAQ, EF21, MARINA, CADA and others, each a few lines.
+# - [docs/own.md](../../docs/own.md): models, data, compressors, rules and methods of your own.
+# - [docs/sweeps.md](../../docs/sweeps.md): sweeps, comparisons and searches as commands.
+# - [docs/mesh.md](../../docs/mesh.md), [docs/federation.md](../../docs/federation.md): many devices and processes; a real federation, where silent workers send a few bytes.
+# - [docs/reproduction.md](../../docs/reproduction.md): the published tables.

@@ -14,19 +14,19 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 import laqjax
-from experiments import files, points, problems
-from experiments.study import Point
+from experiments.harness import cases, grid, storage
+from experiments.harness.runner import SweepPoint
 from laqjax import federation
 from laqjax.federation import FederatedServer, RoundStats
 
 
 @dataclass(frozen=True)
-class Plan:
+class PointSpec:
     """A point in words, from which each process makes it anew."""
 
     choice: dict[str, Any]
     padded_window: int
-    authors: bool
+    authors_rule: bool
     rows: int | None
     rounds: int
     deadline: float
@@ -34,51 +34,51 @@ class Plan:
     programs: str = ""  # a folder for compiled programs
 
     @classmethod
-    def read(cls, text: str) -> "Plan":
+    def from_hex_json(cls, text: str) -> "PointSpec":
         """The inverse of `text`."""
         return cls(**json.loads(bytes.fromhex(text)))
 
     @property
-    def text(self) -> str:
+    def to_hex_json(self) -> str:
         """In letters that every command line takes."""
         return json.dumps(asdict(self)).encode().hex()
 
-    def point(self) -> Point:
+    def point(self) -> SweepPoint:
         """The point."""
-        data = {name: self.choice[name] for name in points.Data.__dataclass_fields__}
-        case = problems.case(*data.values(), rows=self.rows)
-        return points.build(self.choice, case, self.padded_window, self.authors)
+        data = {name: self.choice[name] for name in grid.DataAxes.__dataclass_fields__}
+        case = cases.get_case(*data.values(), rows=self.rows)
+        return grid.build_point(self.choice, case, self.padded_window, self.authors_rule)
 
 
-def shard_of(point: Point, worker: int) -> laqjax.Shards:
+def worker_shard(point: SweepPoint, worker: int) -> laqjax.Shards:
     """The data of one worker."""
     return jax.tree.map(lambda array: array[worker : worker + 1], point.case.shards)
 
 
-def client_of(plan: Plan) -> ClientApp:
+def make_client_app(plan: PointSpec) -> ClientApp:
     """A worker of a point."""
     point = plan.point()
     return federation.client_app(
-        point.algorithm, lambda worker: shard_of(point, worker), compilation_cache_dir=plan.programs or None
+        point.algorithm, lambda worker: worker_shard(point, worker), compilation_cache_dir=plan.programs or None
     )
 
 
-def server_of(plan: Plan) -> ServerApp:
+def make_server_app(plan: PointSpec) -> ServerApp:
     """The server of a point; the facts of its rounds are in a file when it ends, and after each round."""
     point, rounds = plan.point(), []
 
     def observe(facts: RoundStats, server: FederatedServer) -> None:
         rounds.append(facts)
         if plan.facts:
-            files.write_json(Path(plan.facts), as_json(rounds))
+            storage.write_json(Path(plan.facts), stats_to_json(rounds))
 
     key = jax.random.key(point.seed)
     return federation.server_app(
-        point.algorithm, point.begin(), key, plan.rounds, on_round=observe, round_timeout=plan.deadline, compilation_cache_dir=plan.programs or None
+        point.algorithm, point.initial_params(), key, plan.rounds, on_round=observe, round_timeout=plan.deadline, compilation_cache_dir=plan.programs or None
     )  # fmt: skip
 
 
-def as_json(rounds: Sequence[RoundStats]) -> dict[str, Any]:
+def stats_to_json(rounds: Sequence[RoundStats]) -> dict[str, Any]:
     """Facts as lists."""
     return {
         name: [np.asarray(getattr(one, name)).tolist() for one in rounds] for name in RoundStats.__dataclass_fields__
@@ -86,28 +86,28 @@ def as_json(rounds: Sequence[RoundStats]) -> dict[str, Any]:
 
 
 @cache
-def client_named(text: str) -> ClientApp:
+def cached_client_app(text: str) -> ClientApp:
     """The worker of a plan in words, made once a process."""
-    return client_of(Plan.read(text))
+    return make_client_app(PointSpec.from_hex_json(text))
 
 
-def answer(message: Message, context: Context) -> Message:
+def handle_message(message: Message, context: Context) -> Message:
     """Of whatever point the run is; Ray takes this function from process to process by its name."""
-    return client_named(str(context.run_config["plan"]))(message, context)
+    return cached_client_app(str(context.run_config["plan"]))(message, context)
 
 
-def apps() -> tuple[ServerApp, ClientApp]:
+def make_apps() -> tuple[ServerApp, ClientApp]:
     """The apps that Flower starts: which point they are is in the run's config."""
     client, server = ClientApp(), ServerApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        plan = Plan.read(str(context.run_config["plan"]))
+        plan = PointSpec.from_hex_json(str(context.run_config["plan"]))
         try:
-            server_of(plan)(grid, context)
+            make_server_app(plan)(grid, context)
         finally:  # for who waits: asking the SuperLink starts a process each time
-            files.write_text(Path(plan.facts).with_suffix(".ended"), "")
+            storage.write_text(Path(plan.facts).with_suffix(".ended"), "")
 
-    client.train()(answer)
-    client.query()(answer)
+    client.train()(handle_message)
+    client.query()(handle_message)
     return server, client

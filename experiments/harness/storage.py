@@ -1,10 +1,7 @@
 """Files that are whole or absent: everything is written under a temporary name, then renamed. And files of the user's."""
 
-import difflib
 import errno
 import fcntl
-import hashlib
-import importlib.util
 import itertools
 import json
 import os
@@ -12,12 +9,9 @@ import platform
 import shlex
 import shutil
 import sys
-import time
-import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,59 +20,17 @@ import jax
 import polars as pl
 
 import laqjax
+from experiments.harness import cli
 
-# what a command line reports in one line: wrong values, files that are not there or not readable, missing packages
-REFUSED = (ValueError, OSError, ImportError, pl.exceptions.PolarsError)
-# of these, what fails in the work and not in what was asked for: a full disk, no rights, a process that ended
-GIVEN = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-FORMAT = 1  # of a folder of results; a change of its files or columns gets the next number
-TARGETS = "further targets behind these"
-MORE = {"rounds": "more rounds"} | dict.fromkeys(("target", "targets", "target_accuracy"), TARGETS)
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """A command line: what it refuses is one line on stderr (exit code 2; 1 where the work failed), as is Ctrl-C (130)."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:  # who reads has seen enough, as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except REFUSED as error:
-        failed = isinstance(error, OSError) and not isinstance(error, GIVEN)
-        raise ended(1 if failed else 2, f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise ended(130, "stopped; the same command goes on from what is saved") from None
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" where a known name is close to `name`, else an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def ended(code: int, said: str) -> SystemExit:
-    """The end of a command with one line on stderr, which the exception holds too."""
-    print(said, file=sys.stderr)
-    if jax.distributed.is_initialized():  # JAX would wait for the others at the exit, and they for this one
-        sys.stdout.flush()
-        time.sleep(
-            2 if jax.process_index() == 0 else 0
-        )  # what is refused by all is said by all: JAX ends them with process 0
-        os._exit(code)
-    stop = SystemExit(said)
-    stop.code = code  # a text alone would be exit code 1
-    return stop
-
-
-def program() -> str:
-    """What was started: `-m MODULE`, or a file."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"-m {module.name.removesuffix('.__main__')}" if module else sys.argv[0]
+FORMAT = 2  # of a folder of results; a change of its files or columns gets the next number
+EXTEND_TARGETS_MESSAGE = "further targets behind these"
+EXTENDABLE_KEYS = {"rounds": "more rounds"} | dict.fromkeys(
+    ("target", "targets", "target_accuracy"), EXTEND_TARGETS_MESSAGE
+)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A name to write to; the file takes its place at `path` only when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays: writers choose the format by it
@@ -97,17 +49,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text)
 
 
-def further(there: Any, asked: Any) -> bool:
+def extends(there: Any, asked: Any) -> bool:
     """Whether more of the same is asked for: more rounds, or further targets behind those that are there."""
     return bool(there and asked) and (asked[: len(there)] == there if isinstance(there, list) else asked > there)
 
 
 @contextmanager
-def claimed(folder: Path, identity: dict[str, Any], ended: str = "") -> Iterator[None]:
+def lock_results_dir(folder: Path, identity: dict[str, Any], ended: str = "") -> Iterator[None]:
     """Hold `folder` as this experiment's own, for one process at a time; it keeps the identity for the next one.
 
     Args:
@@ -124,9 +76,13 @@ def claimed(folder: Path, identity: dict[str, Any], ended: str = "") -> Iterator
     def same() -> bool:
         there = read_identity(folder) if path.exists() else identity
         keys = sorted(k for k in there.keys() | identity.keys() if there.get(k) != identity.get(k))
-        more = [k for k in keys if k in MORE and further(there.get(k), identity.get(k))]
+        more = [k for k in keys if k in EXTENDABLE_KEYS and extends(there.get(k), identity.get(k))]
         words = {k: f"{k}: {there.get(k)} there, {identity.get(k)} asked for" for k in keys if ended or k not in more}
-        words |= {k: f"{words[k]}, which goes on to {MORE[k]} only" for k in words.keys() & MORE.keys() if not ended}
+        words |= {
+            k: f"{words[k]}, which goes on to {EXTENDABLE_KEYS[k]} only"
+            for k in words.keys() & EXTENDABLE_KEYS.keys()
+            if not ended
+        }
         if words:
             why = f"cannot go on: {ended}" if more == keys else "holds the results of other settings"
             raise ValueError(f"{folder} {why} ({'; '.join(words.values())}); give another --out, or remove the folder")
@@ -176,72 +132,19 @@ def read_identity(folder: Path) -> dict[str, Any]:
     return there
 
 
-def set_aside(path: Path, why: str = "damaged") -> str:
+def quarantine(path: Path, why: str = "damaged") -> str:
     """Rename a damaged file or folder out of the way, overwriting nothing; its new name."""
     aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{why}-{n}")).exists())
     path.rename(aside)
     return aside.name
 
 
-def is_own(text: str) -> bool:
-    """Whether a name is that of something in a file of the user's: FILE.py:NAME."""
-    return ".py:" in text
-
-
-def digest(text: str) -> str | None:
-    """Of the content of a file that a name stands for (FILE.py:NAME, npz:FILE, ...), None where there is none."""
-    names = [text.rpartition(":")[0], text.partition(":")[2]]
-    path = next((Path(name) for name in names if name and Path(name).is_file()), None)
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path else None
-
-
-def load(text: str) -> Any:
-    """The function NAME of `FILE.py:NAME`; ValueError when there is none."""
-    file, _, name = text.rpartition(":")
-    function = getattr(_module(Path(file).resolve()), name, None)
-    if not callable(function):
-        raise ValueError(f"{text}: {file} has no function {name}")
-    return function
-
-
-def call(text: str, *given: Any, **named: Any) -> Any:
-    """What NAME of `FILE.py:NAME` returns; ValueError that names file, function and line when it fails."""
-    function = load(text)
-    try:
-        return function(*given, **named)
-    except Exception as error:
-        raise ValueError(f"{text}: {where(error, text)}") from error
-
-
-@cache
-def _module(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: expected FILE.py:NAME")
-    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{path.name} cannot be read: {where(error, f'{path}:')}") from error
-    return module
-
-
-def where(error: Exception, text: str) -> str:
-    """An error, and the line of the file of FILE.py:NAME from which it came."""
-    file = Path(text.rpartition(":")[0]).name
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == file]
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}" + (
-        f" (line {lines[-1]})" if lines else ""
-    )
-
-
-def save(frame: pl.DataFrame, path: Path, csv: bool = False) -> None:
+def save_frame(frame: pl.DataFrame, path: Path, csv: bool = False) -> None:
     """Parquet, and CSV for people."""
-    with replacing(path.with_name(path.name + ".parquet")) as part:
+    with atomic_write(path.with_name(path.name + ".parquet")) as part:
         frame.write_parquet(part)
     if csv:
-        with replacing(path.with_name(path.name + ".csv")) as part:
+        with atomic_write(path.with_name(path.name + ".csv")) as part:
             frame.write_csv(part)
 
 
@@ -249,7 +152,7 @@ def provenance(command: Sequence[str] = ()) -> dict[str, Any]:
     """The exact command (this process's if none is given), the time, the versions and the machine, beside results."""
     names = ("jax", "jaxlib", "numpy", "optax")
     return {
-        "command": shlex.join(["python", *(command or (*shlex.split(program()), *sys.argv[1:]))]),
+        "command": shlex.join(["python", *(command or (*shlex.split(cli.invoked_program()), *sys.argv[1:]))]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in names}
         | {"laqjax": laqjax.__version__, "python": platform.python_version()},

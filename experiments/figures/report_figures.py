@@ -11,8 +11,8 @@ import numpy as np
 import polars as pl
 from matplotlib.colors import to_hex
 
-from experiments import plots
-from experiments.ledger import COST, goals_of, said, thinned
+from experiments.figures import drawing
+from experiments.harness.results import COST_COLUMNS, format_value, target_labels, thin_indices
 
 Figure = dict[str, Any]
 Shown = tuple[str, str, list[Figure]]  # heading, note, panels
@@ -44,7 +44,7 @@ def of(kind: str, tables: Tables, points: int) -> Iterator[Shown]:
 
 def color(number: int) -> str:
     """Of the n-th thing, as in `plots.look`."""
-    return to_hex(plots.COLORS[number % 10])
+    return to_hex(drawing.COLORS[number % 10])
 
 
 def series(name: str, data: Mapping[str, list[Any]], number: int, mode: str = "lines", **more: Any) -> dict[str, Any]:
@@ -74,17 +74,21 @@ def measure(tables: Tables) -> str:
 
 def ordered(tables: Tables) -> list[str]:
     """The names of the settings: as they stand where they are few; else the front first, then the cheapest, then the nearest."""
-    summary, words = tables["summary"], plots.named(tables["points"], tables["summary"])
+    summary, words = tables["summary"], drawing.point_labels(tables["points"], tables["summary"])
     if len(summary) <= SOME:
         return list(dict.fromkeys(words[point] for point in summary["point"]))
-    target = goals_of(summary)[-1]
-    parts = plots.front(summary, target), plots.ranked(summary, target), summary.sort("final_loss", nulls_last=True)
+    target = target_labels(summary)[-1]
+    parts = (
+        drawing.pareto_front(summary, target),
+        drawing.rank_by_bits(summary, target),
+        summary.sort("final_loss", nulls_last=True),
+    )
     return list(dict.fromkeys(words[point] for part in parts for point in part["point"]))
 
 
 def styled(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A color and a dash a name; those behind the first are hidden until somebody wants them."""
-    looks = [plots.look(i) for i in range(len(names))]
+    looks = [drawing.line_style(i) for i in range(len(names))]
     return {
         name: {"number": i, "dash": DASHES[look["linestyle"]], "hidden": i >= SOME}
         for i, (name, look) in enumerate(zip(names, looks, strict=True))
@@ -93,14 +97,14 @@ def styled(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def drawn(tables: Tables, styles: Mapping[str, dict[str, Any]], y: str, against: Mapping[str, str], each: int, prefix: str = "") -> list[dict[str, Any]]:  # fmt: skip
     """A line a point; the seeds of a setting are one entry of the legend."""
-    words = plots.named(tables["points"], tables["summary"])
+    words = drawing.point_labels(tables["points"], tables["summary"])
     table = tables["curves"].with_columns(name=pl.col("point").replace_strict(words, return_dtype=pl.String))
     table = table.filter(pl.col("name").is_in(list(styles)), pl.col(y).is_finite())
     found, first = [], set()
     lines = {key[0]: rows for key, rows in table.group_by(["point"], maintain_order=True)}
     for point in sorted(lines, key=lambda point: list(styles).index(words[point])):
         rows, name = lines[point], words[point]
-        kept = rows[thinned(len(rows), each)]
+        kept = rows[thin_indices(len(rows), each)]
         data = {column: finite(kept[column]) for column in (*against, y)}
         new = name not in first
         look: dict[str, Any] = {"legend": new, "width": 1.8 if new else 0.9, "group": prefix + name}
@@ -112,7 +116,7 @@ def drawn(tables: Tables, styles: Mapping[str, dict[str, Any]], y: str, against:
 
 def share(tables: Tables, styles: Mapping[str, Any], points: int) -> tuple[int, str]:
     """Points of each curve, so that they are `points` in all; and what is to be said of it."""
-    words = plots.named(tables["points"], tables["summary"])
+    words = drawing.point_labels(tables["points"], tables["summary"])
     mine = tables["curves"].filter(pl.col("point").is_in([p for p, name in words.items() if name in styles]))
     lengths = mine.group_by("point").len()["len"]
     each = max(points // max(len(lengths), 1), 10)
@@ -131,7 +135,7 @@ def share(tables: Tables, styles: Mapping[str, Any], points: int) -> tuple[int, 
 def curves(kind: str, tables: Tables, points: int) -> Iterator[Shown]:
     """Loss, and accuracy where there is one."""
     styles = styled(ordered(tables)[:MANY])
-    against = plots.OBSERVED if kind == "federated" else plots.AXES
+    against = drawing.FEDERATED_AXES if kind == "federated" else drawing.AXES
     each, note = share(tables, styles, points * 3 // 4)
     for y, title in (("residual", measure(tables)), ("accuracy", "test accuracy")):
         lines = drawn(tables, styles, y, against, each if y == "residual" else max(each // 3, 10))
@@ -158,13 +162,13 @@ def together(found: Mapping[str, tuple[str, Tables]], points: int) -> Iterator[S
         dash = ("solid", "dash", "dot", "dashdot", "longdash")[i % 5]
         styles = {name: {"number": names.setdefault(name, len(names)), "dash": dash} for name in few}
         each, note = share(tables, styles, points // len(found))
-        lines += drawn(tables, styles, "residual", plots.AXES, each, f"{folder}: ")
+        lines += drawn(tables, styles, "residual", drawing.AXES, each, f"{folder}: ")
         notes.append(f"{folder}: {note}" if note else "")
         titles.append(measure(tables))
     if lines:
         title = titles[0] if len(set(titles)) == 1 else "f - f*, or f where f* is not known"
-        says = {**plots.AXES, "residual": title}
-        views = [view(label, x, "residual", says, floor=FLOOR) for x, label in plots.AXES.items()]
+        says = {**drawing.AXES, "residual": title}
+        views = [view(label, x, "residual", says, floor=FLOOR) for x, label in drawing.AXES.items()]
         note = " ".join(["A color a setting, a dash a folder.", *filter(None, notes)])
         yield f"{title} against what it costs", note, [{"views": views, "series": lines, "first": 2}]
 
@@ -174,7 +178,7 @@ def together(found: Mapping[str, tuple[str, Tables]], points: int) -> Iterator[S
 
 def grids(summary: pl.DataFrame) -> Iterator[Shown]:
     """Bits up to the last target over b and C, a panel a D."""
-    found = plots.cells(summary, goals_of(summary)[-1])
+    found = drawing.heat_map_cells(summary, target_labels(summary)[-1])
     if found is None:
         return
     values, title, (d, b, c) = found
@@ -190,8 +194,8 @@ def grids(summary: pl.DataFrame) -> Iterator[Shown]:
 
 def pareto(summary: pl.DataFrame) -> Iterator[Shown]:
     """Rounds against bits up to the last target, a color an algorithm, and the front."""
-    target, words = goals_of(summary)[-1], plots.labels(summary)
-    best, x, y = plots.ranked(summary, target), f"bits_up_{target}", f"rounds_{target}"
+    target, words = target_labels(summary)[-1], drawing.setting_labels(summary)
+    best, x, y = drawing.rank_by_bits(summary, target), f"bits_up_{target}", f"rounds_{target}"
     if not len(best) or not best[x].sum() > 0:
         return
 
@@ -202,7 +206,7 @@ def pareto(summary: pl.DataFrame) -> Iterator[Shown]:
 
     groups = best.group_by(["algorithm"], maintain_order=True)
     lines = [series(str(name), data(rows), i, "markers") for i, ((name,), rows) in enumerate(groups)]
-    edge = data(plots.front(best, target))
+    edge = data(drawing.pareto_front(best, target))
     front = {"shape": "hv", "color": "#888888", "width": 1.2}
     lines.append(series("Pareto front", {x: edge[x], y: edge[y], "text": edge["text"]}, 0, **front))
     says = {x: f"bits up to {summary['goal'][0]} {target}", y: "rounds"}
@@ -216,16 +220,20 @@ def pareto(summary: pl.DataFrame) -> Iterator[Shown]:
 def methods_of(tables: Tables) -> list[str]:
     """The methods of a comparison, the fewest bits up first."""
     summary = tables["summary"]
-    rows = pl.concat([plots.ranked(summary, goals_of(summary)[-1]), summary.sort("final_loss", nulls_last=True)])
+    rows = pl.concat(
+        [drawing.rank_by_bits(summary, target_labels(summary)[-1]), summary.sort("final_loss", nulls_last=True)]
+    )
     return rows["algorithm"].unique(maintain_order=True).to_list()
 
 
 def named_by_method(tables: Tables) -> dict[str, pl.DataFrame]:
     """Of a comparison's report: the setting of each method that is cheapest at the last target, called as the method."""
     summary = tables["summary"]
-    rows = pl.concat([plots.ranked(summary, goals_of(summary)[-1]), summary.sort("final_loss", nulls_last=True)])
+    rows = pl.concat(
+        [drawing.rank_by_bits(summary, target_labels(summary)[-1]), summary.sort("final_loss", nulls_last=True)]
+    )
     best = rows.unique("algorithm", keep="first", maintain_order=True)
-    words, mine = plots.named(tables["points"], summary), plots.labels(summary)
+    words, mine = drawing.point_labels(tables["points"], summary), drawing.setting_labels(summary)
     kept = [point for point, word in words.items() if word in {mine[p] for p in best["point"]}]
     points = (
         tables["points"]
@@ -249,11 +257,11 @@ def compared(tables: Tables, points: int) -> Iterator[Shown]:
             for name in sorted(order, key=lambda name: kinds.index(kind[name]))
         }
         each, note = share(mine, styles, points)
-        lines = drawn(mine, styles, "residual", plots.AXES, each)
+        lines = drawn(mine, styles, "residual", drawing.AXES, each)
         title = measure(tables)
         views = [
-            view(label, x, "residual", {**plots.AXES, "residual": title}, floor=FLOOR)
-            for x, label in plots.AXES.items()
+            view(label, x, "residual", {**drawing.AXES, "residual": title}, floor=FLOOR)
+            for x, label in drawing.AXES.items()
         ]
         note = f"The setting of each method with the fewest bits up to the last target, on the seeds that are reported. {note}"
         figure = {"views": views, "series": lines, "first": 2, "height": 620}
@@ -264,7 +272,7 @@ def costs(best: pl.DataFrame, kinds: Sequence[str]) -> Iterator[Shown]:
     """Bits up at each target, method by method, and hollow what the step of theory costs."""
     if not len(best):
         return
-    methods = plots.by_cost(best)
+    methods = drawing.methods_by_cost(best)
     lines, views = [], []
     for number, target in enumerate(best["target"].unique(maintain_order=True)):
         says = {"bits_up": f"bits up to {best['goal'][0]} {target}", "method": "method", "setting": "setting"}
@@ -287,13 +295,14 @@ def costs(best: pl.DataFrame, kinds: Sequence[str]) -> Iterator[Shown]:
 
 def fronts(tried: pl.DataFrame, best: pl.DataFrame, kinds: Sequence[str], kind: Mapping[str, str]) -> Iterator[Shown]:
     """Rounds against bits up: the front of each method, a color a kind."""
-    words, goal, lines, views = plots.labels(tried), tried["goal"][0], [], []
+    words, goal, lines, views = drawing.setting_labels(tried), tried["goal"][0], [], []
     for target in best["target"].unique(maintain_order=True):
         reached, x, y = tried.drop_nulls(f"bits_up_{target}"), f"bits_up_{target}", f"rounds_{target}"
         if not len(reached):
             continue
         edges = {
-            str(n): plots.front(rows, target) for (n,), rows in reached.group_by(["algorithm"], maintain_order=True)
+            str(n): drawing.pareto_front(rows, target)
+            for (n,), rows in reached.group_by(["algorithm"], maintain_order=True)
         }
         for name in sorted((n for n in edges if n in kind), key=lambda name: kinds.index(kind[name])):
             edge = edges[name]
@@ -315,8 +324,8 @@ def tune(tables: Tables) -> Iterator[Shown]:
     bits = trials["bits_up"].fill_null(np.nan).to_numpy()
     if np.isnan(bits).all():
         return
-    knobs = [n for n in trials.columns if n not in ("trial", "goal", "target", "reached", "diverged", *COST)]
-    words = [", ".join(f"{n} = {said(row[n])}" for n in knobs) for row in trials.iter_rows(named=True)]
+    knobs = [n for n in trials.columns if n not in ("trial", "goal", "target", "reached", "diverged", *COST_COLUMNS)]
+    words = [", ".join(f"{n} = {format_value(row[n])}" for n in knobs) for row in trials.iter_rows(named=True)]
     data = {"trial": trials["trial"].to_list(), "bits_up": finite(trials["bits_up"]), "text": words}
     fewest = {"trial": data["trial"], "bits_up": finite(pl.Series(np.fmin.accumulate(bits)))}
     lines = [series("reached on every seed", data, 0, "markers"), series("fewest so far", fewest, 3, shape="hv")]

@@ -29,9 +29,9 @@ import jax
 import numpy as np
 import polars as pl
 
-from experiments import files
+from experiments.harness import cli, user_code
 
-MNIST_FOLDER = Path(__file__).parent / "mnist"
+MNIST_FOLDER = Path(__file__).parents[1] / "mnist"
 MNIST_MD5 = {  # of the files inside the .xz; every IDX set uses these names
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -122,21 +122,21 @@ def load(name: str) -> Dataset:
         return _load_npz(name, Path(argument))
     if kind == "csv" and argument:
         return _load_csv(name, Path(argument))
-    if files.is_own(name):
-        made = files.call(name)
+    if user_code.is_user_reference(name):
+        made = user_code.call_user_function(name)
         if isinstance(made, Dataset):
             return made
         if not isinstance(made, tuple) or len(made) not in (2, 4):
             raise ValueError(f"{name} returned {made!r:.80}: expected (x, y), (x, y, x_test, y_test) or a Dataset")
-        return _dataset(name, *made)
+        return _infer_dataset(name, *made)
     raise ValueError(
         f"dataset {name!r}: expected mnist, idx:DIR, tfds:NAME[@DIR], libsvm:PATH, libsvm-regression:PATH, npz:FILE, "
         "csv:FILE, FILE.py:load, synthetic-linear[?KEY=VALUE&...] or synthetic-logistic[?KEY=VALUE&...]"
-        f"{files.suggest(kind.partition('?')[0], KINDS)}"
+        f"{cli.suggest(kind.partition('?')[0], KINDS)}"
     )
 
 
-def _dataset(name: str, x: Any, y: Any, x_test: Any = None, y_test: Any = None) -> Dataset:
+def _infer_dataset(name: str, x: Any, y: Any, x_test: Any = None, y_test: Any = None) -> Dataset:
     """Of somebody's arrays: flat whole numbers from 0 on are classes."""
     x, y, x_test, y_test = jax.tree.map(np.asarray, (x, y, x_test, y_test))
     if not (np.ndim(y) == 1 and hasattr(y, "dtype") and np.issubdtype(y.dtype, np.integer)):
@@ -157,7 +157,7 @@ def _load_npz(name: str, path: Path) -> Dataset:
         raise ValueError(f"{path} is damaged, or no .npz file: {error}") from None
     if not {"x", "y"} <= arrays.keys() <= {"x", "y", "x_test", "y_test"}:
         raise ValueError(f"{name}: expected arrays x and y, and perhaps x_test and y_test; got {sorted(arrays)}")
-    return _dataset(name, **arrays)
+    return _infer_dataset(name, **arrays)
 
 
 def _load_csv(name: str, path: Path) -> Dataset:
@@ -166,10 +166,10 @@ def _load_csv(name: str, path: Path) -> Dataset:
     if text or not table.width > 1:
         raise ValueError(f"{name}: expected two or more columns of numbers under one line of heads; not so: {text}")
     target = next((column for column in ("y", "label", "target") if column in table.columns), table.columns[-1])
-    return _dataset(name, table.drop(target).to_numpy().astype(np.float32), table[target].to_numpy())
+    return _infer_dataset(name, table.drop(target).to_numpy().astype(np.float32), table[target].to_numpy())
 
 
-def _decompressed(path: Path) -> bytes:
+def _decompress(path: Path) -> bytes:
     """The content of a file, unpacked as its suffix says."""
     unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix, bytes)
     packed = path.read_bytes()
@@ -185,13 +185,15 @@ def _load_idx(name: str, folder: Path, md5: Mapping[str, str] | None = None) -> 
         path = next((p for end in ("", ".gz", ".xz") if (p := folder / f"{stem}{end}").is_file()), None)
         if path is None:
             raise FileNotFoundError(f"{name}: no {stem}, raw, .gz or .xz, in {folder}")
-        content = _decompressed(path)
+        content = _decompress(path)
         if md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5[stem]:
             raise ValueError(f"{path} is damaged: the MD5 of its content is not {md5[stem]}")
         arrays.append(_parse_idx(content, path))
     x, y, x_test, y_test = arrays
     num_classes = int(y.max(initial=0)) + 1
-    return Dataset(name, _flat(x), y.astype(np.int32), _flat(x_test), y_test.astype(np.int32), num_classes)
+    return Dataset(
+        name, _flatten_images(x), y.astype(np.int32), _flatten_images(x_test), y_test.astype(np.int32), num_classes
+    )
 
 
 def _parse_idx(content: bytes, path: Path) -> np.ndarray:
@@ -205,7 +207,7 @@ def _parse_idx(content: bytes, path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def _flat(images: np.ndarray) -> np.ndarray:
+def _flatten_images(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), math.prod(images.shape[1:]))
 
 
@@ -262,7 +264,7 @@ def _read_source(name: str, source: Any) -> tuple[np.ndarray, np.ndarray]:
     shapes = {image.shape for image in images}
     if len(shapes) != 1:
         raise ValueError(f"{name}: expected images of one shape, got {sorted(shapes)[:4]}")
-    return _flat(np.stack(images)), np.array(labels, np.int32)
+    return _flatten_images(np.stack(images)), np.array(labels, np.int32)
 
 
 def _load_libsvm(name: str, path: Path, classes: bool) -> Dataset:
@@ -293,12 +295,12 @@ def _load_libsvm(name: str, path: Path, classes: bool) -> Dataset:
 def _parse_libsvm(path: Path, classes: bool) -> tuple[list[float], list[int], list[int], list[float]]:
     """Targets [n], and the row, column (from 1) and value of each entry. Skips blank lines and # comments."""
     targets, rows, columns, values = [], [], [], []
-    for number, line in enumerate(_decompressed(path).decode(errors="replace").split("\n"), start=1):
+    for number, line in enumerate(_decompress(path).decode(errors="replace").split("\n"), start=1):
         tokens = line.partition("#")[0].split()
         if not tokens:
             continue
         try:
-            target = _float32(tokens[0])
+            target = _parse_float32(tokens[0])
             if classes and not target.is_integer():
                 raise ValueError(f"label {tokens[0]} is not a class; libsvm-regression: reads targets")
             last = 0
@@ -309,14 +311,14 @@ def _parse_libsvm(path: Path, classes: bool) -> tuple[list[float], list[int], li
                 last = int(index)
                 rows.append(len(targets))
                 columns.append(last)
-                values.append(_float32(value))
+                values.append(_parse_float32(value))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         targets.append(target)
     return targets, rows, columns, values
 
 
-def _float32(text: str) -> float:
+def _parse_float32(text: str) -> float:
     value = float(text)
     if not abs(value) <= FLOAT32_MAX:  # this way round NaN is caught too
         raise ValueError(f"{text} is not a finite float32")
@@ -330,7 +332,7 @@ def _load_synthetic(name: str) -> Dataset:
         key, _, text = item.partition("=")
         if key not in SYNTHETIC_INTEGERS + SYNTHETIC_FLOATS:
             known = ", ".join(SYNTHETIC_INTEGERS + SYNTHETIC_FLOATS)
-            hint = files.suggest(key, SYNTHETIC_INTEGERS + SYNTHETIC_FLOATS)
+            hint = cli.suggest(key, SYNTHETIC_INTEGERS + SYNTHETIC_FLOATS)
             raise ValueError(f"{name}: unknown key {key!r}, expected one of {known}{hint}")
         try:
             value = int(text) if key in SYNTHETIC_INTEGERS else float(text)

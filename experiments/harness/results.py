@@ -18,14 +18,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from experiments import files, terminal
+from experiments.harness import cli, storage
 
-COST = ("rounds", "uploads", "bits_up", "bits_down", "bits", "seconds")
+COST_COLUMNS = ("rounds", "uploads", "bits_up", "bits_down", "bits", "seconds")
 TABLES = ("curves", "masks", "points")  # points last: a batch is done when its points are there
 
 
 @dataclass(frozen=True)
-class Link:
+class NetworkModel:
     """The link of each worker, for the simulated seconds: a round lasts as long as its slowest message. All that the server
     sends in a round counts as one message, those to workers that it asks too.
     """
@@ -46,7 +46,7 @@ class Link:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected a number > 0")
 
 
-LINK = Link()
+DEFAULT_NETWORK = NetworkModel()
 
 
 @dataclass(frozen=True)
@@ -65,35 +65,35 @@ class Targets:
         if len({f"{t:g}" for t in self.values}) < len(self.values):  # the tables name them so
             raise ValueError(f"{name} = {self.values}: expected numbers that differ in their first six digits")
 
-    def met(self, record: "Record", target: float) -> np.ndarray:
+    def reached(self, record: "PointHistory", target: float) -> np.ndarray:
         """The models within a target [K + 1, S]; what is not known is not within."""
         return record.accuracy >= target - 1e-6 if self.accuracy else record.residual <= target
 
-    def words(self, f_star: float | None) -> str:
+    def label(self, f_star: float | None) -> str:
         """What stands before the number of a target."""
         return "test accuracy >=" if self.accuracy else "f <=" if f_star is None else "f - f* <="
 
 
 @dataclass
-class Record:
+class PointHistory:
     """What S points have done so far. Row k of loss and accuracy is the model after k rounds, NaN where not known."""
 
     f_star: float | None
     loss: np.ndarray  # [K + 1, S]
     accuracy: np.ndarray  # [K + 1, S]
     sent: np.ndarray  # [K, S, M]
-    up: np.ndarray  # [K, S, M]
-    down: np.ndarray  # [K, S]
-    computed: np.ndarray  # [K, S] gradients of the worker that computed most
-    ran: np.ndarray = field(init=False)  # [S] rounds done
-    lost: np.ndarray = field(init=False)  # [S] the first round without a finite loss, or -1
+    bits_up: np.ndarray  # [K, S, M]
+    bits_down: np.ndarray  # [K, S]
+    gradients: np.ndarray  # [K, S] gradients of the worker that computed most
+    rounds_done: np.ndarray = field(init=False)  # [S] rounds done
+    diverged_at: np.ndarray = field(init=False)  # [S] the first round without a finite loss, or -1
 
     def __post_init__(self) -> None:
         points = self.loss.shape[1]
-        self.ran, self.lost = np.zeros(points, int), np.full(points, -1)
+        self.rounds_done, self.diverged_at = np.zeros(points, int), np.full(points, -1)
 
     @classmethod
-    def empty(cls, rounds: int, points: int, workers: int, f_star: float | None) -> "Record":
+    def empty(cls, rounds: int, points: int, workers: int, f_star: float | None) -> "PointHistory":
         """Before round 0."""
         unknown = lambda: np.full((rounds + 1, points), np.nan)  # noqa: E731
         each = (rounds, points, workers)
@@ -107,76 +107,78 @@ class Record:
 
     def add(self, info: Any, here: np.ndarray, place: np.ndarray, whole: np.ndarray | None) -> None:
         """A chunk of the points `here`, in the places `place` of the batch; `whole`: their losses on all data at its end."""
-        began, end = self.ran[here], self.ran[here] + len(info.loss)
+        began, end = self.rounds_done[here], self.rounds_done[here] + len(info.loss)
         rows = began + np.arange(len(info.loss))[:, None]
         found = info.loss[:, place]
         broken = ~np.isfinite(found)
         first = np.where(broken.any(axis=0), began + broken.argmax(axis=0), -1)
-        self.lost[here] = np.where(self.lost[here] < 0, first, self.lost[here])
+        self.diverged_at[here] = np.where(self.diverged_at[here] < 0, first, self.diverged_at[here])
         if whole is None:
             self.loss[rows, here] = found
         else:
             self.loss[end, here] = whole
         self.sent[rows, here] = info.sent[:, place]
-        self.up[rows, here] = info.bits_up[:, place]
-        self.down[rows, here] = info.bits_down[:, place]
-        self.computed[rows, here] = info.extra["gradients"].max(axis=2)[:, place]
-        self.ran[here] = end
+        self.bits_up[rows, here] = info.bits_up[:, place]
+        self.bits_down[rows, here] = info.bits_down[:, place]
+        self.gradients[rows, here] = info.extra["gradients"].max(axis=2)[:, place]
+        self.rounds_done[here] = end
 
-    def kept(self) -> list[np.ndarray]:
+    def to_arrays(self) -> list[np.ndarray]:
         """The rounds that were run, for a file; `restore` takes them back."""
         models, rounds, done = (
             (self.loss, self.accuracy),
-            (self.sent, self.up, self.down, self.computed),
-            self.ran.max(),
+            (self.sent, self.bits_up, self.bits_down, self.gradients),
+            self.rounds_done.max(),
         )
-        return [*(a[: done + 1] for a in models), *(a[:done] for a in rounds), self.ran, self.lost]
+        return [*(a[: done + 1] for a in models), *(a[:done] for a in rounds), self.rounds_done, self.diverged_at]
 
     def restore(self, kept: Sequence[np.ndarray]) -> None:
         """What `kept` gave."""
-        all_rounds = self.loss, self.accuracy, self.sent, self.up, self.down, self.computed
+        all_rounds = self.loss, self.accuracy, self.sent, self.bits_up, self.bits_down, self.gradients
         for mine, theirs in zip(all_rounds, kept, strict=False):
             mine[: len(theirs)] = theirs
-        self.ran, self.lost = (np.array(a) for a in kept[len(all_rounds) :])
+        self.rounds_done, self.diverged_at = (np.array(a) for a in kept[len(all_rounds) :])
 
-    def spent(self, link: Link, compute_ms: float) -> dict[str, np.ndarray]:
+    def cumulative_costs(self, link: NetworkModel, compute_ms: float) -> dict[str, np.ndarray]:
         """Everything spent before row k, [K + 1, S]."""
-        slowest = self.up.max(axis=2) / (link.uplink_mbps * 1e6) + link.latency_ms / 1e3
-        seconds = np.where(self.sent.any(axis=2), slowest, 0) + self.down / (link.downlink_mbps * 1e6)
+        slowest = self.bits_up.max(axis=2) / (link.uplink_mbps * 1e6) + link.latency_ms / 1e3
+        seconds = np.where(self.sent.any(axis=2), slowest, 0) + self.bits_down / (link.downlink_mbps * 1e6)
         each = {
             "uploads": self.sent.sum(axis=2),
-            "bits_up": self.up.sum(axis=2, dtype=np.int64),
-            "bits_down": self.down,
-            "bits": self.up.sum(axis=2, dtype=np.int64) + self.down,
-            "seconds": seconds + (compute_ms * self.computed + link.latency_ms) / 1e3,
+            "bits_up": self.bits_up.sum(axis=2, dtype=np.int64),
+            "bits_down": self.bits_down,
+            "bits": self.bits_up.sum(axis=2, dtype=np.int64) + self.bits_down,
+            "seconds": seconds + (compute_ms * self.gradients + link.latency_ms) / 1e3,
         }
         spent = {name: np.concatenate([0 * values[:1], np.cumsum(values, axis=0)]) for name, values in each.items()}
         return {"rounds": np.broadcast_to(np.arange(len(self.loss))[:, None], self.loss.shape), **spent}
 
 
-def tables(labels: Sequence[dict[str, Any]], record: Record, targets: Targets, spent: Any, keep: int) -> dict[str, Any]:
+def build_tables(
+    labels: Sequence[dict[str, Any]], record: PointHistory, targets: Targets, spent: Any, keep: int
+) -> dict[str, Any]:
     """Curves of about `keep` rows up to the last target, masks of all rounds done, and a row a point."""
     rows, curves, masks = [], [], []
     known = np.isfinite(record.loss) | np.isfinite(record.accuracy)
     for i, label in enumerate(labels):
-        lost = bool(record.lost[i] >= 0)
-        end = int(record.lost[i] if lost else record.ran[i])
-        met = {t: np.flatnonzero(targets.met(record, t)[: end + 1, i]) for t in targets.values}
+        lost = bool(record.diverged_at[i] >= 0)
+        end = int(record.diverged_at[i] if lost else record.rounds_done[i])
+        met = {t: np.flatnonzero(targets.reached(record, t)[: end + 1, i]) for t in targets.values}
         at: dict[str, int | None] = {f"{t:g}": int(found[0]) if len(found) else None for t, found in met.items()}
         last = at[f"{targets.values[-1]:g}"] if at else None
-        row = dict(label) | {"f_star": record.f_star, "goal": targets.words(record.f_star)}
+        row = dict(label) | {"f_star": record.f_star, "goal": targets.label(record.f_star)}
         measured = (record.accuracy if targets.accuracy else record.loss)[: end + 1, i]
         every = int(np.diff(np.flatnonzero(np.isfinite(measured))).max(initial=1))
         row |= {"diverged": lost, "reached": last is not None, "ended": end, "every": every}
         for t, k in {**at, "end": end}.items():
-            row |= {f"{name}_{t}": None if k is None else spent[name][k, i].item() for name in COST}
+            row |= {f"{name}_{t}": None if k is None else spent[name][k, i].item() for name in COST_COLUMNS}
         finite = np.flatnonzero(np.isfinite(record.loss[: end + 1, i]))
         row["final_loss"] = float(record.loss[finite[-1], i]) if len(finite) else None
         scored = np.flatnonzero(np.isfinite(record.accuracy[: end + 1, i]))
         row["accuracy"] = float(record.accuracy[scored[-1], i]) if len(scored) and not lost else None
         rows.append(row)
         shown = np.flatnonzero(known[: (end if last is None else last) + 1, i])
-        shown = shown[thinned(len(shown), keep)]
+        shown = shown[thin_indices(len(shown), keep)]
         columns = {"point": label["point"], "round": shown} | {
             n: v[shown, i] for n, v in spent.items() if n != "rounds"
         }
@@ -186,14 +188,16 @@ def tables(labels: Sequence[dict[str, Any]], record: Record, targets: Targets, s
         curves.append(pl.DataFrame(columns | facts, schema=shape))  # also where nothing is known
         sent = np.packbits(record.sent[:end, i]).tobytes()
         masks.append({"point": label["point"], "rounds": end, "workers": record.sent.shape[2], "sent": sent})
-    kinds = {f"{name}_{t}": pl.Int64 for t in [*(f"{t:g}" for t in targets.values), "end"] for name in COST[:-1]}
+    kinds = {
+        f"{name}_{t}": pl.Int64 for t in [*(f"{t:g}" for t in targets.values), "end"] for name in COST_COLUMNS[:-1]
+    }
     kinds |= {name: pl.Float64 for name in rows[0] if name.startswith("seconds_")}
     kinds |= {"f_star": pl.Float64, "final_loss": pl.Float64, "accuracy": pl.Float64}
     points = pl.DataFrame(rows, schema_overrides=kinds, infer_schema_length=None)
     return {"curves": pl.concat(curves), "masks": pl.DataFrame(masks), "points": points}
 
 
-def thinned(rounds: int, points: int) -> list[int]:
+def thin_indices(rounds: int, points: int) -> list[int]:
     """About `points` indices below `saved_rounds`, denser at the start as a log axis shows them; first and last included."""
     if rounds <= points:
         return list(range(rounds))
@@ -201,29 +205,29 @@ def thinned(rounds: int, points: int) -> list[int]:
     return np.unique(even.astype(int) - 1).tolist()
 
 
-def unpacked(mask: dict[str, Any]) -> np.ndarray:
+def unpack_mask(mask: dict[str, Any]) -> np.ndarray:
     """Who sent when, [rounds, workers], of a row of masks."""
     size = mask["rounds"] * mask["workers"]
     bits = np.unpackbits(np.frombuffer(mask["sent"], np.uint8), count=size)
     return bits.reshape(mask["rounds"], mask["workers"])
 
 
-def settings_of(table: pl.DataFrame) -> list[str]:
+def setting_columns(table: pl.DataFrame) -> list[str]:
     """The columns that say what a point or a setting is."""
     names = table.columns
     return [name for name in names[: names.index("seed" if "seed" in names else "seeds")] if name != "point"]
 
 
-def goals_of(table: pl.DataFrame) -> list[str]:
+def target_labels(table: pl.DataFrame) -> list[str]:
     """The targets of a table, as they stand in its columns; "end" alone where there are none."""
     found = [name.removeprefix("rounds_") for name in table.columns if name.startswith("rounds_")]
     return [t for t in found if "_" not in t and t != "end"] or ["end"]
 
 
-def summarised(points: pl.DataFrame) -> pl.DataFrame:
+def summarize(points: pl.DataFrame) -> pl.DataFrame:
     """Mean, half of the 95 % interval (Student's t), least and most over seeds, a row a setting; a cost only where all seeds reached it."""
-    by = settings_of(points)
-    measures = [name for name in points.columns if name.rsplit("_", 1)[0] in COST and name not in by]
+    by = setting_columns(points)
+    measures = [name for name in points.columns if name.rsplit("_", 1)[0] in COST_COLUMNS and name not in by]
     measures += ["final_loss", "accuracy"]
     rows = []
     for key, group in points.group_by(by, maintain_order=True):
@@ -233,7 +237,7 @@ def summarised(points: pl.DataFrame) -> pl.DataFrame:
         )
         for name in measures:
             whole = group[name].to_numpy() if group[name].null_count() == 0 else None
-            row |= {name + end: value for end, value in interval(whole).items()}
+            row |= {name + end: value for end, value in mean_ci(whole).items()}
         rows.append(row)
     ends = ("", "_ci95", "_least", "_most")
     return pl.DataFrame(
@@ -241,7 +245,7 @@ def summarised(points: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def interval(values: np.ndarray | None) -> dict[str, float | None]:
+def mean_ci(values: np.ndarray | None) -> dict[str, float | None]:
     """Mean, half of the 95 % interval where there are two values or more, least, most."""
     if values is None:
         return dict.fromkeys(("", "_ci95", "_least", "_most"))
@@ -253,33 +257,33 @@ def interval(values: np.ndarray | None) -> dict[str, float | None]:
         return {"": float(values.mean()), "_ci95": half, "_least": float(values.min()), "_most": float(values.max())}
 
 
-def joined(folder: Path, parts: Sequence[str]) -> pl.DataFrame:
+def merge_tables(folder: Path, parts: Sequence[str]) -> pl.DataFrame:
     """The tables PART + NAME.parquet of batches, or of merged folders, as one of each kind; and the summary, returned."""
-    whole = gathered(parts)
+    whole = concat_tables(parts)
     for name in TABLES:
-        files.save(whole[name], folder / name, csv=name == "points")
-    files.save(whole["summary"], folder / "summary", csv=True)
+        storage.save_frame(whole[name], folder / name, csv=name == "points")
+    storage.save_frame(whole["summary"], folder / "summary", csv=True)
     return whole["summary"]
 
 
-def gathered(parts: Sequence[str]) -> dict[str, pl.DataFrame]:
+def concat_tables(parts: Sequence[str]) -> dict[str, pl.DataFrame]:
     """What `joined` writes."""
     read = {name: [pl.read_parquet(f"{part}{name}.parquet") for part in parts] for name in TABLES}
     whole = {
         n: pl.concat(frames, how="diagonal_relaxed").sort("point", maintain_order=True) for n, frames in read.items()
     }
-    return whole | {"summary": summarised(whole["points"])}
+    return whole | {"summary": summarize(whole["points"])}
 
 
-HEADS = {"bits": "b", "max_silence": "C", "window": "D"}
+COLUMN_TITLES = {"bits": "b", "max_silence": "C", "window": "D"}
 
 
-def said(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value of a setting in a few letters."""
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def short(number: float | None) -> str:
+def format_count(number: float | None) -> str:
     """1,234 or 12.3M or 1.23G."""
     if number is None:
         return "-"
@@ -289,9 +293,9 @@ def short(number: float | None) -> str:
     return f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:.2g}"
 
 
-def missed(summary: pl.DataFrame) -> list[str]:
+def unreached_notice(summary: pl.DataFrame) -> list[str]:
     """What is to be said of settings that did not reach the last target on all seeds."""
-    target = goals_of(summary)[-1]
+    target = target_labels(summary)[-1]
     number, lost = summary[f"rounds_{target}"].null_count(), int((summary["diverged"] > 0).sum())
     return [f"{number} of {len(summary)} settings did not reach {target} ({lost} diverged)"] if number else []
 
@@ -302,7 +306,7 @@ def tied(points: pl.DataFrame) -> list[str]:
     Args:
         points: with the rounds at which each point met its targets, and `every`, the rounds between its looks.
     """
-    notices, targets, settings = [], goals_of(points), settings_of(points)
+    notices, targets, settings = [], target_labels(points), setting_columns(points)
     total = points.select(settings).n_unique() if settings else 1
     for easy, hard in itertools.pairwise(targets):
         at = pl.col(f"rounds_{easy}")
@@ -311,12 +315,12 @@ def tied(points: pl.DataFrame) -> list[str]:
             number = found.select(settings).n_unique() if settings else 1
             notices.append(
                 f"{number} of {total} settings met targets {easy} and {hard} at the same look (every = "
-                f"{found['every'].max()} rounds): give a smaller --every"
+                f"{found['every'].max()} rounds): give a smaller --eval-every"
             )
     return notices
 
 
-def result(
+def report_result(
     console: Console,
     out: Path,
     tables: Mapping[str, pl.DataFrame],
@@ -329,25 +333,25 @@ def result(
     words: how the values of a column are printed. facts: what --json says beside tables, notices and place.
     """
     for title, frame in tables.items():
-        console.print(printed(frame, title, words or {}))
+        console.print(to_rich_table(frame, title, words or {}))
     for notice in notices:
         console.print(notice, markup=False)
     console.print(f"figures and tables: {out}", soft_wrap=True, markup=False)  # whole, to be copied
     rows = {title: json.loads(frame.write_json()) for title, frame in tables.items()}  # nan and inf are null there
-    terminal.answer({"out": str(out), "tables": rows, "notices": list(notices), **facts})
+    cli.write_json_result({"out": str(out), "tables": rows, "notices": list(notices), **facts})
 
 
-def printed(frame: pl.DataFrame, title: str, words: Mapping[str, Callable[[Any], str]] = {}) -> Table:
+def to_rich_table(frame: pl.DataFrame, title: str, words: Mapping[str, Callable[[Any], str]] = {}) -> Table:
     """A table for a terminal of 80 columns: what is constant is left to the title, no word is broken."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     frame = frame.select(name for name in frame.columns if frame[name].null_count() < len(frame))
     for name, kind in frame.schema.items():  # only the last may take more lines
         table.add_column(name, justify="right" if kind.is_numeric() else "left", no_wrap=name != frame.columns[-1])
     for row in frame.iter_rows(named=True):
-        how = {n: words.get(n, short if _counted(n) else said) for n in row}
+        how = {n: words.get(n, format_count if _is_count_column(n) else format_value) for n in row}
         table.add_row(*(v if isinstance(v, str) else how[n](v) for n, v in row.items()))
     return table
 
 
-def _counted(name: str) -> bool:
+def _is_count_column(name: str) -> bool:
     return name in ("rounds", "uploads") or "bits" in name

@@ -1,6 +1,6 @@
 """An equinox transformer that learns to copy: after a separator, the tokens before it. Data, model and problem of one's own:
 
-    python -m experiments.sweep --problem experiments/examples/tokens.py:make --dataset experiments/examples/tokens.py:load \\
+    python -m experiments.sweep --problem experiments/examples/equinox_transformer.py:make --dataset experiments/examples/equinox_transformer.py:load \\
         --partition unequal:4 -b 2 4 8 -C 10 100 --lr 0.05 --target-accuracy 0.5 --out results/tokens
 """
 

@@ -11,14 +11,15 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import laqjax
-from experiments import datasets, teams, traffic
-from experiments.bench import peak
+from experiments.benchmarks import hlo_traffic, process_group
+from experiments.benchmarks.speed import peak_rss_bytes
+from experiments.harness import datasets
 from laqjax import distributed, sharding
 
 BITS, LR, CLASSES, PIXELS = 4, 0.2, 10, 784  # lr M: steps on the mean of the workers' losses
 
 
-def member(rank: int, processes: int, port: int) -> None:
+def worker_main(rank: int, processes: int, port: int) -> None:
     """Join the others and answer."""
     if processes > 1:
         distributed.initialize_distributed(f"127.0.0.1:{port}", processes, rank)
@@ -27,19 +28,24 @@ def member(rank: int, processes: int, port: int) -> None:
 
     def respond(do: str, cell: dict[str, Any], **more: Any) -> Any:
         if do == "go":
-            return go(streams, cell)
-        return {"run": run, "bytes": moved, "memory": memory, "constants": constants}[do](cell, **more)
+            return time_chunk(streams, cell)
+        return {
+            "run": run,
+            "bytes": count_collective_bytes,
+            "memory": measure_peak_growth,
+            "constants": measure_constants,
+        }[do](cell, **more)
 
-    teams.answer(respond)
+    process_group.serve(respond)
 
 
 @cache
-def images() -> datasets.Dataset:
+def load_mnist() -> datasets.Dataset:
     """MNIST, as it lies."""
     return datasets.load("mnist")
 
 
-def problem_of(hidden: int | None) -> Any:
+def make_problem(hidden: int | None) -> Any:
     """Softmax regression, or a network with so many hidden units."""
     return (
         laqjax.problems.TwoLayerNetwork(PIXELS, CLASSES, hidden, l2=0)
@@ -48,34 +54,34 @@ def problem_of(hidden: int | None) -> Any:
     )
 
 
-def shards_of(first: int, last: int, rows: int) -> laqjax.Shards:
+def make_shards(first: int, last: int, rows: int) -> laqjax.Shards:
     """The images of some workers; from the beginning again where there are no more."""
-    data, which = images(), np.arange(first * rows, last * rows) % len(images().x)
+    data, which = load_mnist(), np.arange(first * rows, last * rows) % len(load_mnist().x)
     x, y = data.x[which].reshape(last - first, rows, -1), data.y[which].reshape(last - first, rows)
     return laqjax.Shards(x, y, np.ones(y.shape, np.float32))
 
 
-def made(
+def make_run_arguments(
     workers: int, rows: int, hidden: int | None = None, collective: str = "all_gather", **_: Any
 ) -> dict[str, Any]:
     """What `laqjax.stream` takes: on one device without a mesh, on more with each process's own shards."""
-    problem = problem_of(hidden)
+    problem = make_problem(hidden)
     oracle = problem.oracle()
     lr = LR / workers / (10 if hidden else 1)  # a network in 4 bits diverges in time with the steps of the other
     alg = laqjax.algorithms.laq(oracle, lr=lr, num_workers=workers, bits=BITS)
     mesh = sharding.make_mesh() if jax.device_count() > 1 else None
-    part = partial(shards_of, rows=rows)
+    part = partial(make_shards, rows=rows)
     shards = part(0, workers) if mesh is None else sharding.load_local_shards(mesh, workers, part)
     given = {"alg": alg, "start": problem.init_vector(oracle), "shards": shards, "key": jax.random.key(0)}
     return given | {"mesh": mesh, "collective": collective}
 
 
-def go(streams: dict[Any, Iterator[Any]], cell: dict[str, Any]) -> dict[str, Any]:
+def time_chunk(streams: dict[Any, Iterator[Any]], cell: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a round, by a chunk of rounds of a run that goes on with each call; and M and p of what ran."""
     name = tuple(cell.items())
     if name not in streams:
         options = {"chunk_size": cell["chunk"], "worker_batch_size": cell["at_once"]}
-        streams[name] = laqjax.stream(**made(**cell), rounds=10**6, **options)
+        streams[name] = laqjax.stream(**make_run_arguments(**cell), rounds=10**6, **options)
         next(streams[name])  # compiles
     begin = time.perf_counter()
     out = next(streams[name])
@@ -85,7 +91,7 @@ def go(streams: dict[Any, Iterator[Any]], cell: dict[str, Any]) -> dict[str, Any
 
 def run(cell: dict[str, Any], rounds: int) -> dict[str, Any]:
     """A whole run, compiled before: its seconds, and what a server would have received."""
-    given = kept(**cell)
+    given = cached_run_arguments(**cell)
     laqjax.run(**given, rounds=1)
     begin = time.perf_counter()
     info = laqjax.run(**given, rounds=rounds).info
@@ -95,14 +101,14 @@ def run(cell: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 
 @cache
-def kept(**cell: Any) -> dict[str, Any]:
+def cached_run_arguments(**cell: Any) -> dict[str, Any]:
     """`made`, once."""
-    return made(**cell)
+    return make_run_arguments(**cell)
 
 
-def moved(cell: dict[str, Any]) -> dict[str, Any]:
+def count_collective_bytes(cell: dict[str, Any]) -> dict[str, Any]:
     """Bytes that a device receives in a round, by the compiled program, and by an all-gather of float32 gradients."""
-    given = made(**cell)
+    given = make_run_arguments(**cell)
     alg, mesh = given["alg"], given["mesh"]
     devices, slots = jax.device_count(), sharding.num_worker_slots(mesh, alg.num_workers)
     collective = sharding.resolve_collective(given["collective"], alg)
@@ -117,40 +123,41 @@ def moved(cell: dict[str, Any]) -> dict[str, Any]:
     alg, key = sharding.device_put_global((alg, given["key"]), mesh, P())
     program = jax.jit(split).lower(alg, state, given["shards"], key).compile()
     floats = 4 * given["start"].size * slots * (devices - 1) / devices
-    return traffic.received(program.as_text() or "") | {"float32": floats, "p": int(given["start"].size)}
+    received = hlo_traffic.count_received_bytes(program.as_text() or "")
+    return received | {"float32": floats, "p": int(given["start"].size)}
 
 
-def memory(cell: dict[str, Any]) -> dict[str, Any]:
+def measure_peak_growth(cell: dict[str, Any]) -> dict[str, Any]:
     """By how many bytes a run makes the peak of this process grow; to be asked of a new process, once."""
     jax.block_until_ready(jnp.ones(8) + 1)
-    images()  # its arrays are there for all sizes alike
-    before = peak()
-    given = made(**cell)
+    load_mnist()  # its arrays are there for all sizes alike
+    before = peak_rss_bytes()
+    given = make_run_arguments(**cell)
     for _ in laqjax.stream(
         **given, rounds=2 * cell["chunk"], chunk_size=cell["chunk"], worker_batch_size=cell["at_once"]
     ):
         pass
-    return {"grown": peak() - before, "peak": peak(), "p": int(given["start"].size)}
+    return {"grown": peak_rss_bytes() - before, "peak": peak_rss_bytes(), "p": int(given["start"].size)}
 
 
 # ---- constants of the model -------------------------------------------------------------------------------------
 
 
-def constants(cell: dict[str, Any], words: int, times: int) -> dict[str, Any]:
+def measure_constants(cell: dict[str, Any], words: int, times: int) -> dict[str, Any]:
     """Seconds of an all-gather of one word, and of `words` words a device; of decoding and adding one number."""
     if jax.device_count() > 1:
-        short, long = gathering(1, 20 * times), gathering(words, times)
+        short, long = time_all_gather(1, 20 * times), time_all_gather(words, times)
         return {"short": short, "long": long}
-    given = made(**cell)
+    given = make_run_arguments(**cell)
     alg, like, workers = given["alg"], given["start"], 8
     collective = sharding.all_gather(alg)
     added = jax.jit(lambda every, sent: collective.sum_packed(alg, every, sent, like))
     size = collective.bytes_received(alg, 2) // 4  # the words of one message
     every, sent = jnp.ones((workers, size), jnp.uint32), jnp.ones(workers, bool)
-    return {"decode": best(lambda: added(every, sent), times) / (workers * like.size)}
+    return {"decode": best_time(lambda: added(every, sent), times) / (workers * like.size)}
 
 
-def gathering(words: int, times: int) -> float:
+def time_all_gather(words: int, times: int) -> float:
     """Seconds of an all-gather of so many words from each device."""
     mesh = sharding.make_mesh()
 
@@ -163,10 +170,10 @@ def gathering(words: int, times: int) -> float:
 
     there = sharding.device_put_global(np.ones(words * jax.device_count(), np.float32), mesh, P("workers"))
     call = jax.jit(jax.shard_map(many, mesh=mesh, in_specs=P("workers"), out_specs=P("workers"), check_vma=False))
-    return best(lambda: call(there), 5) / times
+    return best_time(lambda: call(there), 5) / times
 
 
-def best(call: Callable[[], Any], times: int) -> float:
+def best_time(call: Callable[[], Any], times: int) -> float:
     """Seconds of the fastest of some calls, after one that compiles."""
     seconds = []
     for _ in range(times + 1):

@@ -1,7 +1,7 @@
 """LAQ on MNIST over many processes or hosts: the same command on each.
 
-python -m experiments.examples.hosts --coordinator HOST:PORT --num-processes 2 --process-id 0
-srun python -m experiments.examples.hosts        where JAX finds the processes itself: Slurm, TPU pods
+python -m experiments.examples.multihost --coordinator HOST:PORT --num-processes 2 --process-id 0
+srun python -m experiments.examples.multihost        where JAX finds the processes itself: Slurm, TPU pods
 """
 
 from typing import Literal
@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 import laqjax
-from experiments import datasets, files
+from experiments.harness import cli, datasets
 from laqjax import distributed, sharding
 
 
@@ -24,7 +24,7 @@ def main(
     rows: int = 6000,
     rounds: int = 200,
 ) -> None:
-    with files.refusing():
+    with cli.exit_on_user_error():
         distributed.initialize_distributed(coordinator, num_processes, process_id)  # before anything else of JAX
         data, mesh = datasets.load("mnist"), sharding.make_mesh()
 
