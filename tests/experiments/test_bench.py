@@ -1,4 +1,4 @@
-"""The bench measures what it says: its rivals compute what laqjax computes, and a small race gives all numbers."""
+"""Tests of experiments.bench: its baselines compute what laqjax computes, and a short measurement gives all metrics."""
 
 import json
 
@@ -15,7 +15,7 @@ from experiments.harness import cli
 
 @pytest.fixture(autouse=True)
 def as_a_user():
-    """The contestants are written for JAX's defaults, not for the strict modes of the other tests."""
+    """Use JAX's defaults, for which the workloads are written, not the strict modes of the other tests."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -57,7 +57,7 @@ def test_race_and_report(shards):
     racers["gemm"] = workloads.repeat(lambda: jax.numpy.ones(3), 2, flops=1e6)
     times = speed.time_interleaved(racers, seconds=0)
     assert {len(calls) for calls in times.values()} == {2}
-    flops = {name: contestant.flops for name, contestant in racers.items()}
+    flops = {name: workload.flops for name, workload in racers.items()}
     report = {
         "machine": speed.describe_machine(),
         "fresh": {},
@@ -73,7 +73,7 @@ def test_race_and_report(shards):
     console = Console(record=True, width=200)
     speed.print_report(report, console)
     text = console.export_text()
-    for name in ("took 12%", "laq / gd", "fresh-softmax, compile s", "met by 60%", "not installed", "share of GEMM"):
+    for name in ("used 12%", "laq / gd", "fresh-softmax, compile s", "met by 60%", "not installed", "share of GEMM"):
         assert name in text
 
 
