@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import polars as pl
 
 from experiments.benchmarks.hlo_traffic import read_loopback_bytes
 from experiments.benchmarks.process_group import ProcessGroup, start_group
+from experiments.benchmarks.speed import time_interleaved
 from experiments.figures.scaling_figures import fit_power_law
 from experiments.harness import storage
 
@@ -85,18 +87,13 @@ def plan_measurements(quick: bool) -> Iterator[Measurement]:
             yield Measurement("reference", layout, **REFERENCE)
 
 
-def time_interleaved(groups: Groups, timed: list[Measurement], seconds: float) -> list[float]:
-    """Return the seconds of a round of each measurement: the best of at least two calls that take turns."""
-    best, end, turn = [np.inf] * len(timed), None, 0
-    while turn < 2 or time.perf_counter() < (end or 0):
-        for i, one in list(enumerate(timed))[:: -1 if turn % 2 else 1]:
-            answers = groups[one.layout].ask(do="go", cell=one.cell)
-            ran = {(answer["M"], answer["p"]) for answer in answers}
-            if ran != {(one.workers, one.size)}:
-                raise ValueError(f"(M, p) = {ran} ran: must be {one.workers, one.size}")
-            best[i] = min(best[i], max(answer["seconds"] for answer in answers))
-        end, turn = end or time.perf_counter() + seconds, turn + 1  # the first turn compiles
-    return best
+def time_chunk(groups: Groups, one: Measurement) -> float:
+    """Return the seconds of a round, by the slowest process of a group."""
+    answers = groups[one.layout].ask(do="go", cell=one.cell)
+    ran = {(answer["M"], answer["p"]) for answer in answers}
+    if ran != {(one.workers, one.size)}:
+        raise ValueError(f"(M, p) = {ran} ran: must be {one.workers, one.size}")
+    return max(answer["seconds"] for answer in answers)
 
 
 def measure_costs(groups: Groups, quick: bool, note: Callable[[str], Any]) -> pl.DataFrame:
@@ -105,9 +102,9 @@ def measure_costs(groups: Groups, quick: bool, note: Callable[[str], Any]) -> pl
     plan = list(plan_measurements(quick))
     for axis in dict.fromkeys(one.axis for one in plan):
         note(f"seconds of a round: {axis}")
-        timed = [one for one in plan if one.axis == axis]
-        best = time_interleaved(groups, timed, 0 if quick else 30)
-        rows += [one.to_row(1, seconds) for one, seconds in zip(timed, best, strict=True)]
+        timers = {one: partial(time_chunk, groups, one) for one in plan if one.axis == axis}
+        times = time_interleaved(timers, 0 if quick else 30)
+        rows += [one.to_row(1, min(seconds)) for one, seconds in times.items()]
     note("seconds of a run")
     one, lengths = Measurement("rounds", (1, 1), 10, 60), (10, 100) if quick else (10, 30, 100, 300, 1000, 3000)
     for k in lengths * 3:

@@ -143,15 +143,10 @@ def time_all_gather(words: int, times: int) -> float:
         every = jax.lax.all_gather(a, "workers", tiled=True)
         return every[: a.shape[0]] + every[-1]
 
-    many = jax.shard_map(
-        lambda a: jax.lax.fori_loop(0, times, gather, a),
-        mesh=mesh,
-        in_specs=P("workers"),
-        out_specs=P("workers"),
-        check_vma=False,
-    )
-    call, a = jax.jit(many), np.ones(words * jax.device_count(), np.float32)
-    placed = sharding.device_put_global(a, mesh, P("workers"))
+    spec, ones = P("workers"), np.ones(words * jax.device_count(), np.float32)
+    many = partial(jax.lax.fori_loop, 0, times, gather)
+    call = jax.jit(jax.shard_map(many, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    placed = sharding.device_put_global(ones, mesh, spec)
     return best_time(lambda: call(placed), 5) / times
 
 

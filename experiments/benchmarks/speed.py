@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,24 +94,28 @@ def measure(names: set[str], quick: bool, note: Callable[[str], Any]) -> dict[st
                 report["missing"][name] = str(error)
         if len(workloads) > 1:
             note(", ".join(workloads))
-            report["seconds"][group] = time_interleaved(workloads, RACE_SECONDS[group] / (10 if quick else 1))
+            timers = {name: partial(time_call, workload) for name, workload in workloads.items()}
+            report["seconds"][group] = time_interleaved(timers, RACE_SECONDS[group] / (10 if quick else 1))
             report["flops"] |= {name: workload.flops for name, workload in workloads.items()}
     return report | {"others": foreign_cpu()}
 
 
-def time_interleaved(workloads: Mapping[str, Workload], seconds: float) -> dict[str, list[float]]:
-    """Return the seconds per round of every call; workloads take turns until the time is up, at least twice."""
-    for workload in workloads.values():
-        workload.call()  # compiles
-    times: dict[str, list[float]] = {name: [] for name in workloads}
+def time_call(workload: Workload) -> float:
+    """Return the seconds per round of one call."""
+    begin = time.perf_counter()
+    workload.call()
+    return (time.perf_counter() - begin) / workload.rounds
+
+
+def time_interleaved(timers: Mapping[Any, Callable[[], float]], seconds: float) -> dict[Any, list[float]]:
+    """Call timers in turns until the time is up, at least twice; return what they measure after a first call."""
+    times = {name: [timer()] for name, timer in timers.items()}  # compiles
     end, turn = time.perf_counter() + seconds, 0
     while turn < 2 or time.perf_counter() < end:
-        for name in list(workloads)[:: -1 if turn % 2 else 1]:  # alternate the order, so that neighbors change
-            begin = time.perf_counter()
-            workloads[name].call()
-            times[name].append((time.perf_counter() - begin) / workloads[name].rounds)
+        for name in list(timers)[:: -1 if turn % 2 else 1]:  # alternate the order, so that neighbors change
+            times[name].append(timers[name]())
         turn += 1
-    return times
+    return {name: measured[1:] for name, measured in times.items()}
 
 
 def run_cold_start(kind: str) -> dict[str, float]:

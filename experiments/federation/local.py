@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,32 +22,7 @@ from rich.console import Console
 
 from experiments.harness import processes, storage
 
-APP_PYPROJECT = """[project]
-name = "laqjax-federation"
-version = "1.0.0"
-description = "Lazily aggregated gradients"
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "laqjax"
-
-[tool.flwr.app.components]
-serverapp = "laqjax_app:server"
-clientapp = "laqjax_app:client"
-
-[tool.flwr.app.config]
-plan = ""
-"""
-# Flower looks for the names `server` and `client` in plain assignments
-APP_MODULE = '''"""A point of `experiments.federated` as Flower apps."""
-
-from experiments.federation.flower_apps import make_apps
-
-both = make_apps()
-server = both[0]
-client = both[1]
-'''
+APP = Path(__file__).with_name("app")  # what `flwr run` starts
 STARTUP_TIMEOUT = 60.0  # seconds for a process to start
 STATUS_INTERVAL = 20.0  # seconds between two queries of a run's state
 
@@ -71,7 +46,7 @@ class FlowerCli:
     """Commands of Flower for one federation."""
 
     folder: Path  # of the logs
-    home: Path  # FLWR_HOME: configuration, app, certificates and keys
+    home: Path  # FLWR_HOME: configuration, certificates and keys
     run_timeout: float
     environment: dict[str, str]
     options: tuple[str, ...] = ()  # of `flwr run`
@@ -93,8 +68,8 @@ class FlowerCli:
         ended = facts.with_suffix(".ended")  # written by the server app
         for path in (facts, ended):
             path.unlink(missing_ok=True)
-        words = "run", str(self.home / "app"), "laqjax", "--run-config", f'plan="{plan}"', "--format", "json"
-        output = self.command(*words, *self.options)
+        words = "run", str(APP), "laqjax", "--run-config", f'plan="{plan}"', "--format", "json", *self.options
+        output = self.command(*words)
         number = str(json.loads(output).get("run-id"))
         if number == "None":
             raise ChildProcessError(f"flwr run: {output.strip()[-2000:]}")
@@ -145,9 +120,9 @@ def run_local_federation(
             port = processes.find_free_port()
             write_certificates(flwr.home, ["127.0.0.1", "localhost"])
             write_connection_config(flwr, f"127.0.0.1:{port}", flwr.home / "ca.crt")
-            start_superlink(stack, flwr, port, simulation)
+            stack.enter_context(start_superlink(flwr, port, simulation))
             for worker in range(0 if simulation else workers):
-                start_supernode(stack, flwr, port, worker, workers)
+                stack.enter_context(start_supernode(flwr, port, worker, workers))
             nodes = "simulated nodes" if simulation else "SuperNodes; TLS and node authentication are on"
             console.print(f"SuperLink at 127.0.0.1:{port}, {workers} {nodes}")
         if simulation:
@@ -160,11 +135,6 @@ def run_local_federation(
 def temporary_flower_home(folder: Path, network: SuperLinkConfig) -> Iterator[FlowerCli]:
     """Provide Flower's commands with a private FLWR_HOME, which is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="laqjax-") as home:
-        app = Path(home) / "app"
-        app.mkdir()
-        (app / "pyproject.toml").write_text(APP_PYPROJECT)
-        (app / "laqjax_app.py").write_text(APP_MODULE)
-        (app / "LICENSE").write_text("Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0\n")
         yield FlowerCli(folder, Path(home), network.run_timeout, subprocess_env(Path(home), network.poll_interval))
 
 
@@ -192,17 +162,17 @@ def find_executable(name: str) -> str:
 # ---- processes ---------------------------------------------------------------------------------------------------
 
 
-def start_superlink(stack: ExitStack, flwr: FlowerCli, port: int, simulation: bool) -> None:
+def start_superlink(flwr: FlowerCli, port: int, simulation: bool) -> AbstractContextManager[psutil.Popen]:
     """Start a SuperLink with TLS."""
     tls = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.crt", "--ssl-keyfile": "server.key"}
     words = [find_executable("flower-superlink"), "--host", "127.0.0.1", "--port", str(port)]
     words += [word for option, name in tls.items() for word in (option, str(flwr.home / name))]
     words += ["--disable-runtime-dependency-installation"]
     words += ["--simulation" if simulation else "--enable-supernode-auth"]
-    stack.enter_context(start_server(words, flwr, "superlink", port))
+    return start_server(words, flwr, "superlink", port)
 
 
-def start_supernode(stack: ExitStack, flwr: FlowerCli, port: int, worker: int, workers: int) -> None:
+def start_supernode(flwr: FlowerCli, port: int, worker: int, workers: int) -> AbstractContextManager[psutil.Popen]:
     """Start the node of a worker after its new key is registered with the SuperLink."""
     key, own = write_node_key(flwr.home, worker), processes.find_free_port()
     flwr.command("supernode", "register", f"{key}.pub", "laqjax")
@@ -210,7 +180,7 @@ def start_supernode(stack: ExitStack, flwr: FlowerCli, port: int, worker: int, w
     words += ["--root-certificates", str(flwr.home / "ca.crt"), "--auth-supernode-private-key", str(key)]
     words += ["--host", "127.0.0.1", "--port", str(own)]
     words += ["--node-config", f"partition-id={worker} num-partitions={workers}"]
-    stack.enter_context(start_server(words, flwr, f"supernode-{worker}", own))
+    return start_server(words, flwr, f"supernode-{worker}", own)
 
 
 @contextmanager
