@@ -1,7 +1,7 @@
 """Measure the speed and memory of laqjax on this machine, and compare them with goals.
 
     python -m experiments.bench                          nine minutes and 4 GB on two cores
-    python -m experiments.bench --quick                  under one minute, with rougher times
+    python -m experiments.bench --quick                  one minute: the main workloads, rougher times
     python -m experiments.bench --workloads laq gd --json     single calls too, for a program
 
 Compare ratios, not milliseconds: times vary by a factor of two and more with the load of the machine. The workloads of a
@@ -28,14 +28,15 @@ def main(quick: bool = False, workloads: WorkloadNames = ()) -> None:
     """Measure and print.
 
     Args:
-        quick: Use fewer turns.
-        workloads: Workloads to measure; all by default.
+        quick: Use fewer turns and, without --workloads, the main workloads only.
+        workloads: Workloads to measure; all by default, with --quick the main ones.
     """
     if unknown := sorted(set(workloads) - set(speed.NAMES)):
         raise ValueError(f"--workloads {' '.join(unknown)}: must be some of {' '.join(speed.NAMES)}")
     console = Console()
     with console.status("") as status:
-        report = speed.measure(set(workloads or speed.NAMES), quick, status.update)
+        names = workloads or (speed.QUICK_NAMES if quick else speed.NAMES)
+        report = speed.measure(set(names), quick, status.update)
     speed.print_report(report, console)
     cli.write_json_result(report | {"numbers": speed.derive_metrics(report), "goals": speed.TARGETS})
 

@@ -143,7 +143,7 @@ def write_tables(settings: Settings, points: Sequence[SweepPoint], found: Sequen
             spent[name] = np.concatenate([0 * total[:1], total])
         label = {"point": point.number, **point.label, "seed": point.seed}
         tables = results.build_tables([label], record, settings.goal.targets, spent, 200)
-        tables["points"] = tables["points"].with_columns(**observed_columns(arrays, facts))
+        tables["points"] = tables["points"].with_columns(**measurement_columns(arrays, facts))
         for name, table in tables.items():
             parts[name].append(table)
     for name, tables in parts.items():
@@ -164,7 +164,7 @@ def to_record(point: SweepPoint, arrays: dict[str, np.ndarray]) -> PointHistory:
     return record
 
 
-def observed_columns(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> dict[str, Any]:
+def measurement_columns(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> dict[str, Any]:
     """Return the columns of observed bytes and of the median milliseconds of a round."""
     found: dict[str, Any] = {name: int(arrays[name].sum()) for name in BYTE_FIELDS}
     found |= {f"heads_{way}": found[f"bytes_{way}"] - found[f"payload_{way}"] for way in ("up", "down")}

@@ -81,7 +81,7 @@ def plan_measurements(quick: bool) -> Iterator[Measurement]:
             yield Measurement("p", layout, 8, 32, h, min(100, max(10, 10**6 // (795 * h))))
     rows = 60 if quick else 1500
     for layout in layouts:
-        yield Measurement("strong", layout, 40, rows)
+        yield Measurement("strong", layout, 20 if quick else 40, rows)
         yield Measurement("weak", layout, 10 * layout[0] * layout[1], rows)
         if not quick:
             yield Measurement("reference", layout, **REFERENCE)
@@ -216,10 +216,10 @@ def measure(out: Path, quick: bool, note: Callable[[str], Any]) -> dict[str, pl.
         tables[name] = table
         storage.save_frame(table, out / name, csv=True)
 
-    save("memory", measure_memory(quick, note))
     with ExitStack() as stack:
         layouts = QUICK_LAYOUTS if quick else LAYOUTS
         groups = {layout: stack.enter_context(start_group(WORKER_ENTRY_POINT, *layout)) for layout in layouts}
+        save("memory", measure_memory(quick, note))
         save("bytes", measure_bytes(groups, quick, note))
         save("cost", measure_costs(groups, quick, note))
         modelled, constants = evaluate_model(groups, tables["cost"], quick)

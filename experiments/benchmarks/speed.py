@@ -37,6 +37,18 @@ RACE_SECONDS = {
 }  # fmt: skip
 COLD_START_WORKLOADS = {"fresh-softmax": "softmax", "fresh-network": "network", "fresh-sweep": "sweep"}
 NAMES = (*COLD_START_WORKLOADS, *(name for builders in WORKLOAD_GROUPS.values() for name in builders))
+QUICK_NAMES = (
+    "fresh-softmax",
+    "stream",
+    "laq",
+    "gd",
+    "plain",
+    "numpy",
+    "one",
+    "sweep-16",
+    "message-pack",
+    "message-read",
+)
 TARGETS = (  # names of `derive_metrics`
     ("laq, share of GEMM", ">=", 0.25),
     ("laq, share of GEMM", ">=", 0.35),
@@ -108,7 +120,7 @@ def time_call(workload: Workload) -> float:
 
 
 def time_interleaved(timers: Mapping[Any, Callable[[], float]], seconds: float) -> dict[Any, list[float]]:
-    """Call timers in turns until the time is up, at least twice; return what they measure after a first call."""
+    """Alternate between timers until the time is up, at least twice; return their results after a first call."""
     times = {name: [timer()] for name, timer in timers.items()}  # compiles
     end, turn = time.perf_counter() + seconds, 0
     while turn < 2 or time.perf_counter() < end:

@@ -76,7 +76,7 @@ def checkpoint_workload(shards: laqjax.Shards, every: int | None) -> Workload:
     return Workload(call, 1000, FLOPS["softmax"])
 
 
-def transposed_kernel_workload(shards: laqjax.Shards) -> Workload:
+def flax_kernel_workload(shards: laqjax.Shards) -> Workload:
     """Create a workload of softmax regression with a kernel [in, out] and scaled pixels, as in flax."""
 
     def loss(params: Any, x: Any, y: Any) -> Any:
@@ -301,7 +301,7 @@ WORKLOAD_GROUPS: dict[str, dict[str, Callable[[laqjax.Shards], Workload]]] = {
         "sweep-16": partial(sweep_workload, kind="softmax", points=16, rounds=8),
         "sweep-64": partial(sweep_workload, kind="softmax", points=64, rounds=4),
     },
-    "kernel": {"out-in": partial(run_workload, kind="softmax", rounds=20), "in-out": transposed_kernel_workload},
+    "kernel": {"out-in": partial(run_workload, kind="softmax", rounds=20), "in-out": flax_kernel_workload},
     "cnn": {f"cnn-{form}": partial(cnn_workload, form=form) for form in ("calls", "laq", "sweep")},
     "million": large_models("million", 1258),
     "ten": large_models("ten-million", 12579),

@@ -82,14 +82,14 @@ def stats_to_json(rounds: Sequence[RoundStats]) -> dict[str, Any]:
 
 
 @cache
-def cached_client_app(text: str) -> ClientApp:
+def get_client_app(text: str) -> ClientApp:
     """Create the client app of an encoded `PointSpec` once in each process."""
     return make_client_app(PointSpec.from_hex_json(text))
 
 
 def handle_message(message: Message, context: Context) -> Message:
     """Reply as a client of the run's point; a module-level function, since Ray pickles it by name."""
-    return cached_client_app(str(context.run_config["plan"]))(message, context)
+    return get_client_app(str(context.run_config["plan"]))(message, context)
 
 
 def make_apps() -> tuple[ServerApp, ClientApp]:

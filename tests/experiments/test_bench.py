@@ -88,6 +88,9 @@ def test_one_object_for_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert found["chosen"] == ["laq"]
     assert found["numbers"]["laq, share of GEMM"] == 0.5
     assert found["seconds"]["softmax"]["laq"] == [0.5]
+    with cli.command_line(["--quick", "--json"]) as given:
+        cli.parse_cli(bench.main, given)
+    assert json.loads(capsys.readouterr().out)["chosen"] == sorted(speed.QUICK_NAMES)
 
 
 def test_every_goal_names_something_measured():
@@ -97,6 +100,7 @@ def test_every_goal_names_something_measured():
     for goal, sign, _ in speed.TARGETS:
         assert sign in ("<=", ">=")
         assert set(goal.partition(", ")[0].split(" / ")) <= every, goal
+    assert set(speed.QUICK_NAMES) < every == set(speed.NAMES)
 
 
 def test_unknown_name_is_refused():
