@@ -116,9 +116,8 @@ def cnn_workload(shards: laqjax.Shards, form: str) -> Workload:
     return Workload(lambda: laqjax.sweep(stacked, params, few, rounds, keys, chunk_size=rounds), rounds * points)
 
 
-def large_model_workload(shards: laqjax.Shards, hidden: int, form: str) -> Workload:
+def large_model_workload(_: laqjax.Shards, hidden: int, form: str) -> Workload:
     """Create a workload of a 784-hidden-10 network on 8 workers of 32 rows: LAQ, GD, or a plain scan over workers."""
-    del shards  # of other workers
     workers, rounds, rng = 8, 8, np.random.default_rng(0)
     problem = laqjax.problems.TwoLayerNetwork(784, CLASSES, hidden, l2=0)
     oracle, key = problem.oracle(), jax.random.key(0)
@@ -151,9 +150,8 @@ def large_model_workload(shards: laqjax.Shards, hidden: int, form: str) -> Workl
     return Workload(lambda: jax.block_until_ready(plain(theta, data)), rounds)
 
 
-def wire_workload(shards: laqjax.Shards, form: str) -> Workload:
+def wire_workload(_: laqjax.Shards, form: str) -> Workload:
     """Create a workload that encodes 10^6 coordinates in 4 bits and packs them into bytes, or reads them back."""
-    del shards  # no gradients
     scheme, target = compressors.grid(4), jnp.asarray(np.random.default_rng(0).standard_normal(10**6, np.float32))
     encode = jax.jit(lambda target: scheme.encode(target, None))
     data = compressors.to_bytes(scheme, encode(target), target)
@@ -174,9 +172,8 @@ def gemm() -> Workload:
     return repeat(lambda: product(a, a), 4, 2 * GEMM**3)
 
 
-def stream(shards: laqjax.Shards) -> Workload:
+def stream(_: laqjax.Shards) -> Workload:
     """Create a workload that reads and writes a large array in place: new pages would cost more than the traffic."""
-    del shards  # no gradients
     add, array = jax.jit(lambda a: a + 1, donate_argnums=0), jnp.zeros(STREAM, jnp.float32)
 
     def call() -> Any:
