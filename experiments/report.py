@@ -1,4 +1,4 @@
-"""One HTML page of result folders: figures with hover and zoom, tables that sort.
+"""Write one HTML page of result folders: interactive figures and sortable tables.
 
     python -m experiments.report results/sweep               the page is results/sweep/report.html
     python -m experiments.report results/laq-logistic results/mine --out both.html

@@ -78,6 +78,12 @@ def test_the_first_lines_need_the_package_alone(capsys: pytest.CaptureFixture[st
     assert not re.search("experiments|datasets", code)
 
 
+def test_getting_started(capsys: pytest.CaptureFixture[str]) -> None:
+    code = block("start.md", "from_loss")
+    exec(code, {})
+    assert capsys.readouterr().out.splitlines() == re.findall(r"^# (.*)", code, re.MULTILINE)
+
+
 def test_use_it(used: dict[str, Any], mnist: laqjax.Shards) -> None:
     assert int(used["out"].state.round) == 10
     assert used["params"]["weight"].shape == (10, 784)
@@ -135,10 +141,10 @@ jax.tree.map(np.testing.assert_array_equal, state, jax.device_get(alone))
 
 @pytest.mark.distributed
 def test_many_devices(tmp_path: Path) -> None:
-    """The examples of docs/mesh.md on four devices: the first example's run of one device, and a message of each device."""
+    """The examples of docs/mesh.md and docs/lazy_aggregate.md on four devices: the first example's run of one device, and a message of each device."""
     script = tmp_path / "script.py"
     first = block("own.md", "datasets.load").replace("rounds=200", "rounds=5") + "alone = out.state\n"
-    mesh, lazy = block("mesh.md", "laqjax.sharding.make_mesh"), block("mesh.md", "lazy_aggregate")
+    mesh, lazy = block("mesh.md", "laqjax.sharding.make_mesh"), block("lazy_aggregate.md", "lazy_aggregate")
     script.write_text(first + mesh + ON_FOUR_DEVICES + lazy)
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, script], env=os.environ | flags, capture_output=True, text=True, check=False)
@@ -164,7 +170,7 @@ def test_a_federation(used: dict[str, Any], tmp_path: Path, monkeypatch: pytest.
 
 def test_no_other_python_stands_in_the_texts() -> None:
     written = {name: len(re.findall(r"```python\n", text)) for name, text in TEXTS.items()}
-    ran = {"README.md": 1, "own.md": 4, "mesh.md": 2, "federation.md": 1}  # by the tests above
+    ran = {"README.md": 1, "start.md": 1, "own.md": 4, "mesh.md": 1, "lazy_aggregate.md": 1, "federation.md": 1}
     assert {name: number for name, number in written.items() if number} == ran
 
 
@@ -201,6 +207,8 @@ def test_the_pages_build_and_fetch_nothing(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stdout + built.stderr
     pages = {page.name: page.read_text() for page in site.glob("*.html")}
     assert {page.with_suffix(".html").name for page in (ROOT / "docs").glob("*.md")} <= set(pages)
+    assert {"contributing.html", "changelog.html"} <= set(pages)
+    assert (site / "search" / "search_index.js").read_text().startswith("var __index")  # pages from disk load a script
     for text in pages.values():
         assert not re.search(r'<(script|img|iframe)[^>]*src="(https?:)?//', text)
         assert not re.search(r'<link[^>]*rel="(stylesheet|preconnect|preload)"[^>]*href="(https?:)?//', text)
