@@ -213,19 +213,10 @@ def pytorch_laq(shards: laqjax.Shards) -> Workload:
 
 
 def laq_reference(xp: Any, images: Any, onehot: Any, theta: Any, rounds: int) -> list[tuple[Any, Any]]:
-    """Run LAQ on softmax regression, vectorized over the workers, in NumPy or PyTorch.
+    """Run LAQ on softmax regression with `xp` = NumPy or PyTorch; return (loss, sent [M]) of each round.
 
-    The two products have the fastest form of those tried in both libraries.
-
-    Args:
-        xp: Module `numpy` or `torch`.
-        images: Images [M, N, features].
-        onehot: Labels [M, N, classes].
-        theta: Parameters [p]: bias, weight [classes, features].
-        rounds: Number of rounds.
-
-    Returns:
-        (loss, sent [M]) of each round.
+    Shapes: images [M, N, features], onehot [M, N, classes], theta [p] = bias, weight [classes, features]. The two
+    products have the fastest form of those tried in both libraries.
     """
     workers, n, classes = onehot.shape
     lr, l2, xi, window, max_silence, half = 0.02, 0.01, 0.8, 10, 100, 2 ** (BITS["softmax"] - 1)
