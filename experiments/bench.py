@@ -1,14 +1,14 @@
-"""How fast laqjax is on this machine, and what memory it takes, beside goals.
+"""Measure the speed and memory of laqjax on this machine, and compare them with goals.
 
     python -m experiments.bench                          nine minutes and 4 GB on two cores
-    python -m experiments.bench --quick                  under one minute, with rougher times
+    python -m experiments.bench --quick                  one minute: the main workloads, rougher times
     python -m experiments.bench --workloads laq gd --json     single calls too, for a program
 
-Expect ratios, not milliseconds: times move by a factor of two and more with whatever else the machine does. So the
-contestants of a group run in turns in one process, by calls of about equal length, the best call counts, and a share of
-GEMM is that of the rate of a float32 matrix product that takes the same turns. Ratios too are off, and flatter
-laqjax, where other processes take more than a few per cent of the CPU: the title says how much they took. The compile
-time (of a first round) and the peak memory are those of fresh processes that load the data and call `laqjax.run`.
+Compare ratios, not milliseconds: times vary by a factor of two and more with the load of the machine. The workloads of a
+group therefore take turns in one process, in calls of similar length, and the best call counts. A share of GEMM is the
+share of the rate of a float32 matrix product that takes the same turns. Ratios are unreliable, too, and favor laqjax,
+if other processes use more than a few per cent of the CPU: the title shows how much they used. Compile time (of a first
+round) and peak memory are measured in new processes that load the data and call `laqjax.run`.
 """
 
 from typing import Annotated
@@ -28,14 +28,15 @@ def main(quick: bool = False, workloads: WorkloadNames = ()) -> None:
     """Measure and print.
 
     Args:
-        quick: Fewer turns.
-        workloads: What to measure, of NAMES; all by default.
+        quick: Use fewer turns and, without --workloads, the main workloads only.
+        workloads: Workloads to measure; all by default, with --quick the main ones.
     """
     if unknown := sorted(set(workloads) - set(speed.NAMES)):
-        raise ValueError(f"--workloads {' '.join(unknown)}: expected some of {' '.join(speed.NAMES)}")
+        raise ValueError(f"--workloads {' '.join(unknown)}: must be some of {' '.join(speed.NAMES)}")
     console = Console()
     with console.status("") as status:
-        report = speed.measure(set(workloads or speed.NAMES), quick, status.update)
+        names = workloads or (speed.QUICK_NAMES if quick else speed.NAMES)
+        report = speed.measure(set(names), quick, status.update)
     speed.print_report(report, console)
     cli.write_json_result(report | {"numbers": speed.derive_metrics(report), "goals": speed.TARGETS})
 

@@ -1,9 +1,9 @@
-"""Certificates and keys of a federation of machines; its processes on this one.
+"""Certificates and keys for a federation of several machines.
 
-    python -m experiments.deployment keys DIR --hosts NAME ADDRESS --workers 2    for a SuperLink there
-    python -m experiments.deployment register DIR --superlink HOST:PORT           tells it which nodes may come
+    python -m experiments.deployment keys DIR --server-names NAME ADDRESS --workers 2    for a SuperLink there
+    python -m experiments.deployment register DIR --superlink HOST:PORT                  admit the nodes of these keys
 
-A SuperLink lets those nodes in whose keys it knows; `experiments.federated` runs on it.
+A SuperLink accepts nodes with registered keys only; `experiments.federated` runs on it.
 """
 
 from pathlib import Path
@@ -15,37 +15,37 @@ from experiments.federation import local
 from experiments.harness import cli
 
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-Hosts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST ...")]
+ServerNames = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
 
 
-def keys(folder: Folder, /, hosts: Hosts, workers: int, days: int = 365) -> None:
-    """Certificates of a SuperLink, and the keys of its nodes.
+def keys(folder: Folder, /, server_names: ServerNames, workers: int, days: int = 365) -> None:
+    """Write the certificates of a SuperLink and the keys of its nodes.
 
     Args:
-        folder: A new one; node-0 and ca.crt go from there to worker 0, and so on.
-        hosts: Names and addresses of the SuperLink.
-        workers: M, how many nodes.
-        days: That the certificates hold.
+        folder: New folder; copy node-m and ca.crt to the machine of worker m.
+        server_names: Host names and addresses of the SuperLink.
+        workers: Number of nodes M.
+        days: Days until the SuperLink's certificate expires.
     """
     folder.mkdir(parents=True)
-    local.write_certificates(folder, hosts, days)
+    local.write_certificates(folder, server_names, days)
     for worker in range(workers):
         local.write_node_key(folder, worker)
     print(*sorted(path.name for path in folder.iterdir()))
 
 
 def register(folder: Folder, /, superlink: str) -> None:
-    """Tell a SuperLink that the nodes of these keys may come.
+    """Register the public keys of a folder with a SuperLink.
 
     Args:
-        folder: That `keys` made.
-        superlink: Its HOST:PORT.
+        folder: Folder that `keys` wrote.
+        superlink: HOST:PORT of the SuperLink.
     """
     with local.temporary_flower_home(folder, local.SuperLinkConfig()) as flwr:
         local.write_connection_config(flwr, superlink, folder / "ca.crt")
         for path in sorted(folder.glob("node-*.pub")):
             flwr.command("supernode", "register", str(path), "laqjax")
-            print(f"{path.name} may come")
+            print(f"{path.name} is registered")
 
 
 if __name__ == "__main__":

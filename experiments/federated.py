@@ -1,14 +1,15 @@
-r"""A federation with Flower: what is billed beside what is on the wire.
+r"""Run federated rounds with Flower, and compare the counted bits with the bytes on the wire.
 
     python -m experiments.federated              LAQ, GD, QGD and EF21 in one process, half a minute
+    python -m experiments.federated --quick      few examples and rounds, to try the installation
     python -m experiments.federated --algorithm laq two_laq -b 4 8 --rounds 200
     python -m experiments.federated --transport deployment --workers 3 --rounds 5
         a SuperLink and three SuperNodes with TLS on this machine, started and stopped here
     python -m experiments.federated --transport deployment --superlink HOST:PORT \
-        --root-certificates ca.crt               on a federation that runs already
+        --root-certificates ca.crt               on a federation that is already running
 
-Leaves in --out what a sweep leaves (points, summary, curves, masks), with the bytes and the times of each point, figures as
-PNG and SVG, and of a deployment the facts of each run and the traffic that the SuperLink counted.
+Writes the tables of a sweep (points, summary, curves, masks) to --out, with the bytes and times of each point and figures
+as PNG and SVG. A deployment adds the stats of each run and the traffic that the SuperLink counts.
 """
 
 import time
@@ -39,52 +40,37 @@ except ImportError as error:
     raise (cli.exit_with_message(2, f"error: {words}") if __name__ == "__main__" else ImportError(words)) from None
 
 BYTE_FIELDS = ("payload_up", "payload_down", "bytes_up", "bytes_down")
-PER_WORKER_FIELDS = ("answered", "sent", "bits_up", "gradients", *BYTE_FIELDS, "compute", "pack")  # of each worker
+FIELDS = (*BYTE_FIELDS, "answered", "sent", "bits_up", "gradients", "compute", "pack")  # [rounds, M]
+FIELDS += ("loss", "bits_down", "transfer", "decode")  # [rounds]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A federation."""
+    """Settings of a federation."""
 
-    transport: Literal["loopback", "simulation", "deployment"] = "loopback"
-    """In this process; in Flower's simulation engine (needs Ray); or a SuperLink and SuperNodes."""
+    transport: Literal["in_process", "simulation", "deployment"] = "in_process"
+    """In this process; in Flower's simulation engine (needs Ray); or with a SuperLink and SuperNodes."""
     axes: grid.GridAxes = grid.GridAxes(algorithm=("laq", "gd", "qgd", "ef21"), bits=(4,), lr=(0.02,))
     data: grid.DataAxes = grid.DataAxes()
     rounds: int = 60
     """Rounds of each point."""
     deadline: float = 300.0
-    """Seconds that a round waits for replies; who is later counts as silent."""
+    """Seconds that a round waits for replies; later workers count as silent."""
     goal: grid.TargetOptions = grid.TargetOptions()
     link: NetworkModel = NetworkModel()
     network: local.SuperLinkConfig = local.SuperLinkConfig()
     authors_rule: bool = False
-    """The lazy rule of the authors' program: first upload by the rule, xi ramped up over the first D rounds."""
+    """Use the lazy rule of the authors' program: the rule decides the first upload, xi grows over the first D rounds."""
     config: Path | None = None
-    """A TOML or YAML file of these settings; what the command line says counts more."""
+    """TOML or YAML file of these settings; options on the command line take precedence."""
     out: Path = Path("results/federated")
     """Folder for the results."""
     quick: bool = False
-    """Few examples and rounds: does everything work here?"""
-
-
-# ---- the command -------------------------------------------------------------------------------------------------
-
-
-def run_in_process(plan: PointSpec) -> dict[str, Any]:
-    """The facts of a point, in this process."""
-    point, rounds = plan.point(), []
-    grid = InProcessGrid(make_client_app(plan), range(point.algorithm.num_workers))
-    server = FederatedServer(point.algorithm, point.initial_params(), jax.random.key(point.seed))
-    began = time.perf_counter()
-    for facts in server.run(grid, plan.rounds):
-        rounds.append(facts)
-    for facts in rounds:  # the workers have run in turn
-        facts.transfer += float((facts.compute + facts.pack).max() - (facts.compute + facts.pack).sum())
-    return stats_to_json(rounds) | {"wall": time.perf_counter() - began}
+    """Use few examples and rounds, to try the installation."""
 
 
 def run(settings: Settings) -> Path:
-    """Run all points; tables and figures in the output folder, which is returned."""
+    """Run all points, write tables and figures to the output folder, and return the folder."""
     console = Console()
     if settings.quick:
         out = settings.out if settings.out != Settings().out else Path(f"{settings.out}-quick")
@@ -94,121 +80,118 @@ def run(settings: Settings) -> Path:
     rows = 200 if settings.quick else None
     choices = list(grid.iter_settings(settings.axes, settings.data))
     width = grid.max_history_length(choices, settings.axes)
-    chosen = grid.build_points(
-        choices, width, settings.authors_rule, rows
-    )  # what cannot run is refused before anything starts
-    plans = [
+    points = grid.build_points(choices, width, settings.authors_rule, rows)  # refuses wrong settings before any work
+    specs = [
         PointSpec(choice, width, settings.authors_rule, rows, settings.rounds, settings.deadline) for choice in choices
     ]
     with storage.lock_results_dir(settings.out, grid.settings_identity(settings, experiment="federated")):
-        paths = [
-            settings.out / "facts" / f"{i}.json" for i in range(len(plans))
-        ]  # of what is done: a stopped run goes on
-        missing = {path: plan for path, plan in zip(paths, plans, strict=True) if not path.exists()}
-        workers = max(len(point.case.shards.weight) for point in chosen)
+        paths = [settings.out / "facts" / f"{i}.json" for i in range(len(specs))]  # a stopped command resumes from them
+        missing = {path: spec for path, spec in zip(paths, specs, strict=True) if not path.exists()}
+        workers = max(len(point.case.shards.weight) for point in points)
         with open_transport(settings, workers, console) if missing else nullcontext() as flwr:
-            for path, plan in missing.items():
-                with console.status(f"{plan.choice['algorithm']}, {plan.rounds} rounds"):
-                    storage.write_json(path, run_deployed(plan, flwr, console) if flwr else run_in_process(plan))
-        found = [storage.read_json(path) for path in paths]
-        write_tables(settings, chosen, found)
+            for path, spec in missing.items():
+                with console.status(f"{spec.choice['algorithm']}, {spec.rounds} rounds"):
+                    storage.write_json(path, run_with_flower(spec, flwr, console) if flwr else run_in_process(spec))
+        write_tables(settings, points, [storage.read_json(path) for path in paths])
         storage.write_json(settings.out / "run.json", storage.provenance())
         print_report(settings.out, console)
     return settings.out
 
 
 def open_transport(settings: Settings, workers: int, console: Console) -> Any:
-    """Where the points run: a context of Flower's commands, of None in this process."""
-    if settings.transport == "loopback":
+    """Return a context manager of Flower's commands, or of None if the points run in this process."""
+    if settings.transport == "in_process":
         return nullcontext()
-    return local.run_local_federation(
-        settings.network, workers, settings.out, console, settings.transport == "simulation"
-    )
+    simulation = settings.transport == "simulation"
+    return local.run_local_federation(settings.network, workers, settings.out, console, simulation)
 
 
-def run_deployed(plan: PointSpec, flwr: local.FlowerCli, console: Console) -> dict[str, Any]:
-    """The facts of a point, as a run of Flower."""
-    made = replace(plan, facts=str(flwr.folder / "facts.json"), programs=str(flwr.folder / "programs"))
-    return flwr.run(made.to_hex_json, Path(made.facts), console)
+def run_in_process(spec: PointSpec) -> dict[str, Any]:
+    """Run a point in this process and return the stats of its rounds."""
+    point = spec.build_point()
+    workers = InProcessGrid(make_client_app(spec), range(point.algorithm.num_workers))
+    server = FederatedServer(point.algorithm, point.initial_params(), jax.random.key(point.seed))
+    begin = time.perf_counter()
+    rounds = list(server.run(workers, spec.rounds))
+    wall = time.perf_counter() - begin
+    for stats in rounds:  # the workers run one after another: the wait counts all of them, not the slowest alone
+        stats.transfer += float((stats.compute + stats.pack).max() - (stats.compute + stats.pack).sum())
+    return stats_to_json(rounds) | {"wall": wall}
 
 
-def write_tables(settings: Settings, chosen: Sequence[SweepPoint], found: Sequence[dict[str, Any]]) -> None:
-    """The tables of a sweep, with what was observed."""
+def run_with_flower(spec: PointSpec, flwr: local.FlowerCli, console: Console) -> dict[str, Any]:
+    """Run a point as a run of Flower and return the stats of its rounds."""
+    spec = replace(spec, facts=str(flwr.folder / "facts.json"), programs=str(flwr.folder / "programs"))
+    return flwr.run(spec.to_hex_json(), Path(spec.facts), console)
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def write_tables(settings: Settings, points: Sequence[SweepPoint], found: Sequence[dict[str, Any]]) -> None:
+    """Write the tables of a sweep, with the observed bytes and times."""
     parts: dict[str, list[Any]] = {name: [] for name in results.TABLES}
-    for point, facts in zip(chosen, found, strict=True):
-        arrays = {
-            name: np.asarray(facts[name]) for name in (*PER_WORKER_FIELDS, "loss", "bits_down", "transfer", "decode")
-        }
+    for point, facts in zip(points, found, strict=True):
+        arrays = {name: np.asarray(facts[name]) for name in FIELDS}
         record = to_record(point, arrays)
-        asked = arrays["gradients"] > 0
-        each = arrays["compute"][asked] / arrays["gradients"][asked]
-        per_gradient = 1e3 * np.median(each) if len(each) else 0.0  # the first round compiles
-        spent = record.cumulative_costs(settings.link, settings.link.compute_ms or float(per_gradient))
-        cumulated = {name: np.cumsum(arrays[name].sum(axis=1, dtype=np.int64))[:, None] for name in BYTE_FIELDS}
-        spent |= {name: np.concatenate([0 * rows[:1], rows]) for name, rows in cumulated.items()}
+        active = arrays["gradients"] > 0
+        seconds = arrays["compute"][active] / arrays["gradients"][active]
+        per_gradient = 1e3 * float(np.median(seconds)) if len(seconds) else 0.0  # the first round compiles
+        spent = record.cumulative_costs(settings.link, settings.link.compute_ms or per_gradient)
+        for name in BYTE_FIELDS:  # row k holds the costs before model k
+            total = np.cumsum(arrays[name].sum(axis=1, dtype=np.int64))[:, None]
+            spent[name] = np.concatenate([0 * total[:1], total])
         label = {"point": point.number, **point.label, "seed": point.seed}
         tables = results.build_tables([label], record, settings.goal.targets, spent, 200)
-        tables["points"] = tables["points"].with_columns(**observed_columns(arrays, facts))
+        tables["points"] = tables["points"].with_columns(**measurement_columns(arrays, facts))
         for name, table in tables.items():
             parts[name].append(table)
     for name, tables in parts.items():
         storage.save_frame(pl.concat(tables, how="diagonal_relaxed"), settings.out / name, csv=name == "points")
-    storage.save_frame(
-        results.summarize(pl.read_parquet(settings.out / "points.parquet")), settings.out / "summary", csv=True
-    )
+    summary = results.summarize(pl.read_parquet(settings.out / "points.parquet"))
+    storage.save_frame(summary, settings.out / "summary", csv=True)
 
 
 def to_record(point: SweepPoint, arrays: dict[str, np.ndarray]) -> PointHistory:
-    """The facts of a run as the ledger has them; a round in which nobody answered has no loss."""
+    """Convert the stats of a run to a history; the loss of a round without replies is missing."""
     rounds, workers = arrays["sent"].shape
-    f_star = point.case.f_star
-    record = PointHistory.empty(rounds, 1, workers, f_star)
+    record = PointHistory.empty(rounds, 1, workers, point.case.f_star)
     record.loss[:rounds, 0] = arrays["loss"].astype(float)
-    record.sent[:, 0], record.bits_up[:, 0], record.bits_down[:, 0] = (
-        arrays["sent"],
-        arrays["bits_up"],
-        arrays["bits_down"],
-    )
+    for name in ("sent", "bits_up", "bits_down"):
+        getattr(record, name)[:, 0] = arrays[name]
     record.gradients[:, 0] = arrays["gradients"].max(axis=1)
     record.rounds_done[:] = rounds
     return record
 
 
-def observed_columns(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> dict[str, Any]:
-    """What a run took, beside the ledger's columns: bytes, and the median milliseconds of a round."""
-    sizes = {name: int(arrays[name].sum()) for name in BYTE_FIELDS}
-    heads = {f"heads_{way}": sizes[f"bytes_{way}"] - sizes[f"payload_{way}"] for way in ("up", "down")}
-    times = {f"{name}_ms": 1e3 * float(np.median(arrays[name].max(axis=1))) for name in ("compute", "pack")}
-    times |= {f"{name}_ms": 1e3 * float(np.median(arrays[name])) for name in ("transfer", "decode")}
-    traffic = facts.get("run", {}).get("network-traffic", {})  # as the SuperLink counted it
-    counted = {f"superlink_{way}": traffic.get(f"{way}-bytes") for way in ("inbound", "outbound")}
-    return {name: pl.lit(value) for name, value in (sizes | heads | times | counted).items()} | {
-        "answered": pl.lit(float(arrays["answered"].mean()))
-    }
+def measurement_columns(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of observed bytes and of the median milliseconds of a round."""
+    found: dict[str, Any] = {name: int(arrays[name].sum()) for name in BYTE_FIELDS}
+    found |= {f"heads_{way}": found[f"bytes_{way}"] - found[f"payload_{way}"] for way in ("up", "down")}
+    found |= {f"{name}_ms": 1e3 * float(np.median(arrays[name].max(axis=1))) for name in ("compute", "pack")}
+    found |= {f"{name}_ms": 1e3 * float(np.median(arrays[name])) for name in ("transfer", "decode")}
+    traffic = facts.get("run", {}).get("network-traffic", {})  # as the SuperLink counts it
+    found |= {f"superlink_{way}": traffic.get(f"{way}-bytes") for way in ("inbound", "outbound")}
+    return {name: pl.lit(value) for name, value in (found | {"answered": float(arrays["answered"].mean())}).items()}
 
 
 def print_report(folder: Path, console: Console) -> None:
-    """Figures, and a row a point."""
+    """Draw the figures and print one row for each point."""
     drawing.plot_federated(folder)
     table = pl.read_parquet(folder / "points.parquet")
     names = [name for name in results.setting_columns(table) if table[name].n_unique() > 1] or ["algorithm"]
-    mega = {"Mbit billed": pl.col("bits_up_end") / 1e6, "MB of it": pl.col("payload_up") / 1e6}
-    mega |= {"MB up": pl.col("bytes_up") / 1e6, "MB down": pl.col("bytes_down") / 1e6}
-    mega |= {"counted": pl.col("superlink_inbound") / 1e6}  # by the SuperLink, its own requests included
-    shown = table.select(
-        *(pl.col(name).alias(results.COLUMN_TITLES.get(name, name)) for name in names),
-        pl.col("uploads_end").alias("uploads"),
-        **mega,
-        loss=pl.col("final_loss"),
-    )
-    times = table.select(
-        *(pl.col(name).alias(results.COLUMN_TITLES.get(name, name)) for name in names),
-        **{name: pl.col(f"{name}_ms") for name in ("compute", "pack", "transfer", "decode")},
-    )
-    rounds = int(table["rounds_end"].max())  # pyright: ignore[reportArgumentType]
-    tables = {f"{rounds} rounds": shown, "median milliseconds: the slowest worker's, the way, the server's": times}
+    labels = [pl.col(name).alias(results.COLUMN_TITLES.get(name, name)) for name in names]
+    # the SuperLink also counts its own requests
+    mega = {"Mbit billed": "bits_up_end", "MB of it": "payload_up", "MB up": "bytes_up", "MB down": "bytes_down", "counted": "superlink_inbound"}  # fmt: skip
+    millions = {name: pl.col(column) / 1e6 for name, column in mega.items()}
+    shown = table.select(*labels, pl.col("uploads_end").alias("uploads"), **millions, loss=pl.col("final_loss"))
+    times = {name: pl.col(f"{name}_ms") for name in ("compute", "pack", "transfer", "decode")}
+    tables = {
+        f"{table['rounds_end'].max()} rounds": shown,
+        "median milliseconds of a round: the slowest worker, the transfer, the server": table.select(*labels, **times),
+    }
     same = (table["bits_up_end"] == 8 * table["payload_up"]).all()
-    results.report_result(console, folder, tables, [] if same else ["what was billed is not what was sent"])
+    results.report_result(console, folder, tables, [] if same else ["the counted bits differ from the bits sent"])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Bytes that collectives move: counted in the compiled program, and on the loopback device between processes."""
+"""Bytes that collectives move: from the text of a compiled program, and from the counter of the loopback device."""
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
-BYTES |= {"s64": 8, "u64": 8, "f64": 8}
-# what a device receives, as a function of the bytes of the result and of the devices in a group. An all-reduce as a ring
+import psutil
+
+ITEM_BYTES = {"pred": 1, "bf16": 2} | {f"{kind}{8 * size}": size for kind in "suf" for size in (1, 2, 4, 8)}
+# bytes that a device receives, from the bytes of the result and the devices of a group; an all-reduce runs as a ring
 RECEIVED: dict[str, Callable[[int, int], float]] = {
     "all-gather": lambda size, group: size * (group - 1) / group,
     "all-to-all": lambda size, group: size * (group - 1) / group,
@@ -15,41 +15,42 @@ RECEIVED: dict[str, Callable[[int, int], float]] = {
     "collective-permute": lambda size, group: size,
 }
 HEAD = re.compile(r"^\s*(ENTRY\s+)?%?([\w.\-]+)\s+\(.*\)\s+->\s.*\{\s*$")
-# name = shape op(...: shapes hold comments and layouts, tuples of them parentheses
+# name = shape op(...: shapes hold comments and layouts, shapes of tuples hold parentheses
 COLLECTIVE = re.compile(rf"=\s+(\(?[a-z].*?)\s({'|'.join(RECEIVED)})(-start)?\((.*)$")
-CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-LISTED = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+CALLS = re.compile(r"(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|[%\w.\-]+)")
 
 
 def count_received_bytes(hlo: str) -> dict[str, float]:
-    """Bytes that a device receives in a round, by a compiled chunk's text: `always`, and `skipped` where nobody sends.
+    """Count the bytes that a device receives in a round, from the text of a compiled chunk of rounds.
 
-    Each collective counts once: the loop over rounds calls its body once a round, and no inner loop may hold one that is
-    called more often.
+    Each collective counts once: the loop over rounds calls its body once a round, and inner loops hold no collectives.
+
+    Returns:
+        Bytes of every round under `always`, bytes that rounds without uploads save under `skipped`.
 
     Raises:
-        ValueError: a shape or a group of devices is not understood.
+        ValueError: A shape or a group of devices has an unknown form.
     """
     bodies, entry = parse_computations(hlo)
     counted: dict[str, float] = {"always": 0.0, "skipped": 0.0}
-    seen: set[tuple[str, bool]] = set()
-    todo = [(entry, False)]
+    seen: set[tuple[str, str]] = set()
+    todo = [(entry, "always")]
     while todo:
-        name, inside = todo.pop()
-        if (name, inside) in seen:
+        if (call := todo.pop()) in seen:
             continue
-        seen.add((name, inside))
+        seen.add(call)
+        name, kind = call
         for line in bodies[name]:
             if match := COLLECTIVE.search(line):
-                counted["skipped" if inside else "always"] += collective_bytes(match)
-            branch = inside or " conditional(" in line
-            called = CALLED.findall(line) + [n.strip(" %") for m in LISTED.findall(line) for n in m.split(",")]
-            todo += [(n, branch) for n in called if n in bodies]
+                counted[kind] += collective_bytes(*match.groups())
+            branch = "skipped" if " conditional(" in line else kind
+            names = [n for names in CALLS.findall(line) for n in re.findall(r"[\w.\-]+", names)]
+            todo += [(n, branch) for n in names if n in bodies]
     return counted
 
 
 def parse_computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """(Lines of each computation, name of the entry)."""
+    """Return the lines of each computation and the name of the entry computation."""
     bodies: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in hlo.splitlines():
@@ -59,44 +60,36 @@ def parse_computations(hlo: str) -> tuple[dict[str, list[str]], str]:
         else:
             lines.append(line)
     if not entry:
-        raise ValueError("text of a compiled program: expected an ENTRY computation")
+        raise ValueError("text of a compiled program: must have an ENTRY computation")
     return bodies, entry
 
 
-def collective_bytes(match: re.Match[str]) -> float:
-    """What a device receives by one collective."""
-    shapes, op, start, rest = match.groups()
-    sizes = [array_bytes(dtype, dims) for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)]
+def collective_bytes(shapes: str, op: str, start: str | None, attributes: str) -> float:
+    """Return the bytes that a device receives in one collective."""
+    sizes = []
+    for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes):
+        if dtype not in ITEM_BYTES:
+            raise ValueError(f"dtype {dtype} in a compiled program: must be one of {sorted(ITEM_BYTES)}")
+        sizes.append(ITEM_BYTES[dtype])
+        for dim in filter(None, dims.split(",")):
+            sizes[-1] *= int(dim)
     if start and len(sizes) > 1:  # (operands, results)
         sizes = sizes[len(sizes) // 2 :]
-    return RECEIVED[op](sum(sizes), group_size(rest))
-
-
-def array_bytes(dtype: str, dims: str) -> int:
-    """Bytes of an array."""
-    if dtype not in BYTES:
-        raise ValueError(f"dtype {dtype} in a compiled program: expected one of {sorted(BYTES)}")
-    size = BYTES[dtype]
-    for dim in filter(None, dims.split(",")):
-        size *= int(dim)
-    return size
+    return RECEIVED[op](sum(sizes), group_size(attributes))
 
 
 def group_size(attributes: str) -> int:
-    """Devices in a group of a collective."""
+    """Return the number of devices in each group of a collective."""
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):  # groups x devices
         return int(match[2])
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(match[1].split(","))
     if "source_target_pairs" in attributes:
         return 1
-    raise ValueError(f"groups of devices of a collective, {attributes[:80]}: expected replica_groups")
+    raise ValueError(f"attributes of a collective, {attributes[:80]}: must have replica_groups")
 
 
-def loopback_bytes() -> int | None:
-    """Bytes that the loopback device has received since the machine started, by whomever; None where it does not tell."""
-    path = Path("/proc/net/dev")
-    lines = [
-        line.split(":")[1].split() for line in (path.read_text() if path.exists() else "").splitlines() if "lo:" in line
-    ]
-    return int(lines[0][0]) if lines else None
+def read_loopback_bytes() -> int | None:
+    """Return the bytes that the loopback device has received from all programs; None without such a device."""
+    counters = psutil.net_io_counters(pernic=True)
+    return next((counters[name].bytes_recv for name in ("lo", "lo0") if name in counters), None)

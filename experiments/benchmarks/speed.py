@@ -1,24 +1,15 @@
-"""How fast laqjax is on this machine, and what memory it takes, beside goals.
-
-    python -m experiments.bench                          nine minutes and 4 GB on two cores
-    python -m experiments.bench --quick                  under one minute, with rougher times
-    python -m experiments.bench --workloads laq gd --json     single calls too, for a program
-
-Expect ratios, not milliseconds: times move by a factor of two and more with whatever else the machine does. So the
-contestants of a group run in turns in one process, by calls of about equal length, the best call counts, and a share of
-GEMM is that of the rate of a float32 matrix product that takes the same turns. Ratios too are off, and flatter
-laqjax, where other processes take more than a few per cent of the CPU: the title says how much they took. The compile
-time (of a first round) and the peak memory are those of fresh processes that load the data and call `laqjax.run`.
-"""
+"""Measurements of `experiments.bench`: times of workloads that take turns, compile time and memory, and their goals."""
 
 import json
 import os
+import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,32 +21,35 @@ from rich.table import Table
 
 import laqjax
 from experiments.benchmarks.workloads import (
-    BITS,
     STREAM,
     WORKLOAD_GROUPS,
     Workload,
     gemm,
-    mnist,
-    num_available_cores,
+    load_mnist,
     run_workload,
     sweep_workload,
 )
-from experiments.harness import storage
+from experiments.harness import processes, storage
 
 RACE_SECONDS = {
-    "softmax": 75,
-    "network": 35,
-    "sweep": 60,
-    "network-sweep": 30,
-    "kernel": 20,
-    "cnn": 40,
-    "million": 20,
-    "ten": 60,
-    "checkpoint": 60,
-    "message": 5,
-}  # of turns, a tenth of them with --quick
+    "softmax": 75, "network": 35, "sweep": 60, "network-sweep": 30, "kernel": 20,
+    "cnn": 40, "million": 20, "ten": 60, "checkpoint": 60, "message": 5,
+}  # fmt: skip
 COLD_START_WORKLOADS = {"fresh-softmax": "softmax", "fresh-network": "network", "fresh-sweep": "sweep"}
-TARGETS = (  # names of `check_nonnegative_array`
+NAMES = (*COLD_START_WORKLOADS, *(name for builders in WORKLOAD_GROUPS.values() for name in builders))
+QUICK_NAMES = (
+    "fresh-softmax",
+    "stream",
+    "laq",
+    "gd",
+    "plain",
+    "numpy",
+    "one",
+    "sweep-16",
+    "message-pack",
+    "message-read",
+)
+TARGETS = (  # names of `derive_metrics`
     ("laq, share of GEMM", ">=", 0.25),
     ("laq, share of GEMM", ">=", 0.35),
     ("laq / gd", "<=", 1.10),
@@ -85,54 +79,59 @@ TARGETS = (  # names of `check_nonnegative_array`
 )
 
 
-# ---- measuring ------------------------------------------------------------------------------------------------------
+# ---- measurements ---------------------------------------------------------------------------------------------------
 
 
-def measure(chosen: set[str], quick: bool, note: Callable[[str], Any]) -> dict[str, Any]:
-    """Machine, seconds of every call, and what fresh processes say. `note` is told what runs."""
+def measure(names: set[str], quick: bool, note: Callable[[str], Any]) -> dict[str, Any]:
+    """Measure workloads; `note` receives the names of those that run.
+
+    Returns:
+        The machine, the seconds of every call, the measurements in fresh processes, and the missing packages.
+    """
     report: dict[str, Any] = {"machine": describe_machine(), "others": 0.0}
     report |= {key: {} for key in ("fresh", "seconds", "flops", "missing")}
-    for name in [name for name in COLD_START_WORKLOADS if name in chosen]:
+    for name in [name for name in COLD_START_WORKLOADS if name in names]:
         note(name)
         runs = [run_cold_start(COLD_START_WORKLOADS[name]) for _ in range(1 if quick else 2)]
         report["fresh"][name] = {key: min(run[key] for run in runs) for key in runs[0]}
-    if chosen <= COLD_START_WORKLOADS.keys():
+    if names <= COLD_START_WORKLOADS.keys():
         return report
-    shards = laqjax.Shards(*map(jnp.asarray, mnist()))
-    others, wall = foreign_cpu_seconds(), time.perf_counter()
+    shards, foreign_cpu = laqjax.Shards(*map(jnp.asarray, load_mnist())), processes.monitor_foreign_cpu()
     for group, builders in WORKLOAD_GROUPS.items():
-        contestants = {"gemm": gemm()}
-        for name in [name for name in builders if name in chosen]:
+        workloads = {"gemm": gemm()}
+        for name in [name for name in builders if name in names]:
             try:
-                contestants[name] = builders[name](shards)
+                workloads[name] = builders[name](shards)
             except ImportError as error:
                 report["missing"][name] = str(error)
-        if len(contestants) > 1:
-            note(", ".join(contestants))
-            report["seconds"][group] = time_interleaved(contestants, RACE_SECONDS[group] / (10 if quick else 1))
-            report["flops"] |= {name: contestant.flops for name, contestant in contestants.items()}
-    report["others"] = (foreign_cpu_seconds() - others) / (time.perf_counter() - wall) / num_available_cores()
-    return report
+        if len(workloads) > 1:
+            note(", ".join(workloads))
+            timers = {name: partial(time_call, workload) for name, workload in workloads.items()}
+            report["seconds"][group] = time_interleaved(timers, RACE_SECONDS[group] / (10 if quick else 1))
+            report["flops"] |= {name: workload.flops for name, workload in workloads.items()}
+    return report | {"others": foreign_cpu()}
 
 
-def time_interleaved(contestants: Mapping[str, Workload], seconds: float) -> dict[str, list[float]]:
-    """Seconds per round of every call: all contestants in turn until the time is up, at least twice."""
-    for contestant in contestants.values():
-        contestant.call()  # compiles
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+def time_call(workload: Workload) -> float:
+    """Return the seconds per round of one call."""
+    begin = time.perf_counter()
+    workload.call()
+    return (time.perf_counter() - begin) / workload.rounds
+
+
+def time_interleaved(timers: Mapping[Any, Callable[[], float]], seconds: float) -> dict[Any, list[float]]:
+    """Alternate between timers until the time is up, at least twice; return their results after a first call."""
+    times = {name: [timer()] for name, timer in timers.items()}  # compiles
     end, turn = time.perf_counter() + seconds, 0
     while turn < 2 or time.perf_counter() < end:
-        # there and back again, so that nobody always runs after the same neighbour
-        for name in list(contestants)[:: -1 if turn % 2 else 1]:
-            begin = time.perf_counter()
-            contestants[name].call()
-            times[name].append((time.perf_counter() - begin) / contestants[name].rounds)
+        for name in list(timers)[:: -1 if turn % 2 else 1]:  # alternate the order, so that neighbors change
+            times[name].append(timers[name]())
         turn += 1
-    return times
+    return {name: measured[1:] for name, measured in times.items()}
 
 
 def run_cold_start(kind: str) -> dict[str, float]:
-    """`fresh`, in a new Python without a compilation cache."""
+    """Run `cold_start` in a new Python without a compilation cache."""
     command = [sys.executable, "-c", f"from experiments.benchmarks import speed; speed.cold_start({kind!r})"]
     env, root = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}, Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=env, stdout=subprocess.PIPE, check=True)
@@ -140,12 +139,10 @@ def run_cold_start(kind: str) -> dict[str, float]:
 
 
 def cold_start(kind: str) -> None:
-    """Load the data, run four rounds one by one, print what that took."""
-    shards = mnist()
-    sweeping = kind == "sweep"
-    one_round = (
-        sweep_workload(shards, "softmax", 16, 1) if sweeping else run_workload(shards, kind, "laq", 1, bits=BITS[kind])
-    )
+    """Load the data, run four single rounds, and print the compile time and the peak memory."""
+    shards = load_mnist()
+    sweep = kind == "sweep"
+    one_round = sweep_workload(shards, "softmax", 16, 1) if sweep else run_workload(shards, kind, 1)
     seconds = []
     for _ in range(4):
         begin = time.perf_counter()
@@ -155,37 +152,26 @@ def cold_start(kind: str) -> None:
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process, in bytes."""
+    """Return the peak resident memory of this process in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # on Linux `ru_maxrss` would include what the parent held when it started this process
+    if status.exists():  # on Linux `ru_maxrss` includes the memory of the parent when it started this process
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def foreign_cpu_seconds() -> float:
-    """CPU time of all other processes since the machine started; 0 where the system does not tell."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return 0.0
-    user, nice, system = map(int, stat.read_text().split()[1:4])
-    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
-
-
 def describe_machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    info = Path("/proc/cpuinfo")
-    _, _, cpu = (info.read_text() if info.exists() else "").partition("model name\t: ")
+    """Return the facts that measurements depend on: cores, CPU and versions."""
+    info, facts = Path("/proc/cpuinfo"), storage.provenance()
+    cpu = info.read_text().partition("model name\t: ")[2].partition("\n")[0] if info.exists() else platform.processor()
     torch = {"torch": version("torch")} if find_spec("torch") else {}
-    facts = storage.provenance()
-    return facts | {
-        "cores": num_available_cores(),
-        "cpu": cpu.partition("\n")[0],
-        "versions": facts["versions"] | torch,
-    }
+    return facts | {"cores": processes.count_available_cores(), "cpu": cpu, "versions": facts["versions"] | torch}
+
+
+# ---- report ---------------------------------------------------------------------------------------------------------
 
 
 def derive_metrics(report: Mapping[str, Any]) -> dict[str, float]:
-    """What GOALS speak of: shares of GEMM, best times and their ratios in a group, and the fresh processes' numbers."""
+    """Return the metrics of `TARGETS`: shares of GEMM, best times and their ratios in a group, fresh processes."""
     found = {f"{name}, {key}": value for name, facts in report["fresh"].items() for key, value in facts.items()}
     for times in report["seconds"].values():
         best = {name: min(seconds) for name, seconds in times.items()}
@@ -197,10 +183,10 @@ def derive_metrics(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
-    """A table of times, and one of goals."""
+    """Print a table of times and a table of goals."""
     facts, found = report["machine"], derive_metrics(report)
     title = f"one round on {facts['cores']} cores of {facts['cpu'] or 'an unknown CPU'}"
-    table = Table("", title=f"{title}; other processes took {report['others']:.0%}")
+    table = Table("", title=f"{title}; other processes used {report['others']:.0%}")
     for name in ("ms, best", "ms, median", "rate", "share of GEMM"):
         table.add_column(name, justify="right")
     for times in report["seconds"].values():
@@ -221,6 +207,3 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
             verdict = f"{'[green]met' if met else '[red]missed'} by {abs(found[name] / bound - 1):.0%}"
             table.add_row(name, f"{sign} {bound:g}", f"{found[name]:.3g}", verdict)
     console.print(table)
-
-
-NAMES = (*COLD_START_WORKLOADS, *(name for builders in WORKLOAD_GROUPS.values() for name in builders))

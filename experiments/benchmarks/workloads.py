@@ -1,6 +1,5 @@
-"""What `experiments.bench` measures: contestants, whose calls do so many rounds each, in groups."""
+"""Workloads of `experiments.bench`, in groups that take turns."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ import optax
 
 import laqjax
 from experiments.harness import datasets
+from experiments.harness.processes import count_available_cores
 from laqjax import compressors
 
 GEMM = 2048  # rows and columns
@@ -21,60 +21,39 @@ STREAM = 2**26  # floats
 CLASSES = 10
 FLOPS = {"softmax": 4 * 60000 * 784 * 10, "network": 3.8e10}  # of one round: the products, forward and backward
 BITS = {"softmax": 4, "network": 8}
+PROBLEMS = {"softmax": laqjax.problems.Softmax, "network": laqjax.problems.TwoLayerNetwork}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """`call` does `saved_rounds` rounds of `flops` floating-point operations each, and returns when they are done."""
+    """Call that runs some rounds of `flops` floating-point operations each and returns when they are done."""
 
     call: Callable[[], Any]
     rounds: int = 1
     flops: float | None = None
 
 
-# ---- contestants ----------------------------------------------------------------------------------------------------
+def repeat(call: Callable[[], Any], times: int, flops: float | None = None) -> Workload:
+    """Create a workload from a call that runs one round."""
+    return Workload(lambda: [jax.block_until_ready(call()) for _ in range(times)], times, flops)
 
 
-def run_workload(shards: laqjax.Shards, kind: str, algorithm: str, rounds: int, **knobs: Any) -> Workload:
-    """`laqjax.run`, with all that it does."""
-    problem = getattr(laqjax.problems, {"network": "TwoLayerNetwork"}.get(kind, kind.capitalize()))(
-        shards.x.shape[-1], CLASSES
-    )
-    oracle = problem.oracle()
+# ---- laqjax ---------------------------------------------------------------------------------------------------------
+
+
+def run_workload(shards: laqjax.Shards, kind: str, rounds: int, algorithm: str = "laq") -> Workload:
+    """Create a workload of `laqjax.run`."""
+    problem = PROBLEMS[kind](shards.x.shape[-1], CLASSES)
+    oracle, knobs = problem.oracle(), {"bits": BITS[kind]} if algorithm == "laq" else {}
     alg = getattr(laqjax.algorithms, algorithm)(oracle, lr=0.02, num_workers=len(shards.x), **knobs)
     theta0, key = problem.init_vector(oracle), jax.random.key(0)
     run = repeat(lambda: laqjax.run(alg, theta0, shards, rounds, key), 1)
     return Workload(run.call, rounds, FLOPS[kind])
 
 
-def checkpoint_workload(shards: laqjax.Shards, every: int | None) -> Workload:
-    """1000 rounds of LAQ on softmax regression, with a checkpoint every so many of them, or with none."""
-    problem = laqjax.problems.Softmax(shards.x.shape[-1], CLASSES)
-    alg = laqjax.algorithms.laq(problem.oracle(), lr=0.02, num_workers=len(shards.x), bits=BITS["softmax"])
-    key = jax.random.key(0)
-
-    def call() -> None:
-        with TemporaryDirectory() as folder:
-            place = folder if every else None
-            laqjax.run(
-                alg,
-                problem.init_params(0),
-                shards,
-                1000,
-                key,
-                chunk_size=100,
-                checkpoint_dir=place,
-                checkpoint_every=every,
-            )
-
-    return Workload(call, 1000, FLOPS["softmax"])
-
-
 def sweep_workload(shards: laqjax.Shards, kind: str, points: int, rounds: int) -> Workload:
-    """`laqjax.sweep` over limits, with all that it does; a round is one round of one point."""
-    problem = getattr(laqjax.problems, {"network": "TwoLayerNetwork"}.get(kind, kind.capitalize()))(
-        shards.x.shape[-1], CLASSES
-    )
+    """Create a workload of `laqjax.sweep` over limits; its round is one round of one point."""
+    problem = PROBLEMS[kind](shards.x.shape[-1], CLASSES)
     oracle = problem.oracle()
     knobs: dict[str, Any] = {"lr": 0.02, "num_workers": len(shards.x), "bits": BITS[kind]}
     algs = laqjax.stack_algorithms([laqjax.algorithms.laq(oracle, max_silence=10 + i, **knobs) for i in range(points)])
@@ -83,8 +62,22 @@ def sweep_workload(shards: laqjax.Shards, kind: str, points: int, rounds: int) -
     return Workload(run.call, rounds * points, FLOPS[kind])
 
 
-def transposed_kernel_workload(shards: laqjax.Shards) -> Workload:
-    """Softmax regression with its kernel stored [in, out] and pixels divided, as one writes it in flax."""
+def checkpoint_workload(shards: laqjax.Shards, every: int | None) -> Workload:
+    """Create a workload of 1000 rounds of LAQ on softmax regression, with a checkpoint every so many or without."""
+    problem = laqjax.problems.Softmax(shards.x.shape[-1], CLASSES)
+    alg = laqjax.algorithms.laq(problem.oracle(), lr=0.02, num_workers=len(shards.x), bits=BITS["softmax"])
+    key = jax.random.key(0)
+
+    def call() -> None:
+        with TemporaryDirectory() as folder:
+            save: Any = {"checkpoint_dir": folder if every else None, "checkpoint_every": every}
+            laqjax.run(alg, problem.init_params(0), shards, 1000, key, chunk_size=100, **save)
+
+    return Workload(call, 1000, FLOPS["softmax"])
+
+
+def flax_kernel_workload(shards: laqjax.Shards) -> Workload:
+    """Create a workload of softmax regression with a kernel [in, out] and scaled pixels, as in flax."""
 
     def loss(params: Any, x: Any, y: Any) -> Any:
         logits = x.astype(jnp.float32) / 255 @ params["kernel"] + params["bias"]
@@ -98,7 +91,7 @@ def transposed_kernel_workload(shards: laqjax.Shards) -> Workload:
 
 
 def cnn_workload(shards: laqjax.Shards, form: str) -> Workload:
-    """Two 5x5 convolutions with stride 2 and two dense layers on 64 images a worker: LAQ, four points of it, or gradients."""
+    """Create a workload of a small CNN on 64 images a worker: LAQ, a sweep of four points, or plain gradients."""
     import flax.linen as nn  # here: optional
 
     flatten = [lambda x: x.reshape(len(x), -1), nn.Dense(64), nn.relu, nn.Dense(CLASSES)]
@@ -111,10 +104,10 @@ def cnn_workload(shards: laqjax.Shards, form: str) -> Workload:
 
     few = laqjax.Shards(*(jnp.asarray(np.asarray(a)[:, :64]) for a in shards))
     workers, rounds, key = len(few.x), 10, jax.random.key(0)
-    if form == "calls":  # the better of two plain forms: vmap takes more than twice as long
+    if form == "calls":  # vmap, the other plain form, takes more than twice as long
         gradient = jax.jit(jax.value_and_grad(lambda params, x, y: jnp.mean(loss(params, x, y))))
         data = list(zip(few.x, few.y, strict=True))
-        return Workload(repeat(lambda: [gradient(params, x, y) for x, y in data], rounds).call, rounds)
+        return repeat(lambda: [gradient(params, x, y) for x, y in data], rounds)
     oracle, points = laqjax.oracles.from_loss(loss, params), 4
     algs = [laqjax.algorithms.laq(oracle, lr=0.01 * (i + 1), num_workers=workers) for i in range(points)]
     if form == "laq":
@@ -123,8 +116,8 @@ def cnn_workload(shards: laqjax.Shards, form: str) -> Workload:
     return Workload(lambda: laqjax.sweep(stacked, params, few, rounds, keys, chunk_size=rounds), rounds * points)
 
 
-def large_model_workload(hidden: int, form: str) -> Workload:
-    """784-hidden-10 on 8 workers of 32 rows: LAQ, GD, or a plain scan over the workers on the flat vector."""
+def large_model_workload(_: laqjax.Shards, hidden: int, form: str) -> Workload:
+    """Create a workload of a 784-hidden-10 network on 8 workers of 32 rows: LAQ, GD, or a plain scan over workers."""
     workers, rounds, rng = 8, 8, np.random.default_rng(0)
     problem = laqjax.problems.TwoLayerNetwork(784, CLASSES, hidden, l2=0)
     oracle, key = problem.oracle(), jax.random.key(0)
@@ -133,11 +126,12 @@ def large_model_workload(hidden: int, form: str) -> Workload:
     theta = problem.init_vector(oracle)
     if form != "plain":
         alg = getattr(laqjax.algorithms, form)(oracle, lr=0.02, num_workers=workers)
-        holder: list[Any] = [alg.init(theta)]
+        state = alg.init(theta)
 
-        def call() -> None:  # from state to state, as in a long run: making one costs as much as a round
-            for out in laqjax.stream(alg, holder[0], data, rounds, key, chunk_size=rounds):
-                holder[0] = out.state
+        def call() -> None:  # continues from the last state, as a long run does: a new state costs as much as a round
+            nonlocal state
+            for out in laqjax.stream(alg, state, data, rounds, key, chunk_size=rounds):
+                state = out.state
 
         return Workload(call, rounds)
 
@@ -156,13 +150,8 @@ def large_model_workload(hidden: int, form: str) -> Workload:
     return Workload(lambda: jax.block_until_ready(plain(theta, data)), rounds)
 
 
-def repeat(call: Callable[[], Any], times: int, flops: float | None = None) -> Workload:
-    """`call` does one round."""
-    return Workload(lambda: [jax.block_until_ready(call()) for _ in range(times)], times, flops)
-
-
-def wire_workload(form: str) -> Workload:
-    """10^6 coordinates in 4 bits: encoded and packed into bytes, or read back from them."""
+def wire_workload(_: laqjax.Shards, form: str) -> Workload:
+    """Create a workload that encodes 10^6 coordinates in 4 bits and packs them into bytes, or reads them back."""
     scheme, target = compressors.grid(4), jnp.asarray(np.random.default_rng(0).standard_normal(10**6, np.float32))
     encode = jax.jit(lambda target: scheme.encode(target, None))
     data = compressors.to_bytes(scheme, encode(target), target)
@@ -173,27 +162,30 @@ def wire_workload(form: str) -> Workload:
     return repeat(calls[form], 50)
 
 
+# ---- baselines ------------------------------------------------------------------------------------------------------
+
+
 def gemm() -> Workload:
-    """A square product, the unit of rates."""
+    """Create a workload of a square matrix product, the unit of rates."""
     a = jnp.asarray(np.random.default_rng(0).random((GEMM, GEMM), np.float32))
     product = jax.jit(jnp.matmul)
     return repeat(lambda: product(a, a), 4, 2 * GEMM**3)
 
 
-def stream() -> Workload:
-    """Read and write a large array, in place: fresh pages would cost more than the traffic."""
-    add = jax.jit(lambda a: a + 1, donate_argnums=0)
-    holder = [jnp.zeros(STREAM, jnp.float32)]
+def stream(_: laqjax.Shards) -> Workload:
+    """Create a workload that reads and writes a large array in place: new pages would cost more than the traffic."""
+    add, array = jax.jit(lambda a: a + 1, donate_argnums=0), jnp.zeros(STREAM, jnp.float32)
 
     def call() -> Any:
-        holder[0] = add(holder[0])
-        return holder[0]
+        nonlocal array
+        array = add(array)
+        return array
 
     return repeat(call, 8)
 
 
 def autodiff_baseline(shards: laqjax.Shards) -> Workload:
-    """Losses and gradients alone, as one would write them: float32 images, vmap over the workers."""
+    """Create a workload of plain losses and gradients: float32 images, vmap over the workers."""
 
     def loss(params: Any, x: Any, y: Any) -> Any:
         return -jnp.mean(jnp.sum(jax.nn.log_softmax(x @ params["weight"] + params["bias"]) * y, axis=-1))
@@ -205,26 +197,26 @@ def autodiff_baseline(shards: laqjax.Shards) -> Workload:
 
 
 def numpy_laq(shards: laqjax.Shards) -> Workload:
-    """LAQ in NumPy, float64."""
+    """Create a workload of LAQ in NumPy, float64."""
     data, theta = to_float_arrays(shards, np.float64), init_params(shards)
     return Workload(lambda: laq_reference(np, *data, theta, rounds=3), 3)
 
 
 def pytorch_laq(shards: laqjax.Shards) -> Workload:
-    """LAQ in PyTorch, float32, on all cores."""
+    """Create a workload of LAQ in PyTorch, float32, on all cores."""
     import torch  # here: optional, and seconds to import
 
-    torch.set_num_threads(num_available_cores())
+    torch.set_num_threads(count_available_cores())
     arrays = (*to_float_arrays(shards, np.float32), init_params(shards).astype(np.float32))
     images, onehot, theta = (torch.from_numpy(a) for a in arrays)
     return Workload(lambda: laq_reference(torch, images, onehot, theta, rounds=8), 8)
 
 
 def laq_reference(xp: Any, images: Any, onehot: Any, theta: Any, rounds: int) -> list[tuple[Any, Any]]:
-    """LAQ with softmax regression, vectorised over the workers, on `xp` = NumPy or PyTorch: (loss, sent) of each round.
+    """Run LAQ on softmax regression with `xp` = NumPy or PyTorch; return (loss, sent [M]) of each round.
 
-    images [M, N, features], onehot [M, N, classes], theta [p] = bias, weight [classes, features]. Of the ways tried to
-    write the two products, this is the fastest in both.
+    Shapes: images [M, N, features], onehot [M, N, classes], theta [p] = bias, weight [classes, features]. The two
+    products have the fastest form of those tried in both libraries.
     """
     workers, n, classes = onehot.shape
     lr, l2, xi, window, max_silence, half = 0.02, 0.01, 0.8, 10, 100, 2 ** (BITS["softmax"] - 1)
@@ -255,62 +247,56 @@ def laq_reference(xp: Any, images: Any, onehot: Any, theta: Any, rounds: int) ->
 
 
 def to_float_arrays(shards: laqjax.Shards, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Images in 0..1 and one-hot labels."""
+    """Convert shards to images in 0..1 and one-hot labels."""
     return np.divide(shards.x, 255, dtype=dtype), np.eye(CLASSES, dtype=dtype)[np.asarray(shards.y)]
 
 
 def init_params(shards: laqjax.Shards) -> np.ndarray:
-    """The theta0 of softmax regression, float64."""
+    """Return the initial parameters of softmax regression as a float64 vector."""
     params = laqjax.problems.Softmax(shards.x.shape[-1], CLASSES).init_params(0, np.float64)
     return np.concatenate([params["bias"], params["weight"].ravel()])
 
 
-# A group takes turns with a GEMM of its own. The calls take half a second to a second each.
+def load_mnist() -> laqjax.Shards:
+    """Load the reference data: 10 workers, 6000 images each."""
+    data = datasets.load("mnist")
+    return laqjax.partition_data(data.x, data.y, 10, "contiguous")
+
+
+def large_models(name: str, hidden: int) -> dict[str, Callable[[laqjax.Shards], Workload]]:
+    """Return the workloads of a large model."""
+    return {
+        f"{name}-{form}": partial(large_model_workload, hidden=hidden, form=form) for form in ("plain", "gd", "laq")
+    }
+
+
+# Each group takes turns with a GEMM of its own. A call takes half a second to a second.
 WORKLOAD_GROUPS: dict[str, dict[str, Callable[[laqjax.Shards], Workload]]] = {
     "softmax": {
-        "stream": lambda shards: stream(),
-        "laq": lambda shards: run_workload(shards, "softmax", "laq", 20, bits=BITS["softmax"]),
-        "gd": lambda shards: run_workload(shards, "softmax", "gd", 20),
+        "stream": stream,
+        "laq": partial(run_workload, kind="softmax", rounds=20),
+        "gd": partial(run_workload, kind="softmax", rounds=20, algorithm="gd"),
         "plain": autodiff_baseline,
         "numpy": numpy_laq,
         "pytorch": pytorch_laq,
     },
     "network": {
-        "network-laq": lambda shards: run_workload(shards, "network", "laq", 2, bits=BITS["network"]),
-        "network-gd": lambda shards: run_workload(shards, "network", "gd", 2),
+        "network-laq": partial(run_workload, kind="network", rounds=2),
+        "network-gd": partial(run_workload, kind="network", rounds=2, algorithm="gd"),
     },
     "sweep": {
-        "one": lambda shards: run_workload(shards, "softmax", "laq", 20, bits=BITS["softmax"]),
-        "sweep-16": lambda shards: sweep_workload(shards, "softmax", 16, 8),
-        "sweep-64": lambda shards: sweep_workload(shards, "softmax", 64, 4),
+        "one": partial(run_workload, kind="softmax", rounds=20),
+        "sweep-16": partial(sweep_workload, kind="softmax", points=16, rounds=8),
+        "sweep-64": partial(sweep_workload, kind="softmax", points=64, rounds=4),
     },
-    "kernel": {
-        "out-in": lambda shards: run_workload(shards, "softmax", "laq", 20, bits=BITS["softmax"]),
-        "in-out": transposed_kernel_workload,
-    },
+    "kernel": {"out-in": partial(run_workload, kind="softmax", rounds=20), "in-out": flax_kernel_workload},
     "cnn": {f"cnn-{form}": partial(cnn_workload, form=form) for form in ("calls", "laq", "sweep")},
-    "million": {
-        f"million-{form}": lambda shards, form=form: large_model_workload(1258, form) for form in ("plain", "gd", "laq")
-    },
-    "ten": {
-        f"ten-million-{form}": lambda shards, form=form: large_model_workload(12579, form)
-        for form in ("plain", "gd", "laq")
-    },
+    "million": large_models("million", 1258),
+    "ten": large_models("ten-million", 12579),
     "checkpoint": {
-        "unsaved": lambda shards: checkpoint_workload(shards, None),
-        "saved": lambda shards: checkpoint_workload(shards, 100),
+        "unsaved": partial(checkpoint_workload, every=None),
+        "saved": partial(checkpoint_workload, every=100),
     },
-    "message": {f"message-{form}": lambda shards, form=form: wire_workload(form) for form in ("pack", "read")},
-    "network-sweep": {"network-sweep-8": lambda shards: sweep_workload(shards, "network", 8, 2)},
+    "message": {f"message-{form}": partial(wire_workload, form=form) for form in ("pack", "read")},
+    "network-sweep": {"network-sweep-8": partial(sweep_workload, kind="network", points=8, rounds=2)},
 }
-
-
-def mnist() -> laqjax.Shards:
-    """The reference data: 10 workers, 6000 images each."""
-    data = datasets.load("mnist")
-    return laqjax.partition_data(data.x, data.y, 10, "contiguous")
-
-
-def num_available_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,13 +1,6 @@
-"""Certificates and keys of a federation of machines; its processes on this one.
-
-    python -m experiments.deployment keys DIR --hosts NAME ADDRESS --workers 2    for a SuperLink there
-    python -m experiments.deployment register DIR --superlink HOST:PORT           tells it which nodes may come
-
-A SuperLink lets those nodes in whose keys it knows; `experiments.federated` runs on it.
-"""
+"""Flower federations: the processes of one on this machine, the commands on any, certificates and keys."""
 
 import importlib.util
-import ipaddress
 import json
 import os
 import signal
@@ -18,142 +11,102 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 
-from experiments.harness import storage
+from experiments.harness import processes, storage
 
-APP_PYPROJECT = """[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-
-[project]
-name = "laqjax-federation"
-version = "1.0.0"
-description = "Lazily aggregated gradients"
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "laqjax"
-
-[tool.flwr.app.components]
-serverapp = "laqjax_app:server"
-clientapp = "laqjax_app:client"
-
-[tool.flwr.app.config]
-plan = ""
-"""
-APP_MODULE = '''"""A point of `experiments.federated` as Flower's apps."""
-
-from experiments.federation.flower_apps import make_apps
-
-both = make_apps()
-server = both[0]
-client = both[1]
-'''
-STARTUP_TIMEOUT = 60.0  # seconds for a process to come up
-SHUTDOWN_TIMEOUT = 10.0  # seconds to end by itself
-STATUS_INTERVAL = 20.0  # seconds between two looks at the state of a run
+APP = Path(__file__).with_name("app")  # what `flwr run` starts
+STARTUP_TIMEOUT = 60.0  # seconds for a process to start
+STATUS_INTERVAL = 20.0  # seconds between two queries of a run's state
 
 
 @dataclass(frozen=True)
 class SuperLinkConfig:
-    """Where the federation is."""
+    """Address of a federation and limits of its runs."""
 
     superlink: str = ""
-    """HOST:PORT of a SuperLink that runs already, its nodes too; when not given, all are started here, on 127.0.0.1."""
+    """HOST:PORT of a running SuperLink with its SuperNodes; if empty, all are started on 127.0.0.1."""
     root_certificates: Path | None = None
-    """The certificate file of that SuperLink."""
+    """Certificate file of that SuperLink."""
     poll_interval: float = 0.2
-    """Seconds between two looks of the started processes for work."""
+    """Seconds between two queries for work by the started processes."""
     run_timeout: float = 1800.0
     """Seconds that a run may take."""
 
 
 @dataclass
 class FlowerCli:
-    """The commands of Flower, on one federation."""
+    """Commands of Flower for one federation."""
 
-    folder: Path
-    home: Path
+    folder: Path  # of the logs
+    home: Path  # FLWR_HOME: configuration, certificates and keys
     run_timeout: float
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str]
     options: tuple[str, ...] = ()  # of `flwr run`
 
-    def command(self, *words: str, seconds: float = STARTUP_TIMEOUT) -> str:
-        """What `flwr WORDS` says; ChildProcessError when it fails."""
-        done = subprocess.run([venv_executable("flwr"), *words], env=self.environment, capture_output=True, text=True, timeout=seconds)  # fmt: skip
+    def command(self, *words: str) -> str:
+        """Run `flwr WORDS` and return its output; raise ChildProcessError if it fails."""
+        line = [find_executable("flwr"), *words]
+        done = subprocess.run(line, env=self.environment, capture_output=True, text=True, timeout=STARTUP_TIMEOUT)
         if done.returncode:
             raise ChildProcessError(f"flwr {' '.join(words[:3])}: {(done.stdout + done.stderr).strip()[-2000:]}")
         return done.stdout
 
     def run(self, plan: str, facts: Path, console: Console) -> dict[str, Any]:
-        """The facts of a run, with the traffic that the SuperLink counted; ChildProcessError when it failed."""
-        ended = facts.with_suffix(".ended")  # the server app leaves it
+        """Run a plan; return the stats of its rounds, its seconds and the state that the SuperLink reports.
+
+        Raises:
+            ChildProcessError: The run fails or exceeds `run_timeout`.
+        """
+        ended = facts.with_suffix(".ended")  # written by the server app
         for path in (facts, ended):
             path.unlink(missing_ok=True)
-        words = "run", str(self.home / "app"), "laqjax", "--run-config", f'plan="{plan}"', "--format", "json"
-        said = self.command(*words, *self.options)
-        number = str(json.loads(said).get("run-id"))
+        words = "run", str(APP), "laqjax", "--run-config", f'plan="{plan}"', "--format", "json", *self.options
+        output = self.command(*words)
+        number = str(json.loads(output).get("run-id"))
         if number == "None":
-            raise ChildProcessError(f"flwr run: {said.strip()[-2000:]}")
-        end, began = time.monotonic() + self.run_timeout, time.perf_counter()
+            raise ChildProcessError(f"flwr run: {output.strip()[-2000:]}")
+        begin = time.monotonic()
         while True:
-            asked = time.monotonic()
-            while not ended.exists() and time.monotonic() < min(end, asked + STATUS_INTERVAL):
+            query = min(time.monotonic() + STATUS_INTERVAL, begin + self.run_timeout)
+            while not ended.exists() and time.monotonic() < query:
                 time.sleep(0.2)
-            state = next(run for run in self.list_runs() if str(run["run-id"]) == number)
+            runs = json.loads(self.command("list", "laqjax", "--format", "json"))["runs"]
+            state = next(run for run in runs if str(run["run-id"]) == number)
             if state["status"].startswith("finished"):
                 break
-            if time.monotonic() > end:
+            if time.monotonic() > begin + self.run_timeout:
                 self.command("stop", number, "laqjax")
-                raise ChildProcessError(
-                    f"run {number} is not done after {self.run_timeout:g} s: see the logs in {self.folder}"
-                )
+                raise ChildProcessError(f"run {number} exceeds {self.run_timeout:g} s: see the logs in {self.folder}")
             time.sleep(0.5)
         if state["status"] != "finished:completed" or not facts.exists():
             raise ChildProcessError(f"run {number} is {state['status']}: see the logs in {self.folder}")
         console.print(f"run {number}: {state['status']}")
-        return storage.read_json(facts) | {"wall": time.perf_counter() - began, "run": state}
-
-    def list_runs(self) -> list[dict[str, Any]]:
-        """All runs of the SuperLink."""
-        return json.loads(self.command("list", "laqjax", "--format", "json"))["runs"]
-
-
-def venv_executable(name: str) -> str:
-    """A command of this environment."""
-    return str(Path(sys.executable).parent / name)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return made.getsockname()[1]
+        return storage.read_json(facts) | {"wall": time.monotonic() - begin, "run": state}
 
 
 @contextmanager
 def run_local_federation(
     network: SuperLinkConfig, workers: int, out: Path, console: Console, simulation: bool = False
 ) -> Iterator[FlowerCli]:
-    """A federation of so many workers, and the commands on it.
+    """Provide a federation and the commands on it; stop all processes that it starts at the end.
 
     Args:
-        network: where it is; by default it is started here.
-        workers: SuperNodes, worker m with partition-id m.
-        out: gets the logs, in the folder `flower`.
-        console: says what starts.
-        simulation: with Flower's simulation engine instead of SuperNodes.
+        network: Address of the federation; without one it is started here.
+        workers: Number of SuperNodes; worker m has partition-id m.
+        out: Folder of the results; the logs go to its subfolder `flower`.
+        console: Console for progress messages.
+        simulation: Use Flower's simulation engine instead of SuperNodes.
 
     Raises:
-        ChildProcessError: one did not start; its log is named.
+        ChildProcessError: A process does not start; the message holds the end of its log.
     """
     if simulation and importlib.util.find_spec("ray") is None:
         raise ValueError("transport = 'simulation' needs Ray: pip install 'laqjax[simulation]'")
@@ -164,219 +117,130 @@ def run_local_federation(
         if network.superlink:
             write_connection_config(flwr, network.superlink, network.root_certificates)
         else:
-            port = free_port()
+            port = processes.find_free_port()
             write_certificates(flwr.home, ["127.0.0.1", "localhost"])
             write_connection_config(flwr, f"127.0.0.1:{port}", flwr.home / "ca.crt")
-            start_superlink(stack, flwr, port, simulation)
+            stack.enter_context(start_superlink(flwr, port, simulation))
             for worker in range(0 if simulation else workers):
-                start_supernode(stack, flwr, port, worker, workers)
-            what = (
-                f"{workers} simulated nodes"
-                if simulation
-                else f"{workers} SuperNodes; TLS and node authentication are on"
-            )
-            console.print(f"SuperLink at 127.0.0.1:{port}, {what}")
+                stack.enter_context(start_supernode(flwr, port, worker, workers))
+            nodes = "simulated nodes" if simulation else "SuperNodes; TLS and node authentication are on"
+            console.print(f"SuperLink at 127.0.0.1:{port}, {workers} {nodes}")
         if simulation:
-            flwr.options = (
-                "--federation-config",
-                f"num-supernodes={workers} client-resources-num-cpus=1 client-resources-num-gpus=0.0",
-            )
+            resources = "client-resources-num-cpus=1 client-resources-num-gpus=0.0"
+            flwr.options = ("--federation-config", f"num-supernodes={workers} {resources}")
         yield flwr
 
 
 @contextmanager
 def temporary_flower_home(folder: Path, network: SuperLinkConfig) -> Iterator[FlowerCli]:
-    """Flower's commands with a home of their own: nobody else reads the keys in it, and it is gone at the end."""
+    """Provide Flower's commands with a private FLWR_HOME, which is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="laqjax-") as home:
-        flwr = FlowerCli(folder, Path(home), network.run_timeout, subprocess_env(Path(home), network.poll_interval))
-        write_app(flwr.home / "app")
-        yield flwr
+        yield FlowerCli(folder, Path(home), network.run_timeout, subprocess_env(Path(home), network.poll_interval))
 
 
 def write_connection_config(flwr: FlowerCli, address: str, root_certificates: Path | None) -> None:
-    """The SuperLink that the commands speak to."""
-    found = {"address": address}
+    """Write the address and certificates of the SuperLink to the configuration of Flower's commands."""
+    lines = ["[superlink]", 'default = "laqjax"', "", "[superlink.laqjax]", f"address = {json.dumps(address)}"]
     if root_certificates is not None:
-        found["root-certificates"] = str(root_certificates.resolve())
-    lines = ["[superlink]", 'default = "laqjax"', "", "[superlink.laqjax]"]
-    (flwr.home / "config.toml").write_text(
-        "\n".join(lines + [f"{k} = {json.dumps(v)}" for k, v in found.items()]) + "\n"
-    )
+        lines.append(f"root-certificates = {json.dumps(str(root_certificates.resolve()))}")
+    (flwr.home / "config.toml").write_text("\n".join(lines) + "\n")
 
 
 def subprocess_env(home: Path, poll: float) -> dict[str, str]:
-    """Of all processes: this Python's commands and this checkout first, no telemetry, no look for updates."""
+    """Return the environment of all processes: this Python and checkout first, no telemetry, no update check."""
     first = {"PATH": Path(sys.executable).parent, "PYTHONPATH": Path(__file__).parents[2]}  # apps import experiments
     paths = {name: os.pathsep.join(filter(None, (str(path), os.environ.get(name)))) for name, path in first.items()}
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     return {**os.environ, **paths, "FLWR_HOME": str(home), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(poll), **quiet}
 
 
-def write_app(folder: Path) -> None:
-    """What `flwr run` takes; Flower wants a license file."""
-    folder.mkdir(parents=True)
-    (folder / "pyproject.toml").write_text(APP_PYPROJECT)
-    (folder / "laqjax_app.py").write_text(APP_MODULE)
-    (folder / "LICENSE").write_text("Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0\n")
-
-
-def start_superlink(stack: ExitStack, flwr: FlowerCli, port: int, simulation: bool) -> None:
-    """Registers who may come, when it is up."""
-    home = flwr.home
-    tls = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.crt", "--ssl-keyfile": "server.key"}
-    words = [venv_executable("flower-superlink"), "--host", "127.0.0.1", "--port", str(port)]
-    words += [word for option, name in tls.items() for word in (option, str(home / name))]
-    words += [
-        "--disable-runtime-dependency-installation",
-        *(["--simulation"] if simulation else ["--enable-supernode-auth"]),
-    ]
-    process = stack.enter_context(spawn(words, flwr, "superlink"))
-    wait_for(port, process, flwr.folder / "superlink.log")
-
-
-def start_supernode(stack: ExitStack, flwr: FlowerCli, port: int, worker: int, workers: int) -> None:
-    """A node with a key of its own, which the SuperLink is told first."""
-    private = write_node_key(flwr.home, worker)
-    flwr.command("supernode", "register", f"{private}.pub", "laqjax")
-    own, words = free_port(), [venv_executable("flower-supernode"), "--superlink", f"127.0.0.1:{port}"]
-    words += ["--root-certificates", str(flwr.home / "ca.crt"), "--auth-supernode-private-key", str(private)]
-    words += ["--host", "127.0.0.1", "--port", str(own)]
-    words += ["--node-config", f"partition-id={worker} num-partitions={workers}"]
-    process = stack.enter_context(spawn(words, flwr, f"supernode-{worker}"))
-    wait_for(own, process, flwr.folder / f"supernode-{worker}.log")
+def find_executable(name: str) -> str:
+    """Return the path of a command of this Python environment."""
+    return str(Path(sys.executable).parent / name)
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------
 
 
+def start_superlink(flwr: FlowerCli, port: int, simulation: bool) -> AbstractContextManager[psutil.Popen]:
+    """Start a SuperLink with TLS."""
+    tls = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.crt", "--ssl-keyfile": "server.key"}
+    words = [find_executable("flower-superlink"), "--host", "127.0.0.1", "--port", str(port)]
+    words += [word for option, name in tls.items() for word in (option, str(flwr.home / name))]
+    words += ["--disable-runtime-dependency-installation"]
+    words += ["--simulation" if simulation else "--enable-supernode-auth"]
+    return start_server(words, flwr, "superlink", port)
+
+
+def start_supernode(flwr: FlowerCli, port: int, worker: int, workers: int) -> AbstractContextManager[psutil.Popen]:
+    """Start the node of a worker after its new key is registered with the SuperLink."""
+    key, own = write_node_key(flwr.home, worker), processes.find_free_port()
+    flwr.command("supernode", "register", f"{key}.pub", "laqjax")
+    words = [find_executable("flower-supernode"), "--superlink", f"127.0.0.1:{port}"]
+    words += ["--root-certificates", str(flwr.home / "ca.crt"), "--auth-supernode-private-key", str(key)]
+    words += ["--host", "127.0.0.1", "--port", str(own)]
+    words += ["--node-config", f"partition-id={worker} num-partitions={workers}"]
+    return start_server(words, flwr, f"supernode-{worker}", own)
+
+
 @contextmanager
-def spawn(words: list[str], flwr: FlowerCli, name: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own; it and all that came from it are gone at the end."""
-    with (flwr.folder / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(words, env=flwr.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+def start_server(words: list[str], flwr: FlowerCli, name: str, port: int) -> Iterator[psutil.Popen]:
+    """Start a process, wait until it listens on a port, and stop it with all its descendants at the end.
+
+    Raises:
+        ChildProcessError: The process ends or does not listen in time; the message holds the end of its log.
+    """
+    log, end = flwr.folder / f"{name}.log", time.monotonic() + STARTUP_TIMEOUT
+    with log.open("wb") as file:
+        process = psutil.Popen(words, env=flwr.environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         try:
+            while not is_listening(port):
+                if process.poll() is not None or time.monotonic() > end:
+                    text = log.read_text(errors="replace")[-1500:]
+                    raise ChildProcessError(f"{name} did not start; the end of {log}:\n{text}")
+                time.sleep(0.1)
             yield process
         finally:
-            stop(process)
+            processes.stop_tree(process)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Asked first, then killed; those whom it started too, whatever group they are in."""
-    family = {pid: start_ticks(pid) for pid in descendants(process.pid)}
-    if process.poll() is None:
-        process.terminate()
-    try:
-        process.wait(SHUTDOWN_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    end = time.monotonic() + SHUTDOWN_TIMEOUT
-    while (
-        left := [pid for pid in family if is_running(pid) and start_ticks(pid) == family[pid]]
-    ) and time.monotonic() < end:
-        for pid in left:  # the same process still, not another of its number
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
-
-
-def proc_stat(pid: int) -> list[str]:
-    """What Linux says of a process, from its state on; nothing where there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def is_running(pid: int) -> bool:
-    """Whether it runs; one that has ended and that nobody has asked for does not."""
-    return proc_stat(pid)[:1] not in ([], ["Z"])
-
-
-def start_ticks(pid: int) -> str | None:
-    """When it was started, in the machine's ticks."""
-    return (proc_stat(pid) or [None] * 20)[19]
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes that came from one (on Linux; elsewhere none is known)."""
-    numbers = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    parents = {number: int(words[1]) for number in numbers if (words := proc_stat(number))}
-    found, new = [], [pid]
-    while new:
-        new = [child for child, parent in parents.items() if parent in new]
-        found += new
-    return found
-
-
-def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until somebody listens there. ChildProcessError, with the end of the log, when the process ends or does not come up."""
-    end = time.monotonic() + STARTUP_TIMEOUT
-    while process.poll() is None and time.monotonic() < end:
-        with socket.socket() as made:
-            made.settimeout(1.0)
-            if made.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise ChildProcessError(f"{log.stem} did not start; the end of {log}:\n{log.read_text(errors='replace')[-1500:]}")
+def is_listening(port: int) -> bool:
+    """Return whether a process listens on a port of 127.0.0.1."""
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that what it started is stopped."""
+    """Raise KeyboardInterrupt on SIGTERM inside the block, so that its processes are stopped."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-# ---- certificates ------------------------------------------------------------------------------------------------
+# ---- certificates and keys ---------------------------------------------------------------------------------------
 
 
-def write_certificates(folder: Path, hosts: Sequence[str], days: int = 7) -> None:
-    """ca.crt, server.crt and server.key for these names and addresses; the authority's key is kept nowhere."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+def write_certificates(folder: Path, server_names: Sequence[str], days: int = 7) -> None:
+    """Write ca.crt, server.crt and server.key for these names and addresses; the authority's key is not kept."""
+    import trustme
 
-    def named(name: str) -> x509.Name:
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-
-    def builder(subject: str, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-        made = x509.CertificateBuilder().subject_name(named(subject)).issuer_name(named("laqjax CA"))
-        now = datetime.now(UTC)
-        made = made.not_valid_before(now - timedelta(minutes=5)).not_valid_after(now + timedelta(days=days))
-        made = made.public_key(key.public_key()).serial_number(x509.random_serial_number())
-        return made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
-
-    authority, server = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
-    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
-    usage = {name: False for name in ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only")}  # fmt: skip
-    signing = x509.KeyUsage(**usage | {"key_cert_sign": True, "crl_sign": True})
-    root = builder("laqjax CA", authority).add_extension(x509.BasicConstraints(True, None), True)
-    root = root.add_extension(signing, True).sign(authority, hashes.SHA384())
-    names = [x509.IPAddress(ipaddress.ip_address(h)) if is_address(h) else x509.DNSName(h) for h in hosts]
-    own = builder(hosts[0], server).add_extension(x509.SubjectAlternativeName(names), False)
-    own = own.add_extension(x509.BasicConstraints(False, None), True).add_extension(issuer, False)
-    own = own.add_extension(x509.KeyUsage(**usage | {"digital_signature": True}), True)
-    own = own.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False)
-    pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    (folder / "ca.crt").write_bytes(root.public_bytes(pem))
-    (folder / "server.crt").write_bytes(own.sign(authority, hashes.SHA384()).public_bytes(pem))
-    write_private_file(folder / "server.key", server.private_bytes(pem, form, serialization.NoEncryption()))
+    now, authority = datetime.now(UTC), trustme.CA(organization_name="laqjax")
+    validity: Any = {"not_before": now - timedelta(minutes=5), "not_after": now + timedelta(days=days)}
+    server = authority.issue_cert(*server_names, organization_name="laqjax", **validity)
+    authority.cert_pem.write_to_path(folder / "ca.crt")
+    server.cert_chain_pems[0].write_to_path(folder / "server.crt")
+    write_private_file(folder / "server.key", server.private_key_pem.bytes())
 
 
 def write_node_key(folder: Path, worker: int) -> Path:
-    """The private key of a node; the public one lies beside it, with .pub behind its name."""
+    """Write the private key of a node to node-M and its public key to node-M.pub; return the path of the first."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -389,18 +253,6 @@ def write_node_key(folder: Path, worker: int) -> Path:
 
 
 def write_private_file(path: Path, data: bytes) -> None:
-    """A file that its owner alone reads."""
+    """Write a new file that only its owner can read."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
-
-
-def is_address(host: str) -> bool:
-    """Whether it is an address and not a name."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-# ---- commands ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""The bench measures what it says: its rivals compute what laqjax computes, and a small race gives all numbers."""
+"""Tests of experiments.bench: its baselines compute what laqjax computes, and a short measurement gives all metrics."""
 
 import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from experiments.harness import cli
 
 @pytest.fixture(autouse=True)
 def as_a_user():
-    """The contestants are written for JAX's defaults, not for the strict modes of the other tests."""
+    """Use JAX's defaults, for which the workloads are written, not the strict modes of the other tests."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -55,9 +56,9 @@ def test_plain_is_the_gradient_without_l2(shards):
 def test_race_and_report(shards):
     racers = {name: speed.WORKLOAD_GROUPS["softmax"][name](shards) for name in ("laq", "gd")}
     racers["gemm"] = workloads.repeat(lambda: jax.numpy.ones(3), 2, flops=1e6)
-    times = speed.time_interleaved(racers, seconds=0)
+    times = speed.time_interleaved({name: partial(speed.time_call, one) for name, one in racers.items()}, seconds=0)
     assert {len(calls) for calls in times.values()} == {2}
-    flops = {name: contestant.flops for name, contestant in racers.items()}
+    flops = {name: workload.flops for name, workload in racers.items()}
     report = {
         "machine": speed.describe_machine(),
         "fresh": {},
@@ -73,7 +74,7 @@ def test_race_and_report(shards):
     console = Console(record=True, width=200)
     speed.print_report(report, console)
     text = console.export_text()
-    for name in ("took 12%", "laq / gd", "fresh-softmax, compile s", "met by 60%", "not installed", "share of GEMM"):
+    for name in ("used 12%", "laq / gd", "fresh-softmax, compile s", "met by 60%", "not installed", "share of GEMM"):
         assert name in text
 
 
@@ -87,6 +88,9 @@ def test_one_object_for_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert found["chosen"] == ["laq"]
     assert found["numbers"]["laq, share of GEMM"] == 0.5
     assert found["seconds"]["softmax"]["laq"] == [0.5]
+    with cli.command_line(["--quick", "--json"]) as given:
+        cli.parse_cli(bench.main, given)
+    assert json.loads(capsys.readouterr().out)["chosen"] == sorted(speed.QUICK_NAMES)
 
 
 def test_every_goal_names_something_measured():
@@ -96,6 +100,7 @@ def test_every_goal_names_something_measured():
     for goal, sign, _ in speed.TARGETS:
         assert sign in ("<=", ">=")
         assert set(goal.partition(", ")[0].split(" / ")) <= every, goal
+    assert set(speed.QUICK_NAMES) < every == set(speed.NAMES)
 
 
 def test_unknown_name_is_refused():

@@ -1,5 +1,6 @@
-"""experiments.federated: its tables beside the library's bill, and a deployment whose processes are gone when it ends."""
+"""Tests of experiments.federated: its tables agree with the library's counts, a deployment leaves no process behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import polars.selectors as cs
+import psutil
 import pytest
 
 pytest.importorskip("flwr")
@@ -20,7 +22,7 @@ pytest.importorskip("flwr")
 from experiments import deployment, federated, plots
 from experiments.federation import local
 from experiments.federation.flower_apps import PointSpec
-from experiments.harness import cli, grid, results
+from experiments.harness import cli, grid, processes, results
 
 ROOT = Path(__file__).parents[2]
 DATA = "synthetic-logistic?workers=3&samples=40&features=12&condition=10&heterogeneity=1"
@@ -78,27 +80,29 @@ def test_points_that_cannot_run_are_refused_first(tmp_path: Path) -> None:
 def test_a_plan_is_the_same_in_every_process() -> None:
     choice = next(iter(grid.iter_settings(settings().axes, settings().data)))
     plan = PointSpec(choice, 10, False, None, 5, 60.0, "facts.json", "")
-    assert PointSpec.from_hex_json(plan.to_hex_json) == plan
+    assert PointSpec.from_hex_json(plan.to_hex_json()) == plan
 
 
 def test_certificates_are_good_for_this_machine_only(tmp_path: Path) -> None:
     import ssl
 
-    deployment.keys(tmp_path / "keys", hosts=("127.0.0.1", "localhost"), workers=2)
+    from cryptography import x509
+
+    deployment.keys(tmp_path / "keys", server_names=("127.0.0.1", "localhost"), workers=2, days=30)
     tmp_path = tmp_path / "keys"
-    key = tmp_path / "node-1"
-    for secret in (key, tmp_path / "server.key"):
+    names = ["ca.crt", "node-0", "node-0.pub", "node-1", "node-1.pub", "server.crt", "server.key"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for secret in (tmp_path / "node-1", tmp_path / "server.key"):
         assert secret.stat().st_mode & 0o777 == 0o600
+    certificate = x509.load_pem_x509_certificate((tmp_path / "server.crt").read_bytes())
+    assert (certificate.not_valid_after_utc - certificate.not_valid_before_utc).days == 30
     context = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
     for name, good in (("127.0.0.1", True), ("localhost", True), ("example.org", False)):
         ends = [ssl.MemoryBIO() for _ in range(2)]
-        pair = (
-            context.wrap_bio(ends[0], ends[1], server_hostname=name),
-            server.wrap_bio(ends[1], ends[0], server_side=True),
-        )
-        assert handshake(*pair) is good
+        client = context.wrap_bio(ends[0], ends[1], server_hostname=name)
+        assert handshake(client, server.wrap_bio(ends[1], ends[0], server_side=True)) is good
 
 
 def handshake(client: Any, server: Any) -> bool:
@@ -117,21 +121,44 @@ def handshake(client: Any, server: Any) -> bool:
     return all(done)
 
 
-def test_a_process_and_all_that_came_from_it_are_stopped(tmp_path: Path) -> None:
-    flwr = local.FlowerCli(tmp_path, tmp_path, 1.0, dict(os.environ))
-    inner = "import subprocess, sys, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"
-    with local.spawn([sys.executable, "-c", inner], flwr, "parent") as process:
-        end = time.monotonic() + 10
-        while len(family := local.descendants(process.pid)) < 1 and time.monotonic() < end:
-            time.sleep(0.05)
-        assert len(family) == 1
-    assert not any(map(local.is_running, [process.pid, *family]))
+def test_a_server_and_its_descendants_are_stopped(tmp_path: Path) -> None:
+    flwr, port = local.FlowerCli(tmp_path, tmp_path, 1.0, dict(os.environ)), processes.find_free_port()
+    inner = "import socket, subprocess, time; subprocess.Popen(['sleep', '60'], start_new_session=True)"
+    inner += f"; server = socket.create_server(('127.0.0.1', {port})); time.sleep(60)"
+    with local.start_server([sys.executable, "-c", inner], flwr, "parent", port) as process:
+        family = [process, *process.children(recursive=True)]
+        assert len(family) == 2
+        assert all(map(processes.is_alive, family))
+    assert not any(map(processes.is_alive, family))
     words = [sys.executable, "-c", "raise SystemExit('no such thing')"]
     with (
-        local.spawn(words, flwr, "parent") as process,
         pytest.raises(ChildProcessError, match=r"(?s)parent did not start.*no such thing"),
+        local.start_server(words, flwr, "parent", processes.find_free_port()),
     ):
-        local.wait_for(local.free_port(), process, tmp_path / "parent.log")
+        pass
+
+
+def test_a_server_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "SHUTDOWN_TIMEOUT", 0.5)
+    flwr, port = local.FlowerCli(tmp_path, tmp_path, 1.0, dict(os.environ)), processes.find_free_port()
+    inner = "import signal, socket, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    inner += f"; server = socket.create_server(('127.0.0.1', {port})); time.sleep(60)"
+    with local.start_server([sys.executable, "-c", inner], flwr, "parent", port) as process:
+        pass
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_another_process_under_the_same_pid_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["sleep", "60"]) as other:
+        stale = psutil.Process(other.pid)
+        monkeypatch.setattr(stale, "_ident", (other.pid, 1.0))  # as if the child had started at another time
+        assert not processes.is_alive(stale)
+        parent = psutil.Popen(["sleep", "60"])
+        monkeypatch.setattr(parent, "children", lambda recursive: [stale])
+        processes.stop_tree(parent)
+        assert parent.returncode == -signal.SIGTERM
+        assert other.poll() is None
+        other.kill()
 
 
 def test_processes_find_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,54 +172,44 @@ def test_processes_find_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def command(out: Path, *words: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "experiments.federated",
-        *SMALL,
-        "--transport",
-        "deployment",
-        "--out",
-        str(out),
-        *words,
-    ]
+    options = ["--transport", "deployment", "--out", str(out)]
+    return [sys.executable, "-m", "experiments.federated", *SMALL, *options, *words]
 
 
-def ended(words: list[str], signalled: int | None = None) -> tuple[int, str]:
-    """(exit status, what it said) of a command, after it has come up; nobody of its family is left."""
-    family, said = set(), ""
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
-        assert process.stdout is not None
-        while "SuperLink at" not in said and (line := process.stdout.readline()):
-            said += line
-        family |= set(local.descendants(process.pid))
-        if signalled is not None:
-            time.sleep(8)  # the run is on its way, with processes for the apps
-            family |= set(local.descendants(process.pid))
-            process.send_signal(signalled)
+def run_to_end(words: list[str], number: int | None = None) -> tuple[int, str]:
+    """Run a command, with a signal after its start; return (exit status, output). None of its processes may be left."""
+    with psutil.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
+        output = ""
+        while "SuperLink at" not in output and (line := process.stdout.readline()):
+            output += line
+        family = set(process.children(recursive=True))
+        end = time.monotonic() + 8  # the run has then started processes for the apps
         while process.poll() is None:
-            family |= set(local.descendants(process.pid))
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family |= set(process.children(recursive=True))
+            if number is not None and time.monotonic() > end:
+                process.send_signal(number)
+                number = None
             time.sleep(0.2)
-        said += process.stdout.read()
-    assert len(family) >= 4  # a SuperLink, three SuperNodes, and whom they started
-    left = [pid for pid in family if local.is_running(pid)]
-    assert not left
-    return process.returncode, said
+        output += process.stdout.read()
+    assert len(family) >= 4  # a SuperLink, three SuperNodes and their children
+    assert not [one for one in family if processes.is_alive(one)]
+    return process.returncode, output
 
 
 @pytest.mark.distributed
-def test_three_nodes_with_tls_are_the_loopback(tmp_path: Path) -> None:
+def test_three_nodes_with_tls_equal_in_process(tmp_path: Path) -> None:
     words = ["--algorithm", "laq", "--rounds", "5", "--max-silence", "3"]
-    status, said = ended(command(tmp_path / "real", *words))
-    assert status == 0, said
-    here = federated.run(settings(*words, "--out", str(tmp_path / "loopback")))
-    table, loopback = read(tmp_path / "real", "points"), read(here, "points")
+    status, output = run_to_end(command(tmp_path / "real", *words))
+    assert status == 0, output
+    here = federated.run(settings(*words, "--out", str(tmp_path / "in_process")))
+    table, in_process = read(tmp_path / "real", "points"), read(here, "points")
     masks = [read(folder, "masks").row(0, named=True) for folder in (tmp_path / "real", here)]
     np.testing.assert_array_equal(results.unpack_mask(masks[0]), results.unpack_mask(masks[1]))
     assert table["answered"][0] == 1
-    assert table["bits_up_end"][0] == 8 * table["payload_up"][0] == loopback["bits_up_end"][0]
-    assert table["payload_down"][0] == loopback["payload_down"][0]
-    # what the SuperLink counted is ours and its own: requests, hashes of objects, the app itself
+    assert table["bits_up_end"][0] == 8 * table["payload_up"][0] == in_process["bits_up_end"][0]
+    assert table["payload_down"][0] == in_process["payload_down"][0]
+    # the SuperLink also counts its own requests, hashes of objects and the app
     assert table["superlink_inbound"][0] > table["bytes_up"][0]
     facts = json.loads((tmp_path / "real" / "facts" / "0.json").read_text())
     assert facts["refused"] == [0] * 5
@@ -200,18 +217,18 @@ def test_three_nodes_with_tls_are_the_loopback(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_nobody_is_left_after_a_signal(number: int, tmp_path: Path) -> None:
-    status, said = ended(command(tmp_path, "--algorithm", "laq", "--rounds", "500"), number)
+def test_no_process_is_left_after_a_signal(number: int, tmp_path: Path) -> None:
+    status, output = run_to_end(command(tmp_path, "--algorithm", "laq", "--rounds", "500"), number)
     assert status != 0
-    assert "stopped" in said
+    assert "stopped" in output
 
 
 @pytest.mark.distributed
-def test_nobody_is_left_after_a_failure(tmp_path: Path) -> None:
-    """A deadline that nobody meets."""
-    status, said = ended(command(tmp_path, "--algorithm", "laq", "--rounds", "2", "--deadline", "0.01"))
+def test_no_process_is_left_after_a_failure(tmp_path: Path) -> None:
+    """A deadline that no worker meets."""
+    status, output = run_to_end(command(tmp_path, "--algorithm", "laq", "--rounds", "2", "--deadline", "0.01"))
     assert status != 0
-    assert "see the logs in" in said
+    assert "see the logs in" in output
 
 
 @pytest.mark.distributed
@@ -221,7 +238,7 @@ def test_flowers_simulation_engine(tmp_path: Path) -> None:
     real = command(tmp_path / "real", *words)
     said = subprocess.run(real, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "3 simulated nodes" in said
-    here = federated.run(settings(*words[:-2], "--out", str(tmp_path / "loopback")))
+    here = federated.run(settings(*words[:-2], "--out", str(tmp_path / "in_process")))
     masks = [read(folder, "masks").row(0, named=True) for folder in (tmp_path / "real", here)]
     np.testing.assert_array_equal(results.unpack_mask(masks[0]), results.unpack_mask(masks[1]))
 

@@ -1,4 +1,4 @@
-"""Scaling: collectives are counted right, teams of processes answer and leave nothing behind, the quick run leaves its files."""
+"""Tests of experiments.scaling: bytes of collectives, groups of processes that leave nothing behind, the quick run."""
 
 import contextlib
 import os
@@ -10,13 +10,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 
 import laqjax
 from experiments import scaling
 from experiments.benchmarks import hlo_traffic, process_group
 from experiments.figures import scaling_figures
-from experiments.harness import datasets, grid, storage
+from experiments.harness import datasets, grid, processes, storage
 
 HLO = """HloModule jit_chunk, is_scheduled=true
 
@@ -60,7 +61,7 @@ def test_bytes_of_a_program_made_by_hand():
     assert hlo_traffic.count_received_bytes(HLO) == {"always": always, "skipped": skipped}
 
 
-def test_what_is_not_understood_is_refused():
+def test_unknown_forms_are_refused():
     with pytest.raises(ValueError, match="replica_groups"):
         hlo_traffic.count_received_bytes(HLO.replace("replica_groups={{0,1},{2,3}}", "groups=?"))
     with pytest.raises(ValueError, match="f4"):
@@ -79,24 +80,24 @@ def echo(rank: int, processes: int, port: int) -> None:
 
 
 def there(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+    return psutil.pid_exists(pid)
 
 
 @pytest.fixture
-def member(tmp_path, monkeypatch):
-    """`echo`, where new processes find it without JAX and all that tests import."""
+def entry_point(tmp_path, monkeypatch):
+    """Return the name of `echo` in a module that new processes import without JAX."""
     source = Path(__file__).read_text()
     function = source[source.index("def echo") : source.index("def there")]
     (tmp_path / "echoing.py").write_text(f"import os\nfrom experiments.benchmarks import process_group\n{function}")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # a team finds the experiments by itself, wherever it is started
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # a group finds the experiments wherever it is started
     monkeypatch.chdir(tmp_path)
     return "echoing:echo"
 
 
 @pytest.mark.distributed
-def test_team_answers_and_ends(member):
-    with process_group.ProcessGroup(member, processes=2, devices=3) as team:
-        answers = team.ask(number=4)
+def test_group_answers_and_ends(entry_point):
+    with process_group.start_group(entry_point, processes=2, devices=3) as group:
+        answers = group.ask(number=4)
         assert [(a[0], a[1], a[2], a[4]) for a in answers] == [(0, 2, {"number": 4}, 1), (1, 2, {"number": 4}, 1)]
         pids = [a[3] for a in answers]
         assert all(map(there, pids))
@@ -105,15 +106,15 @@ def test_team_answers_and_ends(member):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ChildProcessError])
-def test_nothing_is_left_behind(member, error):
+def test_nothing_is_left_behind(entry_point, error):
     pids = []
 
     def interrupted():
-        with process_group.ProcessGroup(member, processes=2, devices=3) as team:
-            pids.extend(answer[3] for answer in team.ask())
+        with process_group.start_group(entry_point, processes=2, devices=3) as group:
+            pids.extend(answer[3] for answer in group.ask())
             if error is KeyboardInterrupt:
                 raise KeyboardInterrupt
-            team.ask(fail=1)
+            group.ask(fail=1)
 
     with pytest.raises(error, match="process 1 of 2 ended.*as asked" if error is ChildProcessError else None):
         interrupted()
@@ -122,8 +123,8 @@ def test_nothing_is_left_behind(member, error):
 
 
 @pytest.mark.distributed
-def test_members_end_when_the_one_who_asks_is_killed(member):
-    program = f"from experiments.benchmarks import process_group; t = process_group.ProcessGroup({member!r}, 1, 3); print(t.ask()[0][3], flush=True); t.ask(); import time; time.sleep(60)"
+def test_processes_end_when_the_process_that_asks_is_killed(entry_point):
+    program = f"from experiments.benchmarks import process_group; s = process_group.start_group({entry_point!r}, 1, 3); group = s.__enter__(); print(group.ask()[0][3], flush=True); group.ask(); import time; time.sleep(60)"
     root = Path(__file__).parents[2]
     with subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
@@ -156,7 +157,7 @@ def test_quick_run(tmp_path):
     moved = pl.read_parquet(tmp_path / "bytes.parquet").row(0, named=True)
     words = 983  # of a message: 7850 codes of 4 bits in whole words of 32, and a radius
     assert moved["skipped"] == 10 * words * 4 / 2
-    assert moved["an collective / float32"] < 0.14
+    assert moved["one collective / float32"] < 0.14
     if moved["loopback MB"] is not None:
         assert moved["loopback MB"] > 0.8 * moved["moved MB"]
     messages = moved["uploads"]
@@ -177,7 +178,7 @@ def test_example_of_hosts():
         "-m",
         "experiments.examples.multihost",
         "--coordinator",
-        f"127.0.0.1:{process_group.free_port()}",
+        f"127.0.0.1:{processes.find_free_port()}",
     ]
     command += ["--num-processes", "2", "--rows", "60", "--rounds", "20", "--process-id"]
     options = {"cwd": Path(__file__).parents[2], "env": os.environ | {"JAX_PLATFORMS": "cpu"}}

@@ -22,9 +22,9 @@ from rich.console import Console
 
 import laqjax
 from experiments import plots, sweep
-from experiments.benchmarks import process_group
 from experiments.figures import drawing
 from experiments.harness import cases, grid, results, runner, storage
+from experiments.harness.processes import find_free_port
 from laqjax._engine import loop
 from laqjax._engine import sweep as many
 from tests.support import programs
@@ -254,7 +254,7 @@ def test_kills_lose_nothing(kills: tuple[int, ...], whole: Path, tmp_path: Path)
 
 def processes(*more: str, out: Path) -> list["subprocess.Popen[str]"]:
     """The same command in two processes, which share the points."""
-    where = ["--coordinator", f"127.0.0.1:{process_group.free_port()}", "--num-processes", "2", "--process-id"]
+    where = ["--coordinator", f"127.0.0.1:{find_free_port()}", "--num-processes", "2", "--process-id"]
     given: dict[str, Any] = {"env": environment(), "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return [subprocess.Popen([*command(*more, *where, str(i), out=out)], **given) for i in (0, 1)]
 
@@ -295,7 +295,7 @@ def test_processes_that_do_not_belong_together(fault: str, tmp_path: Path) -> No
     out = tmp_path / "file" if fault == "file" else Path("here")
     more = [[], ["--rounds", "90"]] if fault == "settings" else [[], []]
     places = [tmp_path / name for name in (("a", "b") if fault == "folder" else ("a", "a"))]
-    where = ["--coordinator", f"127.0.0.1:{process_group.free_port()}", "--num-processes", "2", "--process-id"]
+    where = ["--coordinator", f"127.0.0.1:{find_free_port()}", "--num-processes", "2", "--process-id"]
     given: dict[str, Any] = {
         "env": environment(),
         "text": True,
