@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 import laqjax
 from experiments.harness import cli, datasets, storage, user_code
-from laqjax.problems import Problem
+from laqjax.problems import Logistic, Problem, Ridge, Softmax, TwoLayerNetwork
 
 SYNTHETIC = "synthetic-logistic?workers=10&samples=200&features=50&condition=100&heterogeneity="
 OPTIMUM_CACHE_DIR = Path("results") / "cache"
@@ -43,22 +43,18 @@ class UserProblem(Problem):
 
     def __call__(self, params: Any, x: Any, y: Any) -> Array:
         """Return the losses of n rows."""
-        return self._call_user("loss", self.loss, params, x, y)
+        return user_code.call_named(f"{self.source}, loss", self.loss, params, x, y)
 
     def init_params(self, seed: int, dtype: Any = np.float32) -> Any:
         """Return the initial parameters of the user's function."""
-        start = self._call_user("start", self.init_fn, seed)
+        start = user_code.call_named(f"{self.source}, start", self.init_fn, seed)
         return jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), start)  # float32 where x64 is off
 
     def accuracy(self, params: Any, x: Any, y: Any) -> Any:
         """Return the share of correct rows, None without a function for it."""
-        return None if self.accuracy_fn is None else self._call_user("accuracy", self.accuracy_fn, params, x, y)
-
-    def _call_user(self, name: str, function: Callable[..., Any], *given: Any) -> Any:
-        try:
-            return function(*given)
-        except Exception as error:
-            raise ValueError(f"{self.source}, {name}: {user_code.locate_error(error, self.source)}") from error
+        if self.accuracy_fn is None:
+            return None
+        return user_code.call_named(f"{self.source}, accuracy", self.accuracy_fn, params, x, y)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +151,7 @@ def convex_case(name: str, scheme: str = "contiguous") -> ProblemInstance:
     """Build binary logistic regression with l2 = 0.01 in float64; the loss of a worker is a mean over its rows."""
     made = get_case("logistic", name, scheme)
     weight = made.shards.weight.astype(np.float64)
-    problem = laqjax.problems.Logistic(made.shards.x.shape[2], l2=0.01, reduction="mean")
+    problem = Logistic(made.shards.x.shape[2], l2=0.01, reduction="mean")
     return replace(made, problem=problem, shards=made.shards._replace(weight=weight), dtype=np.float64)
 
 
@@ -163,11 +159,7 @@ _load_cached = cache(datasets.load)
 
 
 def make_problem(name: str, data: datasets.Dataset) -> Problem:
-    """Build a problem on data: softmax, network, ridge, logistic, or FILE.py:make (see `UserProblem`).
-
-    Raises:
-        ValueError: there is no such problem, or it does not fit the data.
-    """
+    """Build a problem on data: softmax, network, ridge, logistic, or FILE.py:make (see `UserProblem`)."""
     if user_code.is_user_reference(name):
         made = user_code.call_user_function(name, data)
         if isinstance(made, tuple) and len(made) in (2, 3) and all(map(callable, made)):
@@ -175,13 +167,12 @@ def make_problem(name: str, data: datasets.Dataset) -> Problem:
         if isinstance(made, Problem):
             return made
         raise ValueError(f"{name} returned {made!r:.80}: must be functions (loss, start) or (loss, start, accuracy)")
-    problems = laqjax.problems
-    known = {"softmax": problems.Softmax, "network": problems.TwoLayerNetwork, "ridge": problems.Ridge}
-    known |= {"logistic": problems.Logistic}
-    classes = data.num_classes
-    fits = {"softmax": classes, "network": classes, "ridge": True, "logistic": classes in (None, 2)}.get(name)
-    if fits and getattr(data.x, "ndim", 0) == 2:
-        return known[name](data.x.shape[1], *([classes] if name in ("softmax", "network") else []))
+    known = {"softmax": Softmax, "network": TwoLayerNetwork, "ridge": Ridge, "logistic": Logistic}
+    classes, flat = data.num_classes, getattr(data.x, "ndim", 0) == 2
+    if flat and classes and name in ("softmax", "network"):
+        return known[name](data.x.shape[1], classes)
+    if flat and (name == "ridge" or (name == "logistic" and classes in (None, 2))):
+        return known[name](data.x.shape[1])
     raise ValueError(
         f"problem = {name!r} on {data.name}: must be softmax or network for classes, logistic for two, ridge for numbers "
         f"(all on rows of features), or FILE.py:make{cli.suggest(name, known) if name not in known else ''}"

@@ -25,16 +25,8 @@ from laqjax import algorithms, check_number, distributed, types
 # arguments of algorithms that follow from an option
 SUPPLIED = {"oracle": "--problem", "num_workers": "--workers", "padded_window": "--window", "smoothness": "--dataset"}
 # values of arguments without a default
-REQUIRED_DEFAULTS = {
-    "lr": 0.02,
-    "damping": 0.5,
-    "scaling": 0.5,
-    "probability": 0.1,
-    "estimate_momentum": 0.5,
-    "num_local_steps": 2,
-    "local_lr": 0.01,
-}
-
+REQUIRED_DEFAULTS = {"lr": 0.02, "damping": 0.5, "scaling": 0.5, "probability": 0.1, "estimate_momentum": 0.5}
+REQUIRED_DEFAULTS |= {"num_local_steps": 2, "local_lr": 0.01}
 
 Ints = Annotated[tuple[int, ...], cli.variadic_option("INT")]
 Floats = Annotated[tuple[float, ...], cli.variadic_option("FLOAT")]
@@ -115,11 +107,7 @@ class HostOptions:
     """Number of this process, from 0; process 0 shows the progress and the result."""
 
     def initialize(self) -> None:
-        """Set up devices and processes, before JAX is used.
-
-        Raises:
-            ValueError, TimeoutError: see `set_cpu_devices` and `laqjax.distributed.initialize_distributed`.
-        """
+        """Set up devices and processes, before JAX is used."""
         set_cpu_devices(self.devices)
         given = self.coordinator, self.num_processes, self.process_id
         if given == ("auto", None, None):
@@ -149,16 +137,12 @@ class TargetOptions:
 
 
 def axis_values(axes: GridAxes, data: DataAxes, strict: bool = True) -> dict[str, tuple[Any, ...]]:
-    """Return the values of each axis by the name of its column, (None,) where none is given.
-
-    Raises:
-        ValueError: an axis is empty or given twice, or (if strict) no algorithm has the argument of a --set.
-    """
-    given = {f.name: getattr(part, f.name) for part in (data, axes) for f in fields(part)}
-    own, seeds = given.pop("set"), given.pop("seeds")
-    given = {"algorithm": given.pop("algorithm"), **given}
-    known = set().union(*map(argument_names, given["algorithm"]))
-    seen = set[str]()
+    """Return the values of each axis, (None,) where none is given; if strict, some algorithm must have each --set."""
+    given = {"algorithm": axes.algorithm} | {
+        f.name: getattr(part, f.name) for part in (data, axes) for f in fields(part)
+    }
+    own, given["seed"] = given.pop("set"), given.pop("seeds")
+    known, seen = set().union(*map(argument_names, axes.algorithm)), set[str]()
     for name, *words in own:
         if name in OPTIONS and name != "lr":
             raise ValueError(f"--set {name}: must be given as {OPTIONS[name]}")
@@ -167,7 +151,7 @@ def axis_values(axes: GridAxes, data: DataAxes, strict: bool = True) -> dict[str
         if not words:
             raise ValueError(f"--set {name} has no values: must be --set {name} VALUE ...")
         if strict and name not in known:
-            allowed = f"{', '.join(given['algorithm'])}: {sorted(known - (OPTIONS.keys() - {'lr'}))}"
+            allowed = f"{', '.join(axes.algorithm)}: {sorted(known - (OPTIONS.keys() - {'lr'}))}"
             raise ValueError(f"--set {name}: must be an argument of {allowed}{cli.suggest(name, known)}")
         values = tuple(map(arguments.parse_literal, words))
         are_words = {isinstance(value, str) for value in values}
@@ -177,21 +161,17 @@ def axis_values(axes: GridAxes, data: DataAxes, strict: bool = True) -> dict[str
         raise ValueError(
             "--minibatch and --set sampler: must be only one of them; --set sampler block:ROWS is the first"
         )
-    optional = {f.name for f in fields(GridAxes) if f.default == ()}
-    for name, values in (given | {"seed": seeds}).items():
-        if not values and name not in optional:
+    for name in (*DATA_NAMES, "algorithm", "seed"):
+        if not given[name]:
             raise ValueError(f"axis {name} has no values: must have one or more")
-    for seed in seeds:
+    for seed in axes.seeds:
         check_number("seeds", seed, np.int32, minimum=0)
-    return {name: values or (None,) for name, values in given.items()} | {"seed": seeds}
+    seed = {"seed": given.pop("seed")}  # last: the seeds of a setting follow each other
+    return {name: values or (None,) for name, values in given.items()} | seed
 
 
 def check_given(axes: GridAxes, plain: GridAxes, data: DataAxes) -> None:
-    """Check that some algorithm has the argument of each axis that differs from the command's default `plain`.
-
-    Raises:
-        ValueError: no algorithm has it.
-    """
+    """Check that some algorithm has the argument of each axis that differs from the command's default `plain`."""
     axis_values(axes, data)
     known = set().union(*map(argument_names, axes.algorithm)) | {"algorithm", "seeds", "set"}
     for name in (f.name for f in fields(GridAxes)):
@@ -260,19 +240,13 @@ def algorithm_factories() -> dict[str, Callable[..., laqjax.Algorithm]]:
 
 
 def get_factory(name: str) -> Callable[..., laqjax.Algorithm]:
-    """Return the function of a name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Return the factory of an algorithm's name or FILE.py:factory."""
     if user_code.is_user_reference(name):
         return user_code.load_user_function(name)
-    if name not in algorithm_factories():
-        known = sorted(algorithm_factories())
-        raise ValueError(
-            f"algorithm = {name!r}: must be FILE.py:factory or one of {', '.join(known)}{cli.suggest(name, known)}"
-        )
-    return algorithm_factories()[name]
+    if name not in (known := algorithm_factories()):
+        allowed = f"FILE.py:factory or one of {', '.join(sorted(known))}"
+        raise ValueError(f"algorithm = {name!r}: must be {allowed}{cli.suggest(name, known)}")
+    return known[name]
 
 
 def argument_names(name: str) -> set[str]:
@@ -281,16 +255,13 @@ def argument_names(name: str) -> set[str]:
 
 
 def build_points(choices: Sequence[dict[str, Any]], padded_window: int, authors: bool = False, rows: int | None = None) -> list[SweepPoint]:  # fmt: skip
-    """Build the points of settings, and check all of them before anything is compiled.
+    """Build the points of settings; name all that cannot run before anything is compiled.
 
     Args:
         choices: settings, as `iter_settings` yields them.
         padded_window: shape of all windows, of the whole sweep: a point of a shard is that of the whole.
         authors: the lazy rule of the authors' program.
         rows: largest number of rows of a worker.
-
-    Raises:
-        ValueError: some points cannot run; the message names all of them.
     """
     points, bad = [], {}
     for choice in choices:
@@ -314,16 +285,13 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def build_point(choice: dict[str, Any], case: cases.ProblemInstance, padded_window: int, authors: bool = False) -> SweepPoint:  # fmt: skip
-    """Build the point of a setting; an argument without value and default gets a plain value.
-
-    Raises:
-        ValueError, TypeError: the algorithm does not take these values.
-    """
+    """Build the point of a setting; an argument without value and default gets a plain value."""
     name, p, (workers, rows) = choice["algorithm"], case.oracle.size, case.shards.weight.shape
-    own = inspect.signature(get_factory(name)).parameters
+    factory = get_factory(name)
+    own = inspect.signature(factory).parameters
     required = {key for key, parameter in own.items() if parameter.default is parameter.empty}
     label = {key: value for key, value in choice.items() if key not in ("seed", "point")}
-    label |= {key: REQUIRED_DEFAULTS[key] for key in own if key in required & REQUIRED_DEFAULTS.keys() and label.get(key) is None}  # fmt: skip
+    label |= {k: v for k, v in REQUIRED_DEFAULTS.items() if k in required and label.get(k) is None}
     values = {key: value for key, value in label.items() if key in own and value is not None}
     given = {k: arguments.parse_argument(k, v) if isinstance(v, str) else v for k, v in values.items()}
     if "padded_window" in own:
@@ -343,10 +311,8 @@ def build_point(choice: dict[str, Any], case: cases.ProblemInstance, padded_wind
         check_number(f"sampler = {label.get('sampler')!r}: size", given["sampler"].size, np.int32, maximum=rows)
         if name == "dasha":
             given.setdefault("mvr_momentum", 0.1)  # DASHA needs one on minibatches
-    if user_code.is_user_reference(name):
-        alg = user_code.call_user_function(name, case.oracle, num_workers=workers, **given)
-    else:
-        alg = get_factory(name)(case.oracle, num_workers=workers, **given)
+    call = user_code.call_user_function if user_code.is_user_reference(name) else lambda _, *a, **k: factory(*a, **k)
+    alg = call(name, case.oracle, num_workers=workers, **given)
     if not isinstance(alg, laqjax.Algorithm):
         raise ValueError(f"{name} returned {alg!r:.80}: must be a laqjax.Algorithm")
     key, index = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
@@ -378,12 +344,7 @@ def max_history_length(choices: Sequence[dict[str, Any]], axes: GridAxes) -> int
 
 
 def parse_settings(kind: Any, given: Sequence[str], about: str | None) -> Any:
-    """Parse the settings of a command line. It takes precedence over the config file that it names.
-
-    Raises:
-        SystemExit: after `--set help`.
-        ValueError: the settings cannot be used.
-    """
+    """Parse the settings of a command line, which takes precedence over its config file; exit after `--set help`."""
     check_words(kind, given)
     settings = cli.parse_cli(kind, given, about)
     if settings.config:
@@ -402,36 +363,26 @@ def parse_settings(kind: Any, given: Sequence[str], about: str | None) -> Any:
 
 
 def check_words(kind: Any, words: Sequence[str]) -> None:
-    """Check that a command line gives arguments of algorithms and schedules by --set.
-
-    Raises:
-        ValueError: an option is an argument of algorithms, or --lr has a schedule.
-    """
-    free = set().union(*map(argument_names, algorithm_factories())) - option_names(kind) - SUPPLIED.keys()
-    for word in words:
-        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and name in free:
-            raise ValueError(f"{word}: must be --set {name} VALUE ...; --set help lists the arguments")
-    after_lr = words[words.index("--lr") + 1 :] if "--lr" in words else []
+    """Refuse options that must be given by --set: arguments of algorithms, and schedules."""
+    own = set().union(*map(argument_names, algorithm_factories())) - option_names(kind) - SUPPLIED.keys()
     schedules = {form.partition(":")[0] for form in arguments.SCHEDULES}
-    for word in itertools.takewhile(lambda word: not word.startswith("-"), after_lr):
-        if word.partition(":")[0] in schedules:
+    option = ""
+    for word in words:
+        option = word if word.startswith("-") else option
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in own:
+            raise ValueError(f"{word}: must be --set {name} VALUE ...; --set help lists the arguments")
+        if option == "--lr" and word.partition(":")[0] in schedules:
             raise ValueError(f"--lr {word}: must be numbers; give a schedule as --set lr {word}")
     if "--lr" in words and ("--set", "lr") in itertools.pairwise(words):
         raise ValueError("--lr and --set lr: must be only one of them; --set lr takes numbers and schedules")
 
 
 def set_cpu_devices(count: int | None) -> None:
-    """Set the number of CPU devices that XLA sees; None leaves it as it is.
-
-    Raises:
-        ValueError: the count is not allowed, or JAX has computed something already.
-    """
-    if count is None:
-        return
-    check_number("devices", count, np.int32, minimum=1)
+    """Set the number of CPU devices that XLA sees; None leaves it as it is."""
     try:
-        jax.config.update("jax_num_cpu_devices", count)
+        if count is not None:
+            jax.config.update("jax_num_cpu_devices", int(check_number("devices", count, np.int32, minimum=1)))
     except RuntimeError as error:
         raise ValueError(f"devices = {count}: must be set before JAX is used in this process ({error})") from None
 
@@ -443,11 +394,7 @@ def option_names(kind: Any) -> set[str]:
 
 
 def config_to_argv(path: Path, kind: Any) -> list[str]:
-    """Convert a TOML or YAML file to command-line words, so that both have the same names, types and errors.
-
-    Raises:
-        ValueError: the file cannot be parsed, or has a name that is no setting.
-    """
+    """Convert a TOML or YAML file to command-line words, so that both have the same names, types and errors."""
     text = path.read_text()
     try:
         given = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text) or {}
@@ -463,14 +410,12 @@ def config_to_argv(path: Path, kind: Any) -> list[str]:
     if not isinstance(own, dict):
         raise ValueError(f"{path}: set = {own!r}: must be names with their values")
     words = []
-    for name, value in given.items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
+    for name, value in [*given.items(), *((f"set {name}", value) for name, value in own.items())]:
+        option = f"--{name}" if name.startswith("set ") else f"--{name.replace('_', '-')}"
+        if isinstance(value, bool) and name in given:
+            words.append(option if value else option.replace("--", "--no-"))
         else:
-            words += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
-    for name, value in own.items():
-        words += ["--set", name, *map(str, value if isinstance(value, list) else [value])]
+            words += [*option.split(), *map(str, value if isinstance(value, list) else [value])]
     return words
 
 

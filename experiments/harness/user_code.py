@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,7 @@ def file_digest(text: str) -> str | None:
 
 
 def load_user_function(text: str) -> Any:
-    """Load the function FILE.py:NAME.
-
-    Raises:
-        ValueError: the file cannot be read, or has no such function.
-        FileNotFoundError: there is no such file.
-    """
+    """Load the function FILE.py:NAME."""
     file, _, name = text.rpartition(":")
     function = getattr(_load_module(Path(file).resolve()), name, None)
     if not callable(function):
@@ -36,12 +32,12 @@ def load_user_function(text: str) -> Any:
 
 
 def call_user_function(text: str, *given: Any, **named: Any) -> Any:
-    """Call the function FILE.py:NAME.
+    """Call the function FILE.py:NAME."""
+    return call_named(text, load_user_function(text), *given, **named)
 
-    Raises:
-        ValueError: it fails; the message names file, function and line.
-    """
-    function = load_user_function(text)
+
+def call_named(text: str, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """Call a function of the user, and name it and the line in its errors; `text` begins with FILE.py:NAME."""
     try:
         return function(*given, **named)
     except Exception as error:
