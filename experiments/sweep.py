@@ -78,17 +78,11 @@ def print_report(folder: Path, console: Console) -> None:
     console.print(constant)
     best = ranked.unique("algorithm", keep="first", maintain_order=True)
     shown = pl.concat([best, ranked.join(best, on="point", how="anti")])[: max(10, len(best))]
-    costs = {
-        "rounds": pl.col(f"rounds_{target}"),
-        "uploads": pl.col(f"uploads_{target}"),
-        "Mbit up": pl.col(f"bits_up_{target}") / 1e6,
-        "+ down": pl.col(f"bits_{target}") / 1e6,
-        "seconds": pl.col(f"seconds_{target}"),
-        "accuracy": pl.col("accuracy"),
-    }
-    taken = {*costs, *differ}
-    heads = {name: titles[name] for name in differ or ["algorithm"]}
-    columns = [pl.col(n).alias(head if head not in taken else f"{n} ") for n, head in heads.items()]
+    costs = {name: pl.col(f"{name}_{target}") for name in ("rounds", "uploads")}
+    costs |= {"Mbit up": pl.col(f"bits_up_{target}") / 1e6, "+ down": pl.col(f"bits_{target}") / 1e6}
+    costs |= {"seconds": pl.col(f"seconds_{target}"), "accuracy": pl.col("accuracy")}
+    names = differ or ["algorithm"]
+    columns = [pl.col(n).alias(titles[n] if titles[n] not in {*costs, *differ} else f"{n} ") for n in names]
     title = f"cheapest to {goal} {target} (simulated seconds)"
     tables = {title: shown.select(*columns, **costs)} if len(ranked) else {}
     notices = [*results.unreached_notice(summary), *results.tied(pl.read_parquet(folder / "points.parquet"))]

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -12,6 +12,11 @@ import optax
 from experiments.harness import cli
 from laqjax import algorithms, check_number, compressors, samplers
 
+# arguments of algorithms that follow from an option
+SUPPLIED = {"oracle": "--problem", "num_workers": "--workers", "padded_window": "--window", "smoothness": "--dataset"}
+# values of arguments without a default
+REQUIRED_DEFAULTS = {"lr": 0.02, "damping": 0.5, "scaling": 0.5, "probability": 0.1, "estimate_momentum": 0.5}
+REQUIRED_DEFAULTS |= {"num_local_steps": 2, "local_lr": 0.01}
 COMPRESSORS = {
     "grid:BITS": compressors.grid,
     "identity": compressors.identity,
@@ -53,7 +58,7 @@ NAMED_VALUES: dict[str, Mapping[str, Callable[..., Any]]] = {
 
 
 def parse_literal(text: str) -> Any:
-    """Convert a word of the command line to an int, a float or a bool where it is one."""
+    """Convert text to the int, float or bool that it names; return other text as it is."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -95,29 +100,19 @@ def _unit_schedule(form: str, *numbers: Any) -> Callable[[Any, Any], Any]:
     return lambda lr, round: lr * schedule(round)
 
 
-def describe_algorithms(
-    factories: Mapping[str, Callable[..., Any]],
-    options: Mapping[str, str],
-    supplied: Collection[str],
-    defaults: Mapping[str, Any],
-) -> str:
-    """Return the text of `--set help`: the arguments of algorithms, and the values that are given by name.
-
-    Args:
-        factories: the algorithms by name.
-        options: the arguments with an option of their own, with that option.
-        supplied: the arguments that the command supplies.
-        defaults: values of arguments without a default.
-    """
+def describe_algorithms(factories: Mapping[str, Callable[..., Any]], options: Mapping[str, str]) -> str:
+    """Return the text of `--set help`: arguments of algorithms, those with an option of their own, and values by name."""
     lines = ["--set NAME VALUE ... is an axis of values of an argument. Arguments with an option in brackets use that."]
     for name, factory in factories.items():
         about = inspect.getdoc(factory) or ""
         lines += ["", f"{name}: {about.partition(chr(10))[0]}"]
         described = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", about, re.MULTILINE))
         signature = inspect.signature(factory).parameters
-        for key in (key for key in signature if key not in supplied):
+        for key in (key for key in signature if key not in SUPPLIED):
             default = signature[key].default
-            default = defaults.get(key, "-") if default is inspect.Parameter.empty else default
+            default = (
+                (REQUIRED_DEFAULTS | {"k": "p // 10"}).get(key, "-") if default is inspect.Parameter.empty else default
+            )
             text = " ".join(described.get(key, "").split()).split(". ")[0].rstrip(".")
             if key in NAMED_VALUES:
                 text = f"{re.split('[:,]', text)[0]}; values by name: see below"

@@ -46,7 +46,7 @@ class UserProblem(Problem):
         return user_code.call_named(f"{self.source}, loss", self.loss, params, x, y)
 
     def init_params(self, seed: int, dtype: Any = np.float32) -> Any:
-        """Return the initial parameters of the user's function."""
+        """Return the initial parameters from the given function."""
         start = user_code.call_named(f"{self.source}, start", self.init_fn, seed)
         return jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), start)  # float32 where x64 is off
 
@@ -59,20 +59,13 @@ class UserProblem(Problem):
 
 @dataclass(frozen=True, eq=False)
 class ProblemInstance:
-    """Problem on shards, and the values that all points on it share.
-
-    Attributes:
-        shards: arrays on the host.
-        test: rows (x, y) for the accuracy.
-        given_f_star: f*, if it is known. Otherwise a problem with a bound on its curvature is convex and is solved for
-            f*; other problems have none.
-    """
+    """Problem on shards, and the values that all points on it share."""
 
     problem: Problem
-    shards: laqjax.Shards
-    test: tuple[Any, Any] | None = None
+    shards: laqjax.Shards  # arrays on the host
+    test: tuple[Any, Any] | None = None  # rows (x, y)
     dtype: Any = np.float32
-    given_f_star: float | None = None
+    given_f_star: float | None = None  # f* where it is known without a solver
 
     @cached_property
     def oracle(self) -> laqjax.oracles.TiledOracle:

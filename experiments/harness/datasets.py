@@ -46,11 +46,7 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training set, and test set where there is one.
-
-    Raises:
-        ValueError: x and y differ in length, a part is empty or not finite, or a label is no class id.
-    """
+    """Training set, and test set where there is one."""
 
     name: str
     x: Any  # [n, features]: uint8 for images (flattened), float otherwise; or a pytree of arrays [n, ...]
@@ -94,28 +90,16 @@ def _shapes(tree: Any) -> Any:
 
 
 def load(name: str) -> Dataset:
-    """Load the data set of a name; the module's docstring lists the forms.
-
-    Raises:
-        ValueError: the name has none of these forms, or the data are damaged.
-        FileNotFoundError: a file is missing.
-        ImportError: a `tfds:` name needs a package that is not installed.
-    """
-    kind, _, argument = name.partition(":")
+    """Load the data set of a name; the module's docstring lists the forms."""
     if name == "mnist":
         try:
             return _load_idx(name, MNIST_FOLDER, MNIST_MD5)
         except (ValueError, FileNotFoundError) as error:
             remedy = "restore it from the repository: git checkout -- experiments/mnist"
             raise type(error)(f"{error}; {remedy}") from error
-    loaders: dict[str, Callable[[str, Path], Dataset]] = {
-        "idx": _load_idx,
-        "tfds": _load_tfds,
-        "libsvm": _load_libsvm,
-        "libsvm-regression": _load_libsvm,
-        "npz": _load_npz,
-        "csv": _load_csv,
-    }
+    kind, _, argument = name.partition(":")
+    loaders: dict[str, Callable[[str, Path], Dataset]] = {"idx": _load_idx, "tfds": _load_tfds, "npz": _load_npz}
+    loaders |= {"csv": _load_csv, "libsvm": _load_libsvm, "libsvm-regression": _load_libsvm}
     if kind in loaders and argument:
         return loaders[kind](name, Path(argument))
     if name.startswith("synthetic-"):
@@ -136,7 +120,7 @@ def load(name: str) -> Dataset:
 
 
 def _infer_dataset(name: str, x: Any, y: Any, x_test: Any = None, y_test: Any = None) -> Dataset:
-    """Make a data set of the user's arrays, in which flat integers are class ids."""
+    """Make a data set of arrays, in which flat integers are class ids."""
     x, y, x_test, y_test = jax.tree.map(np.asarray, (x, y, x_test, y_test))
     if not (np.ndim(y) == 1 and hasattr(y, "dtype") and np.issubdtype(y.dtype, np.integer)):
         return Dataset(name, x, y, x_test, y_test)
@@ -161,9 +145,7 @@ def _load_csv(name: str, path: Path) -> Dataset:
     table = pl.read_csv(path, infer_schema_length=None)
     text = [column for column, kind in table.schema.items() if not kind.is_numeric()]
     if text or table.width < 2:
-        raise ValueError(
-            f"{name}: columns without numbers: {text}: must be two or more columns of numbers under a header"
-        )
+        raise ValueError(f"{name}: columns without numbers: {text}: must be two or more of numbers under a header")
     target = next((column for column in ("y", "label", "target") if column in table.columns), table.columns[-1])
     return _infer_dataset(name, table.drop(target).to_numpy().astype(np.float32), table[target].to_numpy())
 
@@ -254,14 +236,13 @@ def _load_tfds(name: str, path: Path) -> Dataset:
 
 
 def _read_source(name: str, source: Any) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = [], []
-    for start in range(0, len(source), 1024):  # batches: one record at a time takes twice as long
-        for example in source.__getitems__(range(start, min(start + 1024, len(source)))):
-            images.append(example["image"])
-            labels.append(example["label"])
-    if len(shapes := {image.shape for image in images}) != 1:
+    parts = [
+        range(i, min(i + 1024, len(source))) for i in range(0, len(source), 1024)
+    ]  # twice as fast as single records
+    examples = [(example["image"], example["label"]) for part in parts for example in source.__getitems__(part)]
+    if len(shapes := {image.shape for image, _ in examples}) != 1:
         raise ValueError(f"{name}: images of shapes {sorted(shapes)[:4]}: must have one shape")
-    return _flatten(np.stack(images)), np.array(labels, np.int32)
+    return _flatten(np.stack([image for image, _ in examples])), np.array([label for _, label in examples], np.int32)
 
 
 def _load_libsvm(name: str, path: Path) -> Dataset:
@@ -351,22 +332,20 @@ def synthetic(
         heterogeneity: about log10(max L_m / min L_m), >= 0.
         seed: seed of the data.
         noise: standard deviation relative to the signal's; in "logistic" it flips labels near the boundary.
-
-    Raises:
-        ValueError: an argument is out of its range.
     """
     name = f"synthetic-{kind}"
     if kind not in ("linear", "logistic"):
         raise ValueError(f"{name}: kind = {kind!r}: must be linear or logistic")
-    workers = int(check_number(f"{name}: workers", workers, np.int64, minimum=1))
-    samples = int(check_number(f"{name}: samples", samples, np.int64, minimum=1))
+
+    def check(key: str, value: Any, dtype: Any, minimum: float, maximum: float = np.inf) -> Any:
+        return check_number(f"{name}: {key}", value, dtype, minimum=minimum, maximum=maximum).item()
+
+    workers, samples = check("workers", workers, np.int64, 1), check("samples", samples, np.int64, 1)
     n = workers * samples
-    features = int(check_number(f"{name}: features", features, np.int64, minimum=1, maximum=n))
-    most = 1 if features == 1 else np.inf
-    condition = float(check_number(f"{name}: condition", condition, np.float64, minimum=1, maximum=most))
-    heterogeneity = float(check_number(f"{name}: heterogeneity", heterogeneity, np.float64, minimum=0))
-    noise = float(check_number(f"{name}: noise", noise, np.float64, minimum=0))
-    rng = np.random.default_rng(int(check_number(f"{name}: seed", seed, np.int64, minimum=0)))
+    features = check("features", features, np.int64, 1, n)
+    condition = check("condition", condition, np.float64, 1, 1 if features == 1 else np.inf)
+    heterogeneity, noise = check("heterogeneity", heterogeneity, np.float64, 0), check("noise", noise, np.float64, 0)
+    rng = np.random.default_rng(check("seed", seed, np.int64, 0))
     scale = np.sqrt(10.0 ** (heterogeneity * np.linspace(-1, 0, workers)))
     raw = np.repeat(scale, samples)[:, None] * rng.standard_normal((n, features))
     # one matrix on the right for all workers (raw -> orthonormal columns -> spectrum -> rotated axes) fixes the pooled

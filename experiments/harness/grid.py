@@ -22,12 +22,6 @@ from experiments.harness.results import Targets
 from experiments.harness.runner import SweepPoint
 from laqjax import algorithms, check_number, distributed, types
 
-# arguments of algorithms that follow from an option
-SUPPLIED = {"oracle": "--problem", "num_workers": "--workers", "padded_window": "--window", "smoothness": "--dataset"}
-# values of arguments without a default
-REQUIRED_DEFAULTS = {"lr": 0.02, "damping": 0.5, "scaling": 0.5, "probability": 0.1, "estimate_momentum": 0.5}
-REQUIRED_DEFAULTS |= {"num_local_steps": 2, "local_lr": 0.01}
-
 Ints = Annotated[tuple[int, ...], cli.variadic_option("INT")]
 Floats = Annotated[tuple[float, ...], cli.variadic_option("FLOAT")]
 Names = Annotated[tuple[str, ...], cli.variadic_option("NAME")]
@@ -77,7 +71,7 @@ class DataAxes:
 
 DATA_NAMES = tuple(f.name for f in fields(DataAxes))
 OPTIONS = {f.name: f"--{f.name.replace('_', '-')}" for part in (DataAxes, GridAxes) for f in fields(part)}
-OPTIONS |= SUPPLIED | {"seed": "--seeds"}
+OPTIONS |= arguments.SUPPLIED | {"seed": "--seeds"}
 
 
 @dataclass(frozen=True)
@@ -131,9 +125,6 @@ class TargetOptions:
         if not (self.target or self.target_accuracy):
             raise ValueError("target = (): must be residuals > 0; give them, or a --target-accuracy")
         return Targets(self.target_accuracy or self.target, bool(self.target_accuracy))
-
-
-# ---- axes and settings -----------------------------------------------------------------------------------------------
 
 
 def axis_values(axes: GridAxes, data: DataAxes, strict: bool = True) -> dict[str, tuple[Any, ...]]:
@@ -229,9 +220,6 @@ def sample_settings(given: dict[str, tuple[Any, ...]], draw: SamplingOptions) ->
         yield from (tuple((point | {"seed": seed}).values()) for seed in given["seed"])
 
 
-# ---- points ----------------------------------------------------------------------------------------------------------
-
-
 @cache
 def algorithm_factories() -> dict[str, Callable[..., laqjax.Algorithm]]:
     """Return the named algorithms of the library."""
@@ -291,7 +279,7 @@ def build_point(choice: dict[str, Any], case: cases.ProblemInstance, padded_wind
     own = inspect.signature(factory).parameters
     required = {key for key, parameter in own.items() if parameter.default is parameter.empty}
     label = {key: value for key, value in choice.items() if key not in ("seed", "point")}
-    label |= {k: v for k, v in REQUIRED_DEFAULTS.items() if k in required and label.get(k) is None}
+    label |= {k: v for k, v in arguments.REQUIRED_DEFAULTS.items() if k in required and label.get(k) is None}
     values = {key: value for key, value in label.items() if key in own and value is not None}
     given = {k: arguments.parse_argument(k, v) if isinstance(v, str) else v for k, v in values.items()}
     if "padded_window" in own:
@@ -353,8 +341,7 @@ def parse_settings(kind: Any, given: Sequence[str], about: str | None) -> Any:
         settings = cli.parse_cli(kind, given, about)
     if ("help",) in settings.axes.set:
         names = settings.axes.algorithm if "--algorithm" in given else tuple(algorithm_factories())
-        named = {name: get_factory(name) for name in names}
-        print(arguments.describe_algorithms(named, OPTIONS, SUPPLIED, REQUIRED_DEFAULTS | {"k": "p // 10"}))
+        print(arguments.describe_algorithms({name: get_factory(name) for name in names}, OPTIONS))
         raise SystemExit(0)
     if hosts := getattr(settings, "hosts", None):
         hosts.initialize()
@@ -364,7 +351,7 @@ def parse_settings(kind: Any, given: Sequence[str], about: str | None) -> Any:
 
 def check_words(kind: Any, words: Sequence[str]) -> None:
     """Refuse options that must be given by --set: arguments of algorithms, and schedules."""
-    own = set().union(*map(argument_names, algorithm_factories())) - option_names(kind) - SUPPLIED.keys()
+    own = set().union(*map(argument_names, algorithm_factories())) - option_names(kind) - arguments.SUPPLIED.keys()
     schedules = {form.partition(":")[0] for form in arguments.SCHEDULES}
     option = ""
     for word in words:
@@ -420,7 +407,7 @@ def config_to_argv(path: Path, kind: Any) -> list[str]:
 
 
 def settings_identity(settings: Any, **more: Any) -> dict[str, Any]:
-    """Return what identifies an experiment: all settings that change results, and digests of the user's files."""
+    """Return what identifies an experiment: all settings that change results, and digests of user files."""
     flat, free = more, ("out", "config", "hosts", "compact_after", "pad_batches", "longest")
     for f in fields(settings):
         value = getattr(settings, f.name)

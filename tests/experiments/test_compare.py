@@ -179,6 +179,7 @@ def test_what_cannot_run_is_said_before_anything_is_written(home: Path) -> None:
         (["--algorithm", "lac"], "algorithm = 'lac': must be FILE.py:factory or one of"),
         (["--algorithm", "topk_ef", "--set", "k", "99"], "topk_ef: k argument to top_k must be no larger than size"),
         (["--rounds", "0"], "rounds = 0: must be"),
+        (["--algorithm", "gd", "--set", "lr", "cosine:0.1:9"], "lr = .*: must be numbers in a comparison"),
     ):
         with pytest.raises(ValueError, match=said):
             run(home / "refused", *given)

@@ -151,7 +151,7 @@ def test_npz_and_csv(tmp_path: Path) -> None:
     np.testing.assert_allclose(data.x, x)
     assert data.y.tolist() == y.tolist()
     (tmp_path / "b.csv").write_text("a,b\n1,2\nx,3\n")
-    with pytest.raises(ValueError, match=r"columns without numbers: \['a'\]: must be two or more columns of numbers"):
+    with pytest.raises(ValueError, match=r"columns without numbers: \['a'\]: must be two or more of numbers"):
         datasets.load(f"csv:{tmp_path / 'b.csv'}")
 
 

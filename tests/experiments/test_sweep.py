@@ -607,7 +607,7 @@ def test_help_of_set(capsys: pytest.CaptureFixture[str]) -> None:
         assert set(names) == blocks.keys() - {"Values by name (in brackets", next(iter(blocks))}
         for name in names:
             shown = {line.split()[0]: line for line in blocks[name][1:]}
-            assert shown.keys() == grid.argument_names(name) - grid.SUPPLIED.keys()
+            assert shown.keys() == grid.argument_names(name) - arguments.SUPPLIED.keys()
             assert all(len(line.split()) > 3 for line in shown.values())
         assert blocks["laq"][2].split()[:3] == ["bits", "(--bits)", "4"]
         assert all(form in said for forms in arguments.NAMED_VALUES.values() for form in forms)
