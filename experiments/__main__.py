@@ -1,4 +1,4 @@
-"""The commands, with a line each: `python -m experiments NAME ...` is `python -m experiments.NAME ...`."""
+"""List of the commands: `python -m experiments NAME ...` is `python -m experiments.NAME ...`."""
 
 import ast
 import sys
@@ -8,29 +8,29 @@ from typing import Any
 HERE = Path(__file__).parent
 COMMANDS = ["sweep", "tune", "compare", "federated", "reproduce", "scaling", "bench", "plots", "report", "deployment"]
 EXAMPLES = ["examples.data_parallel", "examples.multihost"]
-INTRO = """LAQ and its family: experiments on one machine or many. Three to begin with:
+INTRO = """LAQ and its family: experiments on one machine or many. Three first commands:
 
     python -m experiments reproduce laq-logistic    the paper's table, 5 minutes on 2 cores
-    python -m experiments sweep --quick             does everything work here? half a minute
-    python -m experiments report results/sweep      one HTML page of what is there
+    python -m experiments sweep --quick             a test of the installation, half a minute
+    python -m experiments report results/sweep      one HTML page of the results
 
-python -m experiments NAME --help says more of each:
+python -m experiments NAME --help describes each:
 """
 
 
 def first_doc_line(node: Any) -> str:
-    """The first line of a docstring."""
+    """Return the first line of a docstring."""
     return (ast.get_docstring(node) or "-").splitlines()[0]
 
 
 def parse_command_module(name: str) -> ast.Module:
-    """The module of a command; reading it is quick, importing it would import JAX."""
+    """Parse the module of a command, which takes less time than an import of JAX."""
     path = HERE.joinpath(*name.split("."))
     return ast.parse((path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
 
 
 def reproduce_subcommands() -> dict[str, str]:
-    """The subcommands of `reproduce`, from its dict of functions."""
+    """Return the subcommands of `reproduce` with a line each, from its dict of functions."""
     found: Any = next(node for node in ast.walk(parse_command_module("reproduce")) if isinstance(node, ast.Dict))
     lines = {}
     for key, value in zip(found.keys, found.values, strict=True):  # "lag": lag.table
@@ -42,7 +42,7 @@ def reproduce_subcommands() -> dict[str, str]:
 
 
 def main() -> None:
-    """List the commands, or start one."""
+    """List the commands, or run one."""
     name, *given = sys.argv[1:] or ["--help"]
     if name in (*COMMANDS, *EXAMPLES):
         import runpy
@@ -51,7 +51,7 @@ def main() -> None:
         runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
         return
     if name not in ("-h", "--help"):
-        sys.stderr.write(f"error: {name} is no command: expected one of {', '.join((*COMMANDS, *EXAMPLES))}\n")
+        sys.stderr.write(f"error: {name} is no command: must be one of {', '.join((*COMMANDS, *EXAMPLES))}\n")
         sys.exit(2)
     print(INTRO)
     for command in (*COMMANDS, *EXAMPLES):

@@ -1,22 +1,24 @@
-"""Sweep b, C, D, xi, lr and seeds as one compiled program; see what is cheapest.
+"""Sweep b, C, D, xi, lr and seeds in one compiled program; rank them by cost.
 
     python -m experiments.sweep                  the default grid on the embedded MNIST, 3 minutes
     python -m experiments.sweep -b 2 4 8 -C 10 100 -D 1 10 --seeds 0 1 2 --lr 0.02 --rounds 2000
     python -m experiments.sweep --problem my.py:make --dataset my.py:load --target-accuracy 0.9
+    python -m experiments.sweep --algorithm ef21 --set compressor top_k:50 natural --lr 0.02
+    python -m experiments.sweep --set optimizer sgd adam --set lr 0.02 cosine:0.02:2000
+    python -m experiments.sweep --set help           arguments of all algorithms, values by name
     python -m experiments.sweep --num-random 200 -b 2 8 -C 1 200        two values are a range here
     python -m experiments.sweep --shard 2/3 ...                     a part of the points, and then
     python -m experiments.sweep merge DIR DIR DIR --out DIR         all parts in one folder
 
-Leaves in --out: points (a row a point), summary (mean and 95 % interval over seeds), curves (thinned), masks (who sent
-when), each as Parquet, the first two as CSV too; figures as PNG and SVG; the plan, the exact command and the versions.
-A batch's rows are safe when it ends: after a kill the same command goes on, and no row differs from an undisturbed run.
-With more --rounds, or with smaller targets behind those that are there, it goes on from the last states.
+Writes to --out: points (a row per point), summary (mean and 95 % interval over seeds), curves (thinned) and masks (who sent
+when) as Parquet, the first two as CSV too; figures as PNG and SVG; the plan, the exact command and the versions.
+The rows of a batch are safe when it ends: after a kill the same command continues, and its rows are those of a run without
+a kill. With more --rounds, or with smaller targets after the given ones, it continues from the last states.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +33,7 @@ from experiments.harness.runner import RunOptions
 
 @dataclass(frozen=True)
 class Settings:
-    """A sweep."""
+    """Options of a sweep."""
 
     axes: grid.GridAxes = grid.GridAxes(bits=(3, 4, 6, 8), max_silence=(5, 10, 100), window=(1, 3, 10), lr=(0.01,))
     data: grid.DataAxes = grid.DataAxes()
@@ -40,18 +42,18 @@ class Settings:
     draw: grid.SamplingOptions = grid.SamplingOptions()
     link: NetworkModel = NetworkModel()
     authors_rule: bool = False
-    """The lazy rule of the authors' program: first upload by the rule, xi ramped up over the first D rounds."""
+    """Lazy rule of the authors' program: first upload by the rule, xi rescaled over the first D rounds."""
     config: Path | None = None
-    """A TOML or YAML file of these settings; what the command line says counts more."""
+    """TOML or YAML file of these settings; the command line takes precedence."""
     out: Path = Path("results/sweep")
     """Folder for the results."""
     hosts: grid.HostOptions = grid.HostOptions()
     quick: bool = False
-    """Few examples and rounds: does everything work here?"""
+    """Few rows and rounds, to test the installation."""
 
 
 def run(settings: Settings) -> Path:
-    """Run what is not yet done of a sweep; tables and figures in the output folder, which is returned."""
+    """Run the points of a sweep that are not done yet, and return the folder of its tables and figures."""
     console = cli.leader_console()
     settings = grid.apply_quick_defaults(settings)
     choices = list(grid.iter_settings(settings.axes, settings.data, settings.draw))
@@ -64,30 +66,23 @@ def run(settings: Settings) -> Path:
 
 
 def print_report(folder: Path, console: Console) -> None:
-    """Figures, and the cheapest settings as a short table: with several algorithms the best of each first."""
+    """Draw the figures, and print the cheapest settings, the best of each algorithm first."""
     drawing.plot_sweep(folder)
     summary = pl.read_parquet(folder / "summary.parquet")
     target, goal = results.target_labels(summary)[-1], summary["goal"][0]
     ranked = drawing.rank_by_bits(summary, target)
     differ = [name for name in results.setting_columns(summary) if summary[name].n_unique() > 1]
     same = [name for name in results.setting_columns(summary) if name not in differ and summary[name][0] is not None]
-    constant = ", ".join(
-        f"{results.COLUMN_TITLES.get(name, name)} = {results.format_value(summary[name][0])}" for name in same
-    )
+    titles = {name: results.COLUMN_TITLES.get(name, name) for name in summary.columns}
+    constant = ", ".join(f"{titles[name]} = {results.format_value(summary[name][0])}" for name in same)
     console.print(constant)
     best = ranked.unique("algorithm", keep="first", maintain_order=True)
     shown = pl.concat([best, ranked.join(best, on="point", how="anti")])[: max(10, len(best))]
-    costs = {
-        "rounds": pl.col(f"rounds_{target}"),
-        "uploads": pl.col(f"uploads_{target}"),
-        "Mbit up": pl.col(f"bits_up_{target}") / 1e6,
-        "+ down": pl.col(f"bits_{target}") / 1e6,
-        "seconds": pl.col(f"seconds_{target}"),
-        "accuracy": pl.col("accuracy"),
-    }
-    taken = {*costs, *differ}
-    heads = {name: results.COLUMN_TITLES.get(name, name) for name in differ or ["algorithm"]}
-    columns = [pl.col(n).alias(head if head not in taken else f"{n} ") for n, head in heads.items()]
+    costs = {name: pl.col(f"{name}_{target}") for name in ("rounds", "uploads")}
+    costs |= {"Mbit up": pl.col(f"bits_up_{target}") / 1e6, "+ down": pl.col(f"bits_{target}") / 1e6}
+    costs |= {"seconds": pl.col(f"seconds_{target}"), "accuracy": pl.col("accuracy")}
+    names = differ or ["algorithm"]
+    columns = [pl.col(n).alias(titles[n] if titles[n] not in {*costs, *differ} else f"{n} ") for n in names]
     title = f"cheapest to {goal} {target} (simulated seconds)"
     tables = {title: shown.select(*columns, **costs)} if len(ranked) else {}
     notices = [*results.unreached_notice(summary), *results.tied(pl.read_parquet(folder / "points.parquet"))]
@@ -97,7 +92,7 @@ def print_report(folder: Path, console: Console) -> None:
 
 
 def nearest_miss_notice(folder: Path, summary: pl.DataFrame, target: float) -> str:
-    """What was reached where no point came to the last target, and how long it would take at that rate."""
+    """Return a notice if no point reached the last target: the nearest, and its rounds at the present rate."""
     met = [t for t in results.target_labels(summary) if summary[f"rounds_{t}"].null_count() < len(summary)]
     said = f"the smallest target reached is {met[-1]}" if met else "no target was reached"
     best = summary.sort("final_loss", nulls_last=True)["point"][0]
@@ -116,43 +111,39 @@ def merge(folders: cli.Folders, /, out: Path) -> None:
 
     Args:
         folders: All of them, in any order.
-        out: Folder for the whole.
+        out: Folder for the whole sweep.
     """
     console = Console()
-    seen: dict[str, Any] = {}
-    shards = []
+    identities = []
     for folder in folders:
         if not (folder / "identity.json").exists():
-            raise ValueError(f"{folder} holds no sweep: expected identity.json there")
+            raise ValueError(f"{folder} holds no sweep: must be a folder of --shard i/n with its identity.json")
         there = storage.read_identity(folder)
         if there.get("experiment") != "sweep":
-            raise ValueError(f"{folder} holds no sweep but {there.get('experiment')}: expected folders of --shard i/n")
-        shards.append(there.pop("shard"))
+            raise ValueError(f"{folder} holds no sweep but {there.get('experiment')}: must be a folder of --shard i/n")
         if lacking := [name for name in ("points.parquet", "run.json") if not (folder / name).exists()]:
-            raise ValueError(f"{folder} is not finished: expected {lacking[0]} there; run its command again first")
-        if seen and there != seen:
-            keys = sorted(k for k in there if there[k] != seen.get(k))
-            raise ValueError(
-                f"{folder} holds another sweep: {', '.join(f'{k}: {there[k]} here, {seen.get(k)} there' for k in keys)}"
-            )
-        seen = there
+            raise ValueError(f"{folder} is not finished: must hold {lacking[0]}; run its command again first")
+        first = {"shard": there["shard"]} | (identities or [there])[0]
+        if keys := sorted(k for k in there.keys() - {"shard"} if there[k] != first.get(k)):
+            words = [f"{k}: {there[k]} here, {first.get(k)} there" for k in keys]
+            raise ValueError(f"{folder} holds another sweep: {', '.join(words)}")
+        identities.append(there)
+    shards = [there["shard"] for there in identities]
     n = int(shards[0].split("/")[1]) if shards else 1
     wanted = [f"{i}/{n}" for i in range(1, n + 1)]
     if sorted(shards) != sorted(wanted):
-        raise ValueError(f"shards {shards}: expected {wanted}, each once")
+        raise ValueError(f"shards {shards}: must be {wanted}, each once")
     times = {str(storage.read_json(folder / "plan.json")["compute_ms"]) for folder in folders}
     if len(times) > 1:
-        console.print(
-            f"seconds rest on the compute times of different runs ({', '.join(sorted(times))} ms): give all --compute-ms"
-        )
-    with storage.lock_results_dir(out, seen | {"shard": "1/1"}):
+        console.print(f"seconds use different compute times ({', '.join(sorted(times))} ms): give all --compute-ms")
+    with storage.lock_results_dir(out, identities[0] | {"shard": "1/1"}):
         results.merge_tables(out, [f"{folder}/" for folder in folders])
         storage.write_json(out / "run.json", storage.provenance() | {"merged": [str(folder) for folder in folders]})
     print_report(out, console)
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     with cli.command_line(arguments) as given:
         if given[:1] == ["merge"]:
             cli.parse_cli(merge, given[1:], name=" merge")

@@ -74,8 +74,10 @@ class Search:
     def __post_init__(self) -> None:
         self.values = grid.axis_values(self.settings.axes, self.settings.data)
         self.space = search_space(self.values)
-        self.first = {name: PAPER_SETTING.get(name, self.values[name][0]) for name in self.space}
-        for name in {"xi", "lr"} & self.space.keys():
+        numbers = {name for name in self.space if all(map(grid.is_number, self.values[name]))}
+        paper = {name: PAPER_SETTING[name] for name in numbers & PAPER_SETTING.keys()}
+        self.first = {name: paper.get(name, self.values[name][0]) for name in self.space}
+        for name in {"xi", "lr"} & numbers:
             self.first[name] = float(np.clip(PAPER_SETTING[name], min(self.values[name]), max(self.values[name])))
 
     def to_points(self, asked: list[dict[str, Any]]) -> list[runner.SweepPoint]:

@@ -1,4 +1,4 @@
-"""What a point runs on: a problem on data that is dealt out to workers, its starts and its f*."""
+"""Problems on data that is split over workers, their initial parameters and their f*."""
 
 import hashlib
 from collections.abc import Callable
@@ -15,23 +15,22 @@ from jaxtyping import Array
 
 import laqjax
 from experiments.harness import cli, datasets, storage, user_code
-from laqjax.problems import Problem
+from laqjax.problems import Logistic, Problem, Ridge, Softmax, TwoLayerNetwork
 
 SYNTHETIC = "synthetic-logistic?workers=10&samples=200&features=50&condition=100&heterogeneity="
-PROBLEMS = ("softmax", "network", "ridge", "logistic")
-OPTIMUM_CACHE_DIR = Path("results") / "cache"  # of f*
+OPTIMUM_CACHE_DIR = Path("results") / "cache"
 
 
 @dataclass(frozen=True)
 class UserProblem(Problem):
-    """A problem made of functions, as `--problem FILE.py:make` gives it.
+    """Problem of functions, from `--problem FILE.py:make`.
 
-    `make(data)` is called once with the `datasets.Dataset` and returns (loss, start) or (loss, start, accuracy), or a
-    `laqjax.problems.Problem`:
+    `make(data)` is called once with the `datasets.Dataset`. It returns a `laqjax.problems.Problem`, (loss, start) or
+    (loss, start, accuracy):
 
-        loss(params, x, y) -> [n]        the loss of each of n rows; x and y as in the data set, leading axis n
-        start(seed) -> params            any pytree of floating arrays
-        accuracy(params, x, y) -> share  on the test rows; without it there is no --target-accuracy
+        loss(params, x, y) -> [n]        loss of each of n rows; x and y as in the data set, leading axis n
+        start(seed) -> params            initial parameters, any pytree of floating arrays
+        accuracy(params, x, y) -> share  share of correct test rows; --target-accuracy needs it
     """
 
     source: str
@@ -43,64 +42,57 @@ class UserProblem(Problem):
     name = "model"
 
     def __call__(self, params: Any, x: Any, y: Any) -> Array:
-        """Losses of n examples."""
-        return self._call_user("loss", self.loss, params, x, y)
+        """Return the losses of n rows."""
+        return user_code.call_named(f"{self.source}, loss", self.loss, params, x, y)
 
     def init_params(self, seed: int, dtype: Any = np.float32) -> Any:
-        """The parameters as the user made them."""
-        start = self._call_user("start", self.init_fn, seed)
+        """Return the initial parameters from the given function."""
+        start = user_code.call_named(f"{self.source}, start", self.init_fn, seed)
         return jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), start)  # float32 where x64 is off
 
     def accuracy(self, params: Any, x: Any, y: Any) -> Any:
-        """As the user counts it."""
-        return None if self.accuracy_fn is None else self._call_user("accuracy", self.accuracy_fn, params, x, y)
-
-    def _call_user(self, name: str, function: Callable[..., Any], *given: Any) -> Any:
-        try:
-            return function(*given)
-        except Exception as error:
-            raise ValueError(f"{self.source}, {name}: {user_code.locate_error(error, self.source)}") from error
+        """Return the share of correct rows, None without a function for it."""
+        if self.accuracy_fn is None:
+            return None
+        return user_code.call_named(f"{self.source}, accuracy", self.accuracy_fn, params, x, y)
 
 
 @dataclass(frozen=True, eq=False)
 class ProblemInstance:
-    """A problem on shards, and all that points share which run on it.
-
-    shards: host arrays. test: (x, y). known: f*, where the caller has it; else a problem with a bound on its curvature is
-    taken for convex and solved, and any other has none.
-    """
+    """Problem on shards, and the values that all points on it share."""
 
     problem: Problem
-    shards: laqjax.Shards
-    test: tuple[Any, Any] | None = None
+    shards: laqjax.Shards  # arrays on the host
+    test: tuple[Any, Any] | None = None  # rows (x, y)
     dtype: Any = np.float32
-    given_f_star: float | None = None
+    given_f_star: float | None = None  # f* where it is known without a solver
 
     @cached_property
     def oracle(self) -> laqjax.oracles.TiledOracle:
-        """Loss and gradient of a worker."""
+        """Loss and gradient of a worker, as a function of flat parameters."""
         return self.problem.oracle(self.dtype)
 
     @cached_property
     def device_shards(self) -> laqjax.Shards:
-        """The data, where the rounds read it."""
+        """Shards on the device."""
         return jax.tree.map(jnp.asarray, self.shards)
 
     @cached_property
     def smoothness(self) -> tuple[np.ndarray, float]:
-        """(L_m of the workers, L)."""
+        """Smoothness constants: L_m of the workers, and L."""
         return self.problem.smoothness_constants(self.shards)
 
     @cached_property
     def f_star(self) -> float | None:
-        """The least f, by a solver in float64 the first time."""
+        """Smallest f, by a solver in float64; None for a problem without a bound on its curvature."""
         if self.given_f_star is not None or self.problem.curvature is None:
             return self.given_f_star
         return solve_optimum(self.problem, self.shards, OPTIMUM_CACHE_DIR)
 
     def start(self, seed: int) -> Array:
-        """The flat parameters of a seed: where the problem's own start is one for all seeds, seed 0 has it, and the others
-        a normal draw of norm about 1 beside it.
+        """Return the flat initial parameters of a seed.
+
+        If those of the problem are equal for all seeds, other seeds than 0 add a normal draw of norm about 1.
         """
         start, first = (self.problem.init_vector(self.oracle, s) for s in (seed, 0))
         if seed and bool(jnp.all(start == first)):
@@ -109,7 +101,7 @@ class ProblemInstance:
 
     @cached_property
     def batched_loss(self) -> Callable[[Any], Any]:
-        """The mean of the workers' losses at parameters [S, p]."""
+        """Function from parameters [S, p] to the mean of the workers' losses [S]."""
         one = make_full_loss(self.oracle, self.device_shards)
         if self.oracle.prefers_sequential(self.shards):
             return jax.jit(lambda many: jax.lax.map(one, many))
@@ -117,27 +109,27 @@ class ProblemInstance:
 
     @cached_property
     def has_accuracy(self) -> bool:
-        """Whether there is a test accuracy."""
+        """Whether problem and data have a test accuracy."""
         start = jax.eval_shape(self.oracle.unravel, jax.ShapeDtypeStruct((self.oracle.size,), self.oracle.dtype))
         return self.test is not None and jax.eval_shape(self.problem.accuracy, start, *self.test) is not None
 
     @cached_property
     def batched_accuracy(self) -> Callable[[Any], np.ndarray]:
-        """Test accuracy at parameters [S, p], NaN where problem or data have none."""
+        """Function from parameters [S, p] to test accuracies [S], NaN if problem or data have none."""
         x, y = jax.tree.map(jnp.asarray, self.test or (None, None))
         one = jax.jit(lambda params: self.problem.accuracy(self.oracle.unravel(params), x, y) if self.test else None)
         return lambda many: np.array([one(params) for params in many], float)  # None is NaN
 
 
 def make_full_loss(oracle: Any, shards: laqjax.Shards) -> Callable[[Any], Any]:
-    """The mean of the workers' losses, as a function of a flat parameter vector; traced."""
+    """Return the mean of the workers' losses as a function of flat parameters, for use in compiled code."""
     workers = jnp.arange(len(shards.weight), dtype=jnp.int32)
     return lambda params: jnp.mean(jax.lax.map(lambda m: oracle(params, shards, m).loss, workers))
 
 
 @cache
 def get_case(problem: str, dataset: str, partition: str = "contiguous", seed: int = 0, workers: int = 10, rows: int | None = None) -> ProblemInstance:  # fmt: skip
-    """A case by its names, made once; `rows` keeps so many of each worker."""
+    """Return the problem of these names, built once; `rows` limits the rows of each worker."""
     data = _load_cached(dataset)
     shards = laqjax.partition_data(data.x, data.y, workers, partition, seed)
     if rows:
@@ -149,59 +141,53 @@ def get_case(problem: str, dataset: str, partition: str = "contiguous", seed: in
 
 
 def convex_case(name: str, scheme: str = "contiguous") -> ProblemInstance:
-    """Binary logistic regression on a data set, sums over shards made means, l2 = 0.01 per worker; float64."""
+    """Build binary logistic regression with l2 = 0.01 in float64; the loss of a worker is a mean over its rows."""
     made = get_case("logistic", name, scheme)
     weight = made.shards.weight.astype(np.float64)
-    problem = laqjax.problems.Logistic(made.shards.x.shape[2], l2=0.01, reduction="mean")
+    problem = Logistic(made.shards.x.shape[2], l2=0.01, reduction="mean")
     return replace(made, problem=problem, shards=made.shards._replace(weight=weight), dtype=np.float64)
 
 
-@cache
-def _load_cached(name: str) -> datasets.Dataset:
-    return datasets.load(name)
-
-
-def _make_user_problem(name: str, data: datasets.Dataset) -> Problem:
-    made = user_code.call_user_function(name, data)
-    if isinstance(made, Problem):
-        return made
-    if not isinstance(made, tuple) or len(made) not in (2, 3) or not all(map(callable, made)):
-        raise ValueError(f"{name} returned {made!r:.80}: expected functions (loss, start) or (loss, start, accuracy)")
-    return UserProblem(name, *made)
+_load_cached = cache(datasets.load)
 
 
 def make_problem(name: str, data: datasets.Dataset) -> Problem:
-    """A problem fit for the data: softmax, network, ridge, logistic, or FILE.py:make (see `FullModelDownlink`)."""
+    """Build a problem on data: softmax, network, ridge, logistic, or FILE.py:make (see `UserProblem`)."""
     if user_code.is_user_reference(name):
-        return _make_user_problem(name, data)
-    flat = getattr(data.x, "ndim", 0) == 2
-    if flat and name in ("softmax", "network") and data.num_classes:
-        return getattr(laqjax.problems, {"network": "TwoLayerNetwork"}.get(name, name.capitalize()))(
-            data.x.shape[1], data.num_classes
-        )
-    if flat and (name == "ridge" or (name == "logistic" and data.num_classes in (None, 2))):
-        return getattr(laqjax.problems, {"network": "TwoLayerNetwork"}.get(name, name.capitalize()))(data.x.shape[1])
+        made = user_code.call_user_function(name, data)
+        if isinstance(made, tuple) and len(made) in (2, 3) and all(map(callable, made)):
+            return UserProblem(name, *made)
+        if isinstance(made, Problem):
+            return made
+        raise ValueError(f"{name} returned {made!r:.80}: must be functions (loss, start) or (loss, start, accuracy)")
+    known = {"softmax": Softmax, "network": TwoLayerNetwork, "ridge": Ridge, "logistic": Logistic}
+    classes, flat = data.num_classes, getattr(data.x, "ndim", 0) == 2
+    if flat and classes and name in ("softmax", "network"):
+        return known[name](data.x.shape[1], classes)
+    if flat and (name == "ridge" or (name == "logistic" and classes in (None, 2))):
+        return known[name](data.x.shape[1])
     raise ValueError(
-        f"problem = {name!r} on {data.name}: expected softmax or network for classes, logistic for two, ridge for numbers "
-        f"(all on rows of features), or FILE.py:make{cli.suggest(name, PROBLEMS) if name not in PROBLEMS else ''}"
+        f"problem = {name!r} on {data.name}: must be softmax or network for classes, logistic for two, ridge for numbers "
+        f"(all on rows of features), or FILE.py:make{cli.suggest(name, known) if name not in known else ''}"
     )
 
 
 def load_authors_init(oracle: Any) -> Array:
-    """The theta0 of the authors' program (there: weight [784, 10] first, then bias): late rounds depend on the start."""
+    """Load the initial parameters of the authors' program, since late rounds depend on them."""
+    # in the file: weight [784, 10], then bias
     theta0 = np.load(Path(__file__).parents[1] / "mnist" / "laq_logistic_theta0.npy").astype(oracle.dtype)
     return oracle.ravel({"bias": theta0[7840:], "weight": theta0[:7840].reshape(784, 10).T})
 
 
 def solve_optimum(problem: Problem, shards: laqjax.Shards, folder: Path | None = None) -> float:
-    """f*, the least mean over workers of their losses, by L-BFGS in float64 down to the rounding of f.
+    """Return f*, the smallest mean of the workers' losses, by L-BFGS in float64 down to the rounding of f.
 
-    Kept in `folder` under a hash of problem and data.
+    If `folder` is given, the result is kept there under a hash of problem and data.
     """
-    # float64 only for this solve; the flag is thread-local, so a float32 run around it is untouched
+    # float64 for this solve only; the flag is thread-local, so that it does not change a float32 run around it
     with jax.enable_x64(True):
         data = jax.tree.map(np.asarray, shards)
-        ours = type(problem).__module__ == Problem.__module__  # what another's name means may change
+        ours = type(problem).__module__ == Problem.__module__  # a user's name may get another meaning
         path = folder / f"optimum-{problem.name}-{_digest(problem, data)}.txt" if folder and ours else None
         if path and path.exists():
             return float(path.read_text())

@@ -1,4 +1,4 @@
-"""Command lines: the examples first in their help, exit codes, and one JSON object where a program reads the result."""
+"""Command lines: parsing, examples before the options in their help, exit codes, and one JSON object with --json."""
 
 import ctypes
 import difflib
@@ -9,10 +9,9 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
-from contextvars import ContextVar
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import jax
 import polars as pl
@@ -21,72 +20,82 @@ from rich.console import Console
 
 JSON_HELP = "With --json the result is one JSON object on stdout, and all else goes to stderr."
 EXIT_CODE_HELP = "Exit codes: 0 done, 1 failed in the work, 2 wrong input, 130 Ctrl-C."
-_json_stream: ContextVar[TextIO | None] = ContextVar("RESULT", default=None)  # where --json has it
+# reported as one line, without a traceback
+USER_ERRORS = (ValueError, OSError, ImportError, pl.exceptions.PolarsError)
+# OSErrors of wrong input; others, such as a full disk, are failures of the work
+INPUT_FILE_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_json_results: list[dict[str, Any]] = []
 
 
 @contextmanager
 def command_line(given: Iterable[str] | None = None) -> Iterator[list[str]]:
-    """The words of a command line, this process's if none are given; what it refuses is one line, see `files.refusing`."""
+    """Yield the words of a command line (None: of this process) without --json; end as `exit_on_user_error` does.
+
+    With --json, all output goes to stderr, and the result of `write_json_result` follows on stdout.
+    """
     words = list(sys.argv[1:] if given is None else given)
-    with exit_on_user_error(), ExitStack() as stack:
-        if "--json" in words:
-            stack.callback(_json_stream.reset, _json_stream.set(stack.enter_context(reserve_stdout())))
-        yield [word for word in words if word != "--json"]
+    with exit_on_user_error():
+        if "--json" not in words:
+            yield words
+            return
+        _json_results.clear()
+        try:
+            with redirect_to_stderr():
+                yield [word for word in words if word != "--json"]
+        finally:  # a stopped search has a result too
+            for result in _json_results:
+                print(json.dumps(result, default=str))
 
 
 @contextmanager
-def reserve_stdout() -> Iterator[TextIO]:
-    """Stdout for the result; all else that is written there goes to stderr, also by libraries that are not Python."""
-    with ExitStack() as stack:
-        file = sys.stdout
-        if file and file is sys.__stdout__:
-            file.flush()
-            file = stack.enter_context(open(os.dup(1), "w"))
-            stack.callback(os.dup2, file.fileno(), 1)
-            flush_c = ctypes.CDLL(None).fflush  # C keeps what is printed until its end where stdout is a pipe
-            stack.callback(flush_c, None)
-            flush_c(None)
-            os.dup2(2, 1)
-        stack.enter_context(redirect_stdout(sys.stderr))
-        yield file
+def redirect_to_stderr() -> Iterator[None]:
+    """Redirect stdout to stderr, also for libraries that are not Python."""
+    sys.stdout.flush()
+    flush_c = ctypes.CDLL(None).fflush  # C keeps its output until the end if stdout is a pipe
+    flush_c(None)
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        flush_c(None)
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
-def write_json_result(facts: dict[str, Any]) -> None:
-    """The result of a command, where --json asked for it."""
-    if file := _json_stream.get():
-        print(json.dumps(facts, default=str), file=file)
+def write_json_result(result: dict[str, Any]) -> None:
+    """Set the result of a command, which --json prints."""
+    _json_results[:] = [result]
 
 
 def leader_console() -> Console:
-    """That of the one process that speaks."""
+    """Return a console that is quiet in all processes but process 0."""
     return Console(quiet=jax.process_index() > 0)
 
 
 def parse_cli(what: Any, given: Sequence[str], about: str | None = None, name: str = "", answers: bool = True) -> Any:
-    """What tyro makes of a command line.
+    """Parse a command line by tyro.
 
     Args:
-        what: settings or a function; or functions by their names, as subcommands.
+        what: settings or a function; or a dict of functions, the subcommands.
         given: the words.
-        about: the docstring of the module; its examples stand before the options.
-        name: of a subcommand that is not in a dict.
+        about: the module's docstring; the help prints it before the options.
+        name: a subcommand that is not in a dict.
         answers: whether --json has a result.
     """
     if about and given and given[0].startswith("-") and {"-h", "--help"} & set(given):
-        print(reflow("\n\n".join([about.strip(), *[JSON_HELP] * answers, EXIT_CODE_HELP])))
-    options: Any = {
-        "args": given,
-        "prog": f"python {invoked_program()}{name}",
-        "description": "" if about else None,
-    }
-    # without DisallowNone: None on the command line undoes what a config file says
-    options["config"] = (tyro.conf.OmitArgPrefixes,)
+        width = shutil.get_terminal_size().columns
+        parts = [*about.strip().split("\n\n"), *[JSON_HELP] * answers, EXIT_CODE_HELP]
+        print(*(p if p.startswith("  ") else textwrap.fill(p.strip(), width) for p in parts), sep="\n\n", end="\n\n")
     call: Any = tyro.extras.subcommand_cli_from_dict if isinstance(what, dict) else tyro.cli
-    return call(what, **options)
+    prog, description = f"python {invoked_program()}{name}", "" if about else None
+    # no DisallowNone in config: None on the command line undoes a config file's value
+    return call(what, args=given, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def variadic_option(kind: str, *aliases: str) -> Any:
-    """How an option of any number of values looks in the help: without a default where it has none."""
+    """Describe an option of any number of values; its help shows a default only if there is one."""
     hint = lambda values: f"(default: {values})" if values else ""  # noqa: E731
     return tyro.conf.arg(metavar=f"{kind} ...", help_behavior_hint=hint, aliases=aliases or None)
 
@@ -94,32 +103,19 @@ def variadic_option(kind: str, *aliases: str) -> Any:
 Folders = Annotated[tuple[Path, ...], tyro.conf.Positional, variadic_option("DIR")]
 
 
-def reflow(text: str) -> str:
-    """A docstring as wide as the terminal; lines that are indented stand as they are."""
-    width = shutil.get_terminal_size().columns
-    parts = [part if part.startswith("  ") else textwrap.fill(part.strip(), width) for part in text.split("\n\n")]
-    return "\n\n".join(parts) + "\n"
-
-
-# what a command line reports in one line: wrong values, files that are not there or not readable, missing packages
-USER_ERRORS = (ValueError, OSError, ImportError, pl.exceptions.PolarsError)
-# of these, what fails in the work and not in what was asked for: a full disk, no rights, a process that ended
-INPUT_FILE_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-
-
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """A command line: what it refuses is one line on stderr (exit code 2; 1 where the work failed), as is Ctrl-C (130)."""
+    """Exit with one line on stderr after an error of the user (exit code 2), of the work (1) or Ctrl-C (130)."""
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads has seen enough, as `head`
+    except BrokenPipeError:  # the reader has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except USER_ERRORS as error:
         failed = isinstance(error, OSError) and not isinstance(error, INPUT_FILE_ERRORS)
         raise exit_with_message(1 if failed else 2, f"error: {error}") from None
     except KeyboardInterrupt:
-        raise exit_with_message(130, "stopped; the same command goes on from what is saved") from None
+        raise exit_with_message(130, "stopped; the same command continues from the saved results") from None
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -128,21 +124,19 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def exit_with_message(code: int, said: str) -> SystemExit:
-    """The end of a command with one line on stderr, which the exception holds too."""
-    print(said, file=sys.stderr)
-    if jax.distributed.is_initialized():  # JAX would wait for the others at the exit, and they for this one
+def exit_with_message(code: int, message: str) -> SystemExit:
+    """Print a message on stderr, and return the exception that ends the command with this exit code."""
+    print(message, file=sys.stderr)
+    if jax.distributed.is_initialized():  # at a normal exit, JAX and the other processes would wait for each other
         sys.stdout.flush()
-        time.sleep(
-            2 if jax.process_index() == 0 else 0
-        )  # what is refused by all is said by all: JAX ends them with process 0
+        time.sleep(2 if jax.process_index() == 0 else 0)  # JAX ends the others with process 0: let them print first
         os._exit(code)
-    stop = SystemExit(said)
-    stop.code = code  # a text alone would be exit code 1
+    stop = SystemExit(message)
+    stop.code = code  # with a text as its code the exit code would be 1
     return stop
 
 
 def invoked_program() -> str:
-    """What was started: `-m MODULE`, or a file."""
+    """Return what was started: `-m MODULE`, or a file."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     return f"-m {module.name.removesuffix('.__main__')}" if module else sys.argv[0]

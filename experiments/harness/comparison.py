@@ -109,6 +109,10 @@ class Comparison:
         axes = {key: values for key, values in member.axes.items() if (key, "c" in said) != ("xi", True)} | said
         step, base = "local_lr" if "local_lr" in own else "lr", float(member.step(self.case))
         around = [(i + 1) // 2 * (-1) ** i for i in range(self.settings.num_lrs)]
+        if not all(map(grid.is_number, axes.get("lr", ()))):
+            raise ValueError(
+                f"lr = {axes['lr']}: must be numbers in a comparison; a schedule needs a factory in a file"
+            )
         if self.settings.axes.minibatch and "sampler" in own:
             axes["minibatch"] = self.settings.axes.minibatch
         return {step: tuple(base * self.settings.lr_ratio**power for power in around)} | axes

@@ -167,7 +167,7 @@ def test_a_setting_is_reported_once_and_nothing_reached_is_said(home: Path, caps
     run(home / "once", "--algorithm", "ef21", "--num-lrs", "1", "--rounds", "20", "--target", "1e-30")
     assert pl.read_parquet(home / "once" / "report" / "points.parquet")["seed"].to_list() == [2, 3, 4]
     assert "no target was reached: give more --rounds" in " ".join(capsys.readouterr().out.split())
-    best = run(home / "named", "--algorithm", "diana", "--compressor", "top_k:3", "natural", "--num-lrs", "1")
+    best = run(home / "named", "--algorithm", "diana", "--set", "compressor", "top_k:3", "natural", "--num-lrs", "1")
     tried = pl.read_parquet(home / "named" / "tried.parquet")
     assert tried.group_by("compressor").agg(pl.col("bits_up_end").first())["bits_up_end"].n_unique() == 2
     assert "compressor=" in best.drop_nulls("setting")["setting"][0]
@@ -176,9 +176,10 @@ def test_a_setting_is_reported_once_and_nothing_reached_is_said(home: Path, caps
 def test_what_cannot_run_is_said_before_anything_is_written(home: Path) -> None:
     for given, said in (
         (["--partition", "contiguous", "sorted"], "partition = .*: expected one; a comparison is of one problem"),
-        (["--algorithm", "lac"], "algorithm = 'lac': expected FILE.py:factory or one of"),
-        (["--algorithm", "topk_ef", "--k", "99"], "topk_ef: k argument to top_k must be no larger than size"),
+        (["--algorithm", "lac"], "algorithm = 'lac': must be FILE.py:factory or one of"),
+        (["--algorithm", "topk_ef", "--set", "k", "99"], "topk_ef: k argument to top_k must be no larger than size"),
         (["--rounds", "0"], "rounds = 0: must be"),
+        (["--algorithm", "gd", "--set", "lr", "cosine:0.1:9"], "lr = .*: must be numbers in a comparison"),
     ):
         with pytest.raises(ValueError, match=said):
             run(home / "refused", *given)
@@ -222,7 +223,7 @@ def test_three_kills_lose_and_repeat_nothing(name: str, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("given", "searched"), [([], {"xi"}), (["--c", "0.6", "6"], {"c"})])
+@pytest.mark.parametrize(("given", "searched"), [([], {"xi"}), (["--set", "c", "0.6", "6"], {"c"})])
 def test_c_takes_the_place_of_xi(given: list[str], searched: set[str]) -> None:
     """Both are no algorithm: where c is given nothing is searched over xi."""
     line = [*TASK[:6], "--algorithm", "lasg_wk2", "--minibatch", "10", *given]

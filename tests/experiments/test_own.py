@@ -105,11 +105,11 @@ def test_data_problem_and_algorithm_of_ones_own(own: Path) -> None:
         (["--problem", "{}:average", "--algorithm", "sgd", "--minibatch", "2"], "do not average inside the loss"),
         (
             ["--problem", "{}:number"],
-            "{}:number returned 3: expected functions (loss, start) or (loss, start, accuracy)",
+            "{}:number returned 3: must be functions (loss, start) or (loss, start, accuracy)",
         ),
         (["--problem", "{}:nothing"], "{}:nothing: {} has no function nothing"),
-        (["--problem", "none.py:make"], "none.py is missing: expected FILE.py:NAME"),
-        (["--algorithm", "{}:slow", "--set", "pace", "3"], "--set pace: expected an argument of {}:slow"),
+        (["--problem", "none.py:make"], "none.py is missing: must be FILE.py:NAME"),
+        (["--algorithm", "{}:slow", "--set", "pace", "3"], "--set pace: must be an argument of {}:slow"),
         (["--algorithm", "{}:slow", "--set", "patience", "-3"], "{}:slow: ValueError: max_silence = -3: must be"),
         (["--dataset", "{}:slow"], "{}:slow: TypeError: slow() missing 1 required positional argument: 'oracle'"),
         (["--dataset", "{}:nothing"], "{}:nothing: {} has no function nothing"),
@@ -137,11 +137,11 @@ def test_npz_and_csv(tmp_path: Path) -> None:
     np.testing.assert_array_equal(data.x, x)
     assert (data.num_classes, data.y.dtype, len(data.x_test)) == (3, np.int32, 2)
     np.savez(tmp_path / "b.npz", x=x, z=y)
-    with pytest.raises(ValueError, match=r"expected arrays x and y, and perhaps x_test and y_test; got \['x', 'z'\]"):
+    with pytest.raises(ValueError, match=r"arrays \['x', 'z'\]: must be x and y"):
         datasets.load(f"npz:{tmp_path / 'b.npz'}")
     for labels in (np.array(list("abcabc")), np.array(list("abcabc"), object)):
         np.savez(tmp_path / "t.npz", x=x, y=labels)
-        with pytest.raises(ValueError, match=r"npz:.*t\.npz.*: expected .*numbers.*classes .*from 0 on"):
+        with pytest.raises(ValueError, match=r"npz:.*t\.npz.*: must be .*numbers.*from 0 on"):
             datasets.load(f"npz:{tmp_path / 't.npz'}")
     (tmp_path / "c.npz").write_bytes(b"PK..")
     with pytest.raises(ValueError, match=r"is damaged, or no \.npz file"):
@@ -151,7 +151,7 @@ def test_npz_and_csv(tmp_path: Path) -> None:
     np.testing.assert_allclose(data.x, x)
     assert data.y.tolist() == y.tolist()
     (tmp_path / "b.csv").write_text("a,b\n1,2\nx,3\n")
-    with pytest.raises(ValueError, match=r"expected two or more columns of numbers .* not so: \['a'\]"):
+    with pytest.raises(ValueError, match=r"columns without numbers: \['a'\]: must be two or more of numbers"):
         datasets.load(f"csv:{tmp_path / 'b.csv'}")
 
 

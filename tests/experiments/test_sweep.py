@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
@@ -23,7 +24,7 @@ from rich.console import Console
 import laqjax
 from experiments import plots, sweep
 from experiments.figures import drawing
-from experiments.harness import cases, grid, results, runner, storage
+from experiments.harness import arguments, cases, grid, results, runner, storage
 from experiments.harness.processes import find_free_port
 from laqjax._engine import loop
 from laqjax._engine import sweep as many
@@ -363,7 +364,7 @@ def test_it_goes_on_to_more_rounds_and_a_smaller_target(tmp_path: Path) -> None:
         assert run(*given, "--rounds", "60", out=out) == out  # nothing is left to run
         with pytest.raises(CrashError):
             run(*given, *more, out=out)
-    with pytest.raises(SystemExit, match=r"is not finished: expected run.json there"):
+    with pytest.raises(SystemExit, match=r"is not finished: must hold run.json"):
         sweep.main(["merge", str(out), "--out", str(tmp_path / "merged")])
     same(run(*given, *more, out=out), straight)
 
@@ -410,21 +411,21 @@ def test_a_loss_that_averages_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--shard", "3/2"], "shard = '3/2': expected i/n"),
-        (["--shard", "one"], "shard = 'one': expected i/n"),
-        (["--shard", "1/99"], "expected at most 36 shards for 36 points"),
+        (["--shard", "3/2"], "shard = '3/2': must be i/n"),
+        (["--shard", "one"], "shard = 'one': must be i/n"),
+        (["--shard", "1/99"], "must be at most 36 shards for 36 points"),
         (["--num-random", "0"], "num_random = 0: must be a whole number"),
-        (["--algorithm", "lac"], "algorithm = 'lac': expected FILE.py:factory or one of "),
-        (["--algorithm", "ef21", "--compressor", "tip_k:3"], "compressor = 'tip_k:3': expected one of"),
-        (["--problem", "softmaxx"], "problem = 'softmaxx' on synthetic-logistic: expected"),
+        (["--algorithm", "lac"], "algorithm = 'lac': must be FILE.py:factory or one of "),
+        (["--algorithm", "ef21", "--set", "compressor", "tip_k:3"], "compressor = 'tip_k:3': must be one of grid:BITS"),
+        (["--problem", "softmaxx"], "problem = 'softmaxx' on synthetic-logistic: must be"),
         (["--target", "1", "2"], "the largest first"),
         (["--rounds", "0"], "rounds = 0: must be"),
         (["--batch-size", "-1"], "batch_size = -1: must be"),
         (["--uplink-mbps", "0"], "uplink_mbps = 0.0: expected a number > 0"),
         (["--algorithm"], "axis algorithm has no values"),
         (["--set", "momentum"], "--set momentum has no values"),
-        (["--set", "momentum", "0.5"], "--set momentum: expected an argument of laq: ["),
-        (["--target"], "target = (): expected residuals > 0"),
+        (["--set", "momentum", "0.5"], "--set momentum: must be an argument of laq: ['force_first_upload', 'lr', "),
+        (["--target"], "target = (): must be residuals > 0"),
         (
             ["--target-accuracy", "0.5", "0.1"],
             "target_accuracy = (0.5, 0.1): expected shares above 0 and at most 1 (90 % is 0.9), the lowest first",
@@ -434,7 +435,7 @@ def test_a_loss_that_averages_is_named(tmp_path: Path) -> None:
             "target_accuracy = (0.8, 90.0): expected shares above 0 and at most 1 (90 %",
         ),
         (["--algorithm", "lasq"], "; did you mean 'laq'?"),
-        (["--algorithm", "ef21", "--compressor", "top_kk:3"], "; did you mean 'top_k'?"),
+        (["--algorithm", "ef21", "--set", "compressor", "top_kk:3"], "; did you mean 'top_k'?"),
         (["--problem", "softmaxx"], "or FILE.py:make; did you mean 'softmax'?"),
         (["--dataset", "mnst"], "; did you mean 'mnist'?"),
         (["--dataset", "syntetic-logistic?workers=4"], "; did you mean 'synthetic-logistic'?"),
@@ -442,23 +443,44 @@ def test_a_loss_that_averages_is_named(tmp_path: Path) -> None:
         (["--algorithm", "dgc", "--set", "moment", "0.5"], "; did you mean 'momentum'?"),
         (
             ["-C", "10", "--set", "max_silence", "3"],
-            "--set max_silence: expected --max-silence, the option that gives it",
+            "--set max_silence: must be given as --max-silence",
         ),
-        (["--set", "min_bits", "3"], "--set min_bits: expected --min-bits, the option that gives it"),
-        (["--set", "num_workers", "5"], "--set num_workers: expected --workers, the option that gives it"),
-        (["--set", "padded_window", "5"], "--set padded_window: expected --window, the option that gives it"),
+        (["--set", "num_workers", "5"], "--set num_workers: must be given as --workers"),
+        (["--set", "padded_window", "5"], "--set padded_window: must be given as --window"),
         (
             ["--set", "force_first_upload", "False", "--set", "force_first_upload", "True"],
             "--set force_first_upload is given twice",
         ),
         (["--algorithm", "gd", "-b", "2", "4"], "--bits 2 4: gd has no argument bits; leave the option out, or add an"),
-        (["--algorithm", "gd", "sgd", "--k", "2"], "--k 2: gd, sgd has no argument k; leave the option out"),
-        (["--target-accuracy", "0.5"], "target_accuracy: expected a problem with an accuracy, and data with test rows"),
+        (["--algorithm", "gd", "sgd", "--xi", "2"], "--xi 2.0: gd, sgd has no argument xi; leave the option out"),
+        (["--algorithm", "topk_ef", "--k", "2"], "--k: must be --set k VALUE ...; --set help lists the arguments"),
+        (["--min-bits=3"], "--min-bits=3: must be --set min_bits VALUE ..."),
+        (["--optimizer", "adam"], "--optimizer: must be --set optimizer VALUE ..."),
+        (
+            ["--lr", "0.1", "cosine:0.1:9"],
+            "--lr cosine:0.1:9: must be numbers; give a schedule as --set lr cosine:0.1:9",
+        ),
+        (["--lr", "0.1", "--set", "lr", "0.2"], "--lr and --set lr: must be only one of them"),
+        (["--set", "lr", "cosine:0.1"], "lr = 'cosine:0.1': must be one of constant:LR, cosine:LR:STEPS[:ALPHA], "),
+        (["--set", "lr", "cosine:0.1:0"], "requires positive decay_steps, got decay_steps=0. (points 0-35)"),
+        (["--set", "lr", "constant:-1"], "lr = -1: must be a finite number > 0"),
+        (["--set", "optimizer", "adma"], "rmsprop[:DECAY], sgd[:MOMENTUM]; did you mean 'adam'?"),
+        (["--set", "optimizer", "sgd:fast"], "optimizer = 'sgd:fast': must be one of adagrad, adam[:B1:B2], "),
+        (["--set", "sampler", "block"], "sampler = 'block': must be one of block:ROWS, shuffle:ROWS"),
+        (["--set", "sampler", "shuffle:31"], "size = 31: must be a whole number <= 30"),
+        (
+            ["--set", "sampler", "block:3", "--minibatch", "3"],
+            "--minibatch and --set sampler: must be only one of them",
+        ),
+        (
+            ["--target-accuracy", "0.5"],
+            "target_accuracy: must be of a problem with an accuracy, on data with test rows",
+        ),
         (["--seeds", "0", "-1"], "seeds = -1: must be a whole number >= 0"),
         (["--batch-size", "0"], "batch_size = 0: must be"),
         (["--algorithm", "sgd", "--minibatch", "31"], "minibatch = 31: must be a whole number >= 1 and <= 30"),
-        (["--algorithm", "topk_ef", "--k", "99"], "1 of 1 points cannot run"),
-        (["--algorithm", "marina", "--compressor", "rand_k:99"], "1 of 1 points cannot run"),
+        (["--algorithm", "topk_ef", "--set", "k", "99"], "1 of 1 points cannot run"),
+        (["--algorithm", "marina", "--set", "compressor", "rand_k:99"], "1 of 1 points cannot run"),
         (["--workers", "4", "99999", "-b", "4", "-C", "1", "-D", "1"], "1 of 2 points cannot run"),
         (["--num-random", "2", "--lr", "0", "0.1"], "lr = 0.0: must be a finite number > 0"),
         (["--config", "."], "directory"),
@@ -498,17 +520,23 @@ def test_knobs_that_an_algorithm_lacks_collapse(tmp_path: Path) -> None:
     assert gd["bits_up_10"] == 320 * gd["uploads_10"]
 
 
-RANGES = (
-    "bits 3 5, limit 5 20, window 1 3, xi 0.1 0.5, lr 0.01 0.02, levels 3 9, density 0.3 0.6, zeta 1 3, damping 0.2 0.5"
-)
-RANGES += ", probability 0.2 0.5, period 3 9, min-bits 2 3, max-bits 8 10, bits-down 3 6"
+RANGES = "bits 3 5, max_silence 5 20, window 1 3, xi 0.1 0.5, lr 0.01 0.02, levels 3 9, density 0.3 0.6, zeta 1 3"
+RANGES += ", damping 0.2 0.5, probability 0.2 0.5, period 3 9, min_bits 2 3, max_bits 8 10, downlink_bits 3 6"
+
+
+def swept(name: str) -> list[str]:
+    """Return the arguments of an algorithm that are swept, with two values each; CADA has c instead of xi."""
+    all_of_them = RANGES.split(", ") + ["c 0.1 0.6"] * name.startswith("cada")
+    return [text for text in all_of_them if text.split()[0] in grid.argument_names(name)]
 
 
 def ranges(name: str) -> list[str]:
-    """The options that an algorithm has; CADA has c where the others have xi."""
-    all_of_them = RANGES.split(", ") + ["c 0.1 0.6"] * name.startswith("cada")
-    mine = [text.split() for text in all_of_them if text.split()[0].replace("-", "_") in grid.argument_names(name)]
-    given = [word for option, *values in mine for word in (f"--{option}", *values)]
+    """Return the words of a command that sweeps them."""
+    given = [word for text in swept(name) for word in ("--set", *text.split())]
+    options = {"bits": "--bits", "max_silence": "--max-silence", "window": "--window", "xi": "--xi", "lr": "--lr"}
+    for i in range(len(given) - 1, 0, -1):
+        if given[i - 1] == "--set" and given[i] in options:
+            given[i - 1 : i + 1] = [options[given[i]]]
     return [*given, "--num-random", "3", "--minibatch", "10"]
 
 
@@ -518,9 +546,71 @@ def test_every_member_is_one_structure_for_all_values(name: str) -> None:
     assert len(made) == 3
     stacked = laqjax.stack_algorithms([point.algorithm for point in made])  # refuses another structure
     changed = [leaf for leaf in jax.tree.leaves(stacked) if len(np.unique(leaf, axis=0)) > 1]
-    swept = grid.argument_names(name) & {word[2:].replace("-", "_") for word in ranges(name) if word[:2] == "--"}
-    # what is a structure or a start besides: the window is in the weights too, the bound in the first silence
-    assert len(changed) >= len(swept)
+    # more leaves than arguments: the window is in the weights too, the largest silence in the first one
+    assert len(changed) >= len(swept(name))
+
+
+def test_values_by_name_are_those_of_the_library() -> None:
+    """The rows have the words; seeds and learning rates share a program."""
+    words = ["--seeds", "0", "1", "--set", "lr", "0.1", "cosine:0.1:40", "cosine:0.2:40", "--set", "optimizer", "sgd"]
+    made = chosen("--algorithm", "gd", *words, "adam:0.8:0.9", "--set", "sampler", "shuffle:5")
+    assert len(made) == 12
+    assert {(point.label["lr"], point.label["optimizer"], point.label["sampler"]) for point in made} == {
+        (lr, optimizer, "shuffle:5")
+        for lr in ("0.1", "cosine:0.1:40", "cosine:0.2:40")
+        for optimizer in ("sgd", "adam:0.8:0.9")
+    }
+    assert sorted(map(len, runner.group_by_structure(made))) == [2, 2, 4, 4]
+    plain, adam = made[0].algorithm, made[2].algorithm
+    assert plain.optimizer is optax.sgd
+    assert plain.sampler == laqjax.samplers.ShuffleSampler(5)
+    direction = jnp.array([1.0, -2.0])
+    for ours, theirs in ((adam.optimizer(0.1), optax.adam(0.1, 0.8, 0.9)), (plain.optimizer(0.1), optax.sgd(0.1))):
+        with jax.numpy_dtype_promotion("standard"):  # as the package does
+            (step, _), (expected, _) = (opt.update(direction, opt.init(direction)) for opt in (ours, theirs))
+        np.testing.assert_array_equal(step, expected)
+
+
+@pytest.mark.parametrize(
+    ("word", "schedule"),
+    [
+        ("constant:0.1", optax.constant_schedule(0.1)),
+        ("cosine:0.1:40:0.5", optax.cosine_decay_schedule(0.1, 40, 0.5)),
+        ("exponential:0.1:40:0.5", optax.exponential_decay(0.1, 40, 0.5)),
+        ("linear:0.1:40:0.5", optax.linear_schedule(0.1, 0.05, 40)),
+        ("warmup_cosine:0.1:10:40", optax.warmup_cosine_decay_schedule(0.0, 0.1, 10, 40)),
+    ],
+)
+def test_schedules_by_name_are_those_of_optax(word: str, schedule: Any) -> None:
+    lr = arguments.parse_argument("lr", word)
+    np.testing.assert_allclose([lr(k) for k in (0, 7, 30, 99)], [schedule(k) for k in (0, 7, 30, 99)], rtol=1e-6)
+
+
+def test_a_number_and_a_schedule_are_one_axis(tmp_path: Path) -> None:
+    out = run("--algorithm", "gd", "--set", "lr", "0.1", "cosine:0.1:40", "--rounds", "50", out=tmp_path)
+    assert rows(out)["lr"].to_list() == ["0.1", "cosine:0.1:40"]
+    (point, _) = chosen("--algorithm", "gd", "--set", "lr", "0.1", "cosine:0.1:40")
+    alg = laqjax.algorithms.gd(point.case.oracle, lr=optax.cosine_decay_schedule(0.1, 40), num_workers=4)
+    info = laqjax.run(alg, point.initial_params(), point.case.device_shards, 50, jax.random.key(0)).info
+    assert rows(out)["final_loss"][1] == pytest.approx(float(info.loss[-1]), rel=5e-5)
+    REPORT(out, Console(quiet=True))
+
+
+def test_help_of_set(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all algorithms, or of the given ones: arguments, defaults, a line each, and the values by name."""
+    for names in (["laq", "diana"], list(grid.algorithm_factories())):
+        with pytest.raises(SystemExit) as stop:
+            sweep.main(["--set", "help", *(["--algorithm", *names] if len(names) == 2 else [])])
+        assert stop.value.code == 0
+        said = capsys.readouterr().out
+        blocks = {text.partition(":")[0]: text.splitlines() for text in said.split("\n\n")}
+        assert set(names) == blocks.keys() - {"Values by name (in brackets", next(iter(blocks))}
+        for name in names:
+            shown = {line.split()[0]: line for line in blocks[name][1:]}
+            assert shown.keys() == grid.argument_names(name) - arguments.SUPPLIED.keys()
+            assert all(len(line.split()) > 3 for line in shown.values())
+        assert blocks["laq"][2].split()[:3] == ["bits", "(--bits)", "4"]
+        assert all(form in said for forms in arguments.NAMED_VALUES.values() for form in forms)
 
 
 @pytest.mark.long
@@ -553,9 +643,9 @@ def test_config_files_are_the_command_line(tmp_path: Path) -> None:
         assert (mixed.axes.bits, mixed.axes.lr) == ((2, 3, 4, 8), (0.05,))
         assert (mixed.draw.num_random, mixed.quick) == (None, False)
     yaml.write_text("- 3\n")
-    assert "expected names of settings with their values" in refusal("--config", str(yaml))
+    assert "must be names of settings with their values" in refusal("--config", str(yaml))
     toml.write_text("bitz = 3\n")
-    assert "['bitz'] are no settings" in refusal("--config", str(toml))
+    assert "bitz is no setting" in refusal("--config", str(toml))
     toml.write_text("bits = [\n")
     assert "is no TOML" in refusal("--config", str(toml))
 
@@ -564,7 +654,7 @@ def test_names_are_choices_and_other_folders_are_no_sweeps(tmp_path: Path) -> No
     settings = parsed("--set", "force_first_upload", "True", "False", "--num-random", "9", "--sampling-seed", "1")
     assert {row["force_first_upload"] for row in select(settings)} == {True, False}
     (tmp_path / "a.yaml").write_text("set: [[momentum, 0.5]]\n")
-    assert "set = [['momentum', 0.5]]: expected names with" in refusal("--config", str(tmp_path / "a.yaml"))
+    assert "set = [['momentum', 0.5]]: must be names with" in refusal("--config", str(tmp_path / "a.yaml"))
     (tmp_path / "a.yaml").write_text("set: {momentum: [0.5, 0.9]}\nalgorithm: dgc\n")
     read = grid.parse_settings(sweep.Settings, ["--config", str(tmp_path / "a.yaml")], None)
     assert grid.axis_values(read.axes, read.data)["momentum"] == (0.5, 0.9)
@@ -589,11 +679,11 @@ def test_shards_merge_to_the_whole(whole: Path, tmp_path: Path) -> None:
     merge(one, two)
     same_early(whole, tmp_path / "out")
     assert len(rows(tmp_path / "out", "summary")) == 24
-    with pytest.raises(SystemExit, match=r"shards \['1/2'\]: expected \['1/2', '2/2'\], each once"):
+    with pytest.raises(SystemExit, match=r"shards \['1/2'\]: must be \['1/2', '2/2'\], each once"):
         merge(one)
     with pytest.raises(SystemExit, match="each once"):
         merge(one, two, one)
-    with pytest.raises(SystemExit, match=r"shards \['1/2', '1/1'\]: expected"):
+    with pytest.raises(SystemExit, match=r"shards \['1/2', '1/1'\]: must be"):
         merge(one, whole)
     foreign = run("--shard", "2/2", "--batch-size", "5", *GRID, "--xi", "0.5", out=tmp_path / "foreign")
     with pytest.raises(SystemExit, match=r"holds another sweep: xi: \[0.5\] here, \[\] there"):

@@ -127,3 +127,9 @@ def test_refusals(given: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
         run(tmp_path / "out", *given)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_schedule_and_an_optimizer_are_searched_as_given() -> None:
+    given = [*TASK[:6], "--set", "optimizer", "adam", "--set", "lr", "cosine:0.05:50"]
+    first = tune.Search(grid.parse_settings(tune.Settings, given, None)).first
+    assert (first["optimizer"], first["lr"]) == ("adam", "cosine:0.05:50")

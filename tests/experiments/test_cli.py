@@ -52,7 +52,7 @@ def test_the_list_is_whole() -> None:
 def test_a_command_is_started_by_its_name() -> None:
     done = command("swep")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: swep is no command: expected one of sweep, tune")
+    assert done.stderr.startswith("error: swep is no command: must be one of sweep, tune")
     done = command("plots", "none")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: none: expected a folder that an experiment wrote, with its identity.json\n"
@@ -84,7 +84,6 @@ def test_json_is_all_that_stands_on_stdout(capsys: pytest.CaptureFixture[str]) -
     assert "figures and tables: out" in said.err
     sweep.main([*TASK, "--out", "out"])
     assert "figures and tables: out" in capsys.readouterr().out
-    assert cli._json_stream.get() is None
 
 
 def test_json_is_alone_beside_what_libraries_write() -> None:
@@ -113,7 +112,7 @@ os.write(1, b"the end\\n")
         (ValueError("lr = -1: expected more"), 2, "error: lr = -1: expected more"),
         (FileNotFoundError("data is missing"), 2, "error: data is missing"),
         (OSError(errno.ENOSPC, "the disk is full"), 1, "the disk is full"),
-        (KeyboardInterrupt(), 130, "stopped; the same command goes on"),
+        (KeyboardInterrupt(), 130, "stopped; the same command continues"),
     ],
 )
 def test_exit_codes(error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
