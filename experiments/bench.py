@@ -1,4 +1,4 @@
-"""Measure the speed and memory of laqjax on this machine, and compare them with goals.
+"""Measure the speed and memory of laqjax on this machine, beside goals.
 
     python -m experiments.bench                          nine minutes and 4 GB on two cores
     python -m experiments.bench --quick                  one minute: the main workloads, rougher times

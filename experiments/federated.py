@@ -1,4 +1,4 @@
-r"""Run federated rounds with Flower, and compare the counted bits with the bytes on the wire.
+r"""Run a federation with Flower; compare counted bits with the bytes sent.
 
     python -m experiments.federated              LAQ, GD, QGD and EF21 in one process, half a minute
     python -m experiments.federated --quick      few examples and rounds, to try the installation

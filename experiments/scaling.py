@@ -1,4 +1,4 @@
-"""Measure how the cost of a round grows with workers, parameters, devices and processes.
+"""Measure how a round scales with workers, parameters, devices, processes.
 
     python -m experiments.scaling                six minutes on two quiet cores
     python -m experiments.scaling --quick        one minute: rougher times, small sizes
