@@ -1,4 +1,4 @@
-"""The tables of the papers, beside the published values: which points, which targets; all else is `experiments.harness.runner`."""
+"""Tables of the papers next to the published values."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def run_methods(
     budget: RunOptions,
     console: Console,
 ) -> pl.DataFrame:
-    """Points whose label is their method, to their targets; figures; the summary."""
+    """Run points that are labeled with their method, draw the figures, and return the summary."""
     identity = name | {"experiment": "methods", "rounds": budget.rounds, "targets": targets.values}
     summary = runner.run(points, targets, out, budget, identity=identity, console=console)
     if jax.process_index() == 0:
@@ -35,9 +35,17 @@ def run_methods(
 def compare_with_published(
     summary: pl.DataFrame, target: str, published: Mapping[str, Mapping[str, float]], message: Any
 ) -> pl.DataFrame:
-    """A row a method and cost: mean, least and most over the starts, what was published, and whether it lies inside.
+    """Compare each cost of each method with the published value.
 
-    message: bits of an upload of each method as the paper counts them (b p).
+    Args:
+        summary: summary of a study whose settings are methods.
+        target: target in the column names of the costs.
+        published: published values of each method and cost.
+        message: bits of an upload of each method as the paper counts them, b p.
+
+    Returns:
+        One row per method and cost: mean, minimum and maximum over the starts, the published value, and whether it lies
+        between these.
     """
     rows = []
     for row in summary.iter_rows(named=True):
@@ -61,10 +69,9 @@ def compare_with_published(
 
 
 def write_and_print(out: Path, table: pl.DataFrame, title: str, console: Console) -> None:
-    """Write the table, print it, say where it is: process 0 alone."""
+    """Write and print a table on process 0."""
     if jax.process_index() > 0:
         return
     storage.save_frame(table, out / "table", csv=True)
-    results.report_result(
-        console, out, {title: table}, words=dict.fromkeys(("mean", "least", "most", "published"), results.format_count)
-    )
+    words = dict.fromkeys(("mean", "least", "most", "published"), results.format_count)
+    results.report_result(console, out, {title: table}, words=words)

@@ -56,7 +56,7 @@ def test_a_method_without_a_row_is_compared_over_lr_alone(monkeypatch: pytest.Mo
     assert set(comparison.Settings().axes.algorithm) == set(grid.algorithm_factories())
     monkeypatch.delitem(comparison.MEMBERS, "qgd")
     settings = grid.parse_settings(comparison.Settings, [*TASK, "--algorithm", "qgd"], None)
-    (axes,) = comparison.Comparison(settings, Console()).grids.values()
+    (axes,) = comparison.MethodGrids(settings, Console()).grids.values()
     assert list(axes) == ["lr"]
 
 
@@ -157,7 +157,7 @@ def test_it_goes_on_to_more_rounds_and_a_smaller_target(whole: Path, home: Path)
     aside = {path.name for path in (home / "more").glob("*before*")}
     assert aside == {f"{name}.before-1" for name in ("finer-0", "finer-1", "report")}
     assert storage.read_json(home / "more" / "search" / "run.json")["points_computed"] == 8
-    with pytest.raises(ValueError, match="rounds: 160 there, 80 asked for, which goes on to more rounds only"):
+    with pytest.raises(ValueError, match="rounds: 160 there, 80 given, where only more rounds can be added"):
         run(home / "more")
 
 
@@ -175,7 +175,7 @@ def test_a_setting_is_reported_once_and_nothing_reached_is_said(home: Path, caps
 
 def test_what_cannot_run_is_said_before_anything_is_written(home: Path) -> None:
     for given, said in (
-        (["--partition", "contiguous", "sorted"], "partition = .*: expected one; a comparison is of one problem"),
+        (["--partition", "contiguous", "sorted"], "partition = .*: must be one; a comparison is of one problem"),
         (["--algorithm", "lac"], "algorithm = 'lac': expected FILE.py:factory or one of"),
         (["--algorithm", "topk_ef", "--k", "99"], "topk_ef: k argument to top_k must be no larger than size"),
         (["--rounds", "0"], "rounds = 0: must be"),
@@ -226,6 +226,6 @@ def test_three_kills_lose_and_repeat_nothing(name: str, tmp_path: Path) -> None:
 def test_c_takes_the_place_of_xi(given: list[str], searched: set[str]) -> None:
     """Both are no algorithm: where c is given nothing is searched over xi."""
     line = [*TASK[:6], "--algorithm", "lasg_wk2", "--minibatch", "10", *given]
-    made = comparison.Comparison(grid.parse_settings(comparison.Settings, line, None), Console(quiet=True))
+    made = comparison.MethodGrids(grid.parse_settings(comparison.Settings, line, None), Console(quiet=True))
     assert {"xi", "c"} & made.grids["lasg_wk2"].keys() == searched
     assert len(made.points(made.first(), (0,))) == 1

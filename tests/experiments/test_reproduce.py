@@ -58,7 +58,7 @@ def test_sets_are_cut_to_common_features_and_equal_parts(problem: str, folder: P
 def test_a_missing_file_is_named(folder: Path) -> None:
     (folder / "data29" / "y.txt").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"data29/y\.txt is missing: expected the data folder of the LAG authors"
+        FileNotFoundError, match=r"data29/y\.txt is missing: must be a file in the data folder of the LAG authors"
     ):
         lag.read(folder, "linear", 3)
 
@@ -161,8 +161,8 @@ def test_the_stochastic_methods(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("every", [len(MEMBERS) // 2, pytest.param(1, marks=pytest.mark.long)])
 def test_the_family_at_the_steps_of_theory(every: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = comparison.Comparison.first
-    monkeypatch.setattr(comparison.Comparison, "first", lambda self: first(self)[::every])
+    first = comparison.MethodGrids.first
+    monkeypatch.setattr(comparison.MethodGrids, "first", lambda self: first(self)[::every])
     family.family(rounds=20, target=0.05)
     table = pl.read_csv(home / "results" / "family" / "table.csv")
     assert len(table) == len(range(0, len(MEMBERS), every))
