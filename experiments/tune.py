@@ -77,13 +77,10 @@ class Search:
         corners = itertools.product(*(self.values[name] for name in self.space))
         points = self.make_points([self.first, *(dict(zip(self.space, corner, strict=True)) for corner in corners)])
         if len(runner.group_by_structure(points)) > 1:
-            raise ValueError(
-                "the settings have different structures: must differ in numbers only; see `laqjax.stack_algorithms`"
-            )
-        budget = settings.budget
-        self.budget = replace(budget, batch_size=(budget.batch_size or 1) * len(self.seeds), pad_batches=True)
+            raise ValueError("settings of several structures: must differ in numbers only; see laqjax.stack_algorithms")
+        size = (settings.budget.batch_size or 1) * len(self.seeds)
+        self.budget = replace(settings.budget, batch_size=size, pad_batches=True)
         runner.choose_batch_size(points, self.budget)
-        self.point = points[0]
 
     def make_points(self, trials: list[dict[str, Any]]) -> list[runner.SweepPoint]:
         """Return the points of settings, each on all seeds; their label is the position in the list."""
@@ -98,8 +95,7 @@ class Search:
         identity = json.loads(json.dumps({"seeds": self.seeds, "settings": trials}, default=str))
         runner.set_aside_other_study(folder, identity, console)
         summary = runner.run(points, targets, folder, self.budget, link, identity, console)
-        target = results.target_labels(summary)[-1]
-        costs = [pl.col(f"{name}_{target}").alias(name) for name in COST]
+        costs = [pl.col(f"{name}_{results.target_labels(summary)[-1]}").alias(name) for name in COST]
         return summary.select(*costs, "reached", "diverged", "goal").to_dicts()
 
 
@@ -128,13 +124,7 @@ def run(settings: Settings) -> Path:
 
 def run_trials(search: Search, study: optuna.Study, console: Console) -> None:
     """Run batches of trials until there are enough."""
-    settings, space, alg = search.settings, search.space, search.point.algorithm
-    if "compute_ms" not in study.user_attrs:  # one value for all batches
-        given, case = settings.link.compute_ms, search.point.case
-        study.set_user_attr(
-            "compute_ms", runner.measure_gradient_ms(case, alg.oracle, alg.sampler) if given is None else given
-        )
-    link = replace(settings.link, compute_ms=study.user_attrs["compute_ms"])
+    settings, space, plan = search.settings, search.space, search.settings.out / "trials-00000" / "plan.json"
     while (done := len(trial_rows(study))) < settings.trials:
         # the seed depends on the completed trials, so a search continues after a kill as if it had not been interrupted
         study.sampler = make_sampler(1000 * settings.search_seed + done)
@@ -142,6 +132,9 @@ def run_trials(search: Search, study: optuna.Study, console: Console) -> None:
         trials = [study.ask(space) for _ in range(count - (not done))]
         wanted = [search.first] * (not done) + [trial.params for trial in trials]
         console.print(f"trials {done} to {done + count - 1} of {settings.trials}")
+        link = settings.link
+        if plan.exists():  # all batches use the compute time that the first one measured
+            link = replace(link, compute_ms=storage.read_json(plan)["compute_ms"][0])
         costs = search.run_batch(settings.out / f"trials-{done:05d}", wanted, link, console)
         if not done:
             record_first_setting(study, space, search.first, costs.pop(0))
@@ -191,16 +184,10 @@ def make_sampler(seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(seed=seed, constant_liar=True, multivariate=True)
 
 
-def is_in_distribution(axis: Any, value: float) -> bool:
-    """Return whether a distribution contains a value."""
-    return value in axis.choices if isinstance(axis, CategoricalDistribution) else axis.low <= value <= axis.high
-
-
-def record_first_setting(
-    study: optuna.Study, space: dict[str, BaseDistribution], first: dict[str, Any], cost: Any
-) -> None:
+def record_first_setting(study: optuna.Study, space: dict[str, Any], first: dict[str, Any], cost: Any) -> None:
     """Record the first setting for the tables, and for the search if it lies in the ranges."""
-    if all(is_in_distribution(d, first[name]) for name, d in space.items()):
+    inside = lambda d, x: x in d.choices if isinstance(d, CategoricalDistribution) else d.low <= x <= d.high  # noqa: E731
+    if all(inside(d, first[name]) for name, d in space.items()):
         state = TrialState.PRUNED if cost["bits_up"] is None else TrialState.COMPLETE
         params = {name: d.to_external_repr(d.to_internal_repr(first[name])) for name, d in space.items()}
         study.add_trial(optuna.create_trial(state=state, value=cost["bits_up"], params=params, distributions=space))

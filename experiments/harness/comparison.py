@@ -62,7 +62,7 @@ def apply_quick_defaults(settings: Settings) -> Settings:
         return settings
     axes = quick.axes
     if axes.algorithm == plain.axes.algorithm:
-        axes = replace(axes, algorithm=("gd", "laq"), bits=axes.bits or (4,), xi=axes.xi or (0.4,))
+        axes = replace(axes, algorithm=("gd", "laq", "ef21"), bits=axes.bits or (4,), xi=axes.xi or (0.4,))
     if axes.seeds == plain.axes.seeds:
         axes = replace(axes, seeds=(0,))
     if settings.data == plain.data and settings.goal == plain.goal:

@@ -106,13 +106,9 @@ class PointHistory:
         return self.loss - (self.f_star or 0.0)
 
     def add(self, info: Any, here: np.ndarray, place: np.ndarray, with_loss: bool = True) -> None:
-        """Record a chunk of rounds.
+        """Record a chunk of rounds of the points `here` in the slots `place` of a batch.
 
-        Args:
-            info: `RoundInfo` of the chunk, with the slots of a batch along the second axis.
-            here: indices of the points.
-            place: slots of the points.
-            with_loss: False if the losses are those of minibatches and say only whether a point diverged.
+        Without `with_loss` the losses are those of minibatches, and only show whether a point diverged.
         """
         began, count = self.rounds_done[here], len(info.loss)
         rows = began + np.arange(count)[:, None]
@@ -238,9 +234,8 @@ def summarize(points: pl.DataFrame) -> pl.DataFrame:
     rows = []
     for key, group in points.group_by(by, maintain_order=True):
         row: dict[str, Any] = dict(zip(by, key, strict=True)) | {"seeds": len(group), "point": group["point"][0]}
-        row |= {name: int(group[name].sum()) for name in ("reached", "diverged")} | dict(
-            group[0].select("f_star", "goal").to_dicts()[0]
-        )
+        row |= {name: int(group[name].sum()) for name in ("reached", "diverged")}
+        row |= group[0].select("f_star", "goal").to_dicts()[0]
         for name in measures:
             whole = group[name].to_numpy() if group[name].null_count() == 0 else None
             row |= {name + end: value for end, value in mean_ci(whole).items()}
@@ -312,11 +307,7 @@ def unreached_notice(summary: pl.DataFrame) -> list[str]:
 
 
 def tied(points: pl.DataFrame) -> list[str]:
-    """Return a notice for each pair of neighboring targets that settings met at one evaluation.
-
-    Args:
-        points: table of points, with the rounds to each target and `every`, the rounds between two evaluations.
-    """
+    """Return a notice for each pair of neighboring targets that settings of a table of points met at one evaluation."""
     notices, targets, settings = [], target_labels(points), setting_columns(points)
     total = points.select(settings).n_unique() if settings else 1
     for easy, hard in itertools.pairwise(targets):
@@ -331,23 +322,13 @@ def tied(points: pl.DataFrame) -> list[str]:
     return notices
 
 
-def report_result(
-    console: Console,
-    out: Path,
-    tables: Mapping[str, pl.DataFrame],
-    notices: Sequence[str] = (),
-    words: Mapping[str, Callable[[Any], str]] | None = None,
-    **facts: Any,
-) -> None:
-    """Print the result of a command, and write it as `result.json` to its folder and to stdout after --json.
+Formats = Mapping[str, Callable[[Any], str]]  # functions that format the values of a column
 
-    Args:
-        console: console for tables and notices.
-        out: folder of the results, or a file.
-        tables: tables under their titles.
-        notices: lines after the tables.
-        words: functions that format the values of a column.
-        **facts: further values of the JSON object.
+
+def report_result(console: Console, out: Path, tables: Mapping[str, pl.DataFrame], notices: Sequence[str] = (), words: Formats | None = None, **facts: Any) -> None:  # fmt: skip
+    """Print tables by title and notices, and write them with further facts as `result.json` and after --json to stdout.
+
+    `result.json` is written if `out` is a folder.
     """
     for title, frame in tables.items():
         console.print(to_rich_table(frame, title, words or {}))
@@ -361,7 +342,7 @@ def report_result(
     cli.write_json_result(result)
 
 
-def to_rich_table(frame: pl.DataFrame, title: str, words: Mapping[str, Callable[[Any], str]] = {}) -> Table:
+def to_rich_table(frame: pl.DataFrame, title: str, words: Formats) -> Table:
     """Convert a table for a terminal of 80 columns: null columns are left out, and words are not broken."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     frame = frame.select(name for name in frame.columns if frame[name].null_count() < len(frame))

@@ -27,7 +27,7 @@ import numpy as np
 import polars as pl
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 import laqjax
 from experiments.harness import results, storage
@@ -46,23 +46,14 @@ MAX_STATES_GIB = 2.0  # a study with larger final states does not keep them
 
 @dataclass(frozen=True, eq=False)
 class SweepPoint:
-    """One run of an algorithm on a case.
-
-    Attributes:
-        algorithm: algorithm of the run.
-        case: problem and data.
-        seed: seed of the initial parameters and of the algorithm's random draws.
-        label: columns that describe the point in the tables, besides the seed.
-        start: parameters [p] or a state that replaces the initial parameters of the case.
-        number: number of the point in the tables. None: its position in the list.
-    """
+    """One run of an algorithm on a case."""
 
     algorithm: laqjax.Algorithm
     case: ProblemInstance
-    seed: int = 0
-    label: dict[str, Any] = field(default_factory=dict)
-    start: Any = None
-    number: int | None = None
+    seed: int = 0  # of the initial parameters and of the algorithm's random draws
+    label: dict[str, Any] = field(default_factory=dict)  # columns that describe the point in the tables
+    start: Any = None  # parameters [p] or a state that replace the initial parameters of the case
+    number: int | None = None  # in the tables; None: the position in the list
 
     def initial_params(self) -> Any:
         """Return the parameters or the state from which the run starts."""
@@ -92,11 +83,6 @@ class RunOptions:
         """Raise ValueError for a number out of its range."""
         for name in ("rounds", "eval_every", "batch_size", "curve_points", "longest"):
             check_number(name, 1 if getattr(self, name) is None else getattr(self, name), np.int32, minimum=1)
-
-    @property
-    def bytes(self) -> float | None:
-        """The memory in bytes."""
-        return None if self.memory_gib is None else self.memory_gib * 2**30
 
 
 def run(
@@ -141,7 +127,14 @@ def run(
         batches = list(split_into_batches(groups, plan["batch"]))
         mine = batches[jax.process_index() :: jax.process_count()]
         console.print(f"{len(points)} points, {len(batches)} batch(es), each up to {budget.rounds} rounds")
-        with make_progress_bar(console) as progress:
+        columns = (
+            "{task.description}",
+            BarColumn(),
+            "{task.percentage:.0f} %",
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, "{task.fields[note]}", console=console) as progress:
             total, done = sum(len(which) for _, which, _ in mine), 0
             task = progress.add_task("points x rounds", total=total * budget.rounds, note="")
 
@@ -158,9 +151,8 @@ def run(
                     batch = Batch([points[i] for i in which], targets, options, plan["batch"][g])
                     history = batch.run(out / part, not dropped, console, show)
                     costs = history.cumulative_costs(link, plan["compute_ms"][g])
-                    tables = results.build_tables(
-                        [labels[i] for i in which], history, targets, costs, budget.curve_points
-                    )
+                    these = [labels[i] for i in which]
+                    tables = results.build_tables(these, history, targets, costs, budget.curve_points)
                     for name in results.TABLES:
                         storage.save_frame(tables[name], out / f"{part}-{name}")
                     computed += len(which)
@@ -250,8 +242,9 @@ def split_into_batches(groups: Sequence[list[int]], sizes: Sequence[int]) -> Ite
 def choose_batch_size(points: Sequence[SweepPoint], budget: RunOptions) -> int:
     """Return the number of slots of a batch: as many as fit, and not more than there are points."""
     devices, processes = jax.local_device_count(), jax.process_count()
-    given = points[0].algorithm, points[0].case.device_shards, budget.bytes, budget.rounds
-    fits = laqjax.max_batch_size(*given, devices=devices)
+    memory = None if budget.memory_gib is None else budget.memory_gib * 2**30
+    alg, shards = points[0].algorithm, points[0].case.device_shards
+    fits = laqjax.max_batch_size(alg, shards, memory, budget.rounds, devices=devices)
     there = -(-len(points) // (devices * processes)) * devices
     wanted = budget.batch_size or MAX_POINTS_PER_DEVICE * devices
     wanted = wanted if budget.pad_batches else min(wanted, there)
@@ -282,8 +275,6 @@ def load_or_make_plan(
     path, devices = out / "plan.json", jax.local_device_count()
     if path.exists():
         plan = storage.read_json(path)
-        if missing := sorted({"batch", "every", "compute_ms", "devices"} - plan.keys()):
-            raise ValueError(f"{path} lacks {missing}: must be a plan of this version of laqjax; give another --out")
         if plan["devices"] != devices:
             raise ValueError(
                 f"{path} is for {plan['devices']} devices: must be for {devices}, the devices of this process; use as many "
@@ -291,19 +282,15 @@ def load_or_make_plan(
             )
         return plan
     measured: dict[Any, float] = {}
-    for point in firsts if link.compute_ms is None else ():
-        key, alg = timing_key(point), point.algorithm
-        measured[key] = measured.get(key) or measure_gradient_ms(point.case, alg.oracle, alg.sampler)
-    compute = [measured.get(timing_key(point), link.compute_ms) for point in firsts]
+    compute: list[float | None] = [link.compute_ms] * len(firsts)
+    for i, point in enumerate(firsts if link.compute_ms is None else ()):
+        alg = point.algorithm
+        key = id(point.case), jax.tree.structure(alg.oracle), alg.sampler  # gradients of one key take the same time
+        compute[i] = measured[key] = measured.get(key) or measure_gradient_ms(point.case, alg.oracle, alg.sampler)
     every = [choose_eval_interval(point, targets, budget) for point in firsts]
     plan = {"batch": sizes, "every": every, "compute_ms": compute, "devices": devices}
     storage.write_json(path, plan)
     return plan
-
-
-def timing_key(point: SweepPoint) -> Any:
-    """Return a key that is equal for points whose gradients take the same time."""
-    return id(point.case), jax.tree.structure(point.algorithm.oracle), point.algorithm.sampler
 
 
 def measure_gradient_ms(case: ProblemInstance, oracle: Any, sampler: Any) -> float:
@@ -326,48 +313,36 @@ def measure_gradient_ms(case: ProblemInstance, oracle: Any, sampler: Any) -> flo
 # ---- batches -----------------------------------------------------------------------------------------------------------
 
 
-def tables_are_intact(part: Path, labels: Sequence[dict[str, Any]], console: Console | None) -> bool:
-    """Return whether the tables of a batch exist and hold these points; with a console, rename the others."""
-    intact = True
-    for name in results.TABLES:
-        path = part.with_name(f"{part.name}-{name}.parquet")
-        if not path.exists():
-            intact = False
-            continue
-        try:
-            frame, expected = pl.read_parquet(path), pl.DataFrame(labels, infer_schema_length=None)
-            names = expected.columns if name == "points" else ["point"]
-            there = frame.select(names).unique(maintain_order=True).to_dicts()
-            mine = expected.select(names).to_dicts()
-            if there != mine and (name != "curves" or not all(row in mine for row in there)):  # a curve may be empty
-                raise ValueError("it holds other points")
-        except Exception as error:  # Polars raises many types for a damaged file
-            intact = False
-            if console:
-                aside = storage.quarantine(path)
-                console.print(f"[red]{path} is damaged ({error}); kept as {aside}, the batch is computed again[/red]")
-    return intact
-
-
 def batch_is_finished(
     part: Path, labels: Any, targets: Targets, rounds: int, every: int, console: Console | None = None
 ) -> bool:
-    """Return whether the tables of a batch hold all that these targets and rounds need; console: see `tables_are_intact`."""
-    if not tables_are_intact(part, labels, console):
-        return False
+    """Return whether the tables of a batch hold these points and all that the targets and rounds need.
+
+    With a console, damaged tables and those of other points are renamed.
+    """
+    expected = pl.DataFrame(labels, infer_schema_length=None)
+    for name in results.TABLES:
+        path = part.with_name(f"{part.name}-{name}.parquet")
+        if not path.exists():
+            return False
+        try:
+            table = pl.read_parquet(path)
+            columns = expected.columns if name == "points" else ["point"]
+            there = table.select(columns).unique(maintain_order=True).to_dicts()
+            mine = expected.select(columns).to_dicts()
+            if there != mine and (name != "curves" or not all(row in mine for row in there)):  # a curve may be empty
+                raise ValueError("it holds other points")
+        except Exception as error:  # Polars raises many types for a damaged file
+            if console:
+                aside = storage.quarantine(path)
+                console.print(f"[red]{path} is damaged ({error}); kept as {aside}, the batch is computed again[/red]")
+            return False
     table, wanted = pl.read_parquet(f"{part}-points.parquet"), [f"{t:g}" for t in targets.values] or ["end"]
-    ended = pl.col("reached") & (pl.col("ended") % every == 0) | (pl.col("ended") == rounds)
-    done = results.target_labels(table) == wanted and table.select((ended | pl.col("diverged")).all()).item()
+    ended = pl.col("reached") & (pl.col("ended") % every == 0) | (pl.col("ended") == rounds) | pl.col("diverged")
+    done = results.target_labels(table) == wanted and table.select(ended.all()).item()
     if console and not done and not part.exists():
         console.print(f"[red]{part}, the last states, is missing: the batch starts again[/red]")
     return done
-
-
-def make_progress_bar(console: Console) -> Progress:
-    """Create a progress bar with the remaining time and a note."""
-    percent, note = TextColumn("{task.percentage:.0f} %"), TextColumn("{task.fields[note]}")
-    named = TextColumn("{task.description}")
-    return Progress(named, BarColumn(), percent, TimeElapsedColumn(), TimeRemainingColumn(), note, console=console)
 
 
 class Batch:
@@ -409,9 +384,8 @@ class Batch:
                 self.history.restore(facts["record"])
             else:
                 every_point = np.arange(len(self.points))
-                self._measure(
-                    laqjax.select_points(self.states, self._fill_slots(every_point)), every_point, every_point
-                )
+                states = laqjax.select_points(self.states, self._fill_slots(every_point))
+                self._measure(states, every_point, every_point)
 
             def save() -> None:
                 record = {"record": self.history.to_arrays()}
@@ -454,11 +428,10 @@ class Batch:
 
     def _running(self, rounds: int) -> np.ndarray:
         """Return the indices of the points that have more of so many rounds to run."""
-        history, last = self.history, self.targets.values[-1:]
-        ended = history.diverged_at >= 0
-        for target in last:
-            ended = ended | self.targets.reached(history, target).any(axis=0)
-        return np.flatnonzero((history.rounds_done < rounds) & ~ended)
+        ended = self.history.diverged_at >= 0
+        for last in self.targets.values[-1:]:
+            ended = ended | self.targets.reached(self.history, last).any(axis=0)
+        return np.flatnonzero((self.history.rounds_done < rounds) & ~ended)
 
     def _fill_slots(self, running: np.ndarray) -> np.ndarray:
         """Return the index of the point in each slot; when half of the slots are enough for the running points, use half."""

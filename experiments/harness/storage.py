@@ -50,11 +50,6 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text)
 
 
-def extends(there: Any, asked: Any) -> bool:
-    """Return whether `asked` extends `there`: more rounds, or further targets after the same first ones."""
-    return bool(there and asked) and (asked[: len(there)] == there if isinstance(there, list) else asked > there)
-
-
 @contextmanager
 def lock_results_dir(folder: Path, identity: dict[str, Any], ended: str = "") -> Iterator[None]:
     """Lock a folder of results for this process and experiment, and keep the identity for later calls.
@@ -99,6 +94,10 @@ def lock_results_dir(folder: Path, identity: dict[str, Any], ended: str = "") ->
 
 def _check_identity(folder: Path, identity: dict[str, Any], ended: str) -> bool:
     """Return whether the identity of a folder is exactly this one; see `lock_results_dir` for arguments and errors."""
+
+    def extends(there: Any, given: Any) -> bool:
+        return bool(there and given) and (given[: len(there)] == there if isinstance(there, list) else given > there)
+
     there = read_identity(folder) if (folder / "identity.json").exists() else None
     before = identity if there is None else there
     keys = sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k))

@@ -14,15 +14,11 @@ from experiments.harness.results import Targets
 from experiments.harness.runner import RunOptions, SweepPoint
 
 COSTS = {"rounds": "rounds", "uploads": "uploads", "bits_up": "bits up", "paper_bits": "as b p", "bits": "up + down"}
+NUMBERS = ("mean", "least", "most", "published")
 
 
 def run_methods(
-    name: dict[str, Any],
-    points: Sequence[SweepPoint],
-    targets: Targets,
-    out: Path,
-    budget: RunOptions,
-    console: Console,
+    name: Any, points: Sequence[SweepPoint], targets: Targets, out: Path, budget: RunOptions, console: Console
 ) -> pl.DataFrame:
     """Run points that are labeled with their method, draw the figures, and return the summary."""
     identity = name | {"experiment": "methods", "rounds": budget.rounds, "targets": targets.values}
@@ -35,17 +31,9 @@ def run_methods(
 def compare_with_published(
     summary: pl.DataFrame, target: str, published: Mapping[str, Mapping[str, float]], message: Any
 ) -> pl.DataFrame:
-    """Compare each cost of each method with the published value.
+    """Compare the mean, minimum and maximum of each cost of each method over the starts with the published value.
 
-    Args:
-        summary: summary of a study whose settings are methods.
-        target: target in the column names of the costs.
-        published: published values of each method and cost.
-        message: bits of an upload of each method as the paper counts them, b p.
-
-    Returns:
-        One row per method and cost: mean, minimum and maximum over the starts, the published value, and whether it lies
-        between these.
+    `message` holds the bits of an upload of each method as the paper counts them, b p.
     """
     rows = []
     for row in summary.iter_rows(named=True):
@@ -61,10 +49,7 @@ def compare_with_published(
                 | {"difference": f"{ours['mean'] / value - 1:+.1%}" if known else None}
                 | {"inside": ("yes" if ours["least"] <= value <= ours["most"] else "no") if known else None}
             )
-    kinds: Any = dict.fromkeys(("mean", "least", "most", "published"), pl.Float64) | {
-        "difference": pl.String,
-        "inside": pl.String,
-    }
+    kinds: Any = dict.fromkeys(NUMBERS, pl.Float64) | dict.fromkeys(("difference", "inside"), pl.String)
     return pl.DataFrame(rows, schema_overrides=kinds)
 
 
@@ -73,5 +58,4 @@ def write_and_print(out: Path, table: pl.DataFrame, title: str, console: Console
     if jax.process_index() > 0:
         return
     storage.save_frame(table, out / "table", csv=True)
-    words = dict.fromkeys(("mean", "least", "most", "published"), results.format_count)
-    results.report_result(console, out, {title: table}, words=words)
+    results.report_result(console, out, {title: table}, words=dict.fromkeys(NUMBERS, results.format_count))

@@ -29,13 +29,13 @@ def family(out: Path | None = None, rounds: int = 3000, target: float = 1e-6, qu
         out: Folder for the results. Default: results/family.
         rounds: Maximum number of rounds of each method.
         target: Residual f - f* at which the cost is read.
-        quick: Run every fourth method for few rounds, to check that everything works.
+        quick: Run every sixth method for few rounds, to check that everything works.
     """
     console, out = Console(), out or Path("results") / ("family" + "-quick" * quick)
     rounds = min(rounds, 60) if quick else rounds
     with jax.enable_x64(True):
         space = MethodGrids(comparison.Settings(), console)
-        first = space.first()[:: 4 if quick else 1]
+        first = space.first()[:: 6 if quick else 1]
         points = [replace(p, label={"method": p.label["algorithm"]}) for p in space.points(first, (0,))]
         budget = RunOptions(rounds, eval_every=20)
         summary = run_methods({"name": "family"}, points, Targets((target,)), out, budget, console)
@@ -57,11 +57,11 @@ def heterogeneity(out: Path | None = None, target: float = 1e-6, quick: bool = F
     Args:
         out: Folder for the results. Default: results/heterogeneity.
         target: Residual f - f* at which the uploads are read.
-        quick: Run two values of each to a residual of at least 1e-2, to check that everything works.
+        quick: Run one value of each to a residual of at least 1e-2, to check that everything works.
     """
     console, chosen = Console(), []
     out = out or Path("results") / ("heterogeneity" + "-quick" * quick)
-    some, target = slice(None, None, 4 if quick else 1), max(target, 1e-2) if quick else target
+    some, target = slice(-1 if quick else None, None), max(target, 1e-2) if quick else target
     cases = [("decades of L_m", h, f"{SYNTHETIC}{h:g}", "contiguous") for h in DECADES[some]]
     cases += [("Dirichlet alpha", a, f"{SYNTHETIC}0", f"dirichlet:{a}") for a in ALPHAS[some]]
     axes = replace(comparison.Settings().axes, algorithm=("gd", "laq", "lag_wk"))

@@ -60,6 +60,17 @@ def test_a_method_without_a_row_is_compared_over_lr_alone(monkeypatch: pytest.Mo
     assert list(axes) == ["lr"]
 
 
+def test_quick_replaces_what_is_not_given() -> None:
+    read = lambda *given: comparison.apply_quick_defaults(grid.parse_settings(comparison.Settings, given, None))  # noqa: E731
+    plain, quick = comparison.Settings(), read("--quick")
+    assert read() == plain
+    assert (quick.axes.algorithm, quick.axes.seeds, quick.report_seeds) == (("gd", "laq", "ef21"), (0,), (1, 2))
+    assert (quick.out, quick.budget.rounds, quick.goal.target) == (Path("results/compare-quick"), 60, (0.1, 0.03))
+    mine = read("--quick", "--algorithm", "qgd", "--seeds", "3", "4", "--num-lrs", "7", "--target", "2")
+    assert (mine.axes.algorithm, mine.axes.bits, mine.axes.seeds) == (("qgd",), (), (3, 4))
+    assert (mine.num_lrs, mine.goal.target) == (7, (2.0,))
+
+
 def test_the_best_is_chosen_on_some_seeds_and_reported_on_others(whole: Path) -> None:
     best = pl.read_parquet(whole / "best.parquet")
     assert len(best) == 2 * 2 * 4  # methods, targets, criteria
@@ -88,7 +99,9 @@ def test_the_table_is_one_object_and_the_page_has_the_fronts(whole: Path, capsys
     best, tried = (pl.read_parquet(whole / f"{name}.parquet") for name in ("best", "tried"))
     with cli.command_line(["--json"]):
         compare.print_report(whole, Console())
-    (rows,) = json.loads(capsys.readouterr().out)["tables"].values()
+    printed = json.loads(capsys.readouterr().out)
+    assert storage.read_json(whole / "result.json") == printed
+    (rows,) = printed["tables"].values()
     known = {(row["method"], row["target"]): row["bits_up"] for row in best.filter(pl.col("cheapest in") == "bits up").iter_rows(named=True)}  # fmt: skip
     assert {(row["method"], target): row[target] for row in rows for target in ("10", "4")} == known
     cost, fronts, curves = (

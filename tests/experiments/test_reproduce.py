@@ -18,6 +18,7 @@ from experiments import plots, reproduce
 from experiments.harness import cli, comparison
 from experiments.harness.search_spaces import MEMBERS
 from experiments.reproduce import family, lag, laq
+from experiments.reproduce.__main__ import main
 from laqjax import rules, types
 from laqjax.algorithms import _shared
 
@@ -61,6 +62,11 @@ def test_a_missing_file_is_named(folder: Path) -> None:
         FileNotFoundError, match=r"data29/y\.txt is missing: must be a file in the data folder of the LAG authors"
     ):
         lag.read(folder, "linear", 3)
+
+
+def test_lag_without_data_names_the_option() -> None:
+    with pytest.raises(ValueError, match="--data is not given: must be the data folder of the LAG authors"):
+        lag.lag_table()
 
 
 def test_nobody_uploads_in_the_first_ten_rounds(folder: Path, x64: None) -> None:
@@ -123,7 +129,9 @@ def test_laq_and_its_rivals(command: Any, bits: int, home: Path, capsys: pytest.
     assert "cost at the end, over 2 start(s)" in said
     with cli.command_line(["--json"]):
         command(laq.Settings(home, rounds=12, num_starts=2, quick=True))
-    ((title, shown),) = json.loads(capsys.readouterr().out)["tables"].items()
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads((home / "result.json").read_text()) == printed
+    ((title, shown),) = printed["tables"].items()
     assert title in said
     assert [row["mean"] for row in shown] == table["mean"].to_list()
     assert {path.stem for path in home.glob("*.png")} >= {"loss", "accuracy"}
@@ -181,6 +189,17 @@ def test_heterogeneity(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (table["laq"] < table["gd"]).all()
     assert table["laq saves"].to_list() == pytest.approx((1 - table["laq"] / table["gd"]).to_list())
     assert table["spread"][:2].is_sorted()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["laq-logistic", "laq-nn", "slaq", "lag", "heterogeneity", "family"])
+def test_every_table_is_quick(name: str, folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command line of each table, with the folder that it names."""
+    monkeypatch.setattr(lag, "OPTIMUM_ROUNDS", {"logistic": 300})
+    monkeypatch.setattr("sys.argv", ["reproduce", name, "--quick", *(["--data", str(folder)] if name == "lag" else [])])
+    main()
+    out = home / "results" / f"{name}-quick"
+    assert {path.name for path in out.iterdir()} >= {"result.json", "run.json", "summary.csv"}
 
 
 def test_half_the_errors_is_between_the_rule_and_none() -> None:

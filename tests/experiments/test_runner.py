@@ -240,6 +240,19 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
         pass
 
 
+def test_more_of_an_experiment_removes_what_says_that_it_is_done(tmp_path: Path) -> None:
+    with storage.lock_results_dir(tmp_path, {"rounds": 10}):
+        results.report_result(Console(quiet=True), tmp_path, {"title": pl.DataFrame({"x": [1.0, None]})}, ["a"], b=2)
+        storage.write_json(tmp_path / "run.json", {})
+    with storage.lock_results_dir(tmp_path, {"rounds": 10}):
+        expected = {"out": str(tmp_path), "tables": {"title": [{"x": 1.0}, {"x": None}]}, "notices": ["a"], "b": 2}
+        assert storage.read_json(tmp_path / "result.json") == expected
+    with storage.lock_results_dir(tmp_path, {"rounds": 20}):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".holder", "identity.json"}
+    results.report_result(Console(quiet=True), tmp_path / "identity.json", {})  # a file: no result beside it
+    assert not list(tmp_path.rglob("result.json"))
+
+
 def test_results_of_another_format_are_refused(tmp_path: Path) -> None:
     with storage.lock_results_dir(tmp_path, {"experiment": "sweep"}):
         pass
@@ -497,9 +510,3 @@ def test_targets_of_one_name_are_refused() -> None:
     """The tables name a target by six digits."""
     with pytest.raises(ValueError, match="must differ in the first six digits"):
         Targets((0.1234562, 0.1234561))
-
-
-def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
-    storage.write_json(tmp_path / "plan.json", {"batch": [1], "compute_ms": [1.0], "devices": jax.local_device_count()})
-    with pytest.raises(ValueError, match=r"lacks \['every'\]: must be a plan of this version"):
-        runner.load_or_make_plan([], [], tmp_path, results.DEFAULT_NETWORK, Targets(()), RunOptions())

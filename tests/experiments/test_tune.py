@@ -59,7 +59,9 @@ def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     said = " ".join(capsys.readouterr().out.split())
     with cli.command_line(["--json"]):
         run(tmp_path / "calm", "--trials", "11")
-    assert json.loads(capsys.readouterr().out)["best"] == best["best"]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "calm" / "result.json").read_text())
+    assert printed["best"] == best["best"]
     assert "best of 11 trials: b = " in said
     assert "fewer than the first setting" in said
     for name in ("trials.png", "trials.svg", "trials.csv"):
