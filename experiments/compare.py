@@ -6,14 +6,14 @@ r"""Compare methods at their best settings, which are chosen on some seeds and r
     python -m experiments.compare --problem my.py:make --dataset my.py:load \
         --algorithm laq my.py:factory --set beta 0.1 0.5 --target-accuracy 0.8 0.9
 
-Each method runs a grid of its step sizes and other arguments on `--seeds`, as one compiled program. The steps are powers of
-`--lr-ratio` around the step of theory, or around a plain step if the problem has no known smoothness constant L.
+Each method runs a grid of its step sizes and other arguments on `--seeds`, as one compiled program. The steps are
+powers of `--lr-ratio` around the step of theory, or around a plain step if the smoothness constant L is not known.
 
 Where a best value lies on the edge of its grid, the grid is widened there. Between the best step and its neighbors more
-steps are tried, down to a quarter of their distance. The cheapest settings at each target in bits up, all bits, rounds or
-seconds run again on `--report-seeds`, and the tables report these costs.
+steps are tried, down to a quarter of their distance. The cheapest settings at each target in bits up, all bits, rounds
+or seconds run again on `--report-seeds`, and the tables report these costs.
 
-Files in --out: best (one row per method, target and criterion), tried (every setting), figures, result.json, and the studies.
+Files in --out: best (one row per method, target and criterion), tried (every setting), figures, result.json, studies.
 After a kill, the same command continues, also with more rounds or smaller targets. If these lead to other settings, the
 studies of the old ones are renamed.
 """
@@ -60,7 +60,7 @@ def run(settings: comparison.Settings) -> Path:
 
 
 def print_report(out: Path, console: Console) -> None:
-    """Draw the figures, and print the bits of each method at each target with its setting at the smallest one reached."""
+    """Draw the figures, and print the bits of each method and its setting at the smallest target that it reached."""
     drawing.plot_comparison(out)
     best = pl.read_parquet(out / "best.parquet")
     if not best["bits_up"].count():

@@ -5,12 +5,12 @@
     python -m experiments.tune -b 2 8 -C 1 200 --lr 0.01 0.03 --trials 200 --out results/mine
     python -m experiments.tune --problem my.py:make --algorithm my.py:factory --set beta 0.1 0.9
 
-All batches share one compiled program over their trials and seeds. An axis of two numbers is a range, one of a single value
-is fixed, and one of more values is a choice. The cost is the mean over seeds of the bits up to the last target. A trial that
-misses the target on a seed is pruned. The first trial is the paper's setting, b = 4, C = 100, D = 10.
+All batches share one compiled program over their trials and seeds. An axis of two numbers is a range, one of a single
+value is fixed, and one of more values is a choice. The cost is the mean over seeds of the bits up to the last target. A
+trial that misses the target on a seed is pruned. The first trial is the paper's setting, b = 4, C = 100, D = 10.
 
-Files in --out: best (JSON), trials (Parquet, CSV), figure (PNG, SVG), result.json, and Optuna's journal, from which the same
-command continues after a kill.
+Files in --out: best (JSON), trials (Parquet, CSV), figure (PNG, SVG), result.json, the studies of the batches, and
+Optuna's journal, from which the same command continues after a kill.
 """
 
 import itertools
@@ -90,7 +90,7 @@ class Search:
         return [replace(point, label={"trial": i // len(self.seeds)}) for i, point in enumerate(points)]
 
     def run_batch(self, folder: Path, trials: list[dict[str, Any]], link: NetworkModel, console: Console) -> list[Any]:
-        """Run settings as a study, and return the costs of each: means over its seeds, None if a seed missed the target."""
+        """Run settings as a study; return the mean costs of each over its seeds, None if one missed the target."""
         targets, points = self.settings.goal.targets, self.make_points(trials)
         identity = json.loads(json.dumps({"seeds": self.seeds, "settings": trials}, default=str))
         runner.set_aside_other_study(folder, identity, console)
@@ -186,8 +186,8 @@ def make_sampler(seed: int) -> optuna.samplers.BaseSampler:
 
 def record_first_setting(study: optuna.Study, space: dict[str, Any], first: dict[str, Any], cost: Any) -> None:
     """Record the first setting for the tables, and for the search if it lies in the ranges."""
-    inside = lambda d, x: x in d.choices if isinstance(d, CategoricalDistribution) else d.low <= x <= d.high  # noqa: E731
-    if all(inside(d, first[name]) for name, d in space.items()):
+    choices = {name: d.choices for name, d in space.items() if isinstance(d, CategoricalDistribution)}
+    if all(first[n] in choices[n] if n in choices else d.low <= first[n] <= d.high for n, d in space.items()):
         state = TrialState.PRUNED if cost["bits_up"] is None else TrialState.COMPLETE
         params = {name: d.to_external_repr(d.to_internal_repr(first[name])) for name, d in space.items()}
         study.add_trial(optuna.create_trial(state=state, value=cost["bits_up"], params=params, distributions=space))

@@ -79,7 +79,7 @@ class MethodGrids:
         settings: settings of the comparison.
         case: problem and data.
         known: whether the smoothness constant L is known, and with it a step of theory.
-        grids: values of each axis of each method. The first axis is the step, and the first value of each axis is that of
+        grids: values of each axis of each method. The first axis is the step. The first value of an axis is that of
             theory (a plain step if L is not known) or the default.
     """
 
@@ -161,7 +161,7 @@ class MethodGrids:
         return runner.run(points, s.goal.targets, s.out / folder, s.budget, s.link, identity, console)
 
 
-# ---- proposals ---------------------------------------------------------------------------------------------------------
+# ---- proposals -----------------------------------------------------------------------------------------------------
 
 
 def iter_phases(space: MethodGrids) -> Iterator[tuple[str, Callable[[pl.DataFrame], list[Candidate]]]]:
@@ -212,7 +212,7 @@ def values_beyond_edges(space: MethodGrids, name: str, best: Setting, tried: pl.
 
 
 def new_candidates(proposed: list[Candidate], known: list[Candidate]) -> list[Candidate]:
-    """Return each proposed setting once that is not known; settings of equal numbers are equal, whatever their types."""
+    """Return the proposed settings that are not known, each once; the types of their numbers do not matter."""
     key = lambda one: (one[0], tuple(one[1].values()))  # noqa: E731
     there = {key(one) for one in known}
     return list({key(one): one for one in proposed if key(one) not in there}.values())
@@ -239,7 +239,7 @@ def best_candidates(tried: pl.DataFrame, grids: Any, last: bool = False) -> list
     return new_candidates(found, [])
 
 
-# ---- report ------------------------------------------------------------------------------------------------------------
+# ---- report --------------------------------------------------------------------------------------------------------
 
 
 def build_report(space: MethodGrids, tried: pl.DataFrame, reported: pl.DataFrame) -> pl.DataFrame:

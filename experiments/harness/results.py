@@ -51,7 +51,7 @@ DEFAULT_NETWORK = NetworkModel()
 
 @dataclass(frozen=True)
 class Targets:
-    """Residuals f - f* (f where f* is not known) or test accuracies at which costs are read; a point ends at the last."""
+    """Residuals f - f* (f if f* is not known) or accuracies at which costs are read; a point ends at the last."""
 
     values: tuple[float, ...] = ()
     accuracy: bool = False

@@ -1,14 +1,17 @@
 """Run sweep points to their targets, batch after batch.
 
-    summary = runner.run([SweepPoint(algorithm, case, seed, {"method": "LAQ"}), ...], Targets((1e-3,)), Path("results/mine"))
+    points = [SweepPoint(algorithm, case, seed, {"method": "LAQ"}), ...]
+    summary = runner.run(points, Targets((1e-3,)), Path("results/mine"))
 
 Guarantees:
 
-- Points of one case and one algorithm structure share one compiled program, in batches that `plan.json` fixes at the start.
-- The tables of a batch are written when it ends, and a running batch leaves a checkpoint every ten seconds.
-- After a kill, the same call continues from the tables and the last checkpoint, and each row is bit-identical to an uninterrupted run.
-- With more rounds or further targets a finished study continues, bit-identical to one long run; only after a batch was cut in half, further targets may change the last bits of later rounds.
-- Several JAX processes that see one folder share the batches, and the tables are those of one process.
+- Points of one case and algorithm structure share a compiled program and run in the batches that `plan.json` fixes.
+- A batch writes its tables when it ends, and a checkpoint every ten seconds before.
+- After a kill, the same call continues from there, and every row is bit-identical to that of an uninterrupted run.
+- More rounds or further targets continue a study, bit-identical to one long run; only targets after a cut are not.
+- JAX processes that see one folder share the batches, and write the tables of a single process.
+
+A batch is cut in half when half of its slots are enough for the points that still run.
 """
 
 import json
@@ -67,8 +70,8 @@ class RunOptions:
     rounds: int = 400
     """Maximum number of rounds of a point."""
     eval_every: int | None = None
-    """Rounds between two evaluations, at which a point can end and the loss of minibatch methods and the test accuracy are
-    measured. Default: at most 50, and fewer if evaluations cost about 2 % of the training."""
+    """Rounds between two evaluations. A point can end there, and test accuracy and the loss of minibatch methods are
+    measured. Default: at most 50, fewer where evaluations then cost about 2 % of the training."""
     memory_gib: float | None = None
     """Memory for the points of a batch, in GiB. Default: half of the free memory."""
     batch_size: int | None = None
@@ -174,7 +177,7 @@ def run(
     return summary
 
 
-# ---- the plan ----------------------------------------------------------------------------------------------------------
+# ---- the plan ------------------------------------------------------------------------------------------------------
 
 
 def set_aside_other_study(folder: Path, identity: dict[str, Any], console: Console) -> None:
@@ -271,14 +274,14 @@ def choose_eval_interval(point: SweepPoint, targets: Targets, budget: RunOptions
 def load_or_make_plan(
     firsts: Sequence[SweepPoint], sizes: list[int], out: Path, link: NetworkModel, targets: Targets, budget: RunOptions
 ) -> dict[str, Any]:
-    """Read the plan of a study, or fix it: batch sizes, evaluation intervals and compute times, which results depend on."""
+    """Read or fix the batch sizes, evaluation intervals and compute times of a study, which results depend on."""
     path, devices = out / "plan.json", jax.local_device_count()
     if path.exists():
         plan = storage.read_json(path)
         if plan["devices"] != devices:
             raise ValueError(
-                f"{path} is for {plan['devices']} devices: must be for {devices}, the devices of this process; use as many "
-                "devices, or give another --out"
+                f"{path} is for {plan['devices']} devices: must be for {devices}, the devices of this process; use as "
+                "many devices, or give another --out"
             )
         return plan
     measured: dict[Any, float] = {}
@@ -310,7 +313,7 @@ def measure_gradient_ms(case: ProblemInstance, oracle: Any, sampler: Any) -> flo
     return 1e3 * min(times)
 
 
-# ---- batches -----------------------------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------------------------
 
 
 def batch_is_finished(
@@ -434,7 +437,7 @@ class Batch:
         return np.flatnonzero((self.history.rounds_done < rounds) & ~ended)
 
     def _fill_slots(self, running: np.ndarray) -> np.ndarray:
-        """Return the index of the point in each slot; when half of the slots are enough for the running points, use half."""
+        """Return the point of each slot; use half of the slots where these are enough for the running points."""
         size = half = self.size
         if self.history.rounds_done[running].min() >= self.budget.compact_after:
             while (half := half // 2 // self.devices * self.devices) >= len(running):
@@ -442,7 +445,7 @@ class Batch:
         return running[np.minimum(np.arange(size), len(running) - 1)]
 
     def _measure(self, states: Any, here: np.ndarray, place: np.ndarray) -> None:
-        """Record the accuracy, and the loss on all rows if the method has a sampler, of the points `here` in slots `place`."""
+        """Record the accuracy of the points `here` in the slots `place`, and with a sampler the loss on all rows."""
         done = self.history.rounds_done[here]
         if self.algs.sampler:
             self.history.loss[done, here] = np.asarray(self.case.batched_loss(states.params))[place]
@@ -457,7 +460,7 @@ class Batch:
     def _report(self, show: Callable[[float, str], None]) -> None:
         """Show how many points are done, and the least completed rounds of the others."""
         rounds, count, left = self.history.rounds_done.copy(), len(self.points), self._running(self.budget.rounds)
-        note = f"{count - len(left)} of {count} done in this batch, round {rounds[left].min() if len(left) else rounds.max()}"
+        note = f"{count - len(left)} of {count} done in this batch, round {rounds[left].min(initial=rounds.max())}"
         rounds[np.setdiff1d(np.arange(count), left)] = self.budget.rounds
         show(float(rounds.sum()), note)
 

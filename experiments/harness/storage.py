@@ -123,8 +123,8 @@ def read_identity(folder: Path) -> dict[str, Any]:
     there = read_json(folder / "identity.json")
     if (found := there.pop("format", None)) != FORMAT:
         raise ValueError(
-            f"{folder} holds results of format {found}: must be format {FORMAT}; give another folder, or use the version of "
-            "laqjax that wrote it"
+            f"{folder} holds results of format {found}: must be format {FORMAT}; give another folder, or use the "
+            "version of laqjax that wrote it"
         )
     return there
 

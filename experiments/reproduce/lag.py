@@ -39,7 +39,7 @@ RECOMPUTED = {  # uploads, from the authors' rules and data
 @register_dataclass
 @dataclass(frozen=True)
 class DelayedRule(BaseUploadRule):
-    """Upload rule that applies `rule` after the first rounds: the authors' LAGs begin with a full history of ten steps."""
+    """Upload rule that applies `rule` after the first rounds: the LAGs of the authors begin with a full history."""
 
     rule: Any
     rounds: Any
@@ -76,7 +76,8 @@ def read(folder: Path, problem: str, parts: int) -> laqjax.Shards:
         for path in paths:
             if not path.exists():
                 raise FileNotFoundError(
-                    f"{path} is missing: must be a file in the data folder of the LAG authors; give --data DIR with DIR/data{number}"
+                    f"{path} is missing: must be a file in the data folder of the LAG authors; give --data DIR with "
+                    f"DIR/data{number}"
                 )
         x, y = (np.loadtxt(path) for path in paths)
         x, y = x[:, : FEATURES[problem]], y.ravel()
@@ -131,8 +132,8 @@ def initial_state(name: str, alg: laqjax.Algorithm, shards: laqjax.Shards, worke
 def count_uploads_like_authors(out: Path, tolerance: float) -> pl.DataFrame:
     """Return the uploads as the authors count them, from the tables of a study.
 
-    The loss of a round's model is measured after the uploads of that round, and must be within 1e-8 of the optimum in the
-    sum over workers. The counter starts at 1, and gains 1 at the rounds 1000, 2000, ... if no worker uploads then.
+    The loss of a round's model is measured after the uploads of that round, and must be within the tolerance of the
+    optimum in the sum over workers. The counter starts at 1, and gains 1 at the rounds 1000, 2000, ... without uploads.
     """
     rows = []
     points, masks = (pl.read_parquet(out / f"{name}.parquet") for name in ("points", "masks"))

@@ -44,8 +44,8 @@ class Settings:
     rounds: int | None = None
     """Maximum number of rounds of each method. Default: 4000 (network: 8000)."""
     num_starts: int | None = None
-    """Number of starts of each method that can skip uploads. Default: 3 (network: 1). For softmax regression, the first is
-    that of the authors' program; the others are drawn with the seeds 1, 2, ..."""
+    """Number of starts of each method that can skip uploads. Default: 3 (network: 1). For softmax regression, the first
+    is that of the authors' program; the others are drawn with the seeds 1, 2, ..."""
     hosts: grid.HostOptions = grid.HostOptions()
     quick: bool = False
     """Run few rounds on a tenth of the data, to check that everything works."""
@@ -144,8 +144,8 @@ def slaq(out: Path | None = None, network: bool = False, rounds: int = 1000, qui
 def stochastic_methods(oracle: Any, network: bool) -> dict[str, Any]:
     """Create the methods of `slaq`.
 
-    With b = 3 the quantization error alone reaches the threshold of the paper's rule: nearly all uploads are those that C
-    forces, and the model is worse. Half of the error terms (as in the authors' script), or b = 4, reproduces their figure.
+    With b = 3 the quantization error alone reaches the threshold of the paper's rule: nearly all uploads are those that
+    C forces, and the model is worse. Half of the error terms (as in the authors' script), or b = 4, gives their figure.
     signSGD and CADA have another scale of step: 1e-3 was the best of a few on softmax regression.
     """
     each: dict[str, Any] = {"num_workers": 10, "lr": 0.008, "sampler": BlockSampler(500)}
