@@ -1,20 +1,23 @@
-r"""Every method at its best: searched and chosen on some seeds, reported on others.
+r"""Compare methods at their best settings, which are chosen on some seeds and reported on others.
 
-    python -m experiments.compare                all members on a convex problem, 8 minutes
+    python -m experiments.compare                all methods on a convex problem, 8 minutes
+    python -m experiments.compare --quick        a few methods and rounds, under a minute
     python -m experiments.compare --problem softmax --dataset mnist --algorithm gd laq qgd
     python -m experiments.compare --problem my.py:make --dataset my.py:load \
         --algorithm laq my.py:factory --set beta 0.1 0.5 --target-accuracy 0.8 0.9
 
-Every member runs its grid of steps (powers of `--lr-ratio` around the step of theory, or around a plain one where the problem
-has no known smoothness constant L) and of its own numbers on `--seeds`, as one compiled program. Where the best value of a
-number lies on the edge of its grid, the grid is widened there; between the best step and its neighbours further ones are
-tried, down to a quarter of the grid's distance. The settings that are cheapest at each target in bits up, in all bits, in
-rounds or in seconds run again on `--report-seeds`: what the tables say is what these cost. Leaves in --out: best (a row a method, target and criterion;
-Parquet, CSV), tried (every setting), figures (PNG, SVG), and the studies that it is made of; resumes like a sweep, and goes
-on to more rounds or smaller targets like one. Where the choice of settings is another then, their study is run anew.
+Each method runs a grid of its step sizes and other arguments on `--seeds`, as one compiled program. The steps are
+powers of `--lr-ratio` around the step of theory, or around a plain step if the smoothness constant L is not known.
+
+Where a best value lies on the edge of its grid, the grid is widened there. Between the best step and its neighbors more
+steps are tried, down to a quarter of their distance. The cheapest settings at each target in bits up, all bits, rounds
+or seconds run again on `--report-seeds`, and the tables report these costs.
+
+Files in --out: best (one row per method, target and criterion), tried (every setting), figures, result.json, studies.
+After a kill, the same command continues, also with more rounds or smaller targets. If these lead to other settings, the
+studies of the old ones are renamed.
 """
 
-from itertools import product
 from pathlib import Path
 
 import jax
@@ -26,72 +29,58 @@ from experiments.harness import cli, comparison, grid, results, runner, storage
 
 
 def run(settings: comparison.Settings) -> Path:
-    """Search, widen, report; tables and figures in the output folder, which is returned."""
+    """Search, widen, refine and report, and return the folder of the results."""
     console, leads = cli.leader_console(), jax.process_index() == 0
-    settings = grid.apply_quick_defaults(settings)
+    settings = comparison.apply_quick_defaults(settings)
     settings.budget.check()
     settings.link.check()
+    out, seeds = settings.out, settings.axes.seeds
     with jax.enable_x64(settings.data == comparison.Settings().data):
-        compared = comparison.Comparison(settings, console)
-        wanted = [(name, dict(zip(axes, v, strict=True))) for name, axes in compared.grids.items() for v in product(*axes.values())]  # fmt: skip
-        made = compared.points(wanted, settings.axes.seeds)  # what cannot run is refused before anything is written
-        with runner.lock_study(
-            settings.out, grid.settings_identity(settings, experiment="compare"), runner.reason_states_dropped(made)
-        ):
-            tried = compared.run("search", wanted, settings.axes.seeds, console)
-            for folder, proposed in compared.search_phases():
-                known = {comparison.candidate_key(one) for one in wanted}
-                more = list(
-                    {
-                        comparison.candidate_key(one): one
-                        for one in proposed(tried)
-                        if comparison.candidate_key(one) not in known
-                    }.values()
-                )
-                if more:
+        space = comparison.MethodGrids(settings, console)
+        wanted = space.all()
+        identity = grid.settings_identity(settings, experiment="compare")
+        # building the points refuses what cannot run before anything is written
+        with runner.lock_study(out, identity, runner.reason_states_dropped(space.points(wanted, seeds))):
+            tried = space.run("search", wanted, seeds, console)
+            for folder, propose in comparison.iter_phases(space):
+                if more := comparison.new_candidates(propose(tried), wanted):
                     wanted += more
-                    console.print(f"{len(more)} settings {comparison.SEARCH_PHASES[folder.partition('-')[0]]}")
-                    summary = compared.run(folder, more, settings.axes.seeds, console)
-                    tried = pl.concat([tried, summary], how="diagonal_relaxed")
-            best_ones = comparison.best_candidates(tried, compared.grids)
-            first = compared.first() if compared.known or not best_ones else []  # what the best is measured against
-            chosen = {comparison.candidate_key(one): one for one in [*best_ones, *first]}
-            reported = compared.run("report", list(chosen.values()), settings.report_seeds, console)
-            if not leads:
-                return settings.out
-            storage.save_frame(tried, settings.out / "tried", csv=True)
-            rows = [row for name in compared.grids for row in compared.best_rows(name, tried, reported)]
-            kinds = {c: pl.Float64 for c in rows[0] if c.startswith((*comparison.CRITERIA.values(), "uploads", "gain"))}
-            kinds |= dict.fromkeys(("setting", "widened", "at the edge"), pl.String)
-            best = pl.DataFrame(rows, schema_overrides=kinds).with_columns(goal=pl.lit(tried["goal"][0]))
-            storage.save_frame(best, settings.out / "best", csv=True)
-            storage.write_json(settings.out / "run.json", storage.provenance())
-            print_report(settings.out, console)
-    return settings.out
+                    console.print(f"{len(more)} settings {comparison.PHASES[folder.partition('-')[0]]}")
+                    tried = pl.concat([tried, space.run(folder, more, seeds, console)], how="diagonal_relaxed")
+            best = comparison.best_candidates(tried, space.grids)
+            first = space.first() if space.known or not best else []  # the reference of the gains
+            chosen = comparison.new_candidates([*best, *first], [])
+            reported = space.run("report", chosen, settings.report_seeds, console)
+            if leads:
+                storage.save_frame(tried, out / "tried", csv=True)
+                storage.save_frame(comparison.build_report(space, tried, reported), out / "best", csv=True)
+                storage.write_json(out / "run.json", storage.provenance())
+                print_report(out, console)
+    return out
 
 
 def print_report(out: Path, console: Console) -> None:
-    """Figures, and a row a member: its bits at each target, and its setting at the smallest that it reached."""
+    """Draw the figures, and print the bits of each method and its setting at the smallest target that it reached."""
     drawing.plot_comparison(out)
-    if not pl.read_parquet(out / "best.parquet")["bits_up"].count():
+    best = pl.read_parquet(out / "best.parquet")
+    if not best["bits_up"].count():
         results.report_result(console, out, {}, ["no target was reached: give more --rounds, or larger targets"])
         return
-    best = pl.read_parquet(out / "best.parquet").filter(pl.col("cheapest in") == "bits up")
+    best = best.filter(pl.col("cheapest in") == "bits up")
     targets = best["target"].unique(maintain_order=True).to_list()
-    wide = best.pivot("target", index="method", values="bits_up")
     last = best.drop_nulls("bits_up").group_by("method", maintain_order=True).last()
-    shown = wide.join(last, on="method", how="left").sort(*reversed(targets), nulls_last=True)
-    words = dict.fromkeys(targets, results.format_count) | {
-        "gain": lambda gain: "-" if gain is None else f"{gain:.1f}x"
-    }
+    wide = best.pivot("target", index="method", values="bits_up").join(last, on="method", how="left")
     gain = [pl.col("gain over theory").alias("gain")] * (best["bits_up of theory"].count() > 0)
     wider = pl.when(pl.col("widened") != "").then(pl.format(" (wider: {})", "widened")).otherwise(pl.lit(""))
+    table = wide.sort(*reversed(targets), nulls_last=True).select("method", *targets, *gain, pl.col("setting") + wider)
     title = f"fewest bits up to {best['goal'][0]} ..., mean over the report seeds"
     title += "; gain over the step of theory" if gain else ""
-    open_ = last.filter(pl.col("at the edge") != "").select("method", "at the edge").rows()
-    still = "still best at the edge of what was tried: " + ", ".join(f"{m} ({axes})" for m, axes in open_)
-    table = shown.select("method", *targets, *gain, pl.col("setting") + wider)
-    notices = [*([still] if open_ else []), *results.tied(pl.read_parquet(out / "report" / "points.parquet"))]
+    words = dict.fromkeys(targets, results.format_count) | {
+        "gain": lambda value: "-" if value is None else f"{value:.1f}x"
+    }
+    edges = last.filter(pl.col("at the edge") != "").select(pl.format("{} ({})", "method", "at the edge")).to_series()
+    notices = [f"still best at the edge of what was tried: {', '.join(edges)}"] * (len(edges) > 0)
+    notices += results.tied(pl.read_parquet(out / "report" / "points.parquet"))
     results.report_result(console, out, {title: table}, notices, words)
 
 

@@ -1,8 +1,7 @@
-"""What points cost: rounds, uploads, bits and seconds at their targets, their curves and masks, as tables.
+"""Records and tables of points: rounds, uploads, bits and seconds to their targets, curves, and masks of uploads.
 
-One convention everywhere: row k is the model after k rounds, with all that was sent until then. A round's loss is that of
-the model it began with. What nobody measures in a round (a minibatch method's loss on all data, test accuracy) is measured
-at the ends of chunks, and known there only.
+Row k describes the model after k rounds and all messages until then. The loss of a round is that of the model at its
+beginning. The loss of a minibatch method on all rows and the test accuracy are known at evaluations only.
 """
 
 import itertools
@@ -26,24 +25,25 @@ TABLES = ("curves", "masks", "points")  # points last: a batch is done when its 
 
 @dataclass(frozen=True)
 class NetworkModel:
-    """The link of each worker, for the simulated seconds: a round lasts as long as its slowest message. All that the server
-    sends in a round counts as one message, those to workers that it asks too.
+    """Link of each worker, for the simulated seconds. A round lasts as long as its slowest message.
+
+    All bits that the server sends in a round count as one message.
     """
 
     uplink_mbps: float = 10.0
-    """Megabits a second from a worker to the server."""
+    """Rate from a worker to the server, in Mbit/s."""
     downlink_mbps: float = 100.0
-    """Megabits a second from the server to a worker."""
+    """Rate from the server to a worker, in Mbit/s."""
     latency_ms: float = 20.0
-    """Milliseconds of one way."""
+    """Latency of one direction, in milliseconds."""
     compute_ms: float | None = None
-    """Milliseconds of one gradient of a worker; measured here when not given."""
+    """Time of one gradient of a worker, in milliseconds. Default: measured on this machine."""
 
     def check(self) -> None:
-        """ValueError for what is no link."""
+        """Raise ValueError for a rate that is not positive."""
         for name in ("uplink_mbps", "downlink_mbps"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected a number > 0")
+                raise ValueError(f"{name} = {getattr(self, name)}: must be a number > 0")
 
 
 DEFAULT_NETWORK = NetworkModel()
@@ -51,7 +51,7 @@ DEFAULT_NETWORK = NetworkModel()
 
 @dataclass(frozen=True)
 class Targets:
-    """When a point is done: at the last of `values`. Residuals f - f* (f where no f* is known), or test accuracy."""
+    """Residuals f - f* (f if f* is not known) or accuracies at which costs are read; a point ends at the last."""
 
     values: tuple[float, ...] = ()
     accuracy: bool = False
@@ -61,22 +61,22 @@ class Targets:
         most, ordered = 1 if self.accuracy else np.inf, sorted(self.values, reverse=not self.accuracy)
         if not all(0 < t <= most for t in self.values) or list(self.values) != ordered:
             kind = "shares above 0 and at most 1 (90 % is 0.9)" if self.accuracy else "residuals > 0"
-            raise ValueError(f"{name} = {self.values}: expected {kind}, the {order} first")
-        if len({f"{t:g}" for t in self.values}) < len(self.values):  # the tables name them so
-            raise ValueError(f"{name} = {self.values}: expected numbers that differ in their first six digits")
+            raise ValueError(f"{name} = {self.values}: must be {kind}, the {order} first")
+        if len({f"{t:g}" for t in self.values}) < len(self.values):  # the column names show six
+            raise ValueError(f"{name} = {self.values}: must differ in the first six digits")
 
     def reached(self, record: "PointHistory", target: float) -> np.ndarray:
-        """The models within a target [K + 1, S]; what is not known is not within."""
+        """Return which models are within a target, [K + 1, S]; unknown values are not."""
         return record.accuracy >= target - 1e-6 if self.accuracy else record.residual <= target
 
     def label(self, f_star: float | None) -> str:
-        """What stands before the number of a target."""
+        """Return the text before the number of a target."""
         return "test accuracy >=" if self.accuracy else "f <=" if f_star is None else "f - f* <="
 
 
 @dataclass
 class PointHistory:
-    """What S points have done so far. Row k of loss and accuracy is the model after k rounds, NaN where not known."""
+    """Record of S points. Row k of loss and accuracy belongs to the model after k rounds, NaN if unknown."""
 
     f_star: float | None
     loss: np.ndarray  # [K + 1, S]
@@ -84,9 +84,9 @@ class PointHistory:
     sent: np.ndarray  # [K, S, M]
     bits_up: np.ndarray  # [K, S, M]
     bits_down: np.ndarray  # [K, S]
-    gradients: np.ndarray  # [K, S] gradients of the worker that computed most
-    rounds_done: np.ndarray = field(init=False)  # [S] rounds done
-    diverged_at: np.ndarray = field(init=False)  # [S] the first round without a finite loss, or -1
+    gradients: np.ndarray  # [K, S] largest number of gradients of a worker
+    rounds_done: np.ndarray = field(init=False)  # [S]
+    diverged_at: np.ndarray = field(init=False)  # [S] first round without a finite loss, or -1
 
     def __post_init__(self) -> None:
         points = self.loss.shape[1]
@@ -94,7 +94,7 @@ class PointHistory:
 
     @classmethod
     def empty(cls, rounds: int, points: int, workers: int, f_star: float | None) -> "PointHistory":
-        """Before round 0."""
+        """Create the record of points before round 0."""
         unknown = lambda: np.full((rounds + 1, points), np.nan)  # noqa: E731
         each = (rounds, points, workers)
         counts = np.zeros(each, bool), np.zeros(each, np.int64), *np.zeros((2, rounds, points), np.int64)
@@ -102,45 +102,44 @@ class PointHistory:
 
     @property
     def residual(self) -> np.ndarray:
-        """F - f*, or f where no f* is known."""
+        """The residual f - f*, or f if f* is not known."""
         return self.loss - (self.f_star or 0.0)
 
-    def add(self, info: Any, here: np.ndarray, place: np.ndarray, whole: np.ndarray | None) -> None:
-        """A chunk of the points `here`, in the places `place` of the batch; `whole`: their losses on all data at its end."""
-        began, end = self.rounds_done[here], self.rounds_done[here] + len(info.loss)
-        rows = began + np.arange(len(info.loss))[:, None]
-        found = info.loss[:, place]
-        broken = ~np.isfinite(found)
+    def add(self, info: Any, here: np.ndarray, place: np.ndarray, with_loss: bool = True) -> None:
+        """Record a chunk of rounds of the points `here` in the slots `place` of a batch.
+
+        Without `with_loss` the losses are those of minibatches, and only show whether a point diverged.
+        """
+        began, count = self.rounds_done[here], len(info.loss)
+        rows = began + np.arange(count)[:, None]
+        loss = info.loss[:, place]
+        broken = ~np.isfinite(loss)
         first = np.where(broken.any(axis=0), began + broken.argmax(axis=0), -1)
         self.diverged_at[here] = np.where(self.diverged_at[here] < 0, first, self.diverged_at[here])
-        if whole is None:
-            self.loss[rows, here] = found
-        else:
-            self.loss[end, here] = whole
+        if with_loss:
+            self.loss[rows, here] = loss
         self.sent[rows, here] = info.sent[:, place]
         self.bits_up[rows, here] = info.bits_up[:, place]
         self.bits_down[rows, here] = info.bits_down[:, place]
         self.gradients[rows, here] = info.extra["gradients"].max(axis=2)[:, place]
-        self.rounds_done[here] = end
+        self.rounds_done[here] = began + count
+
+    def _arrays(self) -> list[np.ndarray]:
+        return [self.loss, self.accuracy, self.sent, self.bits_up, self.bits_down, self.gradients]
 
     def to_arrays(self) -> list[np.ndarray]:
-        """The rounds that were run, for a file; `restore` takes them back."""
-        models, rounds, done = (
-            (self.loss, self.accuracy),
-            (self.sent, self.bits_up, self.bits_down, self.gradients),
-            self.rounds_done.max(),
-        )
-        return [*(a[: done + 1] for a in models), *(a[:done] for a in rounds), self.rounds_done, self.diverged_at]
+        """Return the completed rounds as arrays for a file; `restore` is the inverse."""
+        unused = len(self.sent) - self.rounds_done.max()
+        return [*(a[: len(a) - unused] for a in self._arrays()), self.rounds_done, self.diverged_at]
 
     def restore(self, kept: Sequence[np.ndarray]) -> None:
-        """What `kept` gave."""
-        all_rounds = self.loss, self.accuracy, self.sent, self.bits_up, self.bits_down, self.gradients
-        for mine, theirs in zip(all_rounds, kept, strict=False):
+        """Take over the arrays of `to_arrays`."""
+        for mine, theirs in zip(self._arrays(), kept, strict=False):
             mine[: len(theirs)] = theirs
-        self.rounds_done, self.diverged_at = (np.array(a) for a in kept[len(all_rounds) :])
+        self.rounds_done, self.diverged_at = (np.array(a) for a in kept[-2:])
 
     def cumulative_costs(self, link: NetworkModel, compute_ms: float) -> dict[str, np.ndarray]:
-        """Everything spent before row k, [K + 1, S]."""
+        """Return all costs until the model of row k, [K + 1, S]."""
         slowest = self.bits_up.max(axis=2) / (link.uplink_mbps * 1e6) + link.latency_ms / 1e3
         seconds = np.where(self.sent.any(axis=2), slowest, 0) + self.bits_down / (link.downlink_mbps * 1e6)
         each = {
@@ -157,7 +156,7 @@ class PointHistory:
 def build_tables(
     labels: Sequence[dict[str, Any]], record: PointHistory, targets: Targets, spent: Any, keep: int
 ) -> dict[str, Any]:
-    """Curves of about `keep` rows up to the last target, masks of all rounds done, and a row a point."""
+    """Return curves of about `keep` rows up to the last target, masks of all rounds, and one row per point."""
     rows, curves, masks = [], [], []
     known = np.isfinite(record.loss) | np.isfinite(record.accuracy)
     for i, label in enumerate(labels):
@@ -198,7 +197,7 @@ def build_tables(
 
 
 def thin_indices(rounds: int, points: int) -> list[int]:
-    """About `points` indices below `saved_rounds`, denser at the start as a log axis shows them; first and last included."""
+    """Return about `points` indices below `rounds` for a log axis, with the first and the last."""
     if rounds <= points:
         return list(range(rounds))
     even = np.concatenate([np.geomspace(1, rounds, points // 2), np.linspace(1, rounds, points // 2)])
@@ -206,35 +205,37 @@ def thin_indices(rounds: int, points: int) -> list[int]:
 
 
 def unpack_mask(mask: dict[str, Any]) -> np.ndarray:
-    """Who sent when, [rounds, workers], of a row of masks."""
+    """Return which worker sent in which round, [rounds, workers], from a row of masks."""
     size = mask["rounds"] * mask["workers"]
     bits = np.unpackbits(np.frombuffer(mask["sent"], np.uint8), count=size)
     return bits.reshape(mask["rounds"], mask["workers"])
 
 
 def setting_columns(table: pl.DataFrame) -> list[str]:
-    """The columns that say what a point or a setting is."""
+    """Return the columns that describe a point or a setting."""
     names = table.columns
     return [name for name in names[: names.index("seed" if "seed" in names else "seeds")] if name != "point"]
 
 
 def target_labels(table: pl.DataFrame) -> list[str]:
-    """The targets of a table, as they stand in its columns; "end" alone where there are none."""
+    """Return the targets in the column names of a table, or ["end"] if there are none."""
     found = [name.removeprefix("rounds_") for name in table.columns if name.startswith("rounds_")]
     return [t for t in found if "_" not in t and t != "end"] or ["end"]
 
 
 def summarize(points: pl.DataFrame) -> pl.DataFrame:
-    """Mean, half of the 95 % interval (Student's t), least and most over seeds, a row a setting; a cost only where all seeds reached it."""
+    """Return mean, half of the 95 % interval (Student's t), minimum and maximum over seeds, one row per setting.
+
+    A cost is null if a seed did not reach it.
+    """
     by = setting_columns(points)
     measures = [name for name in points.columns if name.rsplit("_", 1)[0] in COST_COLUMNS and name not in by]
     measures += ["final_loss", "accuracy"]
     rows = []
     for key, group in points.group_by(by, maintain_order=True):
         row: dict[str, Any] = dict(zip(by, key, strict=True)) | {"seeds": len(group), "point": group["point"][0]}
-        row |= {name: int(group[name].sum()) for name in ("reached", "diverged")} | dict(
-            group[0].select("f_star", "goal").to_dicts()[0]
-        )
+        row |= {name: int(group[name].sum()) for name in ("reached", "diverged")}
+        row |= group[0].select("f_star", "goal").to_dicts()[0]
         for name in measures:
             whole = group[name].to_numpy() if group[name].null_count() == 0 else None
             row |= {name + end: value for end, value in mean_ci(whole).items()}
@@ -246,19 +247,19 @@ def summarize(points: pl.DataFrame) -> pl.DataFrame:
 
 
 def mean_ci(values: np.ndarray | None) -> dict[str, float | None]:
-    """Mean, half of the 95 % interval where there are two values or more, least, most."""
+    """Return mean, half of the 95 % interval if there are two values, minimum and maximum."""
     if values is None:
         return dict.fromkeys(("", "_ci95", "_least", "_most"))
-    from scipy import stats  # takes longer than all else here, and is needed at the end only
+    from scipy import stats  # a slow import, needed at the end only
 
     n = len(values)
-    with np.errstate(over="ignore"):  # of a loss that diverged
+    with np.errstate(over="ignore"):  # losses that diverge
         half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else None
         return {"": float(values.mean()), "_ci95": half, "_least": float(values.min()), "_most": float(values.max())}
 
 
 def merge_tables(folder: Path, parts: Sequence[str]) -> pl.DataFrame:
-    """The tables PART + NAME.parquet of batches, or of merged folders, as one of each kind; and the summary, returned."""
+    """Write the tables PART + NAME.parquet of batches or folders as one table of each kind; return the summary."""
     whole = concat_tables(parts)
     for name in TABLES:
         storage.save_frame(whole[name], folder / name, csv=name == "points")
@@ -267,7 +268,7 @@ def merge_tables(folder: Path, parts: Sequence[str]) -> pl.DataFrame:
 
 
 def concat_tables(parts: Sequence[str]) -> dict[str, pl.DataFrame]:
-    """What `joined` writes."""
+    """Return the tables that `merge_tables` writes."""
     read = {name: [pl.read_parquet(f"{part}{name}.parquet") for part in parts] for name in TABLES}
     whole = {
         n: pl.concat(frames, how="diagonal_relaxed").sort("point", maintain_order=True) for n, frames in read.items()
@@ -279,12 +280,17 @@ COLUMN_TITLES = {"bits": "b", "max_silence": "C", "window": "D"}
 
 
 def format_value(value: Any) -> str:
-    """A value of a setting in a few letters."""
+    """Format a value of a setting in a few characters."""
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def format_setting(values: Mapping[str, Any], equals: str = "=") -> str:
+    """Format the values of a setting as b=4, lr=0.02."""
+    return ", ".join(f"{COLUMN_TITLES.get(name, name)}{equals}{format_value(value)}" for name, value in values.items())
+
+
 def format_count(number: float | None) -> str:
-    """1,234 or 12.3M or 1.23G."""
+    """Format a count as 1,234 or 12.3M or 1.23G."""
     if number is None:
         return "-"
     for limit, suffix in ((1e9, "G"), (1e6, "M")):
@@ -294,18 +300,14 @@ def format_count(number: float | None) -> str:
 
 
 def unreached_notice(summary: pl.DataFrame) -> list[str]:
-    """What is to be said of settings that did not reach the last target on all seeds."""
+    """Return a notice if settings did not reach the last target on all seeds."""
     target = target_labels(summary)[-1]
     number, lost = summary[f"rounds_{target}"].null_count(), int((summary["diverged"] > 0).sum())
     return [f"{number} of {len(summary)} settings did not reach {target} ({lost} diverged)"] if number else []
 
 
 def tied(points: pl.DataFrame) -> list[str]:
-    """Return a warning for each pair of neighboring targets that settings met at one look, so that the look ranks them.
-
-    Args:
-        points: with the rounds at which each point met its targets, and `every`, the rounds between its looks.
-    """
+    """Return a notice for each pair of neighboring targets that settings of a table of points met at one evaluation."""
     notices, targets, settings = [], target_labels(points), setting_columns(points)
     total = points.select(settings).n_unique() if settings else 1
     for easy, hard in itertools.pairwise(targets):
@@ -314,38 +316,37 @@ def tied(points: pl.DataFrame) -> list[str]:
         if len(found):
             number = found.select(settings).n_unique() if settings else 1
             notices.append(
-                f"{number} of {total} settings met targets {easy} and {hard} at the same look (every = "
+                f"{number} of {total} settings met targets {easy} and {hard} at the same evaluation (every = "
                 f"{found['every'].max()} rounds): give a smaller --eval-every"
             )
     return notices
 
 
-def report_result(
-    console: Console,
-    out: Path,
-    tables: Mapping[str, pl.DataFrame],
-    notices: Sequence[str] = (),
-    words: Mapping[str, Callable[[Any], str]] | None = None,
-    **facts: Any,
-) -> None:
-    """The end of a command: its short tables under their titles, what is to be said of them, and where all of it is.
+Formats = Mapping[str, Callable[[Any], str]]  # functions that format the values of a column
 
-    words: how the values of a column are printed. facts: what --json says beside tables, notices and place.
+
+def report_result(console: Console, out: Path, tables: Mapping[str, pl.DataFrame], notices: Sequence[str] = (), words: Formats | None = None, **facts: Any) -> None:  # fmt: skip
+    """Print tables by title and notices, and write them with further facts as `result.json` and after --json to stdout.
+
+    `result.json` is written if `out` is a folder.
     """
     for title, frame in tables.items():
         console.print(to_rich_table(frame, title, words or {}))
     for notice in notices:
         console.print(notice, markup=False)
-    console.print(f"figures and tables: {out}", soft_wrap=True, markup=False)  # whole, to be copied
-    rows = {title: json.loads(frame.write_json()) for title, frame in tables.items()}  # nan and inf are null there
-    cli.write_json_result({"out": str(out), "tables": rows, "notices": list(notices), **facts})
+    console.print(f"figures and tables: {out}", soft_wrap=True, markup=False)  # one line, to copy the path
+    rows = {title: json.loads(frame.write_json()) for title, frame in tables.items()}  # nan and inf become null
+    result = {"out": str(out), "tables": rows, "notices": list(notices), **facts}
+    if out.is_dir():
+        storage.write_json(out / "result.json", result)
+    cli.write_json_result(result)
 
 
-def to_rich_table(frame: pl.DataFrame, title: str, words: Mapping[str, Callable[[Any], str]] = {}) -> Table:
-    """A table for a terminal of 80 columns: what is constant is left to the title, no word is broken."""
+def to_rich_table(frame: pl.DataFrame, title: str, words: Formats) -> Table:
+    """Convert a table for a terminal of 80 columns: null columns are left out, and words are not broken."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     frame = frame.select(name for name in frame.columns if frame[name].null_count() < len(frame))
-    for name, kind in frame.schema.items():  # only the last may take more lines
+    for name, kind in frame.schema.items():  # only the last column may wrap
         table.add_column(name, justify="right" if kind.is_numeric() else "left", no_wrap=name != frame.columns[-1])
     for row in frame.iter_rows(named=True):
         how = {n: words.get(n, format_count if _is_count_column(n) else format_value) for n in row}

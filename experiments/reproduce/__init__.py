@@ -1,4 +1,4 @@
-"""The tables of the papers, beside the published values: which points, which targets; all else is `experiments.harness.runner`."""
+"""Tables of the papers next to the published values."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,17 +14,13 @@ from experiments.harness.results import Targets
 from experiments.harness.runner import RunOptions, SweepPoint
 
 COSTS = {"rounds": "rounds", "uploads": "uploads", "bits_up": "bits up", "paper_bits": "as b p", "bits": "up + down"}
+NUMBERS = ("mean", "least", "most", "published")
 
 
 def run_methods(
-    name: dict[str, Any],
-    points: Sequence[SweepPoint],
-    targets: Targets,
-    out: Path,
-    budget: RunOptions,
-    console: Console,
+    name: Any, points: Sequence[SweepPoint], targets: Targets, out: Path, budget: RunOptions, console: Console
 ) -> pl.DataFrame:
-    """Points whose label is their method, to their targets; figures; the summary."""
+    """Run points that are labeled with their method, draw the figures, and return the summary."""
     identity = name | {"experiment": "methods", "rounds": budget.rounds, "targets": targets.values}
     summary = runner.run(points, targets, out, budget, identity=identity, console=console)
     if jax.process_index() == 0:
@@ -35,9 +31,9 @@ def run_methods(
 def compare_with_published(
     summary: pl.DataFrame, target: str, published: Mapping[str, Mapping[str, float]], message: Any
 ) -> pl.DataFrame:
-    """A row a method and cost: mean, least and most over the starts, what was published, and whether it lies inside.
+    """Compare the mean, minimum and maximum of each cost of each method over the starts with the published value.
 
-    message: bits of an upload of each method as the paper counts them (b p).
+    `message` holds the bits of an upload of each method as the paper counts them, b p.
     """
     rows = []
     for row in summary.iter_rows(named=True):
@@ -53,18 +49,13 @@ def compare_with_published(
                 | {"difference": f"{ours['mean'] / value - 1:+.1%}" if known else None}
                 | {"inside": ("yes" if ours["least"] <= value <= ours["most"] else "no") if known else None}
             )
-    kinds: Any = dict.fromkeys(("mean", "least", "most", "published"), pl.Float64) | {
-        "difference": pl.String,
-        "inside": pl.String,
-    }
+    kinds: Any = dict.fromkeys(NUMBERS, pl.Float64) | dict.fromkeys(("difference", "inside"), pl.String)
     return pl.DataFrame(rows, schema_overrides=kinds)
 
 
 def write_and_print(out: Path, table: pl.DataFrame, title: str, console: Console) -> None:
-    """Write the table, print it, say where it is: process 0 alone."""
+    """Write and print a table on process 0."""
     if jax.process_index() > 0:
         return
     storage.save_frame(table, out / "table", csv=True)
-    results.report_result(
-        console, out, {title: table}, words=dict.fromkeys(("mean", "least", "most", "published"), results.format_count)
-    )
+    results.report_result(console, out, {title: table}, words=dict.fromkeys(NUMBERS, results.format_count))

@@ -1,13 +1,13 @@
-"""The tables of the papers, beside the published values.
+"""Reproduce the tables of the papers, next to the published values.
 
     python -m experiments.reproduce laq-logistic          the paper's table, 5 minutes on 2 cores
     python -m experiments.reproduce laq-logistic --quick  a tenth of the data, under a minute
     python -m experiments.reproduce laq-nn                8000 rounds of a network, hours on a CPU
-    python -m experiments.reproduce lag --help            the options of one of them
+    python -m experiments.reproduce lag --help            the options of one table
 
-Leaves in --out: table and summary (CSV, Parquet), points, curves and masks (Parquet), figures (PNG, SVG), command, versions.
-Ctrl-C ends early and keeps what is done; the same command goes on where it, or a kill, stopped, and with more --rounds from
-where it ended.
+Files in --out: table and summary (CSV, Parquet), points, curves and masks (Parquet), figures (PNG, SVG), run.json with
+command and versions, and result.json.
+Ctrl-C stops early and keeps what is done. The same command continues after a stop or a kill, also with more --rounds.
 """
 
 from experiments.harness import cli
@@ -15,7 +15,7 @@ from experiments.reproduce import family, lag, laq
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     tables = {
         "laq-logistic": laq.logistic,
         "laq-nn": laq.network,

@@ -1,7 +1,7 @@
-"""The real-data table of LAG (Chen, Giannakis, Sun, Yin, NeurIPS 2018), called by `experiments.reproduce lag --data DIR`.
+"""Real-data table of LAG (Chen, Giannakis, Sun, Yin, NeurIPS 2018): `experiments.reproduce lag --data DIR`.
 
-DIR is laid out as the authors publish it: dataN/data.txt (rows of features) and dataN/y.txt. Their program has habits
-that the exact counts need; all of them are said here, through the public API: an initial state, and a rule.
+DIR has the layout of the authors' data: dataN/data.txt (rows of features) and dataN/y.txt. The exact counts need the
+initial state and the late first uploads of their program, which this file defines through the public API.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from laqjax.rules import BaseUploadRule
 from laqjax.types import register_dataclass
 
 SETS = {"linear": (28, 29, 30), "logistic": (2, 9, 11)}
-FEATURES = {"linear": 8, "logistic": 34}  # the smallest number among the three sets
+FEATURES = {"linear": 8, "logistic": 34}  # the smallest number of the three sets
 OPTIMUM_ROUNDS = {"linear": 25000, "logistic": 8000}  # rounds of GD
 TOLERANCE = 1e-8
 RECOMPUTED = {  # uploads, from the authors' rules and data
@@ -39,39 +39,45 @@ RECOMPUTED = {  # uploads, from the authors' rules and data
 @register_dataclass
 @dataclass(frozen=True)
 class DelayedRule(BaseUploadRule):
-    """`rule`, but nobody uploads in the first rounds: the authors' LAGs begin with a full history of ten steps."""
+    """Upload rule that applies `rule` after the first rounds: the LAGs of the authors begin with a full history."""
 
     rule: Any
     rounds: Any
 
     @property
     def server_selects(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the server selects the workers."""
         return self.rule.server_selects
 
     def init(self, params):
+        """Create the state of `rule`."""
         return self.rule.init(params)
 
     def is_selected(self, shared_state, worker_state, context):
+        """Return whether a worker is selected: by a server only after the first rounds."""
         asked = self.rule.is_selected(shared_state, worker_state, context)
         return asked & (context.keys.round >= self.rounds) if self.server_selects else asked
 
     def should_send(self, shared_state, worker_state, context):
+        """Decide whether a worker sends: only after the first rounds."""
         decision = self.rule.should_send(shared_state, worker_state, context)
         return decision._replace(send=decision.send & (context.keys.round >= self.rounds))
 
     def update(self, shared_state, step):
+        """Update the state of `rule`."""
         return self.rule.update(shared_state, step)
 
 
 def read(folder: Path, problem: str, parts: int) -> laqjax.Shards:
-    """The three sets, each cut to the common features and split in file order into equal parts: M = 3 parts workers."""
+    """Read the three sets, cut to the common features and split in file order into equal parts: M = 3 parts workers."""
     xs, ys = [], []
     for number in SETS[problem]:
         paths = folder / f"data{number}" / "data.txt", folder / f"data{number}" / "y.txt"
         for path in paths:
             if not path.exists():
                 raise FileNotFoundError(
-                    f"{path} is missing: expected the data folder of the LAG authors (--data DIR with DIR/data{number})"
+                    f"{path} is missing: must be a file in the data folder of the LAG authors; give --data DIR with "
+                    f"DIR/data{number}"
                 )
         x, y = (np.loadtxt(path) for path in paths)
         x, y = x[:, : FEATURES[problem]], y.ravel()
@@ -85,12 +91,12 @@ def read(folder: Path, problem: str, parts: int) -> laqjax.Shards:
 
 
 def make_model(problem: str) -> laqjax.problems.Problem:
-    """The loss of LAG's linear or logistic problem."""
+    """Create the linear or logistic problem of LAG."""
     return (laqjax.problems.Logistic if problem == "logistic" else laqjax.problems.Ridge)(FEATURES[problem])
 
 
 def make_algorithms(problem: str, shards: laqjax.Shards) -> dict[str, tuple[laqjax.Algorithm, laqjax.AlgorithmState]]:
-    """Each method with the state before the round that the authors' program counts as its first."""
+    """Return each method with the state before the round that the authors' program counts as its first."""
     workers = shards.x.shape[0]
     model = make_model(problem)
     oracle = model.oracle(np.float64)
@@ -112,7 +118,7 @@ def make_algorithms(problem: str, shards: laqjax.Shards) -> dict[str, tuple[laqj
 
 
 def initial_state(name: str, alg: laqjax.Algorithm, shards: laqjax.Shards, workers: int) -> laqjax.AlgorithmState:
-    """Zero parameters and memories of ones. GD and the IAGs have already stepped along these ones when their counting begins."""
+    """Return zero parameters and memories of ones; GD and the IAGs have taken a step along these ones."""
     zero = jnp.zeros(alg.oracle.size)
     state, ones = alg.init(zero), jnp.ones_like(zero)
     if name == "GD":
@@ -123,20 +129,21 @@ def initial_state(name: str, alg: laqjax.Algorithm, shards: laqjax.Shards, worke
     return state._replace(aggregate=workers * ones, workers=state.workers._replace(memory_state=memory))
 
 
-def count_uploads_like_authors(out: Path) -> pl.DataFrame:
-    """Uploads as the authors count them, from the tables of a study: the loss of a round's model is measured after that
-    round's uploads, within 1e-8 of the optimum in the sum over workers; the counter starts at 1 and gains 1 at rounds 1000,
-    2000, ... when nobody uploads then.
+def count_uploads_like_authors(out: Path, tolerance: float) -> pl.DataFrame:
+    """Return the uploads as the authors count them, from the tables of a study.
+
+    The loss of a round's model is measured after the uploads of that round, and must be within the tolerance of the
+    optimum in the sum over workers. The counter starts at 1, and gains 1 at the rounds 1000, 2000, ... without uploads.
     """
     rows = []
     points, masks = (pl.read_parquet(out / f"{name}.parquet") for name in ("points", "masks"))
     for row, mask in zip(points.iter_rows(named=True), masks.iter_rows(named=True), strict=True):
         sent, name, workers = results.unpack_mask(mask), row["method"], row["workers"]
-        end = row[f"rounds_{TOLERANCE / workers:g}"] + 1
+        end = row[f"rounds_{tolerance / workers:g}"] + 1
         uploads = int(sent[:end].sum()) + 1 + sum(not sent[k - 1].any() for k in range(1000, end, 1000))
-        if name == "GD":  # one more round of M uploads stands before the state we start from
+        if name == "GD":  # one more round of M uploads precedes the initial state
             uploads += workers - 1
-        elif name.endswith("IAG"):  # every round counts, the one before too
+        elif name.endswith("IAG"):  # every round counts, and one precedes the initial state
             uploads += 1
         recomputed = RECOMPUTED[row["problem"], workers][name]
         rows.append(
@@ -145,18 +152,24 @@ def count_uploads_like_authors(out: Path) -> pl.DataFrame:
     return pl.DataFrame(rows).with_columns(difference=pl.col("uploads") - pl.col("recomputed"))
 
 
-def lag_table(data: Path, out: Path = Path("results/lag")) -> None:
-    """LAG's real-data table: uploads to 1e-8 (NeurIPS 2018, table 5).
+def lag_table(data: Path | None = None, out: Path | None = None, quick: bool = False) -> None:
+    """Reproduce the real-data table of LAG: uploads to 1e-8 (NeurIPS 2018, table 5).
 
     Linear and logistic regression, M = 9 and 18.
 
     Args:
-        data: Folder laid out as the authors publish it: dataN/data.txt and dataN/y.txt.
-        out: Folder for the results.
+        data: Folder with the layout of the authors' data: dataN/data.txt and dataN/y.txt. It must be given.
+        out: Folder for the results. Default: results/lag.
+        quick: Run the logistic problem on M = 9 to a coarse target, to check that everything works.
     """
-    console, points = Console(), []
+    if data is None:
+        raise ValueError(
+            "--data is not given: must be the data folder of the LAG authors, with dataN/data.txt and dataN/y.txt"
+        )
+    console, points, out = Console(), [], out or Path("results") / ("lag" + "-quick" * quick)
+    tolerance = 1e-1 if quick else TOLERANCE
     with jax.enable_x64(True):
-        for problem, parts in [(p, s) for p in SETS for s in (3, 6)]:
+        for problem, parts in [("logistic", 3)] if quick else [(p, s) for p in SETS for s in (3, 6)]:
             shards = read(data, problem, parts)
             algs = make_algorithms(problem, shards)
             with console.status(f"f* of {problem}, M = {len(shards.x)}, by GD"):
@@ -165,15 +178,8 @@ def lag_table(data: Path, out: Path = Path("results/lag")) -> None:
             for name, (alg, state) in algs.items():
                 label = {"problem": problem, "workers": len(shards.x), "method": name}
                 points.append(SweepPoint(alg, case, 0, label, state))
-        targets = Targets(tuple(sorted({TOLERANCE / len(point.case.shards.x) for point in points}, reverse=True)))
-        run_methods(
-            {"name": "lag", "data": str(data)},
-            points,
-            targets,
-            out,
-            RunOptions(200_000, eval_every=1000, curve_points=1000),
-            console,
-        )
-    write_and_print(
-        out, count_uploads_like_authors(out), f"uploads to a total loss within {TOLERANCE:g} of the optimum", console
-    )
+        targets = Targets(tuple(sorted({tolerance / len(point.case.shards.x) for point in points}, reverse=True)))
+        budget = RunOptions(200_000, eval_every=1000, curve_points=1000)
+        run_methods({"name": "lag", "data": str(data), "quick": quick}, points, targets, out, budget, console)
+    title = f"uploads to a total loss within {tolerance:g} of the optimum"
+    write_and_print(out, count_uploads_like_authors(out, tolerance), title, console)

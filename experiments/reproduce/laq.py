@@ -1,4 +1,4 @@
-"""LAQ's convex problem and network (NeurIPS 2019, figures 4 and 5, table 2), and its stochastic methods."""
+"""Convex problem and network of LAQ (NeurIPS 2019, figures 4 and 5, table 2), and its stochastic methods."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from laqjax import algorithms, check_number
 from laqjax.samplers import BlockSampler
 
 TARGETS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-# values read off the published figures, good to about 2 %
+# read from the published figures, accurate to about 2 %
 PUBLISHED_LOGISTIC = {
     "LAQ": {"rounds": 2626, "uploads": 572, "paper_bits": 1.80e7, "bits": 6.77e8},
     "TWO-LAQ": {"rounds": 2576, "uploads": 734, "paper_bits": 2.30e7, "bits": 1.04e8},
@@ -37,44 +37,44 @@ PUBLISHED_NETWORK = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What a comparison run takes from the command line."""
+    """Settings of a comparison with the paper."""
 
     out: Path | None = None
-    """Folder for the results; results/NAME by default."""
+    """Folder for the results. Default: results/NAME."""
     rounds: int | None = None
-    """Stop each method after so many rounds."""
+    """Maximum number of rounds of each method. Default: 4000 (network: 8000)."""
     num_starts: int | None = None
-    """Starts of each method that may skip uploads, side by side; 3 (the network: 1) by default. The first is that of the
-    authors' program (softmax regression), the others are draws of seeds 1, 2, ..."""
+    """Number of starts of each method that can skip uploads. Default: 3 (network: 1). For softmax regression, the first
+    is that of the authors' program; the others are drawn with the seeds 1, 2, ..."""
     hosts: grid.HostOptions = grid.HostOptions()
     quick: bool = False
-    """A tenth of the data and few rounds: does everything work here?"""
+    """Run few rounds on a tenth of the data, to check that everything works."""
     float64: bool = False
-    """Compute in float64: shows which counts are ruled by rounding."""
+    """Compute in float64, which shows the counts that depend on rounding."""
 
 
 def logistic(settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
-    """Softmax regression on MNIST: NeurIPS 2019, figure 4 and table 2.
+    """Reproduce softmax regression on MNIST: NeurIPS 2019, figure 4 and table 2.
 
     Ten workers, b = 4, C = 100, D = 10, lr 0.02, to f - f* <= 1e-6.
     """
-    compare("laq-logistic", settings, 4, 4000, PUBLISHED_LOGISTIC)
+    run_comparison("laq-logistic", settings, 4, 4000, PUBLISHED_LOGISTIC)
 
 
 def network(settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
-    """The 784-200-10 network on MNIST: NeurIPS 2019, figure 5 and table 2.
+    """Reproduce the 784-200-10 network on MNIST: NeurIPS 2019, figure 5 and table 2.
 
     Ten workers, b = 8, C = 100, D = 10, lr 0.02, 8000 rounds.
     """
-    compare("laq-nn", settings, 8, 8000, PUBLISHED_NETWORK)
+    run_comparison("laq-nn", settings, 8, 8000, PUBLISHED_NETWORK)
 
 
-def compare(name: str, settings: Settings, bits: int, rounds: int, published: Any) -> None:
-    """LAQ, TWO-LAQ, GD, QGD and LAG from the same starts; table, curves and figures in the output folder."""
+def run_comparison(name: str, settings: Settings, bits: int, rounds: int, published: Any) -> None:
+    """Run LAQ, TWO-LAQ, GD, QGD and LAG from the same starts, and write table, curves and figures."""
     settings.hosts.initialize()
     console, convex = cli.leader_console(), name == "laq-logistic"
     out = settings.out or Path("results") / (name + "-quick" * settings.quick + "-float64" * settings.float64)
-    rounds = (200 if settings.quick else rounds) if settings.rounds is None else settings.rounds
+    rounds = ((200 if convex else 20) if settings.quick else rounds) if settings.rounds is None else settings.rounds
     starts = (3 if convex else 1) if settings.num_starts is None else settings.num_starts
     budget = RunOptions(rounds, eval_every=100, curve_points=1000)
     check_number("num_starts", starts, np.int32, minimum=1)
@@ -92,7 +92,7 @@ def compare(name: str, settings: Settings, bits: int, rounds: int, published: An
         }
         first = cases.load_authors_init(case.oracle) if convex else case.start(0)
         begin = [first, *(case.start(seed) for seed in range(1, starts))]
-        chosen = [  # whoever always sends counts the same from every start: 12 rounds of 2800 apart, over three
+        chosen = [  # methods that always send need one start: over three, 12 of 2800 rounds differ
             SweepPoint(alg, case, seed, {"method": m}, begin[seed])
             for m, alg in algs.items()
             for seed in range(starts if alg.rule.can_skip else 1)
@@ -111,24 +111,22 @@ def compare(name: str, settings: Settings, bits: int, rounds: int, published: An
 
 
 def slaq(out: Path | None = None, network: bool = False, rounds: int = 1000, quick: bool = False) -> None:
-    """SLAQ and the stochastic baselines on MNIST.
+    """Run SLAQ and the stochastic baselines on MNIST.
 
     500 examples per worker and round, lr 0.008, b = 3.
 
     Args:
         out: Folder for the results.
-        network: The 784-200-10 network instead of softmax regression.
-        rounds: Rounds of each method.
-        quick: Few examples and rounds: does everything work here?
+        network: Train the 784-200-10 network instead of softmax regression.
+        rounds: Number of rounds of each method.
+        quick: Run every second method for few rounds on few examples, to check that everything works.
     """
     console = Console()
     out = out or Path("results") / ("slaq" + "-nn" * network + "-quick" * quick)
     case = cases.get_case("network" if network else "softmax", "mnist", rows=600 if quick else None)
     start = case.start(0) if network else cases.load_authors_init(case.oracle)
-    chosen = [
-        SweepPoint(alg, case, 0, {"method": name}, start)
-        for name, alg in stochastic_methods(case.oracle, network).items()
-    ]
+    methods = list(stochastic_methods(case.oracle, network).items())[:: 2 if quick else 1]
+    chosen = [SweepPoint(alg, case, 0, {"method": name}, start) for name, alg in methods]
     budget = RunOptions(min(40, rounds) if quick else rounds, eval_every=20, curve_points=1000)
     summary = run_methods({"name": "slaq", "network": network, "quick": quick}, chosen, Targets(), out, budget, console)
     table = summary.select(
@@ -142,11 +140,11 @@ def slaq(out: Path | None = None, network: bool = False, rounds: int = 1000, qui
 
 
 def stochastic_methods(oracle: Any, network: bool) -> dict[str, Any]:
-    """The methods of `slaq`.
+    """Create the methods of `slaq`.
 
-    With b = 3 the quantization error alone stands at the threshold of the paper's rule: nearly all uploads are those that
-    C forces, and the model suffers. Half of the error terms (as in the authors' script), or b = 4, gives their picture.
-    signSGD and CADA have another scale of step: 1e-3, the best of a few on softmax regression.
+    With b = 3 the quantization error alone reaches the threshold of the paper's rule: nearly all uploads are those that
+    C forces, and the model is worse. Half of the error terms (as in the authors' script), or b = 4, gives their figure.
+    signSGD and CADA have another scale of step: 1e-3 was the best of a few on softmax regression.
     """
     each: dict[str, Any] = {"num_workers": 10, "lr": 0.008, "sampler": BlockSampler(500)}
     authors: dict[str, Any] = {"rescale_short_history": True, "force_first_upload": False}

@@ -56,8 +56,19 @@ def test_a_method_without_a_row_is_compared_over_lr_alone(monkeypatch: pytest.Mo
     assert set(comparison.Settings().axes.algorithm) == set(grid.algorithm_factories())
     monkeypatch.delitem(comparison.MEMBERS, "qgd")
     settings = grid.parse_settings(comparison.Settings, [*TASK, "--algorithm", "qgd"], None)
-    (axes,) = comparison.Comparison(settings, Console()).grids.values()
+    (axes,) = comparison.MethodGrids(settings, Console()).grids.values()
     assert list(axes) == ["lr"]
+
+
+def test_quick_replaces_what_is_not_given() -> None:
+    read = lambda *given: comparison.apply_quick_defaults(grid.parse_settings(comparison.Settings, given, None))  # noqa: E731
+    plain, quick = comparison.Settings(), read("--quick")
+    assert read() == plain
+    assert (quick.axes.algorithm, quick.axes.seeds, quick.report_seeds) == (("gd", "laq", "ef21"), (0,), (1, 2))
+    assert (quick.out, quick.budget.rounds, quick.goal.target) == (Path("results/compare-quick"), 60, (0.1, 0.03))
+    mine = read("--quick", "--algorithm", "qgd", "--seeds", "3", "4", "--num-lrs", "7", "--target", "2")
+    assert (mine.axes.algorithm, mine.axes.bits, mine.axes.seeds) == (("qgd",), (), (3, 4))
+    assert (mine.num_lrs, mine.goal.target) == (7, (2.0,))
 
 
 def test_the_best_is_chosen_on_some_seeds_and_reported_on_others(whole: Path) -> None:
@@ -88,7 +99,9 @@ def test_the_table_is_one_object_and_the_page_has_the_fronts(whole: Path, capsys
     best, tried = (pl.read_parquet(whole / f"{name}.parquet") for name in ("best", "tried"))
     with cli.command_line(["--json"]):
         compare.print_report(whole, Console())
-    (rows,) = json.loads(capsys.readouterr().out)["tables"].values()
+    printed = json.loads(capsys.readouterr().out)
+    assert storage.read_json(whole / "result.json") == printed
+    (rows,) = printed["tables"].values()
     known = {(row["method"], row["target"]): row["bits_up"] for row in best.filter(pl.col("cheapest in") == "bits up").iter_rows(named=True)}  # fmt: skip
     assert {(row["method"], target): row[target] for row in rows for target in ("10", "4")} == known
     cost, fronts, curves = (
@@ -157,7 +170,7 @@ def test_it_goes_on_to_more_rounds_and_a_smaller_target(whole: Path, home: Path)
     aside = {path.name for path in (home / "more").glob("*before*")}
     assert aside == {f"{name}.before-1" for name in ("finer-0", "finer-1", "report")}
     assert storage.read_json(home / "more" / "search" / "run.json")["points_computed"] == 8
-    with pytest.raises(ValueError, match="rounds: 160 there, 80 asked for, which goes on to more rounds only"):
+    with pytest.raises(ValueError, match="rounds: 160 there, 80 given, where only more rounds can be added"):
         run(home / "more")
 
 
@@ -175,7 +188,7 @@ def test_a_setting_is_reported_once_and_nothing_reached_is_said(home: Path, caps
 
 def test_what_cannot_run_is_said_before_anything_is_written(home: Path) -> None:
     for given, said in (
-        (["--partition", "contiguous", "sorted"], "partition = .*: expected one; a comparison is of one problem"),
+        (["--partition", "contiguous", "sorted"], "partition = .*: must be one; a comparison is of one problem"),
         (["--algorithm", "lac"], "algorithm = 'lac': must be FILE.py:factory or one of"),
         (["--algorithm", "topk_ef", "--set", "k", "99"], "topk_ef: k argument to top_k must be no larger than size"),
         (["--rounds", "0"], "rounds = 0: must be"),
@@ -227,6 +240,6 @@ def test_three_kills_lose_and_repeat_nothing(name: str, tmp_path: Path) -> None:
 def test_c_takes_the_place_of_xi(given: list[str], searched: set[str]) -> None:
     """Both are no algorithm: where c is given nothing is searched over xi."""
     line = [*TASK[:6], "--algorithm", "lasg_wk2", "--minibatch", "10", *given]
-    made = comparison.Comparison(grid.parse_settings(comparison.Settings, line, None), Console(quiet=True))
+    made = comparison.MethodGrids(grid.parse_settings(comparison.Settings, line, None), Console(quiet=True))
     assert {"xi", "c"} & made.grids["lasg_wk2"].keys() == searched
     assert len(made.points(made.first(), (0,))) == 1

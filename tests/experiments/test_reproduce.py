@@ -18,6 +18,7 @@ from experiments import plots, reproduce
 from experiments.harness import cli, comparison
 from experiments.harness.search_spaces import MEMBERS
 from experiments.reproduce import family, lag, laq
+from experiments.reproduce.__main__ import main
 from laqjax import rules, types
 from laqjax.algorithms import _shared
 
@@ -58,9 +59,14 @@ def test_sets_are_cut_to_common_features_and_equal_parts(problem: str, folder: P
 def test_a_missing_file_is_named(folder: Path) -> None:
     (folder / "data29" / "y.txt").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"data29/y\.txt is missing: expected the data folder of the LAG authors"
+        FileNotFoundError, match=r"data29/y\.txt is missing: must be a file in the data folder of the LAG authors"
     ):
         lag.read(folder, "linear", 3)
+
+
+def test_lag_without_data_names_the_option() -> None:
+    with pytest.raises(ValueError, match="--data is not given: must be the data folder of the LAG authors"):
+        lag.lag_table()
 
 
 def test_nobody_uploads_in_the_first_ten_rounds(folder: Path, x64: None) -> None:
@@ -123,7 +129,9 @@ def test_laq_and_its_rivals(command: Any, bits: int, home: Path, capsys: pytest.
     assert "cost at the end, over 2 start(s)" in said
     with cli.command_line(["--json"]):
         command(laq.Settings(home, rounds=12, num_starts=2, quick=True))
-    ((title, shown),) = json.loads(capsys.readouterr().out)["tables"].items()
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads((home / "result.json").read_text()) == printed
+    ((title, shown),) = printed["tables"].items()
     assert title in said
     assert [row["mean"] for row in shown] == table["mean"].to_list()
     assert {path.stem for path in home.glob("*.png")} >= {"loss", "accuracy"}
@@ -149,20 +157,20 @@ def test_a_published_value_lies_inside_the_starts_or_not() -> None:
 
 @pytest.mark.long
 def test_the_stochastic_methods(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = ("SGD", "SLAQ, half the errors")
+    few = ("SGD", "SLAQ", "SLAQ, half the errors")  # --quick takes every second one
     every = laq.stochastic_methods
     monkeypatch.setattr(laq, "stochastic_methods", lambda *given: {n: a for n, a in every(*given).items() if n in few})
     laq.slaq(home, rounds=3, quick=True)
     table = pl.read_csv(home / "table.csv")
-    assert table["method"].to_list() == list(few)
+    assert table["method"].to_list() == ["SGD", "SLAQ, half the errors"]
     assert table["uploads"][0] == 30
     assert table["f"].is_between(0.5, 2.4).all()
 
 
 @pytest.mark.parametrize("every", [len(MEMBERS) // 2, pytest.param(1, marks=pytest.mark.long)])
 def test_the_family_at_the_steps_of_theory(every: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = comparison.Comparison.first
-    monkeypatch.setattr(comparison.Comparison, "first", lambda self: first(self)[::every])
+    first = comparison.MethodGrids.first
+    monkeypatch.setattr(comparison.MethodGrids, "first", lambda self: first(self)[::every])
     family.family(rounds=20, target=0.05)
     table = pl.read_csv(home / "results" / "family" / "table.csv")
     assert len(table) == len(range(0, len(MEMBERS), every))
@@ -181,6 +189,17 @@ def test_heterogeneity(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (table["laq"] < table["gd"]).all()
     assert table["laq saves"].to_list() == pytest.approx((1 - table["laq"] / table["gd"]).to_list())
     assert table["spread"][:2].is_sorted()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["laq-logistic", "laq-nn", "slaq", "lag", "heterogeneity", "family"])
+def test_every_table_is_quick(name: str, folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command line of each table, with the folder that it names."""
+    monkeypatch.setattr(lag, "OPTIMUM_ROUNDS", {"logistic": 300})
+    monkeypatch.setattr("sys.argv", ["reproduce", name, "--quick", *(["--data", str(folder)] if name == "lag" else [])])
+    main()
+    out = home / "results" / f"{name}-quick"
+    assert {path.name for path in out.iterdir()} >= {"result.json", "run.json", "summary.csv"}
 
 
 def test_half_the_errors_is_between_the_rule_and_none() -> None:

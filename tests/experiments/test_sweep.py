@@ -224,7 +224,7 @@ def test_four_devices(whole: Path, tmp_path: Path) -> None:
     here = [mask for mask, is_mine in zip(masks(whole), mine, strict=True) if is_mine]
     for left, right in zip(here, masks(tmp_path), strict=True):
         np.testing.assert_array_equal(left[: len(right)], right[: len(left)])
-    assert "made for 4 devices, here are 1" in refusal(*given, out=tmp_path)
+    assert "is for 4 devices: must be for 1" in refusal(*given, out=tmp_path)
 
 
 @pytest.mark.parametrize("kills", [(12,), pytest.param((0, 7, 12), marks=pytest.mark.long)])
@@ -375,8 +375,8 @@ def test_it_goes_on_to_more_rounds_and_a_smaller_target(tmp_path: Path) -> None:
 def test_another_sweep_is_refused(whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     said = refusal("--batch-size", "5", *GRID, "--xi", "0.4", "--uplink-mbps", "1", out=whole)
-    assert "uplink_mbps: 10.0 there, 1.0 asked for; xi: [] there, [0.4] asked for" in said
-    assert "batch_size: 5 there, 6 asked for" in refusal("--batch-size", "6", *GRID, out=whole)
+    assert "uplink_mbps: 10.0 there, 1.0 given; xi: [] there, [0.4] given" in said
+    assert "batch_size: 5 there, 6 given" in refusal("--batch-size", "6", *GRID, out=whole)
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
@@ -421,18 +421,18 @@ def test_a_loss_that_averages_is_named(tmp_path: Path) -> None:
         (["--target", "1", "2"], "the largest first"),
         (["--rounds", "0"], "rounds = 0: must be"),
         (["--batch-size", "-1"], "batch_size = -1: must be"),
-        (["--uplink-mbps", "0"], "uplink_mbps = 0.0: expected a number > 0"),
+        (["--uplink-mbps", "0"], "uplink_mbps = 0.0: must be a number > 0"),
         (["--algorithm"], "axis algorithm has no values"),
         (["--set", "momentum"], "--set momentum has no values"),
         (["--set", "momentum", "0.5"], "--set momentum: must be an argument of laq: ['force_first_upload', 'lr', "),
         (["--target"], "target = (): must be residuals > 0"),
         (
             ["--target-accuracy", "0.5", "0.1"],
-            "target_accuracy = (0.5, 0.1): expected shares above 0 and at most 1 (90 % is 0.9), the lowest first",
+            "target_accuracy = (0.5, 0.1): must be shares above 0 and at most 1 (90 % is 0.9), the lowest first",
         ),
         (
             ["--target-accuracy", "0.8", "90"],
-            "target_accuracy = (0.8, 90.0): expected shares above 0 and at most 1 (90 %",
+            "target_accuracy = (0.8, 90.0): must be shares above 0 and at most 1 (90 %",
         ),
         (["--algorithm", "lasq"], "; did you mean 'laq'?"),
         (["--algorithm", "ef21", "--set", "compressor", "top_kk:3"], "; did you mean 'top_k'?"),
@@ -791,7 +791,9 @@ def test_targets_that_were_met_at_one_look_are_named() -> None:
             ]
         )
     assert [table["every"].item() for table in looks] == [2, 2, 2, 2]
-    said = "1 of {} settings met targets {} and {} at the same look (every = 2 rounds): give a smaller --eval-every"
+    said = (
+        "1 of {} settings met targets {} and {} at the same evaluation (every = 2 rounds): give a smaller --eval-every"
+    )
     assert results.tied(pl.concat(looks[:3])) == [said.format(3, 0.5, 0.8)]
     assert results.tied(pl.concat(looks)) == [said.format(4, 0.5, 0.8), said.format(4, 0.8, 0.95)]
     full = record([3.0, 2.0, 0.01, 0.01, np.nan], [[True]] * 4, [[8]] * 4, [0] * 4)
@@ -929,7 +931,8 @@ def test_whole_numbers_stand_in_the_table(tmp_path: Path) -> None:
     first = [line.split()[0] for line in said.splitlines() if line.strip()]
     assert [word for word in first if word in ("3", "5", "3.0", "5.0")] == ["3", "5"]
     assert (
-        "2 of 2 settings met targets 12 and 8 at the same look (every = 5 rounds): give a smaller --eval-every" in said
+        "2 of 2 settings met targets 12 and 8 at the same evaluation (every = 5 rounds): give a smaller --eval-every"
+        in said
     )
 
 

@@ -59,7 +59,9 @@ def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     said = " ".join(capsys.readouterr().out.split())
     with cli.command_line(["--json"]):
         run(tmp_path / "calm", "--trials", "11")
-    assert json.loads(capsys.readouterr().out)["best"] == best["best"]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "calm" / "result.json").read_text())
+    assert printed["best"] == best["best"]
     assert "best of 11 trials: b = " in said
     assert "fewer than the first setting" in said
     for name in ("trials.png", "trials.svg", "trials.csv"):
@@ -86,11 +88,9 @@ def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert_frame_equal(run(out, "--trials", "11"), calm)
     monkeypatch.setattr(runner.Batch, "run", None)
     assert_frame_equal(run(out, "--trials", "11"), calm)
-    with pytest.raises(ValueError, match="search_seed: 0 there, 1 asked for"):
+    with pytest.raises(ValueError, match="search_seed: 0 there, 1 given"):
         run(out, "--trials", "11", "--search-seed", "1")
-    with pytest.raises(
-        ValueError, match=r"cannot go on: each trial was asked for .* \(rounds: 60 there, 80 asked for\)"
-    ):
+    with pytest.raises(ValueError, match=r"cannot be continued: each trial follows .* \(rounds: 60 there, 80 given\)"):
         run(out, "--trials", "11", "--rounds", "80")
 
 
@@ -116,11 +116,11 @@ def test_a_trial_costs_what_the_sweep_says(tmp_path: Path, monkeypatch: pytest.M
     ("given", "said"),
     [
         (["-b", "0", "8"], "bits = 0"),
-        (["--lr", "0", "1"], "expected a range of positive numbers"),
-        (["--problem", "logistic", "ridge"], "expected one; a search runs on one problem"),
+        (["--lr", "0", "1"], "must be a range of positive numbers"),
+        (["--problem", "logistic", "ridge"], "must be one; a search runs on one problem"),
         (["--seeds"], "axis seed has no values"),
         (["--trials", "0"], "trials = 0: must be"),
-        (["--memory-gib", "1e-5"], "expected at most 2 points in the memory"),
+        (["--memory-gib", "1e-9"], "memory_limit = 0 MiB: must be at least"),
     ],
 )
 def test_refusals(given: list[str], said: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Points of any kind, run from Python: what a stop leaves, who holds a folder, and f* against a second solver."""
+"""Tests of the runner: continuation after stops and with more rounds, locked folders, and f* against a second solver."""
 
 import errno
 import io
@@ -17,7 +17,7 @@ from rich.console import Console
 import laqjax
 from experiments.figures import report_page
 from experiments.harness import cases, results, runner, storage
-from experiments.harness.results import NetworkModel, Targets
+from experiments.harness.results import NetworkModel, PointHistory, Targets
 from experiments.harness.runner import RunOptions, SweepPoint
 from laqjax import algorithms
 from laqjax.samplers import BlockSampler
@@ -53,6 +53,21 @@ def run(out: Path, targets: Targets | None = None, **given: Any) -> pl.DataFrame
     return runner.run(chosen(), targets or Targets((1.0,)), out, RunOptions(40, eval_every=10), LINK, **given)
 
 
+def chunks(patch: pytest.MonkeyPatch, *stops: int) -> list[tuple[int, ...]]:
+    """Return the rounds done before each recorded chunk; Ctrl-C comes once after so many of them."""
+    add, taken, left = PointHistory.add, [], list(stops)
+
+    def counted(self: PointHistory, *given: Any, **more: Any) -> None:
+        if left and len(taken) == left[0]:
+            left.pop(0)
+            raise KeyboardInterrupt
+        taken.append(tuple(self.rounds_done.tolist()))
+        add(self, *given, **more)
+
+    patch.setattr(PointHistory, "add", counted)
+    return taken
+
+
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -86,7 +101,7 @@ def scored(rows: int) -> cases.ProblemInstance:
 def interval(rows: int, targets: Targets, sampler: Any = None, **given: Any) -> int:
     mine = scored(rows) if rows else case()
     alg = algorithms.sgd(mine.oracle, num_workers=4, lr=0.01, sampler=sampler)
-    return runner.interval(SweepPoint(alg, mine), targets, RunOptions(**given))
+    return runner.choose_eval_interval(SweepPoint(alg, mine), targets, RunOptions(**given))
 
 
 def test_the_chosen_interval_costs_few_rows() -> None:
@@ -106,7 +121,7 @@ def test_the_chosen_interval_is_kept_and_gone_on_with(tmp_path: Path, monkeypatc
     for name, rounds in (("straight", 30), ("more", 20)):
         runner.run(points, targets, tmp_path / name, RunOptions(rounds), LINK)
         assert storage.read_json(tmp_path / name / "plan.json")["every"] == [10]
-    monkeypatch.setattr(runner, "LOOKS", 1e-9)  # what a later version may choose
+    monkeypatch.setattr(runner, "EVALUATION_SHARE", 1e-9)  # what a later version may choose
     runner.run(points, targets, tmp_path / "more", RunOptions(30), LINK)
     same(tmp_path / "straight", tmp_path / "more")
     curve = pl.read_parquet(tmp_path / "more" / "curves.parquet").drop_nans("accuracy")
@@ -130,25 +145,18 @@ def test_what_was_saved_within_a_batch_is_gone_on_with(
     """Stopped in the first batch, and in the second: the rows of an undisturbed run, no chunk twice."""
     run(tmp_path / "calm", Targets())
     monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
-    take_in, taken = runner.Batch._record_chunk, []
-
-    def counted(self: runner.Batch, out: Any) -> None:
-        if len(taken) == calls:
-            taken.append(None)
-            raise KeyboardInterrupt
-        taken.append(int(self.record.rounds_done.max()))
-        take_in(self, out)
-
-    monkeypatch.setattr(runner.Batch, "_record_chunk", counted)
+    taken = chunks(monkeypatch, calls)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", Targets())
     assert len(list(tmp_path.glob("cut/batches/*/run.json"))) == min(calls // 4 + 1, 2)
     run(tmp_path / "cut", Targets())
-    assert [done for done in taken if done is not None] == 2 * [0, 10, 20, 30]
+    assert [max(done) for done in taken] == 2 * [0, 10, 20, 30]
     same(tmp_path / "calm", tmp_path / "cut")
 
 
-def test_a_stop_before_a_cut_changes_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_before_a_cut_changes_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: list[np.ndarray]
+) -> None:
     """The batch is saved, then cut in half: what goes on is cut too."""
     mine, server = case(), dict[str, Any](num_workers=4)
     rates = (0.05, 0.05, 0.05, 0.05, 0.05, 1e-5)
@@ -158,19 +166,12 @@ def test_a_stop_before_a_cut_changes_no_row(tmp_path: Path, monkeypatch: pytest.
     budget, targets = RunOptions(300, eval_every=10), Targets((5.0,))
     runner.run(points, targets, tmp_path / "calm", budget, LINK)
     monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
-    fill, fills = runner.Batch._load_slots, []
-
-    def stopped(self: runner.Batch) -> int:
-        fills.append((int(self.record.rounds_done.max()), self._compacted_size()))
-        if len(fills) == 3:
-            raise KeyboardInterrupt
-        return fill(self)
-
-    monkeypatch.setattr(runner.Batch, "_load_slots", stopped)
+    begun.clear()
+    chunks(monkeypatch, 10)  # of 10 rounds: the batch is cut at round 100
     with pytest.raises(KeyboardInterrupt):
         runner.run(points, targets, tmp_path / "cut", budget, LINK)
     runner.run(points, targets, tmp_path / "cut", budget, LINK)
-    assert fills == [(0, 6), (0, 6), (100, 1), (100, 1)]
+    assert [(rounds.min(), len(rounds)) for rounds in begun] == [(0, 6), (100, 1), (100, 1)]
     same(tmp_path / "calm", tmp_path / "cut")
 
 
@@ -180,7 +181,7 @@ def test_a_folder_that_is_no_checkpoint_is_set_aside(tmp_path: Path) -> None:
     (tmp_path / "cut" / "batches" / "000-000000" / "run.json").write_text("{")
     console = Console(record=True, width=200, file=io.StringIO())
     run(tmp_path / "cut", console=console)
-    assert "000-000000.damaged-1, the batch begins anew" in console.export_text()
+    assert "000-000000.damaged-1, the batch starts again" in console.export_text()
     assert (tmp_path / "cut" / "batches" / "000-000000.damaged-1").exists()
     same(tmp_path / "calm", tmp_path / "cut")
 
@@ -190,15 +191,7 @@ def test_a_damaged_checkpoint_is_passed_over(damaged: int, tmp_path: Path, monke
     """A kill in the midst of a batch, and files that were cut off: it goes on from the one before, or from the start."""
     run(tmp_path / "calm", Targets())
     monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
-    take_in, calls = runner.Batch._record_chunk, []
-
-    def third(self: runner.Batch, out: Any) -> None:
-        calls.append(int(self.record.rounds_done.max()))
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        take_in(self, out)
-
-    monkeypatch.setattr(runner.Batch, "_record_chunk", third)
+    taken = chunks(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", Targets())
     there = sorted((tmp_path / "cut" / "batches" / "000-000000").glob("[0-9]*"), key=lambda path: int(path.name))
@@ -210,7 +203,7 @@ def test_a_damaged_checkpoint_is_passed_over(damaged: int, tmp_path: Path, monke
     console = Console(record=True, width=400, file=io.StringIO())
     run(tmp_path / "cut", Targets(), console=console)
     assert console.export_text().count("cannot be read") == damaged
-    assert calls[4] == 20 * (2 - damaged)
+    assert max(taken[3]) == 20 * (2 - damaged)
     same(tmp_path / "calm", tmp_path / "cut")
 
 
@@ -222,9 +215,9 @@ def test_a_state_of_other_points_is_set_aside(tmp_path: Path) -> None:
         lambda work, note: None,
         Console(record=True, width=200, file=io.StringIO()),
     )
-    runner.Batch(mine[2::-1], Targets(), budget, 3, path, show).run(console, keep=True)
+    runner.Batch(mine[2::-1], Targets(), budget, 3).run(path, True, console, show)
     assert not console.export_text(clear=False)
-    runner.Batch(mine[:3], Targets(), budget, 3, path, show).run(console)
+    runner.Batch(mine[:3], Targets(), budget, 3).run(path, False, console, show)
     assert "of a run with other arguments (points)" in console.export_text()
 
 
@@ -241,10 +234,23 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
             ValueError, match=r"is held by process \d+ on .*: wait until it ends, or give another --out"
         ):
             storage.lock_results_dir(tmp_path, {"a": 1}).__enter__()
-        with pytest.raises(ValueError, match=r"holds the results of other settings \(a: 1 there, 2 asked for\)"):
+        with pytest.raises(ValueError, match=r"holds the results of other settings \(a: 1 there, 2 given\)"):
             storage.lock_results_dir(tmp_path, {"a": 2}).__enter__()
     with storage.lock_results_dir(tmp_path, {"a": 1}):
         pass
+
+
+def test_more_of_an_experiment_removes_what_says_that_it_is_done(tmp_path: Path) -> None:
+    with storage.lock_results_dir(tmp_path, {"rounds": 10}):
+        results.report_result(Console(quiet=True), tmp_path, {"title": pl.DataFrame({"x": [1.0, None]})}, ["a"], b=2)
+        storage.write_json(tmp_path / "run.json", {})
+    with storage.lock_results_dir(tmp_path, {"rounds": 10}):
+        expected = {"out": str(tmp_path), "tables": {"title": [{"x": 1.0}, {"x": None}]}, "notices": ["a"], "b": 2}
+        assert storage.read_json(tmp_path / "result.json") == expected
+    with storage.lock_results_dir(tmp_path, {"rounds": 20}):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".holder", "identity.json"}
+    results.report_result(Console(quiet=True), tmp_path / "identity.json", {})  # a file: no result beside it
+    assert not list(tmp_path.rglob("result.json"))
 
 
 def test_results_of_another_format_are_refused(tmp_path: Path) -> None:
@@ -272,7 +278,7 @@ def test_a_failure_before_anything_is_done_leaves_the_folder_free(error: type[Ex
 
 def test_another_study_is_refused(tmp_path: Path) -> None:
     run(tmp_path)
-    with pytest.raises(ValueError, match=r"targets: \[1.0\] there, \[2.0\] asked for"):
+    with pytest.raises(ValueError, match=r"targets: \[1.0\] there, \[2.0\] given"):
         run(tmp_path, Targets((2.0,)))
 
 
@@ -335,7 +341,7 @@ def test_more_is_what_a_straight_run_would_have(
     asked(tmp_path / "more", *first, short)
     begun.clear()
     asked(tmp_path / "more", *then, short)
-    assert min(rounds.min() for rounds in begun) > 0
+    assert min(rounds.min() for rounds in begun) == first[0] // 10 * 10  # the last chunk of 7 rounds is run again
     same(tmp_path / "straight", tmp_path / "more")
     begun.clear()
     asked(tmp_path / "more", *then, short)
@@ -378,15 +384,7 @@ def test_a_stop_while_it_goes_on_loses_and_repeats_nothing(
     asked(tmp_path / "calm", 130, FAR)
     before = {path: path.read_bytes() for path in tmp_path.glob("cut/*.parquet")}
     monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
-    take_in, taken, calm = runner.Batch._record_chunk, [], len(begun)
-
-    def stopped(self: runner.Batch, out: Any) -> None:
-        taken.append((len(self.points), *self.record.rounds_done))
-        if len(taken) in (2, 6):
-            raise KeyboardInterrupt
-        take_in(self, out)
-
-    monkeypatch.setattr(runner.Batch, "_record_chunk", stopped)
+    calm, taken = len(begun), chunks(monkeypatch, 1, 4)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             asked(tmp_path / "cut", 130, FAR)
@@ -404,8 +402,7 @@ def test_a_stop_while_it_goes_on_loses_and_repeats_nothing(
         asked(tmp_path / "cut", 130, FAR)
     monkeypatch.setattr(storage, "save_frame", saved)
     asked(tmp_path / "cut", 130, FAR)
-    stopped_chunks = [taken[1], taken[5]]
-    assert [chunk for chunk in taken if taken.count(chunk) > 1] == [c for c in stopped_chunks for _ in range(2)]
+    assert len(set(taken)) == len(taken)
     calls_of_the_calm_run, calls_after_the_stops = calm, len(begun) - calm
     assert calls_after_the_stops == calls_of_the_calm_run + 2  # each stop costs the call that it interrupted
     same(tmp_path / "straight", tmp_path / "cut")
@@ -415,18 +412,18 @@ def test_less_is_refused(tmp_path: Path) -> None:
     asked(tmp_path, 40, FAR[:1])
     before = contents(tmp_path)
     for rounds, targets, said in (
-        (30, FAR[:1], r"\(rounds: 40 there, 30 asked for, which goes on to more rounds only\)"),
+        (30, FAR[:1], r"\(rounds: 40 there, 30 given, where only more rounds can be added\)"),
         (
             80,
             FAR[1:],
-            r"\(targets: \[4.0\] there, \[3.0\] asked for, which goes on to further targets behind these only",
+            r"\(targets: \[4.0\] there, \[3.0\] given, where only further targets can be added",
         ),
-        (80, (), r"targets: \[4.0\] there, \[\] asked for"),
-        (80, (9.0, 4.0), r"targets: \[4.0\] there, \[9.0, 4.0\] asked for"),
+        (80, (), r"targets: \[4.0\] there, \[\] given"),
+        (80, (9.0, 4.0), r"targets: \[4.0\] there, \[9.0, 4.0\] given"),
     ):
         with pytest.raises(ValueError, match=said):
             asked(tmp_path, rounds, targets)
-    with pytest.raises(ValueError, match=r"holds the results of other settings \(points: .* asked for\); give"):
+    with pytest.raises(ValueError, match=r"holds the results of other settings \(points: .* given[^)]*\); give"):
         runner.run(uneven()[:3], Targets(FAR), tmp_path, RunOptions(80, eval_every=10), LINK)
     assert before == contents(tmp_path)
 
@@ -439,7 +436,7 @@ def test_states_that_are_too_large_are_not_kept(tmp_path: Path, monkeypatch: pyt
     assert "of its last states were not kept" in console.export_text()
     assert not [path for path in tmp_path.glob("batches/*") if path.is_dir()]
     with pytest.raises(
-        ValueError, match=r"cannot go on: the 0.0 GiB of its last states were not kept \(rounds: 20 there"
+        ValueError, match=r"cannot be continued: the 0.0 GiB of its last states were not kept \(rounds: 20 there"
     ):
         asked(tmp_path, 30, FAR)
     asked(tmp_path, 20, FAR)
@@ -451,7 +448,7 @@ def test_a_batch_without_its_last_states_begins_anew(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "more" / "batches" / "000-000000")
     console = Console(record=True, width=200, file=io.StringIO())
     asked(tmp_path / "more", 75, FAR, console=console)
-    assert "is missing: the batch begins anew" in " ".join(console.export_text().split())
+    assert "is missing: the batch starts again" in " ".join(console.export_text().split())
     same(tmp_path / "straight", tmp_path / "more")
 
 
@@ -504,18 +501,12 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
             part.write_text("half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="the disk is full; make room and run the same command again"):
+    with pytest.raises(OSError, match="the disk is full; free some space and run the same command again"):
         write()
     assert not list(tmp_path.iterdir())
 
 
 def test_targets_of_one_name_are_refused() -> None:
     """The tables name a target by six digits."""
-    with pytest.raises(ValueError, match="differ in their first six digits"):
+    with pytest.raises(ValueError, match="must differ in the first six digits"):
         Targets((0.1234562, 0.1234561))
-
-
-def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
-    storage.write_json(tmp_path / "plan.json", {"batch": [1], "compute_ms": [1.0], "devices": jax.local_device_count()})
-    with pytest.raises(ValueError, match=r"lacks \['every'\]: it was made by another version"):
-        runner.load_or_make_plan([], [], tmp_path, results.DEFAULT_NETWORK, Targets(()), RunOptions())
