@@ -72,7 +72,7 @@ def run(settings: comparison.Settings) -> Path:
 
 def print_report(out: Path, console: Console) -> None:
     """Figures, and a row a member: its bits at each target, and its setting at the smallest that it reached."""
-    drawing.plot_comparison(out)
+    drawing.draw_figures(out)
     if not pl.read_parquet(out / "best.parquet")["bits_up"].count():
         results.report_result(console, out, {}, ["no target was reached: give more --rounds, or larger targets"])
         return

@@ -189,7 +189,7 @@ def observed_columns(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> di
 
 def print_report(folder: Path, console: Console) -> None:
     """Figures, and a row a point."""
-    drawing.plot_federated(folder)
+    drawing.draw_figures(folder)
     table = pl.read_parquet(folder / "points.parquet")
     names = [name for name in results.setting_columns(table) if table[name].n_unique() > 1] or ["algorithm"]
     mega = {"Mbit billed": pl.col("bits_up_end") / 1e6, "MB of it": pl.col("payload_up") / 1e6}

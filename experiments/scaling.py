@@ -22,7 +22,7 @@ from rich.console import Console
 
 from experiments.benchmarks import measurements
 from experiments.benchmarks.speed import foreign_cpu_seconds, num_available_cores
-from experiments.figures.scaling_figures import plot_scaling
+from experiments.figures import drawing
 from experiments.harness import cli, results, storage
 
 
@@ -44,7 +44,7 @@ def main(out: Path = Path("results/scaling"), quick: bool = False) -> None:
         others = foreign_cpu_seconds() - others - (measurements.child_cpu_seconds() - spent)
         others /= (time.perf_counter() - wall) * num_available_cores()
         storage.write_json(out / "run.json", storage.provenance() | {"quick": quick, "others": others})
-        plot_scaling(out)
+        drawing.draw_figures(out)
         print_report(out, tables, others, console)
 
 

@@ -75,7 +75,7 @@ def heterogeneity(out: Path = Path("results/heterogeneity"), target: float = 1e-
         **{f"{m} saves": 1 - pl.col(m) / pl.col("gd") for m in ("laq", "lag_wk")}
     )
     storage.save_frame(table, out / "heterogeneity", csv=True)
-    drawing.plot_heterogeneity(out)
+    drawing.draw_figures(out)
     shown = table.select(
         pl.concat_str("axis", "value", separator=" ").alias("workers"),
         "spread",
