@@ -82,15 +82,12 @@ def draw_figures(folder: Path, pdf: bool = False) -> None:
 def build_figures(kind: str, tables: Tables) -> Iterator[tuple[str, Figure]]:
     """Yield the figures of a folder with the names of their files."""
     builders: dict[str, Callable[[Tables], Iterator[tuple[str, Figure]]]] = {
-        "sweep": sweep_figures,
-        "methods": methods_figures,
-        "federated": federated_figures,
         "compare": comparison_figures,
         "tune": tune_figures,
         "heterogeneity": heterogeneity_figures,
         "scaling": scaling_figures.scaling_figures,
     }
-    yield from builders[kind](tables)
+    yield from builders[kind](tables) if kind in builders else curve_figures(kind, tables)
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
@@ -141,55 +138,77 @@ def measure_figures(
         measures.reverse()
     for number, (column, title, name) in enumerate(measures):
         rows = curve_rows(tables["curves"], names, column)
-        longest = rows.group_by("line").len()["len"].max() if len(rows) else 0
+        longest, known = (count_longest(part, column, names) for part in (rows, tables["curves"]))
         chart = curve_chart(rows, column, title, looks, against)
         if chart is None or (column == "accuracy" and number and longest == 1):
             continue
-        left = tables["points"].height and len(set(point_labels(tables["points"], tables["summary"]).values())) - len(
-            set(names.values())
-        )
-        note = (
-            f"{len(set(names.values()))} of {left + len(set(names.values()))} settings: the front, the cheapest, and the best of each algorithm. "
-            * (left > 0)
-        )
-        note += "The first seed of a setting has the widest line." * (len(names) > len(set(names.values())))
-        yield (name if number or first == "loss" else first), Figure(f"{title} against its costs", chart, note.strip())
+        every, drawn = (len(set(n.values())) for n in (point_labels(tables["points"], tables["summary"]), names))
+        parts = [
+            f"{drawn} of {every} settings: the front, the cheapest, and the best of each algorithm." * (drawn < every),
+            "The first seed of a setting has the widest line." * (len(names) > drawn),
+            f"At most {longest} points of a curve are drawn." * (longest < known),
+        ]
+        note = " ".join(filter(None, parts))
+        yield (name if number or first == "loss" else first), Figure(f"{title} against its costs", chart, note)
+
+
+def count_longest(curves: pl.DataFrame, column: str, names: Mapping[int, str]) -> int:
+    """Return the number of rows of the longest curve that a figure could show."""
+    rows = curves.filter(pl.col(column).is_finite(), pl.col("round") > 0, pl.col("point").is_in(list(names)))
+    return max(rows.group_by("point").len()["len"], default=0)
 
 
 # ---- sweeps ----------------------------------------------------------------------------------------------------------
 
 
-def sweep_looks(summary: pl.DataFrame, words: Mapping[int, str]) -> dict[str, style.Look]:
-    """Return the looks of settings: a color for each algorithm, or for each setting where there is one algorithm."""
-    algorithms = summary["algorithm"].unique(maintain_order=True).to_list()
-    looks = {}
-    if len(algorithms) > 1:
-        of = dict(summary.select("point", "algorithm").iter_rows())
-        order = {words[p]: of[p] for a in algorithms for p in words if of[p] == a}
-        looks = style.assign_looks(order)
-        return {words[p]: looks[words[p]] for p in words}
-    return style.assign_looks({name: name for name in words.values()})
+def shown_settings(kind: str, tables: Tables) -> tuple[dict[int, str], dict[str, style.Look]]:
+    """Return the names of the points whose curves are drawn, and the looks of the names: a color for each method.
+
+    Where all settings are of one method, each has a color of its own.
+    """
+    points, summary = tables["points"], tables["summary"]
+    every = point_labels(points, summary)
+    shown = select_settings(summary) if kind == "sweep" else points
+    group = dict(points.select("point", "method" if "method" in points.columns else "algorithm").iter_rows())
+    single = len(set(group.values())) == 1
+    rows = sorted(shown["point"], key=lambda point: list(group.values()).index(group[point]))
+    looks = style.assign_looks({every[point]: every[point] if single else group[point] for point in rows})
+    order = list(dict.fromkeys(every[point] for point in shown["point"]))
+    return {p: name for name in order for p in every if every[p] == name}, {name: looks[name] for name in order}
 
 
-def sweep_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
-    """Yield the figures of `experiments.sweep`."""
+def curve_figures(kind: str, tables: Tables) -> Iterator[tuple[str, Figure]]:
+    """Yield the figures of `experiments.sweep`, `reproduce` and `federated`."""
+    points = tables["points"]
+    tables = {"summary": points, **tables}
     summary, target = tables["summary"], target_labels(tables["summary"])[-1]
-    if (cells := heat_map_cells(summary, target)) is not None:
+    best = rank_by_bits(summary, target).filter(pl.col(f"bits_up_{target}") > 0) if kind == "sweep" else summary[:0]
+    if kind == "sweep" and (cells := heat_map_cells(summary, target)) is not None:
         yield "bits-to-target", heat_map(cells, summary, target)
-    words, chosen = setting_labels(summary), select_settings(summary)
-    chosen_words = {point: words[point] for point in chosen["point"]}
-    looks = sweep_looks(summary.filter(pl.col("point").is_in(chosen["point"].to_list())), chosen_words)
-    every = point_labels(tables["points"], summary)
-    order = {name: i for i, name in enumerate(looks)}
-    names = {p: every[p] for p in sorted((p for p in every if every[p] in order), key=lambda p: order[every[p]])}
-    yield from measure_figures(tables, names, looks, COST_AXES, "front")
-    best = rank_by_bits(summary, target)
-    if best[f"bits_up_{target}"].sum() > 0:  # some setting reached the target, and not all began there
-        yield "pareto", pareto_figure(best, words, target, looks)
-        if "masks" in tables:
-            mask = tables["masks"].row(by_predicate=pl.col("point") == best["point"][0], named=True)
-            name = words[best["point"][0]]
-            yield "uploads", raster_figure({name: unpack_mask(mask)}, {name: looks[name][0]})
+    names, looks = shown_settings(kind, tables)
+    against, first = FEDERATED_AXES if kind == "federated" else COST_AXES, "front" if kind == "sweep" else "loss"
+    yield from measure_figures(tables, names, looks, against, first)
+    if len(best):
+        yield "pareto", pareto_figure(best, setting_labels(summary), target, looks)
+    masks: dict[str, np.ndarray] = {}
+    for row in tables["masks"].iter_rows(named=True) if "masks" in tables else ():
+        sent = unpack_mask(row)
+        if row["point"] in best["point"][:1] if kind == "sweep" else sent.any() and not sent.all():
+            masks.setdefault(names[row["point"]], sent)
+    if masks := dict(list(masks.items())[:RASTERS]):
+        yield "uploads", raster_figure(masks, {name: looks[name][0] for name in masks})
+    others = [name for name in results.setting_columns(points) if name != "method" and points[name].n_unique() > 1]
+    if kind == "methods" and others:
+        methods = dict(points.select("point", "method").iter_rows())
+        where = points.select("point", panel=pl.concat_str(others, separator=", "))
+        rows = curve_rows(tables["curves"], methods, "residual").filter(pl.col("uploads") > 0)
+        rows, y = rows.join(where, on="point", maintain_order="left"), Axis("residual", residual_title(points))
+        colors = style.assign_looks({name: name for name in methods.values()})
+        panels = [
+            style.line_panel(part, Axis("uploads", "uploads"), y.fit(rows["residual"]), colors, COST_AXES, title=name)
+            for (name,), part in rows.group_by(["panel"], maintain_order=True)
+        ]
+        yield "panels", Figure(f"{y.title} against uploads", style.concat_panels(panels, 4))
 
 
 def heat_map(cells: pl.DataFrame, summary: pl.DataFrame, target: str) -> Figure:
@@ -218,7 +237,7 @@ def heat_map(cells: pl.DataFrame, summary: pl.DataFrame, target: str) -> Figure:
             text.transform_filter("!datum.best").mark_text(),
             text.transform_filter("datum.best").mark_text(fontWeight="bold", fontSize=12),
         ]
-        size = {"width": 52 * part["C"].n_unique(), "height": 30 * part["b"].n_unique()}
+        size = {"width": max(52 * part["C"].n_unique(), 120), "height": max(30 * part["b"].n_unique(), 120)}
         panels.append(alt.layer(*layers).properties(title=f"D = {window}", **size))
     others = ", the cheapest of all other axes" * (len(summary) > len(cells))
     title = f"Mbit up to {summary['goal'][0]} {target}{others}"
@@ -227,16 +246,13 @@ def heat_map(cells: pl.DataFrame, summary: pl.DataFrame, target: str) -> Figure:
 
 def pareto_figure(best: pl.DataFrame, words: Mapping[int, str], target: str, looks: Looks) -> Figure:
     """Return rounds against bits up of all settings that reached the target, and the front with its settings."""
-    rows = best.filter(pl.col(f"bits_up_{target}") > 0).select(
+    rows = best.select(
         "point", "algorithm", bits=f"bits_up_{target}", rounds=f"rounds_{target}",
         bits_ci=pl.col(f"bits_up_{target}_ci95").fill_null(0), rounds_ci=pl.col(f"rounds_{target}_ci95").fill_null(0),
     )[:SETTINGS]  # fmt: skip
     rows = rows.with_columns(setting=pl.col("point").replace_strict(words, return_dtype=pl.String))
-    x = Axis("bits", f"bits up to {best['goal'][0]} {target}").fit(
-        rows["bits"], rows["bits"] + rows["bits_ci"], rows["bits"] - rows["bits_ci"]
-    )
-    if (rows["bits_ci"] >= rows["bits"]).any():  # an interval that reaches zero ends at the edge of the axis
-        x = x.fit(rows["bits"], rows["bits"] + rows["bits_ci"])
+    x = Axis("bits", f"bits up to {best['goal'][0]} {target}")
+    x = x.fit(rows["bits"], rows["bits"] + rows["bits_ci"])  # an interval that goes below ends at the edge
     y = Axis("rounds", "rounds", log=False).fit(rows["rounds"] + rows["rounds_ci"], rows["rounds"] - rows["rounds_ci"])
     low = x.limits[0] if x.limits else 0.0
     rows = rows.with_columns(
@@ -260,7 +276,7 @@ def pareto_figure(best: pl.DataFrame, words: Mapping[int, str], target: str, loo
     if (rows["bits_ci"] > 0).any():
         layers.append(base.mark_rule(opacity=0.5, clip=True).encode(x="left:Q", x2="right:Q", color=color))
         layers.append(base.mark_rule(opacity=0.5, clip=True).encode(y="down:Q", y2="up:Q", color=color))
-    edge = pareto_front(best.filter(pl.col(f"bits_up_{target}") > 0), target)["point"].to_list()
+    edge = pareto_front(best, target)["point"].to_list()
     front = alt.Chart(rows.filter(pl.col("point").is_in(edge))).encode(x.channel(alt.X), y.channel(alt.Y), tooltip=tips)
     if len(edge) > 1:
         layers.append(front.mark_line(interpolate="step-after", color=style.GREY, strokeWidth=1))
@@ -310,60 +326,6 @@ def raster_figure(masks: Mapping[str, np.ndarray], colors: Mapping[str, str]) ->
     return Figure("Uploads of each worker", style.concat_panels(panels, 1), note)
 
 
-# ---- reproduce, federated ----------------------------------------------------------------------------------------------
-
-
-def method_names(tables: Tables) -> tuple[dict[int, str], dict[str, style.Look]]:
-    """Return the names of all points, and their looks."""
-    names = point_labels(tables["points"], tables["summary"])
-    return names, style.assign_looks({name: name for name in names.values()})
-
-
-def lazy_masks(tables: Tables, names: Mapping[int, str]) -> dict[str, np.ndarray]:
-    """Return the masks of the first points whose workers skipped some uploads."""
-    masks: dict[str, np.ndarray] = {}
-    for row in tables["masks"].iter_rows(named=True) if "masks" in tables else ():
-        sent = unpack_mask(row)
-        if sent.any() and not sent.all():
-            masks.setdefault(names[row["point"]], sent)
-    return dict(list(masks.items())[:RASTERS])
-
-
-def federated_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
-    """Yield the figures of `experiments.federated`: the loss against what was billed and what was observed."""
-    names, looks = method_names(tables)
-    yield from measure_figures(tables, names, looks, FEDERATED_AXES)
-    if masks := lazy_masks(tables, names):
-        yield "uploads", raster_figure(masks, {name: color for name, (color, _) in looks.items()})
-
-
-def methods_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
-    """Yield the figures of `experiments.reproduce`."""
-    points = tables["points"]
-    tables = {**tables, "summary": tables.get("summary", points)}
-    settings = results.setting_columns(points)
-    names = point_labels(points, points)
-    methods = dict(points.select("point", "method").iter_rows())
-    looks = style.assign_looks({name: methods[point] for point, name in names.items()})
-    yield from measure_figures(tables, names, looks, COST_AXES)
-    if masks := lazy_masks(tables, names):
-        yield "uploads", raster_figure(masks, {name: color for name, (color, _) in looks.items()})
-    if others := [name for name in settings if name != "method" and points[name].n_unique() > 1]:
-        where = points.select("point", panel=pl.concat_str(others, separator=", "))
-        rows = curve_rows(tables["curves"], methods, "residual").filter(pl.col("uploads") > 0)
-        rows = rows.join(where, on="point", maintain_order="left")
-        looks = style.assign_looks({name: name for name in dict.fromkeys(methods.values())})
-        y = Axis("residual", residual_title(points)).fit(rows["residual"])
-        tips = dict.fromkeys(("round", "uploads", "bits_up")) and {
-            n: COST_AXES[n] for n in ("round", "uploads", "bits_up")
-        }
-        panels = [
-            style.line_panel(part, Axis("uploads", "uploads"), y, looks, tips).properties(title=str(name))
-            for (name,), part in rows.group_by(["panel"], maintain_order=True)
-        ]
-        yield "panels", Figure(f"{y.title} against uploads", style.concat_panels(panels, 4))
-
-
 # ---- compare -----------------------------------------------------------------------------------------------------------
 
 
@@ -391,9 +353,7 @@ def comparison_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
                 for x in ("round", "bits_up")
                 if (mine := {name: look for name, look in looks[kind].items() if name in set(part["name"])})
             ]
-            note = (
-                "The setting of each method with the fewest bits up to the last target, on the seeds that are reported."
-            )
+            note = "The settings with the fewest bits up to the last target, on the seeds that are reported."
             chart = style.concat_panels(panels, 2, ("color", "strokeDash"))
             yield "loss", Figure(f"{y.title} against its costs, by kind of method", chart, note)
 
@@ -435,13 +395,11 @@ def cost_figure(best: pl.DataFrame, looks: Mapping[str, Looks]) -> Figure:
         tips = style.tooltips({"label": "method", "what": "", "setting": "setting", "bits": x.title, "ci": "±"}, part)
         base = alt.Chart(part).encode(y=y, color=alt.Color("color:N", scale=None), tooltip=tips)
         shape = alt.Shape("what:N", scale=shapes, legend=alt.Legend(title=None, symbolFillColor="transparent"))
-        dots = base.encode(x.channel(alt.X), shape=shape)
+        dots, span = base.encode(x.channel(alt.X), shape=shape), x._replace(column="left").channel(alt.X)
         layers = [
             dots.transform_filter("datum.what == 'mean'").mark_point(filled=True, size=40, opacity=1),
             dots.transform_filter("datum.what != 'mean'").mark_point(size=60, opacity=1),
-            base.transform_filter("datum.ci > 0")
-            .mark_rule()
-            .encode(x._replace(column="left").channel(alt.X), x2="right:Q"),
+            base.transform_filter("datum.ci > 0").mark_rule().encode(span, x2="right:Q"),
         ]
         panels.append(alt.layer(*layers).properties(width=260, height=17 * len(order)))
     note = "Mean and 95 % interval over the seeds that are reported, the cheapest at the last target first."
@@ -467,18 +425,17 @@ def front_figure(tried: pl.DataFrame, target: str, looks: Mapping[str, Looks]) -
         seen = {name: look for name, look in mine.items() if name in set(rows["name"])}
         if not seen:
             continue
-        grey = alt.Chart(rows.filter(~pl.col("name").is_in(list(mine)))).mark_line(
-            color="#dddddd", strokeWidth=1, point={"color": "#dddddd", "size": 12}
-        )
-        grey = grey.encode(x.channel(alt.X), y.channel(alt.Y), detail="line:N")
-        own = style.line_panel(
-            rows.filter(pl.col("name").is_in(list(seen))), x, y, seen, {"setting": "setting"}, (240, 200), kind
-        )
+        grey = alt.Chart(rows.filter(~pl.col("name").is_in(list(mine)))).encode(detail="line:N")
+        grey = grey.mark_line(color="#dddddd", strokeWidth=1, point={"color": "#dddddd", "size": 12})
+        grey = grey.encode(x.channel(alt.X), y.channel(alt.Y))
+        mine = rows.filter(pl.col("name").is_in(list(seen)))
+        own = style.line_panel(mine, x, y, seen, {"setting": "setting"}, (240, 200), kind)
         panels.append(alt.layer(grey, own).properties(width=240, height=200))
-    note = "The settings of each method that no other of its settings beats in both, on the seeds of the search. Grey: the other kinds."
-    return Figure(
-        f"Fronts at {tried['goal'][0]} {target}", style.concat_panels(panels, 2, ("color", "strokeDash")), note
+    note = (
+        "The settings that no other of their method beats in both, on the seeds of the search. Grey: the other kinds."
     )
+    chart = style.concat_panels(panels, 2, ("color", "strokeDash"))
+    return Figure(f"Fronts at {tried['goal'][0]} {target}", chart, note)
 
 
 # ---- tune, heterogeneity -----------------------------------------------------------------------------------------------
@@ -497,39 +454,34 @@ def tune_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
     fewest = dots.with_columns(pl.col("bits_up").cum_min(), name=pl.lit("fewest so far"))
     fewest = pl.concat([fewest, fewest[-1:].with_columns(pl.lit(last).cast(fewest["trial"].dtype).alias("trial"))])
     x = Axis("trial", "trial", False, (-0.5, max(last, 1) + 0.5))
-    level = pl.DataFrame(
-        {"trial": x.limits, "bits_up": [first] * 2}, schema={"trial": pl.Float64, "bits_up": pl.Float64}
-    )
-    level = level.with_columns(name=pl.lit("the first trial"))
+    level = pl.DataFrame({"trial": x.limits, "bits_up": [float(first or 0)] * 2, "name": "the first trial"})
     parts = [dots, *[fewest] * (len(dots) > 1), *[level] * bool(first)]
     rows = pl.concat(parts, how="diagonal_relaxed").with_columns(line="name", mark=pl.col("name") == dots["name"][0])
     looks = {"reached on every seed": (style.COLORS[0], [1, 0]), "fewest so far": (style.COLORS[3], [1, 0])}
     looks = {name: looks.get(name, ("#222222", [6, 3])) for name in rows["name"].unique(maintain_order=True)}
     y = Axis("bits_up", f"bits up to {trials['goal'][0]} {trials['target'][0]:g}").fit(rows["bits_up"])
-    panel = style.line_panel(
-        rows, x, y, looks, {"setting": "setting"}, (460, 260), dotted=True, interpolate="step-after"
+    look: Any = {"dotted": True, "interpolate": "step-after"}
+    yield (
+        "trials",
+        Figure(
+            "Bits up over the trials", style.line_panel(rows, x, y, looks, {"setting": "setting"}, (460, 260), **look)
+        ),
     )
-    yield "trials", Figure("Bits up over the trials", style.concat_panels([panel], 1))
 
 
 def heterogeneity_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
     """Yield the share of GD's uploads that is saved, over the spread of L_m and over Dirichlet alpha."""
-    table = tables["heterogeneity"]
-    looks = style.assign_looks({name: name for name in ("laq", "lag_wk")})
-    names = list(looks)
-    rows = table.unpivot(
-        [f"{n} saves" for n in names], index=["axis", "value"], variable_name="name", value_name="saves"
-    )
+    table, names = tables["heterogeneity"], ["laq saves", "lag_wk saves"]
+    rows = table.unpivot(names, index=["axis", "value"], variable_name="name", value_name="saves")
+    name = pl.col("name").str.strip_suffix(" saves")
     rows = rows.filter(pl.col("saves").is_finite()).with_columns(
-        pl.col("name").str.strip_suffix(" saves"), pl.col("saves") * 100, line="name", mark=pl.lit(True)
+        name, pl.col("saves") * 100, line=name, mark=pl.lit(True)
     )
     y = Axis("saves", "uploads saved against GD, %", False).fit(rows["saves"])
-    rows = rows.with_columns(line="name")
-    axes = table["axis"].unique(maintain_order=True)
+    looks = style.assign_looks({name: name for name in rows["name"]})
     panels = [
-        style.line_panel(part.drop("axis"), Axis("value", axis, "alpha" in axis), y, looks, {}, (280, 220))
-        for axis in axes
-        if len(part := rows.filter(pl.col("axis") == axis))
+        style.line_panel(part, Axis("value", str(axis), "alpha" in str(axis)), y, looks, {}, (280, 220))
+        for (axis,), part in rows.group_by(["axis"], maintain_order=True)
     ]
     if panels:
         yield "heterogeneity", Figure("Uploads that the lazy rules save", style.concat_panels(panels, 2))

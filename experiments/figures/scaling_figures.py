@@ -40,7 +40,6 @@ def scaling_figures(tables: Mapping[str, pl.DataFrame]) -> Iterator[tuple[str, F
             y = Axis("seconds", "seconds of a run" if column == "rounds" else "seconds of a round")
             panels.append(style.line_panel(pl.concat(parts), Axis(column, title), y, style.assign_looks(names), {}))
     if panels:
-        panels = [panel.properties(title="") for panel in panels]
         chart = style.concat_panels(panels, 3, ("color", "strokeDash"))
         yield "cost", Figure("Seconds over workers, parameters and rounds", chart)
     panels = []

@@ -107,20 +107,14 @@ class Axis(NamedTuple):
 
     def channel(self, kind: Any, **more: Any) -> Any:
         """Return the channel, alt.X or alt.Y, of the axis."""
-        scale = {"domain": list(self.limits)} if self.limits else {}
-        ticks = {"format": "~s" if self.counts else "~g", "tickCount": 8} if self.log else {"tickCount": 6}
+        low, high = self.limits or (1.0, 1e3)
+        scale: dict[str, Any] = {"domain": [low, high]} if self.limits else {}
         scale |= {"type": "log"} if self.log else {"zero": False, "reverse": self.reverse}
-        return kind(
-            f"{self.column}:Q",
-            title=self.title,
-            scale=alt.Scale(nice=False, **scale),
-            axis=alt.Axis(**ticks, **more),
-        )
-
-    @property
-    def counts(self) -> bool:
-        """Whether thousands and millions are written as k and M."""
-        return bool(self.limits and self.limits[0] >= 1)
+        ticks: dict[str, Any] = {"format": "~s" if low >= 1 else "~g", "tickCount": 8} if self.log else {"tickCount": 6}
+        if self.log and high < 2 * low:  # Vega may leave all labels of a short log axis out
+            ticks["labelExpr"] = f"format(datum.value, '{ticks['format']}')"
+        scale = alt.Scale(nice=False, **scale)
+        return kind(f"{self.column}:Q", title=self.title, scale=scale, axis=alt.Axis(**ticks, **more))
 
     def inside(self) -> str:
         """Return the filter, as a Vega expression, of rows with a value that the axis can show."""
@@ -148,6 +142,7 @@ def line_panel(
     tips: Mapping[str, str],
     size: tuple[int, int] = (220, 210),
     legend_title: str | None = None,
+    title: str | None = None,
     dotted: bool = False,
     **line: Any,
 ) -> alt.LayerChart:
@@ -174,7 +169,7 @@ def line_panel(
     dots = base.transform_filter("datum.mark || (hover && datum.dot)").mark_point(size=36, filled=True, clip=True)
     shown = alt.condition("datum.mark", alt.value(1), alt.value(0))
     dots = dots.encode(color=channels["color"], **shape, opacity=shown, tooltip=tooltips(tips, frame))
-    return alt.layer(lines, dots).properties(width=size[0], height=size[1])
+    return alt.layer(lines, dots).properties(width=size[0], height=size[1], **({"title": title} if title else {}))
 
 
 def concat_panels(panels: Sequence[Any], columns: int, independent: Sequence[str] = ()) -> Any:
@@ -195,8 +190,10 @@ def to_spec(figure: Figure, titled: bool = False) -> dict[str, Any]:
     if titled:
         chart = chart if isinstance(chart, alt.ConcatChart) else alt.concat(chart)
         chart = chart.properties(title=alt.Title(textwrap.wrap(figure.title, 90)))
-    spec = chart.to_dict() | {"config": CONFIG, "background": "white", "padding": 8}
-    params, views = [{"name": "hover", "value": not titled}], []
+    spec = chart.to_dict(validate=False) | {"config": CONFIG, "background": "white", "padding": 8}
+    del spec["$schema"]  # an address, which nothing needs
+    params: list[dict[str, Any]] = [{"name": "hover", "value": not titled}]
+    views: list[str] = []
     for i, view in enumerate(spec.get("concat", [spec])):
         while "layer" in view:
             view = view["layer"][0]
