@@ -109,7 +109,7 @@ def main(steps: int = 300, batch: int = 1024, lr: float = 0.1, out: Path = Path(
     y = style.Axis("loss", f"loss, mean of {min(10, steps)} steps")
     axes = style.Axis("step", "step", log=False), style.Axis("megabytes", "MB received by each device")
     looks = style.assign_looks({name: name for name in ways})
-    panels = [style.line_panel(pl.concat(curves), x, y, looks, {}, (300, 230)) for x in axes]
+    panels = [style.build_line_panel(pl.concat(curves), x, y, looks, {}, (300, 230)) for x in axes]
     style.save(style.Figure("Loss against steps and traffic", style.concat_panels(panels, 2)), out / "parallel")
     never = laqjax.lazy_aggregate("data", DEVICES, bits=4, xi=1e6, force_first_upload=False, quantizer_blocks="leaf")
     for examples in (batch, 4 * batch):  # what it adds is the same, whatever the batch

@@ -98,8 +98,8 @@ def residual_title(points: pl.DataFrame) -> str:
     return "f" if points["f_star"].null_count() == len(points) else "f - f*"
 
 
-def curve_rows(curves: pl.DataFrame, names: Mapping[int, str], column: str, share: int = 1) -> pl.DataFrame:
-    """Return the rows of the points in `names` for `line_panel`, thinned; the first seed of a setting has the widest line."""
+def thin_curves(curves: pl.DataFrame, names: Mapping[int, str], column: str, share: int = 1) -> pl.DataFrame:
+    """Return the rows of the points in `names` for `build_line_panel`, thinned; the first seed of a setting has the widest line."""
     known = curves.filter(pl.col("point").is_in(list(names)), pl.col(column).is_finite(), pl.col("round") > 0)
     groups = {key[0]: rows for key, rows in known.group_by(["point"], maintain_order=True) if len(rows)}
     parts, seen = [], set()
@@ -117,7 +117,7 @@ def curve_rows(curves: pl.DataFrame, names: Mapping[int, str], column: str, shar
     return rows.with_columns(pl.col(column).clip(FLOOR)) if column == "residual" else rows
 
 
-def curve_chart(rows: pl.DataFrame, column: str, title: str, looks: Looks, against: Mapping[str, str]) -> Any | None:
+def build_curves(rows: pl.DataFrame, column: str, title: str, looks: Looks, against: Mapping[str, str]) -> Any | None:
     """Return a measure against each cost, a panel each; None where there is nothing to draw."""
     log = column == "residual"
     costs = [name for name in against if len(rows) and (rows[name] > 0).any()]
@@ -125,7 +125,7 @@ def curve_chart(rows: pl.DataFrame, column: str, title: str, looks: Looks, again
     tips = {**against, column: title}
     kept = ["name", "line", "width", "dot", "mark", column, *costs]
     looks = {name: look for name, look in looks.items() if costs and name in set(rows["name"])}
-    panels = [style.line_panel(rows.select(kept), Axis(x, against[x]), y, looks, tips) for x in costs if y]
+    panels = [style.build_line_panel(rows.select(kept), Axis(x, against[x]), y, looks, tips) for x in costs if y]
     return style.concat_panels(panels, len(panels)) if panels else None
 
 
@@ -137,9 +137,9 @@ def measure_figures(
     if "accuracy" in tables["points"]["goal"][0]:
         measures.reverse()
     for number, (column, title, name) in enumerate(measures):
-        rows = curve_rows(tables["curves"], names, column)
+        rows = thin_curves(tables["curves"], names, column)
         longest, known = (count_longest(part, column, names) for part in (rows, tables["curves"]))
-        chart = curve_chart(rows, column, title, looks, against)
+        chart = build_curves(rows, column, title, looks, against)
         if chart is None or (column == "accuracy" and number and longest == 1):
             continue
         every, drawn = (len(set(n.values())) for n in (point_labels(tables["points"], tables["summary"]), names))
@@ -161,7 +161,7 @@ def count_longest(curves: pl.DataFrame, column: str, names: Mapping[int, str]) -
 # ---- sweeps ----------------------------------------------------------------------------------------------------------
 
 
-def shown_settings(kind: str, tables: Tables) -> tuple[dict[int, str], dict[str, style.Look]]:
+def choose_settings(kind: str, tables: Tables) -> tuple[dict[int, str], dict[str, style.Look]]:
     """Return the names of the points whose curves are drawn, and the looks of the names: a color for each method.
 
     Where all settings are of one method, each has a color of its own.
@@ -184,34 +184,36 @@ def curve_figures(kind: str, tables: Tables) -> Iterator[tuple[str, Figure]]:
     summary, target = tables["summary"], target_labels(tables["summary"])[-1]
     best = rank_by_bits(summary, target).filter(pl.col(f"bits_up_{target}") > 0) if kind == "sweep" else summary[:0]
     if kind == "sweep" and (cells := heat_map_cells(summary, target)) is not None:
-        yield "bits-to-target", heat_map(cells, summary, target)
-    names, looks = shown_settings(kind, tables)
+        yield "bits-to-target", build_heat_map(cells, summary, target)
+    names, looks = choose_settings(kind, tables)
     against, first = FEDERATED_AXES if kind == "federated" else COST_AXES, "front" if kind == "sweep" else "loss"
     yield from measure_figures(tables, names, looks, against, first)
     if len(best):
-        yield "pareto", pareto_figure(best, setting_labels(summary), target, looks)
+        yield "pareto", build_pareto(best, setting_labels(summary), target, looks)
     masks: dict[str, np.ndarray] = {}
     for row in tables["masks"].iter_rows(named=True) if "masks" in tables else ():
         sent = unpack_mask(row)
         if row["point"] in best["point"][:1] if kind == "sweep" else sent.any() and not sent.all():
             masks.setdefault(names[row["point"]], sent)
     if masks := dict(list(masks.items())[:RASTERS]):
-        yield "uploads", raster_figure(masks, {name: looks[name][0] for name in masks})
+        yield "uploads", build_raster(masks, {name: looks[name][0] for name in masks})
     others = [name for name in results.setting_columns(points) if name != "method" and points[name].n_unique() > 1]
     if kind == "methods" and others:
         methods = dict(points.select("point", "method").iter_rows())
         where = points.select("point", panel=pl.concat_str(others, separator=", "))
-        rows = curve_rows(tables["curves"], methods, "residual").filter(pl.col("uploads") > 0)
+        rows = thin_curves(tables["curves"], methods, "residual").filter(pl.col("uploads") > 0)
         rows, y = rows.join(where, on="point", maintain_order="left"), Axis("residual", residual_title(points))
         colors = style.assign_looks({name: name for name in methods.values()})
         panels = [
-            style.line_panel(part, Axis("uploads", "uploads"), y.fit(rows["residual"]), colors, COST_AXES, title=name)
+            style.build_line_panel(
+                part, Axis("uploads", "uploads"), y.fit(rows["residual"]), colors, COST_AXES, title=name
+            )
             for (name,), part in rows.group_by(["panel"], maintain_order=True)
         ]
         yield "panels", Figure(f"{y.title} against uploads", style.concat_panels(panels, 4))
 
 
-def heat_map(cells: pl.DataFrame, summary: pl.DataFrame, target: str) -> Figure:
+def build_heat_map(cells: pl.DataFrame, summary: pl.DataFrame, target: str) -> Figure:
     """Return Mbit up to the target over b and C, a panel for each D."""
     positive = cells["mbit"].filter(cells["mbit"] > 0)
     low, high = float(positive.min()), max(float(positive.max()), 1.01 * float(positive.min()))  # pyright: ignore[reportArgumentType]
@@ -244,7 +246,7 @@ def heat_map(cells: pl.DataFrame, summary: pl.DataFrame, target: str) -> Figure:
     return Figure(title, style.concat_panels(panels, 4), "Bold: the cheapest. –: not reached on every seed.")
 
 
-def pareto_figure(best: pl.DataFrame, words: Mapping[int, str], target: str, looks: Looks) -> Figure:
+def build_pareto(best: pl.DataFrame, words: Mapping[int, str], target: str, looks: Looks) -> Figure:
     """Return rounds against bits up of all settings that reached the target, and the front with its settings."""
     rows = best.select(
         "point", "algorithm", bits=f"bits_up_{target}", rounds=f"rounds_{target}",
@@ -266,7 +268,7 @@ def pareto_figure(best: pl.DataFrame, words: Mapping[int, str], target: str, loo
     }
     colors = list(algorithms.values()) if len(algorithms) > 1 else [style.GREY]
     color = alt.Color(
-        "algorithm:N", scale=alt.Scale(domain=list(algorithms), range=colors), legend=style.legend("algorithm", symbolType="circle")
+        "algorithm:N", scale=alt.Scale(domain=list(algorithms), range=colors), legend=style.build_legend("algorithm", symbolType="circle")
     )  # fmt: skip
     tips = style.tooltips(
         {"setting": "setting", "bits": x.title, "bits_ci": "±", "rounds": "rounds", "rounds_ci": "± "}, rows
@@ -285,7 +287,10 @@ def pareto_figure(best: pl.DataFrame, words: Mapping[int, str], target: str, loo
     marks = rows.filter(pl.col("point").is_in(named)).with_columns(
         front=pl.col("point").replace_strict(dict(zip(named, labels, strict=True)), return_dtype=pl.String)
     )
-    box, domain = style.legend("Pareto front"), alt.Scale(domain=labels, range=[looks[words[p]][0] for p in named])
+    box, domain = (
+        style.build_legend("Pareto front"),
+        alt.Scale(domain=labels, range=[looks[words[p]][0] for p in named]),
+    )
     shapes = alt.Scale(domain=labels, range=list(style.SHAPES[: len(named)]))
     marked = alt.Chart(marks).mark_point(size=110, strokeWidth=2, filled=False).encode(
         x.channel(alt.X), y.channel(alt.Y), tooltip=tips,
@@ -298,7 +303,7 @@ def pareto_figure(best: pl.DataFrame, words: Mapping[int, str], target: str, loo
     )
 
 
-def raster_figure(masks: Mapping[str, np.ndarray], colors: Mapping[str, str]) -> Figure:
+def build_raster(masks: Mapping[str, np.ndarray], colors: Mapping[str, str]) -> Figure:
     """Return the rounds in which each worker uploaded, a panel for each method; masks [rounds, workers]."""
     cells = CELLS // len(masks)
     panels, widest = [], 1
@@ -338,16 +343,16 @@ def comparison_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
     looks = {kind: style.assign_looks({name: name for name in methods}) for kind, methods in members.items()}
     rows = best.filter(pl.col("cheapest in") == "bits up") if "cheapest in" in best.columns else best
     if (rows["bits_up"].fill_null(0) > 0).any():
-        yield "bits", cost_figure(rows, looks)
+        yield "bits", build_costs(rows, looks)
     for target in best["target"].unique(maintain_order=True):
-        if (figure := front_figure(tried, target, looks)) is not None:
+        if (figure := build_fronts(tried, target, looks)) is not None:
             yield f"fronts-{target}", figure
     if "curves" in tables:
-        lines = curve_rows(tables["curves"], method_points(tables), "residual")
+        lines = thin_curves(tables["curves"], method_points(tables), "residual")
         if len(lines):
             y = Axis("residual", residual_title(tables["points"])).fit(lines["residual"])
             panels = [
-                style.line_panel(part, Axis(x, COST_AXES[x]).fit(lines[x]), y, mine, COST_AXES, legend_title=kind)
+                style.build_line_panel(part, Axis(x, COST_AXES[x]).fit(lines[x]), y, mine, COST_AXES, legend_title=kind)
                 for kind in looks
                 if len(part := lines.filter(pl.col("name").is_in(members[kind])))
                 for x in ("round", "bits_up")
@@ -368,7 +373,7 @@ def method_points(tables: Tables) -> dict[int, str]:
     return dict(sorted(points.items(), key=lambda item: order.index(item[1])))
 
 
-def cost_figure(best: pl.DataFrame, looks: Mapping[str, Looks]) -> Figure:
+def build_costs(best: pl.DataFrame, looks: Mapping[str, Looks]) -> Figure:
     """Return bits up at each target for each method, with 95 % intervals; hollow: the step of theory."""
     order, missed = methods_by_cost(best), set(best["method"]) - set(best.drop_nulls("bits_up")["method"])
     kinds, theory = dict(best.select("method", "kind").iter_rows()), "bits_up of theory"
@@ -406,7 +411,7 @@ def cost_figure(best: pl.DataFrame, looks: Mapping[str, Looks]) -> Figure:
     return Figure(f"{goal[0].upper()}{goal[1:]} ..., by method", style.concat_panels(panels, 3), note)
 
 
-def front_figure(tried: pl.DataFrame, target: str, looks: Mapping[str, Looks]) -> Figure | None:
+def build_fronts(tried: pl.DataFrame, target: str, looks: Mapping[str, Looks]) -> Figure | None:
     """Return rounds against bits up of each method's front, a panel for each kind, with all other fronts in grey."""
     reached = tried.filter(pl.col(f"bits_up_{target}") > 0)
     words, parts = setting_labels(tried), []
@@ -429,7 +434,7 @@ def front_figure(tried: pl.DataFrame, target: str, looks: Mapping[str, Looks]) -
         grey = grey.mark_line(color="#dddddd", strokeWidth=1, point={"color": "#dddddd", "size": 12})
         grey = grey.encode(x.channel(alt.X), y.channel(alt.Y))
         mine = rows.filter(pl.col("name").is_in(list(seen)))
-        own = style.line_panel(mine, x, y, seen, {"setting": "setting"}, (240, 200), kind)
+        own = style.build_line_panel(mine, x, y, seen, {"setting": "setting"}, (240, 200), kind)
         panels.append(alt.layer(grey, own).properties(width=240, height=200))
     note = (
         "The settings that no other of their method beats in both, on the seeds of the search. Grey: the other kinds."
@@ -464,7 +469,8 @@ def tune_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
     yield (
         "trials",
         Figure(
-            "Bits up over the trials", style.line_panel(rows, x, y, looks, {"setting": "setting"}, (460, 260), **look)
+            "Bits up over the trials",
+            style.build_line_panel(rows, x, y, looks, {"setting": "setting"}, (460, 260), **look),
         ),
     )
 
@@ -480,7 +486,7 @@ def heterogeneity_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
     y = Axis("saves", "uploads saved against GD, %", False).fit(rows["saves"])
     looks = style.assign_looks({name: name for name in rows["name"]})
     panels = [
-        style.line_panel(part, Axis("value", str(axis), "alpha" in str(axis)), y, looks, {}, (280, 220))
+        style.build_line_panel(part, Axis("value", str(axis), "alpha" in str(axis)), y, looks, {}, (280, 220))
         for (axis,), part in rows.group_by(["axis"], maintain_order=True)
     ]
     if panels:

@@ -79,9 +79,9 @@ def read(folder: Path) -> ResultFolder:
 
 
 @cache
-def vega_script() -> str:
+def load_vega() -> str:
     """Return the JavaScript of Vega, Vega-Lite and Vega-Embed, which draws the figures of the page offline."""
-    return vl_convert.javascript_bundle()
+    return vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue]
 
 
 def render_page(sections: list[ResultFolder]) -> str:
@@ -98,7 +98,7 @@ def render_page(sections: list[ResultFolder]) -> str:
         "a name of a legend to pick it out. Tables: click on a head to sort.",
         "contents": f"<nav><ol>{links}</ol></nav>" if len(sections) > 1 else "",
         "body": "\n".join(body),
-        "vega": vega_script(),
+        "vega": load_vega(),
         "figures": json.dumps(figures, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
     return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], TEMPLATE.read_text())
@@ -222,13 +222,13 @@ def render_side_by_side(sections: list[ResultFolder], figures: list[dict[str, An
             place = numbers.setdefault(name, len(numbers)) % len(style.COLORS)
             looks[f"{folder}: {name}"] = style.COLORS[place], style.DASHES[number % len(style.DASHES)]
         named = {point: f"{folder}: {name}" for point, name in names.items()}
-        rows = drawing.curve_rows(section.tables["curves"], named, "residual", len(sections))
+        rows = drawing.thin_curves(section.tables["curves"], named, "residual", len(sections))
         parts.append(rows.with_columns(line=pl.format("{} {}", pl.lit(folder), "line")))
         titles.append(drawing.residual_title(section.tables["points"]))
     if parts:
         title = titles[0] if len(set(titles)) == 1 else "f - f*, or f where f* is not known"
         rows = pl.concat(parts, how="diagonal_relaxed")
-        chart = drawing.curve_chart(rows, "residual", title, looks, drawing.COST_AXES)
+        chart = drawing.build_curves(rows, "residual", title, looks, drawing.COST_AXES)
         note = "A color for each setting, a dash for each folder."
         if chart is not None:
             lines.append(render_figure(style.Figure(f"{title} against its costs", chart, note), figures))

@@ -38,7 +38,9 @@ def scaling_figures(tables: Mapping[str, pl.DataFrame]) -> Iterator[tuple[str, F
             parts.append(rows.select(column, "seconds", name=pl.lit(name), line=pl.lit(name), mark=pl.lit(True)))
         if parts:
             y = Axis("seconds", "seconds of a run" if column == "rounds" else "seconds of a round")
-            panels.append(style.line_panel(pl.concat(parts), Axis(column, title), y, style.assign_looks(names), {}))
+            panels.append(
+                style.build_line_panel(pl.concat(parts), Axis(column, title), y, style.assign_looks(names), {})
+            )
     if panels:
         chart = style.concat_panels(panels, 3, ("color", "strokeDash"))
         yield "cost", Figure("Seconds over workers, parameters and rounds", chart)
@@ -66,9 +68,9 @@ def scaling_figures(tables: Mapping[str, pl.DataFrame]) -> Iterator[tuple[str, F
         rows = tables["model"].with_columns(name="collective", line="collective")
         looks = style.assign_looks({name: name for name in rows["name"].unique(maintain_order=True)})
         panels = [
-            style.line_panel(part, Axis("hosts", "hosts"), Axis("seconds", "seconds of a round"), looks, {}).properties(
-                title=f"p = {size:,}"
-            )
+            style.build_line_panel(
+                part, Axis("hosts", "hosts"), Axis("seconds", "seconds of a round"), looks, {}
+            ).properties(title=f"p = {size:,}")
             for (size,), part in rows.group_by(["p"], maintain_order=True)
         ]
         yield "model", Figure("A model, not measured: M = 1000", style.concat_panels(panels, 2))

@@ -17,7 +17,8 @@ from experiments.harness.storage import atomic_write
 
 alt.data_transformers.disable_max_rows()
 
-COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f")
+COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f",
+          "#aec7e8", "#ffbb78", "#98df8a", "#ff9896", "#c5b0d5", "#c49c94", "#f7b6d2", "#9edae5", "#dbdb8d")  # fmt: skip
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [4, 1], [1, 4], [10, 2, 2, 2, 2, 2])
 SHAPES = ("square", "diamond", "triangle-up", "triangle-down", "cross", "triangle-left", "triangle-right", "circle")
 GREY = "#8a8a8a"
@@ -61,15 +62,15 @@ def wrap_label(name: str) -> str:
     return textwrap.fill(name, 40)
 
 
-def legend(title: str | None = None, **more: Any) -> alt.Legend:
+def build_legend(title: str | None = None, **more: Any) -> alt.Legend:
     """Return a legend whose labels may have several lines."""
     return alt.Legend(title=title, labelExpr=WRAPPED, **more)
 
 
-def look_channels(looks: Looks, title: str | None = None, dotted: bool = False) -> dict[str, Any]:
+def build_look_channels(looks: Looks, title: str | None = None, dotted: bool = False) -> dict[str, Any]:
     """Return the channels color and strokeDash of the column `name`, in one legend; the first is a dot if `dotted`."""
     names = [wrap_label(name) for name in looks]
-    box = legend(title, **({} if dotted else {"symbolType": "stroke"}))
+    box = build_legend(title, **({} if dotted else {"symbolType": "stroke"}))
     channels: dict[str, Any] = {"color": alt.Color, "strokeDash": alt.StrokeDash}
     ranges: dict[str, Any] = {
         "color": [color for color, _ in looks.values()],
@@ -113,8 +114,8 @@ class Axis(NamedTuple):
         ticks: dict[str, Any] = {"format": "~s" if low >= 1 else "~g", "tickCount": 8} if self.log else {"tickCount": 6}
         if self.log and high < 2 * low:  # Vega may leave all labels of a short log axis out
             ticks["labelExpr"] = f"format(datum.value, '{ticks['format']}')"
-        scale = alt.Scale(nice=False, **scale)
-        return kind(f"{self.column}:Q", title=self.title, scale=scale, axis=alt.Axis(**ticks, **more))
+        axis = alt.Axis(**ticks, **more)
+        return kind(f"{self.column}:Q", title=self.title, scale=alt.Scale(nice=False, **scale), axis=axis)
 
     def inside(self) -> str:
         """Return the filter, as a Vega expression, of rows with a value that the axis can show."""
@@ -125,16 +126,17 @@ class Axis(NamedTuple):
 
 def tooltips(columns: Mapping[str, str], frame: pl.DataFrame) -> list[alt.Tooltip]:
     """Return the columns, with their titles, that a mark shows under the pointer."""
-    kinds = {name: "Q" if kind.is_numeric() else "N" for name, kind in frame.schema.items()}
-    formats = {name: "," if kind.is_integer() else ",.5~g" for name, kind in frame.schema.items() if kind.is_numeric()}
-    return [
-        alt.Tooltip(f"{name}:{kinds[name]}", title=title, **({"format": formats[name]} if name in formats else {}))
-        for name, title in columns.items()
-        if name in kinds
-    ]
+    found = []
+    for name, title in columns.items():
+        kind, more = frame.schema.get(name), dict[str, Any](title=title)
+        if kind is not None and kind.is_numeric():
+            more["format"] = "," if kind.is_integer() else ",.5~g"
+        if kind is not None:
+            found.append(alt.Tooltip(f"{name}:{'Q' if 'format' in more else 'N'}", **more))
+    return found
 
 
-def line_panel(
+def build_line_panel(
     frame: pl.DataFrame,
     x: Axis,
     y: Axis,
@@ -145,7 +147,7 @@ def line_panel(
     title: str | None = None,
     dotted: bool = False,
     **line: Any,
-) -> alt.LayerChart:
+) -> Any:
     """Return a panel of lines through the rows of `frame`, one for each value of `line`.
 
     The rows have the columns of the axes, `name` (of the look), `line` and, for the hover, the columns of `tips`. Optional:
@@ -160,7 +162,7 @@ def line_panel(
     x, y = (axis if axis.limits else axis.fit(frame[axis.column]) for axis in (x, y))
     base = alt.Chart(frame).transform_filter(f"{x.inside()} && {y.inside()}")
     base = base.encode(x.channel(alt.X), y.channel(alt.Y))
-    channels = look_channels(looks, legend_title, dotted)
+    channels = build_look_channels(looks, legend_title, dotted)
     shape = {"shape": channels.pop("shape")} if dotted else {}
     picked: Any = {"condition": {"param": "pick", "value": 1}, "value": 0.12}
     stroke = alt.StrokeWidth("width:Q", scale=None, legend=None)
@@ -176,9 +178,8 @@ def concat_panels(panels: Sequence[Any], columns: int, independent: Sequence[str
     """Return panels side by side, `columns` in a row; the report may take fewer columns."""
     if len(panels) == 1:
         return panels[0]
-    return alt.concat(*panels, columns=min(columns, len(panels))).resolve_scale(
-        **dict.fromkeys(independent, "independent")
-    )
+    apart: Any = dict.fromkeys(independent, "independent")
+    return alt.concat(*panels, columns=min(columns, len(panels))).resolve_scale(**apart)
 
 
 def to_spec(figure: Figure, titled: bool = False) -> dict[str, Any]:

@@ -80,6 +80,8 @@ COMMANDS = {  # and the cases of each; the curves of all commands are one functi
     "tune": ["plain", "eight decades", "one setting", "one missed", "equal", "zeros"],
     "federated": ["plain", "eight decades"],
     "methods": ["plain"],
+    "heterogeneity": ["plain"],
+    "scaling": ["plain"],
 }
 
 
@@ -143,7 +145,7 @@ class Drawn:
                 size = item.get("fontSize", 11)
                 width, line, height = 0.42 * size * max(map(len, map(str, lines))), 0.8 * size, 1.15 * size * len(lines)
                 left = {"left": 0, "center": width / 2, "right": width}[item.get("align", "left")]
-                up = {"top": 0, "line-top": 0, "middle": line / 2}.get(item.get("baseline"), line)
+                up = {"top": 0, "line-top": 0, "middle": line / 2}.get(item.get("baseline", ""), line)
                 box = (x - left, y - up, x - left + width, y - up + height - 0.35 * size)
                 if item.get("angle") == -90:
                     box = (x - height, y - width / 2, x, y + width / 2)
@@ -206,6 +208,27 @@ def group_parts(group: dict[str, Any]) -> list[dict[str, Any]]:
     return [part for item in group["items"] for part in item.get("items", ())] if group["marktype"] == "group" else []
 
 
+def make_measurements() -> dict[str, pl.DataFrame]:
+    """Return invented tables of heterogeneity and scaling."""
+    rows = [
+        {"axis": axis, "M": 100, "p": 1000, "rounds": 10, axis: size, "seconds": size * 1e-4 / devices}
+        | {"devices": devices, "processes": 1, "devices of each": devices}
+        for axis in ("M", "p", "rounds")
+        for size in (10, 100, 1000)
+        for devices in (1, 2)
+    ]
+    rows += [
+        rows[0] | {"axis": axis, "devices": 4, "processes": processes, "devices of each": 4 // processes}
+        for axis in ("strong", "weak")
+        for processes in (1, 2, 4)
+    ]
+    model = itertools.product((10, 100, 1000), (1e6, 1e9), ("all_gather", "all_reduce"))
+    hosts = [{"hosts": h, "p": int(p), "collective": c, "seconds": h * p * 1e-9} for h, p, c in model]
+    spread = {"axis": ["decades of L_m"] * 3 + ["Dirichlet alpha"] * 3, "value": [0.0, 1.0, 2.0, 0.1, 1.0, 10.0]}
+    saved = {"laq saves": [0.1, 0.5, 0.9] * 2, "lag_wk saves": [0.2, None, 0.7] * 2}
+    return {"cost": pl.DataFrame(rows), "model": pl.DataFrame(hosts), "heterogeneity": pl.DataFrame(spread | saved)}
+
+
 def figures_of(command: str, name: str) -> dict[str, Figure]:
     """Return the figures of a command for a case."""
     tables = make_tables(CASES[name])
@@ -220,7 +243,7 @@ def figures_of(command: str, name: str) -> dict[str, Figure]:
         points = tables["points"].rename({"algorithm": "method"}).drop("bits", "max_silence", "window", strict=False)
         tables["points"] = points.insert_column(2, (pl.col("point") % 2).cast(pl.String).alias("data"))
         tables["summary"] = tables["points"]
-    return dict(drawing.build_figures(command, tables))
+    return dict(drawing.build_figures(command, tables | make_measurements()))
 
 
 @cache
@@ -240,7 +263,11 @@ def channels(spec: Any) -> Iterator[dict[str, Any]]:
 
 def unlabelled_axes(figure: Drawn) -> list[str]:
     """List the axes without a title or with fewer than two labels; categories may be one, and explain themselves."""
-    discrete = {str(c.get("title") or "") for c in channels(figure.spec) if c.get("type") in ("nominal", "ordinal")}
+    discrete = {
+        str(c.get("title") or "")
+        for c in channels(figure.spec)
+        if c.get("type") in ("nominal", "ordinal") and ("axis" in c or c.get("title"))
+    }
     assert figure.axes
     return [
         f"{t}: {found}"
@@ -271,7 +298,7 @@ def covered_markers(figure: Drawn) -> list[str]:
     dots = [
         (x, y)
         for mark, item, x, y in figure.items
-        if mark["marktype"] == "symbol" and item.get("opacity", 1) and mark.get("role") == "mark"
+        if mark["marktype"] == "symbol" and item.get("opacity", 1) and mark.get("role", "mark") == "mark"
     ]
     return [text for text, box in figure.texts() if any(box[0] < x < box[2] and box[1] < y < box[3] for x, y in dots)]
 
@@ -289,7 +316,7 @@ def looks_without_legend(figure: Drawn) -> list[str]:
     lines = [
         look for look in figure.looks("mark") if look[1].startswith("[") and look[0] not in (style.GREY, "#dddddd")
     ]
-    return [str(look) for look in lines if look not in known and known and look[0] not in {color for color, _ in known}]
+    return [str(look) for look in lines if look not in known]
 
 
 def misplaced_marks(figure: Drawn) -> list[str]:
@@ -297,7 +324,7 @@ def misplaced_marks(figure: Drawn) -> list[str]:
     found = [
         f"{mark['marktype']}: {item.get('x')}, {item.get('y')}"
         for mark, item, _, _ in figure.items
-        if mark.get("role") == "mark" and mark["marktype"] in ("line", "symbol", "rule", "rect")
+        if mark.get("role", "mark") == "mark" and mark["marktype"] in ("line", "symbol", "rule", "rect")
         if not all(v is not None and math.isfinite(v) and abs(v) < 1e5 for v in (item.get("x", 0), item.get("y", 0)))
     ]
     scales = [channel.get("scale") or {} for channel in channels(figure.spec)]
@@ -377,7 +404,7 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "bits up, billed" in (tmp_path / "loss.svg").read_text()
     assert str(tmp_path / "loss.png") in capsys.readouterr().out
     sent = np.random.default_rng(0).random((30_000, 10)) < 0.5
-    figure = drawing.raster_figure({"laq": sent}, {"laq": "#1f77b4"})
+    figure = drawing.build_raster({"laq": sent}, {"laq": "#1f77b4"})
     (rows,) = style.to_spec(figure)["datasets"].values()
     assert len(rows) <= drawing.CELLS
     assert sum(row["uploads"] for row in rows) == sent.sum()
