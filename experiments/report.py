@@ -1,4 +1,4 @@
-"""Write one HTML page of result folders: figures with hover and zoom, tables that sort.
+"""Write result folders as one HTML page: figures with hover, tables that sort.
 
     python -m experiments.report results/sweep               the page is results/sweep/report.html
     python -m experiments.report results/laq-logistic results/mine --out both.html

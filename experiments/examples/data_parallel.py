@@ -1,4 +1,4 @@
-"""Data-parallel training of a flax network by a loop of one's own, three ways.
+"""Train a flax network data-parallel by a loop of one's own, three ways.
 
 On 4 devices (forced ones on a CPU): gradients by pmean, lazily aggregated quantized ones (LAQ), and the largest 1 % with error feedback.
 

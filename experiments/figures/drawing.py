@@ -75,6 +75,10 @@ def read_tables(folder: Path) -> tuple[str, dict[str, pl.DataFrame]]:
 def draw_figures(folder: Path, pdf: bool = False) -> None:
     """Write all figures of a result folder beside its tables."""
     kind, tables = read_tables(folder)
+    lacking = [name for name in TABLES[kind] if name.split("/")[-1] not in {*tables, "masks", "table"}]
+    if lacking and kind != "scaling":
+        path = folder / f"{lacking[0]}.parquet"
+        raise FileNotFoundError(f"{path} is missing: must be the folder of a finished command; run it to its end")
     for name, figure in build_figures(kind, tables):
         style.save(figure, folder / name, pdf)
 

@@ -139,7 +139,7 @@ def test_it_goes_on_where_it_was(whole: Path, home: Path, monkeypatch: pytest.Mo
             run(home / "cut")
     assert_frame_equal(run(home / "cut"), pl.read_parquet(whole / "best.parquet"))
     assert len(calls) - 2 == len(list((home / "cut").glob("*/batches/*-points.parquet")))
-    assert {path.name for path in whole.glob("*.png")} == {"bits.png", "fronts-4.png", "fronts-10.png"}
+    assert {path.name for path in whole.glob("*.png")} == {"bits.png", "fronts-4.png", "fronts-10.png", "loss.png"}
 
 
 @pytest.mark.long

@@ -162,8 +162,8 @@ class Drawn:
             dash = str([d for d in item.get("strokeDash") or [1, 0]])
             if mark["marktype"] == "line":
                 lines.setdefault(id(mark), []).append((x, y, color, dash))
-            elif mark["marktype"] == "symbol":
-                shape = item.get("shape", "circle")
+            elif mark["marktype"] in ("symbol", "rect"):
+                shape = item.get("shape", "circle") if mark["marktype"] == "symbol" else "square"
                 found.add((color, dash if shape == "stroke" else shape))
         for points in lines.values():
             if len(points) > 1 and max(np.ptp([p[0] for p in points]), np.ptp([p[1] for p in points])) > 1:

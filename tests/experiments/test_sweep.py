@@ -799,6 +799,11 @@ def test_less_memory_is_a_smaller_batch() -> None:
 def test_figures_from_files_alone(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("summary.parquet", "curves.parquet", "masks.parquet", "identity.json"):
         shutil.copy(whole / name, tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"points\.parquet is missing: must be the folder of a finished command"
+    ):
+        plots.main(tmp_path)
+    shutil.copy(whole / "points.parquet", tmp_path)
     plots.main(tmp_path)
     names = {"bits-to-target", "front", "pareto", "uploads"}
     assert {path.name for path in tmp_path.glob("*.*g")} == {name + end for name in names for end in (".png", ".svg")}
