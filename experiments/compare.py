@@ -61,7 +61,7 @@ def run(settings: comparison.Settings) -> Path:
 
 def print_report(out: Path, console: Console) -> None:
     """Draw the figures, and print the bits of each method and its setting at the smallest target that it reached."""
-    drawing.plot_comparison(out)
+    drawing.draw_figures(out)
     best = pl.read_parquet(out / "best.parquet")
     if not best["bits_up"].count():
         results.report_result(console, out, {}, ["no target was reached: give more --rounds, or larger targets"])

@@ -177,7 +177,7 @@ def measurement_columns(arrays: dict[str, np.ndarray], facts: dict[str, Any]) ->
 
 def print_report(folder: Path, console: Console) -> None:
     """Draw the figures and print one row for each point."""
-    drawing.plot_federated(folder)
+    drawing.draw_figures(folder)
     table = pl.read_parquet(folder / "points.parquet")
     names = [name for name in results.setting_columns(table) if table[name].n_unique() > 1] or ["algorithm"]
     labels = [pl.col(name).alias(results.COLUMN_TITLES.get(name, name)) for name in names]

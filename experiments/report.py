@@ -3,9 +3,9 @@
     python -m experiments.report results/sweep               the page is results/sweep/report.html
     python -m experiments.report results/laq-logistic results/mine --out both.html
 
-The page holds all that it shows, and opens from disk without a network. Several folders stand in sections of their own, below
-one figure with the curves of all. It is made from the tables of the folders alone, which are not changed; of a command that
-has not ended it shows the batches that are done.
+The page is one file that opens from disk without a network. Several folders have a section each, below one figure with the
+curves of all. The page comes from the tables of the folders alone, which are not changed. For a command that has not ended
+it shows the batches that are done.
 """
 
 from pathlib import Path
@@ -20,15 +20,15 @@ def main(folders: cli.Folders, /, out: Path | None = None) -> None:
     """Write the page.
 
     Args:
-        folders: That experiments wrote, as results/sweep.
-        out: The page; report.html in the folder by default, of several folders in results.
+        folders: Result folders of experiments, such as results/sweep.
+        out: Name of the page; by default report.html in the folder, or in results for several folders.
     """
     if not folders:
-        raise ValueError("no folder given: expected one or more that an experiment wrote, as results/sweep")
+        raise ValueError("no folder given: must be one or more result folders of experiments, such as results/sweep")
     sections = [report_page.read(folder) for folder in dict.fromkeys(folders)]
     out = out or (folders[0] if len(sections) == 1 else Path("results")) / "report.html"
     if out.is_dir():
-        raise IsADirectoryError(f"--out {out} is a folder: expected the name of a page, as {out / 'report.html'}")
+        raise IsADirectoryError(f"--out {out} is a folder: must be the name of a page, such as {out / 'report.html'}")
     storage.write_text(out, report_page.render_page(sections))
     notices = [f"{s.folder}: {notice}" for s in sections for notice in s.notices]
     results.report_result(

@@ -21,7 +21,7 @@ import polars as pl
 from rich.console import Console
 
 from experiments.benchmarks import measurements
-from experiments.figures.scaling_figures import plot_scaling
+from experiments.figures import drawing
 from experiments.harness import cli, processes, results, storage
 
 
@@ -41,7 +41,7 @@ def main(out: Path = Path("results/scaling"), quick: bool = False) -> None:
             raise cli.exit_with_message(130, f"stopped; finished tables are in {out}") from None
         others = foreign_cpu()
         storage.write_json(out / "run.json", storage.provenance() | {"quick": quick, "others": others})
-        plot_scaling(out)
+        drawing.draw_figures(out)
         print_report(out, tables, others, console)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
-from experiments.figures import drawing
+from experiments.figures import drawing, ranking
 from experiments.harness import cli, grid, results, runner, storage
 from experiments.harness.results import NetworkModel
 from experiments.harness.runner import RunOptions
@@ -67,10 +67,10 @@ def run(settings: Settings) -> Path:
 
 def print_report(folder: Path, console: Console) -> None:
     """Draw the figures, and print the cheapest settings, the best of each algorithm first."""
-    drawing.plot_sweep(folder)
+    drawing.draw_figures(folder)
     summary = pl.read_parquet(folder / "summary.parquet")
     target, goal = results.target_labels(summary)[-1], summary["goal"][0]
-    ranked = drawing.rank_by_bits(summary, target)
+    ranked = ranking.rank_by_bits(summary, target)
     differ = [name for name in results.setting_columns(summary) if summary[name].n_unique() > 1]
     same = [name for name in results.setting_columns(summary) if name not in differ and summary[name][0] is not None]
     titles = {name: results.COLUMN_TITLES.get(name, name) for name in summary.columns}

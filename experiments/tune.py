@@ -210,7 +210,7 @@ def print_report(rows: list[dict[str, Any]], search: Search, console: Console) -
     target, out = search.settings.goal.targets.values[-1], search.settings.out
     frame = pl.DataFrame(rows, infer_schema_length=None, schema_overrides=dict.fromkeys(COST, pl.Float64))
     storage.save_frame(frame.with_columns(target=pl.lit(target)), out / "trials", csv=True)
-    drawing.plot_tune(out)
+    drawing.draw_figures(out)
     first = rows[0]
     best = min((row for row in rows if row["bits_up"] is not None), key=lambda row: row["bits_up"], default=None)
     saved = 1 - best["bits_up"] / first["bits_up"] if best and first["bits_up"] else None

@@ -15,15 +15,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
+import polars as pl
 import tyro
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import laqjax
+from experiments.figures import style
 from experiments.harness import cli, datasets
 from laqjax import check_number
 from laqjax.algorithms import topk_ef
@@ -85,7 +86,7 @@ def main(steps: int = 300, batch: int = 1024, lr: float = 0.1, out: Path = Path(
         "LAQ, b = 4": laqjax.lazy_aggregate("data", DEVICES, bits=4, xi=10, max_silence=2, quantizer_blocks="leaf"),
         "top 1 % with error feedback": laqjax.lazy_aggregate("data", DEVICES, topk_ef, k=size // 100),
     }
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    curves = []
     rows = [rng.integers(0, len(data.y), batch) for _ in range(steps)]  # the same for all
     for name, way in ways.items():
         step, state = trainer(optax.chain(way, optax.sgd(lr)), start, mesh)
@@ -99,17 +100,17 @@ def main(steps: int = 300, batch: int = 1024, lr: float = 0.1, out: Path = Path(
             lazy = isinstance(state[0], laqjax.aggregation.LazyAggregateState)
             moved.append(int(state[0].bytes_received) if lazy else 2 * 4 * size * (DEVICES - 1) // DEVICES)
         smooth = smoothed(losses)
-        left.semilogy(np.arange(len(smooth)), smooth, label=name)
-        right.semilogy(np.cumsum(moved)[-len(smooth) :] / 1e6, smooth)
+        megabytes = np.cumsum(moved)[-len(smooth) :] / 1e6
+        curve = pl.DataFrame({"step": np.arange(1, len(smooth) + 1), "megabytes": megabytes, "loss": smooth})
+        curves.append(curve.with_columns(name=pl.lit(name), line=pl.lit(name)))
         print(
             f"{name}: loss {smooth[-1]:.4f}, {sum(moved) / 1e6:,.0f} MB to each device, {1e3 * min(times):.0f} ms a step"
         )
-    left.set(xlabel="step", ylabel=f"loss, mean of {min(10, steps)} steps")
-    right.set(xlabel="MB received by each device", xscale="log")
-    left.legend(frameon=False)
-    out.mkdir(parents=True, exist_ok=True)
-    for suffix in ("png", "svg"):
-        figure.savefig(out / f"parallel.{suffix}", dpi=150)
+    y = style.Axis("loss", f"loss, mean of {min(10, steps)} steps")
+    axes = style.Axis("step", "step", log=False), style.Axis("megabytes", "MB received by each device")
+    looks = style.assign_looks({name: name for name in ways})
+    panels = [style.build_line_panel(pl.concat(curves), x, y, looks, {}, (300, 230)) for x in axes]
+    style.save(style.Figure("Loss against steps and traffic", style.concat_panels(panels, 2)), out / "parallel")
     never = laqjax.lazy_aggregate("data", DEVICES, bits=4, xi=1e6, force_first_upload=False, quantizer_blocks="leaf")
     for examples in (batch, 4 * batch):  # what it adds is the same, whatever the batch
         row = rng.integers(0, len(data.y), examples)

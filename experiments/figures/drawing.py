@@ -1,487 +1,509 @@
-"""Draw the figures of a result folder again, from its tables alone.
+"""Figures of every kind of result folder: one definition each, from the tables alone, for files and for the report."""
 
-    python -m experiments.plots results/sweep
-    python -m experiments.plots results/sweep --csv      its curves as a table too, for other programs
-
-Figures are PNG and SVG beside the tables; nothing is computed again.
-"""
-
-import itertools
-import math
-import textwrap
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
+import altair as alt
 import numpy as np
 import polars as pl
-import tyro
-from matplotlib.colors import LogNorm
-from matplotlib.lines import Line2D
-from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
 
-from experiments.harness.results import COLUMN_TITLES, format_value, setting_columns, target_labels, unpack_mask
-from experiments.harness.storage import atomic_write
+from experiments.figures import scaling_figures, style
+from experiments.figures.ranking import (
+    heat_map_cells,
+    methods_by_cost,
+    pareto_front,
+    point_labels,
+    rank_all,
+    rank_by_bits,
+    select_settings,
+    setting_labels,
+)
+from experiments.figures.style import Axis, Figure, Looks
+from experiments.harness import results, storage
+from experiments.harness.results import target_labels, thin_indices, unpack_mask
 
-mpl.use("Agg")  # files only: no screen is needed, none is opened
-
-
-STYLE: dict[Any, Any] = {
-    "figure.dpi": 130,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "laqjax",
-    "font.size": 10,
-    "lines.linewidth": 1.4,
-}
-AXES = {"round": "rounds", "uploads": "uploads", "bits_up": "bits up", "bits": "bits up + down"}
+COST_AXES = {"round": "rounds", "uploads": "uploads", "bits_up": "bits up", "bits": "bits up + down"}
 FEDERATED_AXES = {
     "uploads": "uploads",
     "bits_up": "bits up, billed",
     "bytes_up": "bytes up, observed",
     "seconds": "seconds",
 }
-COLORS: Sequence[Any] = plt.get_cmap("tab10").colors  # pyright: ignore[reportAttributeAccessIssue]
-LINES = ("-", "--", ":")
-MARKERS = "sD^vP*<>"
+# the tables of each kind of folder; without the first there is nothing to draw
+TABLES = {
+    "sweep": ("summary", "points", "curves", "masks"),
+    "methods": ("summary", "points", "curves", "masks", "table"),
+    "federated": ("summary", "points", "curves", "masks"),
+    "heterogeneity": ("heterogeneity",),
+    "compare": ("best", "tried", "report/summary", "report/points", "report/curves"),
+    "tune": ("trials",),
+    "scaling": ("cost", "goals", "bytes", "memory", "model"),
+}
+FLOOR = 1e-12  # the least residual on a log axis
+ROWS = 6000  # of the curves of one figure
+DOTS = 1500  # of these, the rows that answer to the pointer
+CELLS = 6000  # of the upload rasters of one figure
+RASTERS = 12
+SETTINGS = 4000  # of a figure with a dot for each
+
+Tables = Mapping[str, pl.DataFrame]
 
 
-class LogTicks(LogLocator):
-    """Tick locator of a log axis with at least two ticks inside the limits, however short the range is."""
+def read_tables(folder: Path) -> tuple[str, dict[str, pl.DataFrame]]:
+    """Return the kind of a result folder and those of its tables that are there.
 
-    def tick_values(self, vmin: float, vmax: float) -> Any:
-        """Return powers of ten, or fewer and rounder numbers where less than two decades are seen."""
-        low, high = sorted((vmin, vmax))
-        first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-        axis: Any = self.axis
-        most = max(2, min(axis.get_tick_space(), 6))
-        if last - first > 1:
-            return 10.0 ** np.arange(first, last + 1, -(-(last - first + 1) // most))
-        for digits in ((1, 3), (1, 2, 5), (1, 2, 3, 5, 7)):
-            ticks = np.array([digit * 10.0**power for power in range(first - 1, last + 1) for digit in digits])
-            inside = ticks[(ticks >= low) & (ticks <= high)]
-            if len(inside) > 2:
-                return inside
-        ticks = np.array(MaxNLocator(min(most, 4)).tick_values(low, high))
-        return ticks[(ticks >= low) & (ticks <= high)]
-
-
-class LogLabels(Formatter):
-    """Tick labels of a log axis: powers of ten over several decades, else plain numbers such as 0.5 and 20M."""
-
-    def __call__(self, x: float, pos: int | None = None) -> str:
-        """Return the label of a tick that stands alone."""
-        return self.format_ticks([x])[0]
-
-    def format_ticks(self, values: Any) -> list[str]:
-        """Return the labels of all ticks."""
-        powers = np.log10(values)
-        if len(powers) > 1 and np.ptp(powers) > 1.99 and np.allclose(powers, np.round(powers)):
-            return [f"$10^{{{power:.0f}}}$" for power in powers]
-        most = math.floor(max(powers, default=0) + 1e-9)
-        if not -4 < most < 18:
-            return [rf"${value / 10.0**most:.6g}\times10^{{{most}}}$" for value in values]
-        thousands = [math.floor(power + 1e-9) // 3 if most > 3 and power >= 3 else 0 for power in powers]
-        return [f"{value / 1000**n:.10g}{('', *'kMGTP')[n]}" for value, n in zip(values, thousands, strict=True)]
-
-
-def log_scale(axes: Any, letters: str) -> None:
-    """Make the x or y axis, or both, logarithmic, with labels inside the limits."""
-    for letter in letters:
-        getattr(axes, f"set_{letter}scale")("log")
-        axis = getattr(axes, f"{letter}axis")
-        axis.set_major_locator(LogTicks())
-        axis.set_major_formatter(LogLabels())
-        axis.set_minor_locator(NullLocator())
-
-
-def legend(figure: Any) -> None:
-    """Add a legend on the right of all axes, with each label once; the figure grows with it."""
-    handles: dict[str, Any] = {}
-    for axes in figure.axes:
-        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(textwrap.fill(name, 40), handle)
-    lines = sum(1 + name.count("\n") for name in handles)
-    figure.set_figheight(max(figure.get_figheight(), 0.5 + 0.18 * lines))
-    figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside right center")
-
-
-def save(figure: Any, path: Path) -> None:
-    """PNG and SVG beside each other."""
-    for suffix in (".png", ".svg"):
-        with atomic_write(path.with_name(path.name + suffix)) as part:
-            figure.savefig(part, metadata={"Date": None} if suffix == ".svg" else None)
-    plt.close(figure)
-
-
-def line_style(number: int) -> dict[str, Any]:
-    """Color and line of the n-th thing in a figure."""
-    return {"color": COLORS[number % 10], "linestyle": LINES[number // 10 % 3]}
-
-
-def plot_curves(
-    curves: pl.DataFrame, path: Path, column: str = "residual", ylabel: str = "f - f*", against: dict[str, str] = AXES
-) -> None:
-    """A measure against rounds, uploads, bits up and bits up + down, a color a `method`, a line a point."""
-    methods = curves["method"].unique(maintain_order=True).to_list()
-    log = column == "residual"
-    with plt.rc_context(STYLE):
-        size = 4 * len(against), 3.6
-        figure, axes = plt.subplots(1, len(against), figsize=size, sharey=True, layout="constrained")
-        for axis, (name, label) in zip(axes, against.items(), strict=True):
-            known = curves.drop_nans(column).filter(pl.col(name) > 0)
-            named = set()
-            for (method, _), rows in known.group_by(["method", "point"], maintain_order=True):
-                y = rows[column].clip(1e-12) if log else rows[column]
-                first = None if method in named else method
-                named.add(method)
-                marker, width = "." if len(rows) < 3 else "", 1.4 if first else 0.7
-                axis.plot(
-                    rows[name], y, label=first, marker=marker, linewidth=width, **line_style(methods.index(method))
-                )
-            log_scale(axis, "xy" if log else "x")
-            axis.set_xlabel(label)
-        axes[0].set_ylabel(ylabel)
-        legend(figure)
-        save(figure, path)
-
-
-def plot_upload_raster(masks: dict[str, np.ndarray], path: Path) -> None:
-    """Who uploaded when: one dot an upload, a row a worker, a panel a method; masks [rounds, workers]."""
-    with plt.rc_context(STYLE):
-        size, shared = (9, 1.6 * len(masks) + 0.5), dict[str, Any]({"sharex": True, "squeeze": False})
-        figure, axes = plt.subplots(len(masks), 1, figsize=size, layout="constrained", **shared)
-        for axis, (method, sent) in zip(axes[:, 0], masks.items(), strict=True):
-            axis.plot(*np.nonzero(sent), linestyle="", marker="|", markersize=4, alpha=0.6)
-            axis.set_ylabel("worker")
-            title = textwrap.fill(f"{method}: {np.count_nonzero(sent):,} uploads", 110)
-            axis.set_title(title, fontsize=9, loc="left")
-            axis.set_ylim(sent.shape[1] - 0.5, -0.5)
-            axis.yaxis.get_major_locator().set_params(integer=True)
-        axes[-1, 0].set_xlabel("round")
-        save(figure, path)
-
-
-def rank_by_bits(summary: pl.DataFrame, target: str) -> pl.DataFrame:
-    """The settings that reached the target on every seed, the fewest bits up first."""
-    return summary.filter(pl.col(f"bits_up_{target}").is_not_null()).sort(f"bits_up_{target}", f"rounds_{target}")
-
-
-def pareto_front(rows: pl.DataFrame, target: str) -> pl.DataFrame:
-    """The settings that no other beats in both bits up and rounds."""
-    fewest = pl.col(f"rounds_{target}").cum_min()
-    return rank_by_bits(rows, target).filter((pl.col(f"rounds_{target}") < fewest.shift(1)).fill_null(True))
-
-
-def setting_labels(summary: pl.DataFrame) -> dict[int, str]:
-    """Each setting in a few words, by its first point: the algorithm, and what differs between settings."""
-    shown = [name for name in setting_columns(summary) if name != "algorithm" and summary[name].n_unique() > 1]
-    words = {}
-    for row in summary.iter_rows(named=True):
-        values = [
-            f"{COLUMN_TITLES.get(name, name)}={format_value(row[name])}" for name in shown if row[name] is not None
-        ]
-        words[row["point"]] = ", ".join([row["algorithm"], *values])
-    often = Counter(words.values())
-    return {point: f"{word} (point {point})" if often[word] > 1 else word for point, word in words.items()}
-
-
-def point_labels(points: pl.DataFrame, summary: pl.DataFrame) -> dict[int, str]:
-    """The setting of every point in a few words: seeds have one name."""
-    settings = setting_columns(points)
-    if "algorithm" in settings:
-        words = setting_labels(summary)
-        first = {row[:-1]: words[row[-1]] for row in summary.select(*settings, "point").iter_rows()}
-        return {row[-1]: first[row[:-1]] for row in points.select(*settings, "point").iter_rows()}
-    differ = [name for name in settings if points[name].n_unique() > 1] or settings[:1]
-    return dict(points.select("point", pl.concat_str(differ, separator=", ")).iter_rows())
-
-
-def plot_sweep(folder: Path) -> None:
-    """The figures of `experiments.sweep`."""
-    summary, curves, masks = (pl.read_parquet(folder / f"{name}.parquet") for name in ("summary", "curves", "masks"))
-    target = target_labels(summary)[-1]
-    plot_heat_maps(summary, target, folder / "bits-to-target")
-    best, words = rank_by_bits(summary, target), setting_labels(summary)
-    nearest = pl.concat([best, summary.sort("final_loss", nulls_last=True)])
-    drawn = (pareto_front(summary, target) if len(best) else nearest).head(8)
-    drawn = pl.concat(
-        [drawn, nearest.unique("algorithm", keep="first", maintain_order=True)]
-    )  # no algorithm is missing
-    chosen = curves.filter(pl.col("point").is_in(drawn["point"].to_list())).with_columns(
-        method=pl.col("point").replace_strict(words, return_dtype=pl.String)
-    )
-    if chosen["uploads"].sum() > 0:
-        accuracy = "accuracy" in summary["goal"][0]
-        ylabel = summary["goal"][0].removesuffix(" <=").removesuffix(" >=")
-        plot_curves(chosen, folder / "front", "accuracy" if accuracy else "residual", ylabel)
-    if best[f"bits_up_{target}"].sum() > 0:  # not where none got there, or all were there from the start
-        plot_pareto(best, words, target, folder / "pareto")
-        sent = unpack_mask(masks.row(by_predicate=pl.col("point") == best["point"][0], named=True))
-        plot_upload_raster({words[best["point"][0]]: sent}, folder / "uploads")
-
-
-def plot_pareto(best: pl.DataFrame, words: dict[int, str], target: str, path: Path) -> None:
-    """Rounds against bits up: a color an algorithm, 95 % intervals over seeds, a marker a point of the front."""
-    x, y = f"bits_up_{target}", f"rounds_{target}"
-    best = best.filter(pl.col(x) > 0)
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
-        for i, ((name,), rows) in enumerate(best.group_by(["algorithm"], maintain_order=True)):
-            error: Any = {
-                f"{c}err": np.nan_to_num(rows[f"{v}_ci95"].to_numpy().astype(float)) for c, v in (("x", x), ("y", y))
-            }
-            color = COLORS[i % 10]
-            axis.errorbar(rows[x], rows[y], **error, fmt="none", alpha=0.5, ecolor=color)
-            axis.plot(rows[x], rows[y], "oXp"[i // 10 % 3], markersize=4, color=color, label=name)
-        edge = pareto_front(best, target)
-        if len(edge) > 1:
-            axis.plot(edge[x], edge[y], drawstyle="steps-post", color="k", linewidth=1, label="Pareto front")
-        shown = np.unique(np.linspace(0, len(edge) - 1, len(MARKERS)).astype(int))
-        for marker, row in zip(MARKERS, edge[shown].iter_rows(named=True), strict=False):
-            look: Any = {"marker": marker, "markersize": 9, "mfc": "none", "color": "k", "linestyle": ""}
-            axis.plot(row[x], row[y], **look, label=f"front: {words[row['point']]}")
-        log_scale(axis, "x")
-        axis.set(xlabel=f"bits up to {best['goal'][0]} {target}", ylabel="rounds")
-        legend(figure)
-        save(figure, path)
-
-
-def heat_map_cells(summary: pl.DataFrame, target: str) -> tuple[np.ndarray, str, list[list[int]]] | None:
-    """Mbit up to the target [D, b, C], nan where never reached; what is to be said of it; and the values of D, b, C.
-
-    The cheapest of the other axes in each cell. None where the settings are no grid, or none got there.
+    Raises:
+        ValueError: The folder holds no results, or a table is damaged.
     """
-    axes = ["window", "bits", "max_silence"]
-    lazy = summary.drop_nulls(axes) if set(axes) <= set(summary.columns) else summary.head(0)
-    values = [sorted(lazy[name].unique()) for name in axes] if len(lazy) else []
-    if not values or lazy.select(axes).n_unique() < np.prod([len(axis) for axis in values]):  # drawn at random
-        return None
-    cheapest: Any = {key: group[f"bits_up_{target}"].min() for key, group in lazy.group_by(axes)}
-    found = np.array([cheapest[key] for key in itertools.product(*values)], float)
-    grids = found.reshape([len(axis) for axis in values]) / 1e6
-    others = ", the cheapest of all other axes" * (len(lazy) > grids.size)
-    title = f"Mbit up to {summary['goal'][0]} {target}{others}"
-    return (grids, title, values) if np.nanmax(grids, initial=0) > 0 else None
+    kind = storage.read_identity(folder).get("experiment") if (folder / "identity.json").exists() else None
+    kind = "scaling" if kind is None and (folder / "cost.parquet").exists() else kind
+    if kind not in TABLES:
+        raise ValueError(
+            f"{folder}: must be a folder that an experiment wrote, with its identity.json; give another one"
+        )
+    tables = {}
+    for name in TABLES[kind]:
+        if (path := folder / f"{name}.parquet").exists():
+            try:
+                tables[name.removeprefix("report/")] = pl.read_parquet(path)
+            except (OSError, pl.exceptions.PolarsError) as error:
+                raise ValueError(f"{path} is damaged ({error}); run its command again") from None
+    return kind, tables
 
 
-def plot_heat_maps(summary: pl.DataFrame, target: str, path: Path) -> None:
-    """Bits up to the target over b and C, a panel a D."""
-    found = heat_map_cells(summary, target)
-    if found is None:
-        return
-    grids, title, (d, b, c) = found
-    with plt.rc_context({**STYLE, "axes.grid": False}):
-        title = textwrap.fill(title, int(10 * (1.6 + (1 + 0.9 * len(c)) * len(d))))
-        size = 1.6 + (1 + 0.9 * len(c)) * len(d), 1.4 + 0.5 * len(b) + 0.2 * title.count("\n")
-        figure, panels = plt.subplots(1, len(d), figsize=size, squeeze=False, layout="constrained")
-        norm = LogNorm(np.nanmin(grids), max(np.nanmax(grids), 1.01 * np.nanmin(grids)))
-        for axis, grid, window in zip(panels[0], grids, d, strict=True):
-            axis.imshow(grid, norm=norm, cmap="viridis_r", aspect="auto")
-            axis.set(title=f"D = {window}", xlabel="C", ylabel="b")
-            axis.set_xticks(range(len(c)), c)
-            axis.set_yticks(range(len(b)), b)
-            for (row, column), value in np.ndenumerate(grid):
-                best: Any = {"weight": "bold"} if value == np.nanmin(grids) else {}
-                color = "w" if not np.isnan(value) and norm(value) > 0.6 else "k"
-                text = "-" if np.isnan(value) else f"{value:.3g}"
-                axis.text(column, row, text, ha="center", va="center", color=color, **best)
-        figure.suptitle(title, fontsize=10)
-        bar = figure.colorbar(panels[0, 0].images[0], ax=panels[0].tolist(), label="Mbit up")
-        log_scale(bar.ax, "y")
-        save(figure, path)
+def draw_figures(folder: Path, pdf: bool = False) -> None:
+    """Write all figures of a result folder beside its tables."""
+    kind, tables = read_tables(folder)
+    lacking = [name for name in TABLES[kind] if name.split("/")[-1] not in {*tables, "masks", "table"}]
+    if lacking and kind != "scaling":
+        path = folder / f"{lacking[0]}.parquet"
+        raise FileNotFoundError(f"{path} is missing: must be the folder of a finished command; run it to its end")
+    for name, figure in build_figures(kind, tables):
+        style.save(figure, folder / name, pdf)
 
 
-def plot_tune(folder: Path) -> None:
-    """Bits up over the trials, from what `experiments.tune` left."""
-    trials = pl.read_parquet(folder / "trials.parquet")
-    bits = trials["bits_up"].fill_null(np.nan).to_numpy()
-    if not np.nanmax(bits, initial=0) > 0:
-        return
-    fewest = np.fmin.accumulate(bits)
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-        axis.plot(trials["trial"], bits, "o", markersize=4, alpha=0.6, label="reached on every seed")
-        if np.isfinite(fewest).sum() > 1:
-            axis.plot(trials["trial"], fewest, drawstyle="steps-post", color="C3", label="fewest so far")
-        if not np.isnan(bits[0]):
-            axis.axhline(bits[0], color="k", linestyle="--", linewidth=1, label="the first trial")
-        log_scale(axis, "y")
-        axis.set(xlabel="trial", ylabel=f"bits up to {trials['goal'][0]} {trials['target'][0]:g}")
-        axis.set_xlim(-0.5, max(len(trials), 2) - 0.5)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        legend(figure)
-        save(figure, folder / "trials")
+def build_figures(kind: str, tables: Tables) -> Iterator[tuple[str, Figure]]:
+    """Yield the figures of a folder with the names of their files."""
+    builders: dict[str, Callable[[Tables], Iterator[tuple[str, Figure]]]] = {
+        "compare": comparison_figures,
+        "tune": tune_figures,
+        "heterogeneity": heterogeneity_figures,
+        "scaling": scaling_figures.scaling_figures,
+    }
+    yield from builders[kind](tables) if kind in builders else curve_figures(kind, tables)
 
 
-def plot_methods(folder: Path) -> None:
-    """The figures of `experiments.reproduce`: loss, accuracy, and who of the lazy methods' workers sent when."""
-    table, curves, masks = (pl.read_parquet(folder / f"{name}.parquet") for name in ("points", "curves", "masks"))
-    names, words = setting_columns(table), point_labels(table, table)
-    curves = curves.with_columns(method=pl.col("point").replace_strict(words, return_dtype=pl.String))
-    unknown = table["f_star"].null_count() == len(table)
-    plot_curves(curves, folder / "loss", ylabel="f" if unknown else "f - f*")
-    if curves["accuracy"].is_finite().any():
-        plot_curves(curves, folder / "accuracy", "accuracy", "test accuracy")
-    lazy: dict[str, np.ndarray] = {}
-    for row in masks.iter_rows(named=True):
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def residual_title(points: pl.DataFrame) -> str:
+    """Return what the residual of a folder is."""
+    return "f" if points["f_star"].null_count() == len(points) else "f - f*"
+
+
+def thin_curves(curves: pl.DataFrame, names: Mapping[int, str], column: str, share: int = 1) -> pl.DataFrame:
+    """Return the rows of the points in `names` for `build_line_panel`, thinned; the first seed of a setting has the widest line."""
+    known = curves.filter(pl.col("point").is_in(list(names)), pl.col(column).is_finite(), pl.col("round") > 0)
+    groups = {key[0]: rows for key, rows in known.group_by(["point"], maintain_order=True) if len(rows)}
+    parts, seen = [], set()
+    for point in (point for point in names if point in groups):
+        rows = groups[point]
+        rows = rows[thin_indices(len(rows), max(ROWS // share // len(groups), 10))]
+        dots = np.isin(np.arange(len(rows)), thin_indices(len(rows), max(DOTS // share // len(groups), 6)))
+        width = 0.8 if names[point] in seen else 1.6
+        seen.add(names[point])
+        rows = rows.with_columns(
+            pl.lit(names[point]).alias("name"), pl.lit(width).alias("width"), line="point", dot=pl.Series(dots)
+        )
+        parts.append(rows.with_columns(mark=pl.lit(len(rows) < 3)))
+    rows = pl.concat(parts) if parts else known.head(0)
+    return rows.with_columns(pl.col(column).clip(FLOOR)) if column == "residual" else rows
+
+
+def build_curves(rows: pl.DataFrame, column: str, title: str, looks: Looks, against: Mapping[str, str]) -> Any | None:
+    """Return a measure against each cost, a panel each; None where there is nothing to draw."""
+    log = column == "residual"
+    costs = [name for name in against if len(rows) and (rows[name] > 0).any()]
+    y = Axis(column, title, log).fit(rows[column]) if costs else None
+    tips = {**against, column: title}
+    kept = ["name", "line", "width", "dot", "mark", column, *costs]
+    looks = {name: look for name, look in looks.items() if costs and name in set(rows["name"])}
+    panels = [style.build_line_panel(rows.select(kept), Axis(x, against[x]), y, looks, tips) for x in costs if y]
+    return style.concat_panels(panels, len(panels)) if panels else None
+
+
+def measure_figures(
+    tables: Tables, names: Mapping[int, str], looks: Looks, against: Mapping[str, str], first: str = "loss"
+) -> Iterator[tuple[str, Figure]]:
+    """Yield the loss, and the test accuracy where it is known, against the costs; the measure of the goal first."""
+    measures = [("residual", residual_title(tables["points"]), "loss"), ("accuracy", "test accuracy", "accuracy")]
+    if "accuracy" in tables["points"]["goal"][0]:
+        measures.reverse()
+    for number, (column, title, name) in enumerate(measures):
+        rows = thin_curves(tables["curves"], names, column)
+        longest, known = (count_longest(part, column, names) for part in (rows, tables["curves"]))
+        chart = build_curves(rows, column, title, looks, against)
+        if chart is None or (column == "accuracy" and number and longest == 1):
+            continue
+        every, drawn = (len(set(n.values())) for n in (point_labels(tables["points"], tables["summary"]), names))
+        parts = [
+            f"{drawn} of {every} settings: the front, the cheapest, and the best of each algorithm." * (drawn < every),
+            "The first seed of a setting has the widest line." * (len(names) > drawn),
+            f"At most {longest} points of a curve are drawn." * (longest < known),
+        ]
+        note = " ".join(filter(None, parts))
+        yield (name if number or first == "loss" else first), Figure(f"{title} against its costs", chart, note)
+
+
+def count_longest(curves: pl.DataFrame, column: str, names: Mapping[int, str]) -> int:
+    """Return the number of rows of the longest curve that a figure could show."""
+    rows = curves.filter(pl.col(column).is_finite(), pl.col("round") > 0, pl.col("point").is_in(list(names)))
+    return max(rows.group_by("point").len()["len"], default=0)
+
+
+# ---- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def choose_settings(kind: str, tables: Tables) -> tuple[dict[int, str], dict[str, style.Look]]:
+    """Return the names of the points whose curves are drawn, and the looks of the names: a color for each method.
+
+    Where all settings are of one method, each has a color of its own.
+    """
+    points, summary = tables["points"], tables["summary"]
+    every = point_labels(points, summary)
+    shown = select_settings(summary) if kind == "sweep" else points
+    group = dict(points.select("point", "method" if "method" in points.columns else "algorithm").iter_rows())
+    single = len(set(group.values())) == 1
+    rows = sorted(shown["point"], key=lambda point: list(group.values()).index(group[point]))
+    looks = style.assign_looks({every[point]: every[point] if single else group[point] for point in rows})
+    order = list(dict.fromkeys(every[point] for point in shown["point"]))
+    return {p: name for name in order for p in every if every[p] == name}, {name: looks[name] for name in order}
+
+
+def curve_figures(kind: str, tables: Tables) -> Iterator[tuple[str, Figure]]:
+    """Yield the figures of `experiments.sweep`, `reproduce` and `federated`."""
+    points = tables["points"]
+    tables = {"summary": points, **tables}
+    summary, target = tables["summary"], target_labels(tables["summary"])[-1]
+    best = rank_by_bits(summary, target).filter(pl.col(f"bits_up_{target}") > 0) if kind == "sweep" else summary[:0]
+    if kind == "sweep" and (cells := heat_map_cells(summary, target)) is not None:
+        yield "bits-to-target", build_heat_map(cells, summary, target)
+    names, looks = choose_settings(kind, tables)
+    against, first = FEDERATED_AXES if kind == "federated" else COST_AXES, "front" if kind == "sweep" else "loss"
+    yield from measure_figures(tables, names, looks, against, first)
+    if len(best):
+        yield "pareto", build_pareto(best, setting_labels(summary), target, looks)
+    masks: dict[str, np.ndarray] = {}
+    for row in tables["masks"].iter_rows(named=True) if "masks" in tables else ():
         sent = unpack_mask(row)
-        if not sent.all() and sent.any():
-            lazy.setdefault(words[row["point"]], sent)
-    if lazy:
-        plot_upload_raster(dict(list(lazy.items())[:12]), folder / "uploads")
-    if len(others := [name for name in names if name != "method" and table[name].n_unique() > 1]):
-        where = table.select("point", "method", panel=pl.concat_str(others, separator=", "))
-        plot_panels(curves.drop("method").join(where, on="point", maintain_order="left"), folder / "panels")
+        if row["point"] in best["point"][:1] if kind == "sweep" else sent.any() and not sent.all():
+            masks.setdefault(names[row["point"]], sent)
+    if masks := dict(list(masks.items())[:RASTERS]):
+        yield "uploads", build_raster(masks, {name: looks[name][0] for name in masks})
+    others = [name for name in results.setting_columns(points) if name != "method" and points[name].n_unique() > 1]
+    if kind == "methods" and others:
+        methods = dict(points.select("point", "method").iter_rows())
+        where = points.select("point", panel=pl.concat_str(others, separator=", "))
+        rows = thin_curves(tables["curves"], methods, "residual").filter(pl.col("uploads") > 0)
+        rows, y = rows.join(where, on="point", maintain_order="left"), Axis("residual", residual_title(points))
+        colors = style.assign_looks({name: name for name in methods.values()})
+        panels = [
+            style.build_line_panel(
+                part, Axis("uploads", "uploads"), y.fit(rows["residual"]), colors, COST_AXES, title=name
+            )
+            for (name,), part in rows.group_by(["panel"], maintain_order=True)
+        ]
+        yield "panels", Figure(f"{y.title} against uploads", style.concat_panels(panels, 4))
 
 
-def plot_federated(folder: Path) -> None:
-    """The figures of `experiments.federated`: loss against what was sent, as billed and as observed."""
-    summary, curves, masks = (pl.read_parquet(folder / f"{name}.parquet") for name in ("summary", "curves", "masks"))
-    table = pl.read_parquet(folder / "points.parquet")
-    words = point_labels(table, summary)
-    method = pl.col("point").replace_strict(words, return_dtype=pl.String)
-    unknown = table["f_star"].null_count() == len(table)
-    plot_curves(
-        curves.with_columns(method=method), folder / "loss", ylabel="f" if unknown else "f - f*", against=FEDERATED_AXES
+def build_heat_map(cells: pl.DataFrame, summary: pl.DataFrame, target: str) -> Figure:
+    """Return Mbit up to the target over b and C, a panel for each D."""
+    positive = cells["mbit"].filter(cells["mbit"] > 0)
+    low, high = float(positive.min()), max(float(positive.max()), 1.01 * float(positive.min()))  # pyright: ignore[reportArgumentType]
+    place = (pl.col("mbit").clip(low).log() - np.log(low)) / np.log(high / low)
+    cells = cells.with_columns(
+        text=pl.Series("–" if v is None else f"{v:.3g}" for v in cells["mbit"]),
+        dark=place > 0.6,
+        best=pl.col("mbit") == cells["mbit"].min(),
+        shown=pl.col("mbit") > 0,
     )
-    lazy = {words[row["point"]]: unpack_mask(row) for row in masks.iter_rows(named=True)}
-    lazy = {name: sent for name, sent in lazy.items() if sent.any() and not sent.all()}
-    if lazy:
-        plot_upload_raster(dict(list(lazy.items())[:12]), folder / "uploads")
+    scale = alt.Scale(type="log", domain=[low, high], scheme="viridis", reverse=True)
+    bar = alt.Legend(title="Mbit up", format=".3~g", tickCount=8, gradientThickness=14)
+    panels = []
+    for (window,), part in cells.group_by(["D"], maintain_order=True):
+        base = alt.Chart(part).encode(
+            alt.X("C:O", title="C, rounds of silence", axis=alt.Axis(labelAngle=0)), alt.Y("b:O", title="b, bits a coordinate"),
+            tooltip=style.tooltips({"D": "D", "b": "b", "C": "C", "mbit": "Mbit up"}, part),
+        )  # fmt: skip
+        color = alt.condition("datum.shown", alt.Color("mbit:Q", scale=scale, legend=bar), alt.value("#f0f0f0"))
+        text = base.encode(text="text:N", color=alt.condition("datum.dark", alt.value("white"), alt.value("black")))
+        layers = [base.mark_rect(stroke="white").encode(color=color)]
+        layers += [
+            text.transform_filter("!datum.best").mark_text(),
+            text.transform_filter("datum.best").mark_text(fontWeight="bold", fontSize=12),
+        ]
+        size = {"width": max(52 * part["C"].n_unique(), 120), "height": max(30 * part["b"].n_unique(), 120)}
+        panels.append(alt.layer(*layers).properties(title=f"D = {window}", **size))
+    others = ", the cheapest of all other axes" * (len(summary) > len(cells))
+    title = f"Mbit up to {summary['goal'][0]} {target}{others}"
+    return Figure(title, style.concat_panels(panels, 4), "Bold: the cheapest. –: not reached on every seed.")
 
 
-def plot_panels(curves: pl.DataFrame, path: Path) -> None:
-    """Residual against uploads, a color a `method`, a panel a `panel`."""
-    names, methods = (curves[name].unique(maintain_order=True).to_list() for name in ("panel", "method"))
-    with plt.rc_context(STYLE):
-        size, shared = (4 * len(names) + 1, 3.6), dict[str, Any]({"sharey": True, "squeeze": False})
-        figure, axes = plt.subplots(1, len(names), figsize=size, layout="constrained", **shared)
-        for axis, name in zip(axes[0], names, strict=True):
-            mine = curves.filter(pl.col("panel") == name)
-            for (method, _), rows in mine.group_by(["method", "point"], maintain_order=True):
-                y = rows["residual"].clip(1e-12)
-                axis.plot(rows["uploads"].clip(1), y, label=method, **line_style(methods.index(method)))
-            log_scale(axis, "xy")
-            axis.set(xlabel="uploads", title=name)
-        axes[0, 0].set_ylabel("f - f*")
-        legend(figure)
-        save(figure, path)
+def build_pareto(best: pl.DataFrame, words: Mapping[int, str], target: str, looks: Looks) -> Figure:
+    """Return rounds against bits up of all settings that reached the target, and the front with its settings."""
+    rows = best.select(
+        "point", "algorithm", bits=f"bits_up_{target}", rounds=f"rounds_{target}",
+        bits_ci=pl.col(f"bits_up_{target}_ci95").fill_null(0), rounds_ci=pl.col(f"rounds_{target}_ci95").fill_null(0),
+    )[:SETTINGS]  # fmt: skip
+    rows = rows.with_columns(setting=pl.col("point").replace_strict(words, return_dtype=pl.String))
+    x = Axis("bits", f"bits up to {best['goal'][0]} {target}")
+    x = x.fit(rows["bits"], rows["bits"] + rows["bits_ci"])  # an interval that goes below ends at the edge
+    y = Axis("rounds", "rounds", log=False).fit(rows["rounds"] + rows["rounds_ci"], rows["rounds"] - rows["rounds_ci"])
+    low = x.limits[0] if x.limits else 0.0
+    rows = rows.with_columns(
+        left=(pl.col("bits") - pl.col("bits_ci")).clip(low), right=pl.col("bits") + pl.col("bits_ci"),
+        down=pl.col("rounds") - pl.col("rounds_ci"), up=pl.col("rounds") + pl.col("rounds_ci"),
+    )  # fmt: skip
+    algorithms = {
+        name: looks[words[p]][0]
+        for p, name in rank_all(best).select("point", "algorithm").iter_rows()
+        if words[p] in looks
+    }
+    colors = list(algorithms.values()) if len(algorithms) > 1 else [style.GREY]
+    color = alt.Color(
+        "algorithm:N", scale=alt.Scale(domain=list(algorithms), range=colors), legend=style.build_legend("algorithm", symbolType="circle")
+    )  # fmt: skip
+    tips = style.tooltips(
+        {"setting": "setting", "bits": x.title, "bits_ci": "±", "rounds": "rounds", "rounds_ci": "± "}, rows
+    )
+    base = alt.Chart(rows).encode(x.channel(alt.X), y.channel(alt.Y), tooltip=tips)
+    layers: list[Any] = [base.mark_circle(size=30, clip=True).encode(color=color)]
+    if (rows["bits_ci"] > 0).any():
+        layers.append(base.mark_rule(opacity=0.5, clip=True).encode(x="left:Q", x2="right:Q", color=color))
+        layers.append(base.mark_rule(opacity=0.5, clip=True).encode(y="down:Q", y2="up:Q", color=color))
+    edge = pareto_front(best, target)["point"].to_list()
+    front = alt.Chart(rows.filter(pl.col("point").is_in(edge))).encode(x.channel(alt.X), y.channel(alt.Y), tooltip=tips)
+    if len(edge) > 1:
+        layers.append(front.mark_line(interpolate="step-after", color=style.GREY, strokeWidth=1))
+    named = [p for p in edge if words[p] in looks][: len(style.SHAPES)]
+    labels = [style.wrap_label(words[p]) for p in named]
+    marks = rows.filter(pl.col("point").is_in(named)).with_columns(
+        front=pl.col("point").replace_strict(dict(zip(named, labels, strict=True)), return_dtype=pl.String)
+    )
+    box, domain = (
+        style.build_legend("Pareto front"),
+        alt.Scale(domain=labels, range=[looks[words[p]][0] for p in named]),
+    )
+    shapes = alt.Scale(domain=labels, range=list(style.SHAPES[: len(named)]))
+    marked = alt.Chart(marks).mark_point(size=110, strokeWidth=2, filled=False).encode(
+        x.channel(alt.X), y.channel(alt.Y), tooltip=tips,
+        color=alt.Color("front:N", scale=domain, legend=box), shape=alt.Shape("front:N", scale=shapes, legend=box),
+    )  # fmt: skip
+    chart = alt.layer(alt.layer(*layers), marked).resolve_scale(color="independent", shape="independent")
+    note = "A dot is a setting that reached the target on every seed, with 95 % intervals over seeds where there are several."
+    return Figure(
+        f"Rounds against bits up to {best['goal'][0]} {target}", chart.properties(width=480, height=300), note
+    )
 
 
-def plot_comparison(folder: Path) -> None:
-    """Bits at each target, method by method, and the fronts of each kind, from what `experiments.compare` left."""
-    best, tried = (pl.read_parquet(folder / f"{name}.parquet") for name in ("best", "tried"))
-    kinds = best["kind"].unique(maintain_order=True).to_list()
-    plot_costs(best.filter(pl.col("cheapest in") == "bits up"), kinds, folder / "bits")
+def build_raster(masks: Mapping[str, np.ndarray], colors: Mapping[str, str]) -> Figure:
+    """Return the rounds in which each worker uploaded, a panel for each method; masks [rounds, workers]."""
+    cells = CELLS // len(masks)
+    panels, widest = [], 1
+    for name, sent in masks.items():
+        rounds, workers = sent.shape
+        width = -(-rounds // max(min(cells // workers, 400), 20))
+        widest = max(widest, width)
+        thin = min(0.5, max(0.3, rounds / 400)) if rounds > 60 else 0.05 + rounds / 240
+        counts = np.add.reduceat(sent.astype(int), np.arange(0, rounds, width), axis=0)
+        bins, who = np.nonzero(counts)
+        rows = pl.DataFrame({"round": bins * width, "worker": who, "uploads": counts[bins, who]}).with_columns(
+            left=pl.col("round") - thin, right=pl.min_horizontal(pl.col("round") + width, pl.lit(rounds)) - 1 + thin,
+            top=pl.col("worker") - 0.4, bottom=pl.col("worker") + 0.4, share=pl.col("uploads") / width,
+        )  # fmt: skip
+        x = Axis("left", f"round, in groups of {width}" if width > 1 else "round", False, (-0.5, rounds - 0.5))
+        y = Axis("top", "worker", False, (-0.5, workers - 0.5), reverse=True)
+        opacity = alt.Opacity("share:Q", scale=alt.Scale(domain=[0, 1], range=[0.25, 1]), legend=None)
+        chart = alt.Chart(rows).mark_rect(color=colors[name], clip=True).encode(
+            x.channel(alt.X, tickMinStep=1), y.channel(alt.Y, tickMinStep=1), x2="right:Q", y2="bottom:Q", opacity=opacity,
+            tooltip=style.tooltips({"worker": "worker", "round": "round", "uploads": "uploads"}, rows),
+        )  # fmt: skip
+        title = style.textwrap.wrap(f"{name}: {int(sent.sum()):,} uploads", 90)
+        panels.append(alt.layer(chart, title=title).properties(width=620, height=min(max(11 * workers, 60), 160)))
+    note = "The darker a mark, the more of its rounds have an upload." * (widest > 1)
+    return Figure("Uploads of each worker", style.concat_panels(panels, 1), note)
+
+
+# ---- compare -----------------------------------------------------------------------------------------------------------
+
+
+def comparison_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
+    """Yield the figures of `experiments.compare`; a method has one color among those of its kind in all of them."""
+    best, tried = tables["best"], tables["tried"]
+    members: dict[str, list[str]] = {}
+    for method, kind in best.select("method", "kind").unique(maintain_order=True).iter_rows():
+        members.setdefault(kind, []).append(method)
+    looks = {kind: style.assign_looks({name: name for name in methods}) for kind, methods in members.items()}
+    rows = best.filter(pl.col("cheapest in") == "bits up") if "cheapest in" in best.columns else best
+    if (rows["bits_up"].fill_null(0) > 0).any():
+        yield "bits", build_costs(rows, looks)
     for target in best["target"].unique(maintain_order=True):
-        reached = tried.drop_nulls(f"bits_up_{target}")
-        if len(reached):
-            kind = dict(best.select("method", "kind").iter_rows())
-            plot_fronts(reached, target, {kind_: [m for m in kind if kind[m] == kind_] for kind_ in kinds}, folder)
+        if (figure := build_fronts(tried, target, looks)) is not None:
+            yield f"fronts-{target}", figure
+    if "curves" in tables:
+        lines = thin_curves(tables["curves"], method_points(tables), "residual")
+        if len(lines):
+            y = Axis("residual", residual_title(tables["points"])).fit(lines["residual"])
+            panels = [
+                style.build_line_panel(part, Axis(x, COST_AXES[x]).fit(lines[x]), y, mine, COST_AXES, legend_title=kind)
+                for kind in looks
+                if len(part := lines.filter(pl.col("name").is_in(members[kind])))
+                for x in ("round", "bits_up")
+                if (mine := {name: look for name, look in looks[kind].items() if name in set(part["name"])})
+            ]
+            note = "The settings with the fewest bits up to the last target, on the seeds that are reported."
+            chart = style.concat_panels(panels, 2, ("color", "strokeDash"))
+            yield "loss", Figure(f"{y.title} against its costs, by kind of method", chart, note)
 
 
-def methods_by_cost(best: pl.DataFrame) -> list[str]:
-    """The methods of a comparison, the cheapest at the last target last; before them who did not reach it, likewise."""
-    wide = best.pivot("target", index="method", values="bits_up")
-    return wide.sort(*best["target"].unique(maintain_order=True).reverse(), nulls_last=True)["method"].to_list()[::-1]
+def method_points(tables: Tables) -> dict[int, str]:
+    """Return the points of each method's setting with the fewest bits up to the last target, the cheapest method first."""
+    ranked = rank_all(tables["summary"]).unique("algorithm", keep="first", maintain_order=True)
+    words, every = setting_labels(tables["summary"]), point_labels(tables["points"], tables["summary"])
+    method = {words[point]: name for point, name in ranked.select("point", "algorithm").iter_rows()}
+    points = {point: method[word] for point, word in every.items() if word in method}
+    order = list(method.values())
+    return dict(sorted(points.items(), key=lambda item: order.index(item[1])))
 
 
-def plot_costs(best: pl.DataFrame, kinds: list[str], path: Path) -> None:
-    """A row a method, a panel a target: bits up with 95 % intervals, and hollow what the step of theory costs."""
-    reached = best.filter(pl.col("bits_up") > 0)
-    targets = reached["target"].unique(maintain_order=True).to_list()
-    if not targets:
+def build_costs(best: pl.DataFrame, looks: Mapping[str, Looks]) -> Figure:
+    """Return bits up at each target for each method, with 95 % intervals; hollow: the step of theory."""
+    order, missed = methods_by_cost(best), set(best["method"]) - set(best.drop_nulls("bits_up")["method"])
+    kinds, theory = dict(best.select("method", "kind").iter_rows()), "bits_up of theory"
+    labels = {name: f"{name} ({kinds[name]}{', not reached' * (name in missed)})" for name in order}
+    colors = {name: looks[kinds[name]][name][0] for name in order}
+    rows = best.filter(pl.col("bits_up") > 0).with_columns(
+        pl.col("method").replace_strict(labels, return_dtype=pl.String).alias("label"),
+        pl.col("method").replace_strict(colors, return_dtype=pl.String).alias("color"),
+        pl.col("bits_up_ci95").fill_null(0).alias("ci"), bits=pl.col("bits_up").cast(pl.Float64), what=pl.lit("mean"),
+    )  # fmt: skip
+    if theory in rows.columns:
+        first = rows.filter(pl.col(theory) > 0)
+        first = first.with_columns(bits=pl.col(theory).cast(pl.Float64), what=pl.lit("step of theory"), ci=pl.lit(0.0))
+        rows = pl.concat([rows, first.select(rows.columns)])
+    goal, panels = f"bits up to {best['goal'][0]}", []
+    shapes = alt.Scale(domain=rows["what"].unique(maintain_order=True).to_list(), range=["circle", "diamond"])
+    for (target,), part in rows.group_by(["target"], maintain_order=True):
+        x = Axis("bits", f"{goal} {target}").fit(part["bits"], part["bits"] + part["ci"])
+        low = x.limits[0] if x.limits else 0.0
+        part = part.with_columns(left=(pl.col("bits") - pl.col("ci")).clip(low), right=pl.col("bits") + pl.col("ci"))
+        kept = ("label", "color", "what", "setting", "bits", "ci", "left", "right")
+        part = part.select(name for name in kept if name in part.columns)
+        y = alt.Y("label:N", title=None, scale=alt.Scale(domain=list(labels.values())), axis=alt.Axis(grid=True))
+        tips = style.tooltips({"label": "method", "what": "", "setting": "setting", "bits": x.title, "ci": "±"}, part)
+        base = alt.Chart(part).encode(y=y, color=alt.Color("color:N", scale=None), tooltip=tips)
+        shape = alt.Shape("what:N", scale=shapes, legend=alt.Legend(title=None, symbolFillColor="transparent"))
+        dots, span = base.encode(x.channel(alt.X), shape=shape), x._replace(column="left").channel(alt.X)
+        layers = [
+            dots.transform_filter("datum.what == 'mean'").mark_point(filled=True, size=40, opacity=1),
+            dots.transform_filter("datum.what != 'mean'").mark_point(size=60, opacity=1),
+            base.transform_filter("datum.ci > 0").mark_rule().encode(span, x2="right:Q"),
+        ]
+        panels.append(alt.layer(*layers).properties(width=260, height=17 * len(order)))
+    note = "Mean and 95 % interval over the seeds that are reported, the cheapest at the last target first."
+    return Figure(f"{goal[0].upper()}{goal[1:]} ..., by method", style.concat_panels(panels, 3), note)
+
+
+def build_fronts(tried: pl.DataFrame, target: str, looks: Mapping[str, Looks]) -> Figure | None:
+    """Return rounds against bits up of each method's front, a panel for each kind, with all other fronts in grey."""
+    reached = tried.filter(pl.col(f"bits_up_{target}") > 0)
+    words, parts = setting_labels(tried), []
+    for (name,), rows in reached.group_by(["algorithm"], maintain_order=True):
+        edge = pareto_front(rows, target).select("point", bits=f"bits_up_{target}", rounds=f"rounds_{target}")
+        parts.append(
+            edge.with_columns(name=pl.lit(name), setting=pl.col("point").replace_strict(words, return_dtype=pl.String))
+        )
+    if not parts:
+        return None
+    rows = pl.concat(parts).with_columns(line="name", mark=pl.lit(True))
+    x = Axis("bits", f"bits up to {tried['goal'][0]} {target}").fit(rows["bits"])
+    y = Axis("rounds", "rounds").fit(rows["rounds"])
+    panels = []
+    for kind, mine in looks.items():
+        seen = {name: look for name, look in mine.items() if name in set(rows["name"])}
+        if not seen:
+            continue
+        grey = alt.Chart(rows.filter(~pl.col("name").is_in(list(mine)))).encode(detail="line:N")
+        grey = grey.mark_line(color="#dddddd", strokeWidth=1, point={"color": "#dddddd", "size": 12})
+        grey = grey.encode(x.channel(alt.X), y.channel(alt.Y))
+        mine = rows.filter(pl.col("name").is_in(list(seen)))
+        own = style.build_line_panel(mine, x, y, seen, {"setting": "setting"}, (240, 200), kind)
+        panels.append(alt.layer(grey, own).properties(width=240, height=200))
+    note = (
+        "The settings that no other of their method beats in both, on the seeds of the search. Grey: the other kinds."
+    )
+    chart = style.concat_panels(panels, 2, ("color", "strokeDash"))
+    return Figure(f"Fronts at {tried['goal'][0]} {target}", chart, note)
+
+
+# ---- tune, heterogeneity -----------------------------------------------------------------------------------------------
+
+
+def tune_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
+    """Yield bits up over the trials of `experiments.tune`."""
+    trials = tables["trials"].filter(pl.col("bits_up").fill_null(0) > 0)
+    if not len(trials):
         return
-    methods, never = methods_by_cost(best), set(best["method"]) - set(best.drop_nulls("bits_up")["method"])
-    names = [f"{name} (not reached)" if name in never else name for name in methods]
-    with plt.rc_context(STYLE):
-        size = 3.2 * len(targets) + 0.6 + 0.065 * max(map(len, names)), 1.4 + 0.22 * len(methods)
-        figure, axes = plt.subplots(1, len(targets), figsize=size, sharey=True, squeeze=False, layout="constrained")
-        dots = {}
-        for axis, target in zip(axes[0], targets, strict=True):
-            for row in reached.filter(pl.col("target") == target).iter_rows(named=True):
-                color, y = COLORS[kinds.index(row["kind"]) % 10], methods.index(row["method"])
-                axis.errorbar(row["bits_up"], y, xerr=row["bits_up_ci95"] or 0, fmt="o", markersize=4, color=color)
-                dots[row["kind"]] = {"color": color}
-                if row.get("bits_up of theory"):
-                    axis.plot(row["bits_up of theory"], y, "o", markersize=5, mfc="none", color="k")
-                    dots["step of theory"] = {"color": "k", "mfc": "none"}
-            log_scale(axis, "x")
-            axis.set(title=f"{best['goal'][0]} {target}", xlabel="bits up")
-        axes[0, 0].set_yticks(range(len(methods)), names, fontsize=8)
-        axes[0, 0].set_ylim(-0.6, len(methods) - 0.4)
-        shown = [name for name in (*kinds, "step of theory") if name in dots]
-        handles = [Line2D([], [], marker="o", linestyle="", **dots[name]) for name in shown]
-        columns = max(1, int(size[0] / 1.6))
-        figure.legend(handles, shown, frameon=False, ncols=columns, loc="outside upper center")
-        save(figure, path)
+    known = {"trial", "goal", "target", "reached", "diverged", *results.COST_COLUMNS} - {"bits"}
+    settings = [name for name in trials.columns if name not in known]
+    words = [style.describe(row, settings) for row in trials.iter_rows(named=True)]
+    last, first = int(tables["trials"]["trial"][-1]), tables["trials"]["bits_up"][0]
+    dots = trials.select("trial", "bits_up", name=pl.lit("reached on every seed"), setting=pl.Series(words))
+    fewest = dots.with_columns(pl.col("bits_up").cum_min(), name=pl.lit("fewest so far"))
+    fewest = pl.concat([fewest, fewest[-1:].with_columns(pl.lit(last).cast(fewest["trial"].dtype).alias("trial"))])
+    x = Axis("trial", "trial", False, (-0.5, max(last, 1) + 0.5))
+    level = pl.DataFrame({"trial": x.limits, "bits_up": [float(first or 0)] * 2, "name": "the first trial"})
+    parts = [dots, *[fewest] * (len(dots) > 1), *[level] * bool(first)]
+    rows = pl.concat(parts, how="diagonal_relaxed").with_columns(line="name", mark=pl.col("name") == dots["name"][0])
+    looks = {"reached on every seed": (style.COLORS[0], [1, 0]), "fewest so far": (style.COLORS[3], [1, 0])}
+    looks = {name: looks.get(name, ("#222222", [6, 3])) for name in rows["name"].unique(maintain_order=True)}
+    y = Axis("bits_up", f"bits up to {trials['goal'][0]} {trials['target'][0]:g}").fit(rows["bits_up"])
+    look: Any = {"dotted": True, "interpolate": "step-after"}
+    yield (
+        "trials",
+        Figure(
+            "Bits up over the trials",
+            style.build_line_panel(rows, x, y, looks, {"setting": "setting"}, (460, 260), **look),
+        ),
+    )
 
 
-def plot_fronts(reached: pl.DataFrame, target: str, kinds: dict[str, list[str]], folder: Path) -> None:
-    """Rounds against bits up, a panel a kind: each method's front in a color, all others grey."""
-    x, y = f"bits_up_{target}", f"rounds_{target}"
-    reached = reached.filter(pl.col(x) > 0)
-    edges = {name: pareto_front(rows, target) for (name,), rows in reached.group_by(["algorithm"], maintain_order=True)}
-    shown = {kind: [m for m in methods if m in edges] for kind, methods in kinds.items()}
-    shown = {kind: methods for kind, methods in shown.items() if methods}
-    if not shown:
-        return
-    columns = min(3, len(shown))
-    lines = -(-len(shown) // columns)
-    with plt.rc_context(STYLE):
-        size, shared = (5.6 * columns, 3.4 * lines), dict[str, Any]({"sharex": True, "sharey": True, "squeeze": False})
-        figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", **shared)
-        for axis in axes.flat[len(shown) :]:
-            axis.axis("off")
-        for axis, (kind, methods) in zip(axes.flat, shown.items(), strict=False):
-            for name, edge in edges.items():
-                if name not in methods:
-                    axis.plot(edge[x], edge[y], ".-", color="0.85", linewidth=0.8, markersize=3, zorder=1)
-            for i, name in enumerate(sorted(methods, key=lambda name: edges[name][y][0], reverse=True)):
-                line: Any = {"marker": "o", "markersize": 3, "linewidth": 1, **line_style(i)}
-                axis.plot(edges[name][x], edges[name][y], label=textwrap.fill(name, 24), **line)
-            log_scale(axis, "xy")
-            axis.set_title(kind)
-            axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-        for axis in axes.flat[len(shown) - columns : len(shown)]:  # the lowest of each column
-            axis.tick_params(labelbottom=True)
-        figure.supxlabel(f"bits up to {reached['goal'][0]} {target}", fontsize=10)
-        figure.supylabel("rounds", fontsize=10)
-        save(figure, folder / f"fronts-{target}")
-
-
-def plot_heterogeneity(folder: Path) -> None:
-    """Share of GD's uploads that is saved, over the spread of L_m and over Dirichlet alpha."""
-    table = pl.read_parquet(folder / "heterogeneity.parquet")
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-        for axis, ((name,), rows) in zip(axes, table.group_by(["axis"], maintain_order=True), strict=True):
-            for method in ("laq", "lag_wk"):
-                axis.plot(rows["value"], 100 * rows[f"{method} saves"], "o-", label=method)
-            axis.set_xlabel(str(name))
-            log_scale(axis, "x" if "alpha" in str(name) else "")
-        axes[0].set_ylabel("uploads saved against GD, %")
-        legend(figure)
-        save(figure, folder / "heterogeneity")
-
-
-Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+def heterogeneity_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
+    """Yield the share of GD's uploads that is saved, over the spread of L_m and over Dirichlet alpha."""
+    table, names = tables["heterogeneity"], ["laq saves", "lag_wk saves"]
+    rows = table.unpivot(names, index=["axis", "value"], variable_name="name", value_name="saves")
+    name = pl.col("name").str.strip_suffix(" saves")
+    rows = rows.filter(pl.col("saves").is_finite()).with_columns(
+        name, pl.col("saves") * 100, line=name, mark=pl.lit(True)
+    )
+    y = Axis("saves", "uploads saved against GD, %", False).fit(rows["saves"])
+    looks = style.assign_looks({name: name for name in rows["name"]})
+    panels = [
+        style.build_line_panel(part, Axis("value", str(axis), "alpha" in str(axis)), y, looks, {}, (280, 220))
+        for (axis,), part in rows.group_by(["axis"], maintain_order=True)
+    ]
+    if panels:
+        yield "heterogeneity", Figure("Uploads that the lazy rules save", style.concat_panels(panels, 2))
 
 
 def write_curves_csv(folder: Path) -> Path:
-    """The curves of a folder (of a comparison: those that it reports), with the settings that differ."""
+    """Write curves.csv: the curves of a folder (of a comparison: those that it reports), with the settings that differ."""
     source = next((f for f in (folder, folder / "report") if (f / "curves.parquet").exists()), None)
     if source is None:
         raise ValueError(f"{folder} has no curves: expected curves.parquet there")
     table, curves = (pl.read_parquet(source / f"{name}.parquet") for name in ("points", "curves"))
-    differ = [name for name in (*setting_columns(table), "seed") if table[name].n_unique() > 1]
-    with atomic_write(folder / "curves.csv") as part:
+    differ = [name for name in (*results.setting_columns(table), "seed") if table[name].n_unique() > 1]
+    with storage.atomic_write(folder / "curves.csv") as part:
         table.select("point", *differ).join(curves, on="point", maintain_order="left_right").write_csv(part)
     return folder / "curves.csv"

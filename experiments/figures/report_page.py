@@ -1,12 +1,4 @@
-"""One HTML page of result folders: figures with hover and zoom, tables that sort.
-
-    python -m experiments.report results/sweep               the page is results/sweep/report.html
-    python -m experiments.report results/laq-logistic results/mine --out both.html
-
-The page holds all that it shows, and opens from disk without a network. Several folders stand in sections of their own, below
-one figure with the curves of all. It is made from the tables of the folders alone, which are not changed; of a command that
-has not ended it shows the batches that are done.
-"""
+"""HTML page of `experiments.report`: the figures of result folders and their tables, in one file."""
 
 import html
 import json
@@ -15,27 +7,17 @@ import re
 import shlex
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-from plotly.offline import get_plotlyjs
+import vl_convert
 
-from experiments.figures import report_figures
-from experiments.figures.report_figures import Figure
+from experiments.figures import drawing, ranking, style
 from experiments.harness import results, storage
 
-# the tables of each kind of folder, the first what its figures are drawn from
-TABLES = {
-    "sweep": ("summary", "points", "curves"),
-    "methods": ("summary", "points", "curves", "table"),
-    "federated": ("summary", "points", "curves"),
-    "heterogeneity": ("heterogeneity",),
-    "compare": ("best", "tried", "report/summary", "report/points", "report/curves"),
-    "tune": ("trials",),
-    "scaling": ("cost", "goals", "bytes", "memory", "model"),
-}
-SHOWN = {  # of these, those that stand on the page, with their captions
+SHOWN = {  # the tables that stand on the page, with their captions
     "sweep": {"summary": "Settings"},
     "methods": {"table": "The table of the command", "summary": "Methods"},
     "federated": {"summary": "Settings", "points": "Points: what was billed, and what was observed"},
@@ -47,12 +29,13 @@ SHOWN = {  # of these, those that stand on the page, with their captions
 COSTS = ("bits_up", "rounds", "uploads", "bits", "seconds")
 COST_OF = re.compile(r"(rounds|uploads|bits_up|bits_down|bits|seconds)_(end|[0-9][0-9.e+-]*)(_ci95|_least|_most)?")
 ROWS = 4000  # of a table on the page
-POINTS = 60_000  # of all curves on the page
+SIDE_BY_SIDE = 12  # settings in the figure of several folders
+TEMPLATE = Path(__file__).with_name("report.html")
 
 
 @dataclass
 class ResultFolder:
-    """What a folder holds: the kind of its experiment, what it was asked, what it says of its run, and its tables."""
+    """Contents of a result folder: the kind of its experiment, its settings, the facts of its run, tables and notices."""
 
     folder: Path
     kind: str
@@ -63,79 +46,83 @@ class ResultFolder:
 
 
 def read(folder: Path) -> ResultFolder:
-    """A result folder; ValueError when it is none, FileNotFoundError when it is missing."""
+    """Read a result folder.
+
+    Raises:
+        FileNotFoundError: The folder is missing.
+        ValueError: The folder holds no results, or a table is damaged or missing.
+    """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is missing: expected the --out folder of an experiment")
+        raise FileNotFoundError(f"{folder} is missing: must be the --out folder of an experiment")
+    kind, tables = drawing.read_tables(folder)
     asked = storage.read_identity(folder) if (folder / "identity.json").exists() else {}
+    asked.pop("experiment", None)
     if asked.get("target_accuracy"):  # it replaces the targets of the loss, whose default stands in the file
         asked.pop("target", None)
-    kind = asked.pop("experiment", "scaling" if (folder / "goals.parquet").exists() else None)
-    if kind not in TABLES:
-        raise ValueError(f"{folder} holds no results: expected what an experiment leaves, as results/sweep")
     run = folder / ("best.json" if kind == "tune" else "run.json")
-    section = ResultFolder(folder, kind, asked, storage.read_json(run) if run.exists() else {})
-    for name in TABLES[kind]:
-        if (path := folder / f"{name}.parquet").exists():
-            try:
-                section.tables[name.removeprefix("report/")] = pl.read_parquet(path)
-            except (OSError, pl.exceptions.PolarsError) as error:
-                raise ValueError(f"{path} is damaged ({error}); run its command again") from None
+    section = ResultFolder(folder, kind, asked, storage.read_json(run) if run.exists() else {}, tables)
+    needed = [name for name in drawing.TABLES[kind] if name != "masks"]
     if not section.ran:
         parts = sorted(str(path)[: -len("points.parquet")] for path in folder.glob("batches/*-points.parquet"))
-        if parts and TABLES[kind][0] == "summary":
+        if parts and needed[0] == "summary":
             section.tables = results.concat_tables(parts)
         done = f"{len(section.tables['points'])} points" if "points" in section.tables else "what there is"
         section.notices.append(f"Not finished: the tables show {done}. The same command goes on from there.")
-    elif lacking := [name for name in TABLES[kind] if name.removeprefix("report/") not in section.tables]:
+    elif lacking := [name for name in needed if name.removeprefix("report/") not in tables]:
         raise ValueError(f"{folder / lacking[0]}.parquet is missing; run its command again")
     if "summary" in section.tables and kind in ("sweep", "methods"):
         section.notices += results.unreached_notice(section.tables["summary"])
-    if TABLES[kind][0] not in section.tables:
+    if needed[0] not in section.tables:
         section.tables = {}
         section.notices.append("There is no table yet.")
     return section
 
 
+@cache
+def load_vega() -> str:
+    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed, which draws the figures of the page offline."""
+    return vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue]
+
+
 def render_page(sections: list[ResultFolder]) -> str:
-    """The page."""
-    figures: list[Figure] = []
-    each = POINTS // len(sections) // (2 if len(sections) > 1 else 1)
-    body = [render_side_by_side(sections, each, figures)] if len(sections) > 1 else []
-    body += [render_section(section, f"folder-{i}", each, figures) for i, section in enumerate(sections)]
+    """Return the page."""
+    figures: list[dict[str, Any]] = []
+    body = [render_side_by_side(sections, figures)] if len(sections) > 1 else []
+    body += [render_section(section, f"folder-{i}", figures) for i, section in enumerate(sections)]
     links = "".join(f'<li><a href="#folder-{i}">{escape(s.folder)}</a></li>' for i, s in enumerate(sections))
+    command = f"python -m experiments.report {shlex.join(str(s.folder) for s in sections)}"
     parts = {
         "title": f"laqjax: {escape(', '.join(short_names(sections)))}",
-        "about": f"<code>python -m experiments.report {escape(shlex.join(str(s.folder) for s in sections))}</code>. Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. Figures: drag to zoom, double-click to see all again, click "
-        "on a name to hide it, double-click to see it alone. Tables: click on a head to sort.",
+        "about": f"<code>{escape(command)}</code>. Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. Figures: point at a mark "
+        "to read its settings, drag to move, hold Shift and turn the wheel to zoom, double-click to see all again, click on "
+        "a name of a legend to pick it out. Tables: click on a head to sort.",
         "contents": f"<nav><ol>{links}</ol></nav>" if len(sections) > 1 else "",
         "body": "\n".join(body),
-        "plotly": get_plotlyjs(),
+        "vega": load_vega(),
         "figures": json.dumps(figures, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    template = Path(__file__).with_name("report.html").read_text()
-    return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], template)
+    return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], TEMPLATE.read_text())
 
 
 def short_names(sections: list[ResultFolder]) -> list[str]:
-    """A short name of each folder."""
+    """Return a short name for each folder."""
     names = [section.folder.resolve().name for section in sections]
     return [name if names.count(name) == 1 else str(s.folder) for name, s in zip(names, sections, strict=True)]
 
 
 def escape(value: Any) -> str:
-    """For HTML."""
+    """Return a value as HTML text."""
     return html.escape(str(value))
 
 
-def render_section(section: ResultFolder, name: str, points: int, figures: list[Figure]) -> str:
-    """A folder: notices, how it was made, figures, tables."""
+def render_section(section: ResultFolder, name: str, figures: list[dict[str, Any]]) -> str:
+    """Return the section of a folder: notices, how it was made, figures, tables."""
     kind = f"reproduce {section.asked.get('name')}" if section.kind == "methods" else section.kind
     lines = [f'<section id="{name}"><h2>{escape(kind)}: {escape(section.folder)}</h2>']
     lines += [f'<p class="notice">{escape(notice)}</p>' for notice in section.notices]
     lines.append(render_provenance(section))
     if section.tables:
-        for heading, note, panels in report_figures.of(section.kind, section.tables, points):
-            lines.append(render_figure(heading, note, panels, figures))
+        lines += [render_figure(figure, figures) for _, figure in drawing.build_figures(section.kind, section.tables)]
         for table, caption in SHOWN[section.kind].items():
             if table in section.tables:
                 lines.append(render_table(select_columns(section.tables[table]), caption))
@@ -143,49 +130,37 @@ def render_section(section: ResultFolder, name: str, points: int, figures: list[
 
 
 def render_provenance(section: ResultFolder) -> str:
-    """The command, how to run it again, the versions, and the settings."""
+    """Return the command, the machine, the versions, and the settings."""
     ran = section.ran
     facts = {name: ran.get(name) for name in ("time", "device", "cores")}
     facts["seconds"] = ran.get("seconds") and f"{ran['seconds']:,.0f} of the last call"
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in ran.get("versions", {}).items())
-    lines = [f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items() if value]
-    again = (
-        ""
-        if section.kind == "scaling"
-        else "<p>The same command goes on from what is there; with another --out it begins anew.</p>"
-    )
+    again = "<p>The same command goes on from what is there; with another --out it begins anew.</p>"
+    again = "" if section.kind == "scaling" else again
     command = f"<pre>{escape(ran['command'])}</pre>" if "command" in ran else ""
     asked = {name: format_setting(value) for name, value in section.asked.items() if value not in (None, [], "")}
-    settings = "".join(f"<dt>{escape(name)}</dt><dd>{escape(truncate(value))}</dd>" for name, value in asked.items())
+    settings = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in asked.items())
     details = f"<details><summary>All {len(asked)} settings</summary><dl>{settings}</dl></details>" if asked else ""
-    return f"{command}{again}<dl>{''.join(lines)}</dl>{details}"
+    lines = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items() if value)
+    return f"{command}{again}<dl>{lines}</dl>{details}"
 
 
 def format_setting(value: Any) -> str:
-    """A setting."""
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def truncate(words: str) -> str:
-    """Of a long one the beginning."""
+    """Return a setting in at most 400 characters."""
+    words = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return words if len(words) <= 400 else f"{words[:400]} ..."
 
 
-def render_figure(heading: str, note: str, panels: list[Figure], figures: list[Figure]) -> str:
-    """Places for the panels of a figure, which are appended to `figures`."""
-    boxes = []
-    for panel in panels:
-        names = [escape(view["name"]) for view in panel.get("views", [])]
-        buttons = "".join(f'<button type="button">{name}</button>' for name in names) if len(names) > 1 else ""
-        views = f'<div class="views" role="group">{buttons}</div>'
-        boxes.append(f'<div data-figure="{len(figures)}">{views}<div class="plot"></div></div>')
-        figures.append(panel)
-    inner = f'<div class="panels">{"".join(boxes)}</div>' if len(boxes) > 1 else "".join(boxes)
-    return f'<h3>{escape(heading)}</h3><p class="dim">{escape(note)}</p>{inner}'
+def render_figure(figure: style.Figure, figures: list[dict[str, Any]]) -> str:
+    """Return the place of a figure, and append its specification to `figures`."""
+    figures.append(style.to_spec(figure))
+    note = f'<p class="dim">{escape(figure.note)}</p>' if figure.note else ""
+    place = f'<div class="plot" data-figure="{len(figures) - 1}"></div>'
+    return f"<h3>{escape(figure.title)}</h3>{note}{place}"
 
 
 def select_columns(table: pl.DataFrame) -> pl.DataFrame:
-    """The columns that are worth reading: what differs, and the costs, at the last target first."""
+    """Return the columns that are worth reading: those that differ, and the costs, the last target first."""
     names = table.columns
     if "seeds" in names:  # a summary
         costs = [f"{c}_{t}{end}" for t in results.target_labels(table)[::-1] for c in COSTS for end in ("", "_ci95")]
@@ -202,7 +177,7 @@ def select_columns(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def column_title(name: str) -> str:
-    """Of a column, in words."""
+    """Return the title of a column in words."""
     if found := COST_OF.fullmatch(name):
         what = {"bits": "bits up + down", "seconds": "simulated seconds"}.get(found[1], found[1])
         where = "at the end" if found[2] == "end" else f"to {found[2].replace('e-0', 'e-')}"
@@ -211,7 +186,7 @@ def column_title(name: str) -> str:
 
 
 def render_table(table: pl.DataFrame, caption: str) -> str:
-    """A table that sorts; a number in it shows four digits, and holds all of them."""
+    """Return a table that sorts and scrolls."""
     kinds = [' class="n"' if kind.is_numeric() else "" for kind in table.dtypes]
     names = [f'<button type="button">{escape(column_title(name))}</button>' for name in table.columns]
     heads = "".join(f'<th scope="col"{kind}>{name}</th>' for name, kind in zip(names, kinds, strict=True))
@@ -222,7 +197,7 @@ def render_table(table: pl.DataFrame, caption: str) -> str:
 
 
 def render_cell(value: Any, kind: str) -> str:
-    """A number is whole in its attribute."""
+    """Return a cell; a number shows four digits, and its attribute has all of them."""
     if value is None or not kind or not math.isfinite(value):
         return f"<td{kind}>{'' if value is None else escape(value)}</td>"
     large = abs(value) >= 9999.5
@@ -231,21 +206,50 @@ def render_cell(value: Any, kind: str) -> str:
     return f'<td class="n" data-v="{value!r}">{shown}</td>'
 
 
-def render_side_by_side(sections: list[ResultFolder], points: int, figures: list[Figure]) -> str:
-    """The curves of all folders in one figure, and the settings that differ."""
-    names = short_names(sections)
-    found = {name: (s.kind, s.tables) for name, s in zip(names, sections, strict=True) if "curves" in s.tables}
+def render_side_by_side(sections: list[ResultFolder], figures: list[dict[str, Any]]) -> str:
+    """Return the curves of all folders in one figure, and the settings that differ."""
+    folders = short_names(sections)
     lines = ["<section><h2>Side by side</h2>"]
-    for heading, note, panels in report_figures.together(found, points):
-        lines.append(render_figure(heading, note, panels, figures))
-    asked = [
-        {"experiment": s.kind} | {name: format_setting(value) or None for name, value in s.asked.items()}
-        for s in sections
-    ]
+    parts: list[pl.DataFrame] = []
+    looks: dict[str, style.Look] = {}
+    numbers: dict[str, int] = {}
+    titles = []
+    for number, (folder, section) in enumerate(zip(folders, sections, strict=True)):
+        if "curves" not in section.tables:
+            continue
+        names = choose_names(section, max(SIDE_BY_SIDE // len(sections), 3))
+        for name in dict.fromkeys(names.values()):
+            place = numbers.setdefault(name, len(numbers)) % len(style.COLORS)
+            looks[f"{folder}: {name}"] = style.COLORS[place], style.DASHES[number % len(style.DASHES)]
+        named = {point: f"{folder}: {name}" for point, name in names.items()}
+        rows = drawing.thin_curves(section.tables["curves"], named, "residual", len(sections))
+        parts.append(rows.with_columns(line=pl.format("{} {}", pl.lit(folder), "line")))
+        titles.append(drawing.residual_title(section.tables["points"]))
+    if parts:
+        title = titles[0] if len(set(titles)) == 1 else "f - f*, or f where f* is not known"
+        rows = pl.concat(parts, how="diagonal_relaxed")
+        chart = drawing.build_curves(rows, "residual", title, looks, drawing.COST_AXES)
+        note = "A color for each setting, a dash for each folder."
+        if chart is not None:
+            lines.append(render_figure(style.Figure(f"{title} against its costs", chart, note), figures))
+    asked = [{"experiment": s.kind} | {n: format_setting(v) or None for n, v in s.asked.items()} for s in sections]
     every = dict.fromkeys(setting for one in asked for setting in one)
     differ = [setting for setting in every if len({one.get(setting) for one in asked}) > 1]
-    rows = [
-        {"folder": name} | {n: truncate(one.get(n) or "") for n in differ}
-        for name, one in zip(names, asked, strict=True)
-    ]
-    return "\n".join([*lines, render_table(pl.DataFrame(rows), "Settings that differ"), "</section>"])
+    table = pl.DataFrame(
+        [{"folder": name} | {n: one.get(n) or "" for n in differ} for name, one in zip(folders, asked, strict=True)]
+    )
+    return "\n".join([*lines, render_table(table, "Settings that differ"), "</section>"])
+
+
+def choose_names(section: ResultFolder, number: int) -> dict[int, str]:
+    """Return the points of a folder whose curves stand beside those of others, with the names of their settings."""
+    tables = section.tables
+    if section.kind == "compare":
+        words = drawing.method_points(tables)
+        order = list(words)
+    else:
+        words = ranking.point_labels(tables["points"], tables["summary"])
+        few = "algorithm" not in tables["summary"].columns or len(tables["summary"]) <= number
+        order = (tables["summary"] if few else ranking.rank_all(tables["summary"]))["point"]
+    kept = list(dict.fromkeys(words[point] for point in order))[:number]
+    return {point: name for point, name in words.items() if name in kept}

@@ -1,18 +1,19 @@
-"""The figures of `experiments.scaling`, from the tables of its folder, and the slopes in them."""
+"""Figures of `experiments.scaling`, and the power laws in them."""
 
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import altair as alt
 import numpy as np
 import polars as pl
 import scipy.optimize
 
-from experiments.figures import drawing
-from experiments.figures.drawing import plt
+from experiments.figures import style
+from experiments.figures.style import Axis, Figure
 
 
 def fit_power_law(x: Any, seconds: Any) -> tuple[float, float]:
-    """(Fixed cost, slope): seconds = fixed + c x^slope, the least squares of the logarithms."""
+    """Return (fixed cost, slope) of seconds = fixed + c x^slope, by least squares of the logarithms."""
     x, seconds = np.asarray(x, float), np.asarray(seconds, float)
 
     def line(share: float) -> tuple[float, np.ndarray]:
@@ -25,36 +26,51 @@ def fit_power_law(x: Any, seconds: Any) -> tuple[float, float]:
     return float(tried.x * seconds.min()), float(line(tried.x)[0])
 
 
-def plot_scaling(folder: Path) -> None:
-    """The figures, from the tables of a folder."""
-    cost, modelled = (pl.read_parquet(folder / f"{name}.parquet") for name in ("cost", "model"))
-    with plt.rc_context(drawing.STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
-        for axis, name in zip(axes, ("M", "p", "rounds"), strict=True):
-            for i, ((devices,), rows) in enumerate(cost.filter(axis=name).group_by(["devices"], maintain_order=True)):
-                fixed, power = fit_power_law(rows[name], rows["seconds"])
-                label = f"{devices} device(s): slope {power:.2f} above {1e3 * fixed:.2g} ms"
-                axis.plot(rows[name], rows["seconds"], marker="o", label=label, **drawing.line_style(i))
-            drawing.log_scale(axis, "xy")
-            axis.set(xlabel=name, ylabel="s a run" if name == "rounds" else "s a round")
-            axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
-        drawing.save(figure, folder / "cost")
-        figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True, layout="constrained")
-        for axis, name in zip(axes, ("strong", "weak"), strict=True):
-            rows = cost.filter(axis=name)
-            bars = [f"{r['processes']} x {r['devices of each']}" for r in rows.iter_rows(named=True)]
-            axis.bar(bars, 1e3 * rows["seconds"], color=[drawing.COLORS[r - 1] for r in rows["processes"]])
-            work = f"M = {rows['M'][0]}" if name == "strong" else f"M = {rows['M'][0]} a device"
-            axis.set(title=f"{name} scaling, {work}", xlabel="processes x devices of each")
-        axes[0].set_ylabel("ms a round")
-        drawing.save(figure, folder / "devices")
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-        for axis, ((size,), part) in zip(axes, modelled.group_by(["p"], maintain_order=True), strict=True):
-            for i, ((name,), rows) in enumerate(part.group_by(["collective"], maintain_order=True)):
-                axis.plot(rows["hosts"], rows["seconds"], label=name, **drawing.line_style(i))
-            drawing.log_scale(axis, "xy")
-            axis.set(xlabel="hosts", title=f"p = {size:,}")
-        figure.suptitle("a model, not measured: M = 1000")
-        axes[0].set_ylabel("s a round")
-        drawing.legend(figure)
-        drawing.save(figure, folder / "model")
+def scaling_figures(tables: Mapping[str, pl.DataFrame]) -> Iterator[tuple[str, Figure]]:
+    """Yield seconds over workers, parameters and rounds; over devices; and the model of many hosts."""
+    panels = []
+    for column, title in (("M", "M, workers"), ("p", "p, parameters"), ("rounds", "rounds")):
+        names, parts = {}, []
+        for (devices,), rows in tables["cost"].filter(axis=column).group_by(["devices"], maintain_order=True):
+            fixed, power = fit_power_law(rows[column], rows["seconds"])
+            name = f"{devices} device(s): slope {power:.2f} above {1e3 * fixed:.2g} ms"
+            names[name] = str(devices)
+            parts.append(rows.select(column, "seconds", name=pl.lit(name), line=pl.lit(name), mark=pl.lit(True)))
+        if parts:
+            y = Axis("seconds", "seconds of a run" if column == "rounds" else "seconds of a round")
+            panels.append(
+                style.build_line_panel(pl.concat(parts), Axis(column, title), y, style.assign_looks(names), {})
+            )
+    if panels:
+        chart = style.concat_panels(panels, 3, ("color", "strokeDash"))
+        yield "cost", Figure("Seconds over workers, parameters and rounds", chart)
+    panels = []
+    for name in ("strong", "weak"):
+        rows = tables["cost"].filter(axis=name)
+        if len(rows):
+            bars = rows.select(
+                "processes", on=pl.format("{} x {}", "processes", "devices of each"), ms=pl.col("seconds") * 1e3
+            )
+            work = f"M = {rows['M'][0]}" + " a device" * (name == "weak")
+            chart = alt.Chart(bars).mark_bar().encode(
+                alt.X("on:N", sort=None, title="processes x devices of each", axis=alt.Axis(labelAngle=0)),
+                alt.Y("ms:Q", title="milliseconds of a round", axis=alt.Axis(tickCount=6)),
+                color=alt.Color("processes:O", scale=alt.Scale(domain=[1, 2, 4], range=list(style.COLORS[:3]))),
+                tooltip=style.tooltips({"on": "processes x devices of each", "ms": "ms of a round"}, bars),
+            )  # fmt: skip
+            panels.append(chart.properties(title=f"{name} scaling, {work}", height=220))
+    if panels:
+        yield (
+            "devices",
+            Figure("Milliseconds of a round over processes and devices", style.concat_panels(panels, 2)),
+        )
+    if "model" in tables:
+        rows = tables["model"].with_columns(name="collective", line="collective")
+        looks = style.assign_looks({name: name for name in rows["name"].unique(maintain_order=True)})
+        panels = [
+            style.build_line_panel(
+                part, Axis("hosts", "hosts"), Axis("seconds", "seconds of a round"), looks, {}
+            ).properties(title=f"p = {size:,}")
+            for (size,), part in rows.group_by(["p"], maintain_order=True)
+        ]
+        yield "model", Figure("A model, not measured: M = 1000", style.concat_panels(panels, 2))

@@ -67,16 +67,16 @@ if os.environ.get("LAQJAX_SMOKE") == "1":  # does everything work here?
 import inspect
 import textwrap
 
+import altair as alt
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
+import polars as pl
 from IPython.display import Markdown, display
 
 import laqjax
 from laqjax import compressors, memories, rules, worker_step
 
-plt.rcParams |= {"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3}
-plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
+alt.data_transformers.disable_max_rows()
 
 
 def show(*pieces):
@@ -105,13 +105,16 @@ show(
 
 # %%
 target = jnp.linspace(-1, 1, 1001)
-figure, axis = plt.subplots(figsize=(5, 3.6))
+steps = []
 for bits in (1, 2, 4):
     grid = compressors.grid(bits)
-    axis.plot(target, grid.decode(grid.encode(target, None), target), label=f"b = {bits}")
-axis.set(xlabel="coordinate of the target / R", ylabel="decoded / R", xticks=np.linspace(-1, 1, 5))
-axis.legend(frameon=False)
-plt.show()
+    decoded = np.asarray(grid.decode(grid.encode(target, None), target))
+    steps.append(pl.DataFrame({"target": np.asarray(target), "decoded": decoded}).with_columns(b=pl.lit(bits)))
+alt.Chart(pl.concat(steps)).mark_line().encode(
+    alt.X("target:Q", title="coordinate of the target / R"),
+    alt.Y("decoded:Q", title="decoded / R"),
+    alt.Color("b:N", title="b, bits a coordinate"),
+)
 
 # %% [markdown]
 # ### 2. Send, or stay silent
@@ -173,22 +176,18 @@ for name, (info, state) in runs.items():
 
 
 # %%
-from matplotlib.ticker import LogLocator
-
-
 def curves(runs):
-    """Loss against rounds and against bits."""
-    _, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for (name, (info, _)), line in zip(runs.items(), ("-", "--"), strict=True):
-        axes[0].plot(info.loss, line, label=name)
-        axes[1].plot(mbit_up(info)[1:], info.loss[1:], line, label=name)
-    axes[0].set(xlabel="rounds", ylabel="loss, mean of the workers", yscale="log")
-    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6, 8)))
-    axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[0].yaxis.set_minor_formatter("")
-    axes[1].set(xlabel="Mbit up, all workers", xscale="log")
-    axes[0].legend(frameon=False)
-    plt.show()
+    """Draw the loss against rounds and against bits."""
+    rows = [
+        pl.DataFrame({"round": np.arange(len(info.loss)), "loss": np.asarray(info.loss), "Mbit": mbit_up(info)})
+        .filter(pl.col("round") > 0)
+        .with_columns(method=pl.lit(name))
+        for name, (info, _) in runs.items()
+    ]
+    loss = alt.Y("loss:Q", title="loss, mean of the workers", scale=alt.Scale(type="log", nice=False))
+    panels = alt.Chart(pl.concat(rows)).mark_line().encode(loss, alt.Color("method:N"), alt.StrokeDash("method:N"))
+    bits = alt.X("Mbit:Q", title="Mbit up, all workers", scale=alt.Scale(type="log"), axis=alt.Axis(format="~g"))
+    return panels.encode(alt.X("round:Q", title="rounds")) | panels.encode(bits)
 
 
 curves(runs)
@@ -197,12 +196,11 @@ curves(runs)
 # Who sends when: a mark is an upload. All send in the first round; then each worker speaks when its data have something to say.
 
 # %%
-sent = runs["LAQ"].info.sent
-figure, axis = plt.subplots(figsize=(9, 2.6), layout="constrained")
-axis.plot(*np.nonzero(sent), "|", markersize=9)
-axis.set(xlabel="round", ylabel="worker", yticks=range(10), title=f"LAQ: {sent.sum()} of {sent.size} uploads")
-axis.invert_yaxis()
-plt.show()
+sent = np.asarray(runs["LAQ"].info.sent)
+uploads = pl.DataFrame(dict(zip(("round", "worker"), np.nonzero(sent), strict=True)))
+alt.Chart(uploads, title=f"LAQ: {sent.sum()} of {sent.size} uploads", width=700).mark_tick(height=12).encode(
+    alt.X("round:Q", scale=alt.Scale(domain=[0, len(sent)])), alt.Y("worker:O")
+)
 
 # %% [markdown]
 # ## A sweep over b, C and D
@@ -230,18 +228,15 @@ print(f"fewest bits: b = {b}, C = {c}, D = {d} with {np.nanmin(cost):.4g} Mbit u
 print(f"GD {mbit_up(runs['GD'].info)[ROUNDS // 2]:.4g} Mbit")
 
 # %%
-maps = cost.reshape(len(BITS), len(LIMITS), len(WINDOWS))
-figure, axes = plt.subplots(1, len(WINDOWS), figsize=(1.5 + 3 * len(WINDOWS), 3.2), sharey=True, layout="constrained")
-for k, axis in enumerate(axes):
-    axis.imshow(maps[..., k], cmap="viridis_r", vmin=np.nanmin(cost), vmax=np.nanmax(cost), aspect="auto")
-    axis.set(title=f"D = {WINDOWS[k]}", xlabel="C, rounds", xticks=range(len(LIMITS)), xticklabels=LIMITS)
-    axis.grid(False)
-    for (i, j), value in np.ndenumerate(maps[..., k]):
-        text = "-" if np.isnan(value) else f"{value:.3g}"
-        axis.text(j, i, text, ha="center", va="center", bbox={"color": "w", "alpha": 0.6, "pad": 1.5})
-axes[0].set(ylabel="b, bits a coordinate", yticks=range(len(BITS)), yticklabels=BITS)
-figure.colorbar(axes[0].images[0], ax=axes, label=f"Mbit up to loss {goal:.3f}")
-plt.show()
+cells = pl.DataFrame([(*setting, None if np.isnan(mbit) else mbit) for setting, mbit in zip(grid, cost, strict=True)],
+                     schema=["b", "C", "D", "Mbit"], orient="row")  # fmt: skip
+cells = cells.with_columns(text=pl.Series("-" if np.isnan(mbit) else f"{mbit:.3g}" for mbit in cost))
+maps = alt.Chart().encode(alt.X("C:O", title="C, rounds"), alt.Y("b:O", title="b, bits a coordinate"))
+colors = alt.Color("Mbit:Q", title=f"Mbit up to loss {goal:.3f}", scale=alt.Scale(scheme="viridis", reverse=True))
+boxes = maps.mark_rect(opacity=0.6).encode(colors, tooltip=["b", "C", "D", "Mbit"])
+alt.layer(boxes, maps.mark_text().encode(text="text"), data=cells).properties(
+    width=45 * len(LIMITS), height=30 * len(BITS)
+).facet(column="D:O")
 
 # %% [markdown]
 # A longer sweep is better run as a command in the checkout, which is safe after each batch and goes on after a disconnection: `!cd laqjax-checkout && python -m experiments.sweep -b 2 4 8 -C 10 100 -D 1 10 --seeds 0 1 2 --lr 0.02`.

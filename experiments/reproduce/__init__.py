@@ -24,7 +24,7 @@ def run_methods(
     identity = name | {"experiment": "methods", "rounds": budget.rounds, "targets": targets.values}
     summary = runner.run(points, targets, out, budget, identity=identity, console=console)
     if jax.process_index() == 0:
-        drawing.plot_methods(out)
+        drawing.draw_figures(out)
     return summary
 
 

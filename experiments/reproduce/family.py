@@ -80,7 +80,7 @@ def heterogeneity(out: Path | None = None, target: float = 1e-6, quick: bool = F
         **{f"{m} saves": 1 - pl.col(m) / pl.col("gd") for m in ("laq", "lag_wk")}
     )
     storage.save_frame(table, out / "heterogeneity", csv=True)
-    drawing.plot_heterogeneity(out)
+    drawing.draw_figures(out)
     workers = pl.concat_str("axis", "value", separator=" ").alias("workers")
     shown = table.select(workers, "spread", "gd", "laq", "lag_wk", "laq saves", "lag_wk saves")
     title = f"uploads to f - f* <= {target:g}; spread: log10 of max L_m / min L_m"

@@ -25,7 +25,7 @@ TASK += ["--compute-ms", "1", "--target", "5", "-b", "2", "4", "-C", "5", "-D", 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(drawing, "save", lambda figure, path: drawing.plt.close(figure))
+    monkeypatch.setattr(drawing, "draw_figures", lambda folder: None)
     return tmp_path
 
 
@@ -55,7 +55,10 @@ def test_a_command_is_started_by_its_name() -> None:
     assert done.stderr.startswith("error: swep is no command: must be one of sweep, tune")
     done = command("plots", "none")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: none: expected a folder that an experiment wrote, with its identity.json\n"
+    assert (
+        done.stderr
+        == "error: none: must be a folder that an experiment wrote, with its identity.json; give another one\n"
+    )
 
 
 def test_help_begins_with_the_examples(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

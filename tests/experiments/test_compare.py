@@ -17,7 +17,7 @@ from polars.testing import assert_frame_equal
 from rich.console import Console
 
 from experiments import compare
-from experiments.figures import drawing, report_figures, report_page
+from experiments.figures import drawing, ranking, style
 from experiments.harness import cli, comparison, grid, runner, storage
 
 ROOT = Path(__file__).parents[2]
@@ -104,19 +104,16 @@ def test_the_table_is_one_object_and_the_page_has_the_fronts(whole: Path, capsys
     (rows,) = printed["tables"].values()
     known = {(row["method"], row["target"]): row["bits_up"] for row in best.filter(pl.col("cheapest in") == "bits up").iter_rows(named=True)}  # fmt: skip
     assert {(row["method"], target): row[target] for row in rows for target in ("10", "4")} == known
-    cost, fronts, curves = (
-        panel for _, _, (panel,) in report_figures.of("compare", report_page.read(whole).tables, 1000)
-    )
-    drawn = {(line["name"], line["view"]): line["data"] for line in fronts["series"]}
-    assert len(drawn) == 4
-    for (name, number), data in drawn.items():
-        target = ("10", "4")[number]
-        edge = drawing.pareto_front(tried.filter(pl.col("algorithm") == name), target)
-        assert (data[f"bits_up_{target}"], data[f"rounds_{target}"]) == tuple(edge.select(f"bits_up_{target}", f"rounds_{target}").to_dict(as_series=False).values())  # fmt: skip
-    colors = {"gd": report_figures.color(0), "laq": report_figures.color(1)}  # of the full and of the lazy ones
-    assert {line["name"]: line["color"] for line in curves["series"]} == colors
-    assert [view["order"] for view in cost["views"]] == [cost["views"][0]["order"]] * 2
-    assert sorted(cost["views"][0]["order"]) == ["gd", "laq"]
+    figures = dict(drawing.build_figures(*drawing.read_tables(whole)))
+    assert list(figures) == ["bits", "fronts-10", "fronts-4", "loss"]
+    for target in ("10", "4"):
+        rows = [row for rows in style.to_spec(figures[f"fronts-{target}"])["datasets"].values() for row in rows]
+        for name in ("gd", "laq"):
+            edge = ranking.pareto_front(tried.filter(pl.col("algorithm") == name), target)
+            drawn = {(row["bits"], row["rounds"]) for row in rows if row["name"] == name}
+            assert drawn == set(edge.select(f"bits_up_{target}", f"rounds_{target}").iter_rows())
+    for panel in style.to_spec(figures["bits"])["concat"]:  # every method stands in each, in one order
+        assert panel["layer"][0]["encoding"]["y"]["scale"]["domain"] == ["laq (lazy)", "gd (full)"]
 
 
 def test_a_grid_grows_where_its_best_lies_on_the_edge(whole: Path) -> None:
@@ -155,7 +152,7 @@ def test_it_goes_on_where_it_was(whole: Path, home: Path, monkeypatch: pytest.Mo
             run(home / "cut")
     assert_frame_equal(run(home / "cut"), pl.read_parquet(whole / "best.parquet"))
     assert len(calls) - 2 == len(list((home / "cut").glob("*/batches/*-points.parquet")))
-    assert {path.name for path in whole.glob("*.png")} == {"bits.png", "fronts-4.png", "fronts-10.png"}
+    assert {path.name for path in whole.glob("*.png")} == {"bits.png", "fronts-4.png", "fronts-10.png", "loss.png"}
 
 
 @pytest.mark.long

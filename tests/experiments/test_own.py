@@ -3,14 +3,13 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
 from experiments import compare, sweep, tune
-from experiments.figures import drawing, report_figures, report_page
+from experiments.figures import drawing, style
 from experiments.harness import comparison, datasets, grid, user_code
 
 EXAMPLES = Path(__file__).parents[2] / "experiments" / "examples"
@@ -160,8 +159,6 @@ def test_a_flax_cnn_in_sweep_tune_and_compare(
     own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a smoothness constant there is no step of theory: no column, no marker, no word of it."""
-    words: dict[str, list[str]] = {}
-    monkeypatch.setattr(drawing, "save", lambda figure, path: words.update({path.name: legend_of(figure)}))
     task = ["--dataset", f"{own}:images", "--problem", f"{own}:cnn", "--partition", "dirichlet:1", "--workers", "4"]
     task += ["--rounds", "40", "--eval-every", "10", "--target-accuracy", "0.7", "--compute-ms", "1"]
     sweep.main([*task, "-b", "4", "8", "-C", "5", "-D", "3", "--lr", "0.05", "--out", "swept"])
@@ -179,9 +176,11 @@ def test_a_flax_cnn_in_sweep_tune_and_compare(
     assert "gain over" not in said
     assert "theory" not in said
     assert not [name for name in best.columns if "theory" in name and best[name].count()]
-    assert set(words["bits"]) == {"lazy", "stochastic"}
-    figures = report_figures.of("compare", report_page.read(Path("compared")).tables, 1000)
-    assert "theory" not in str(list(figures))
+    figures = dict(drawing.build_figures(*drawing.read_tables(Path("compared"))))
+    specs = str([style.to_spec(figure) for figure in figures.values()])
+    assert "laq (lazy)" in specs
+    assert "sgd (stochastic)" in specs
+    assert "theory" not in specs
 
 
 def test_the_example_of_a_loop_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,11 +191,6 @@ def test_the_example_of_a_loop_takes_few_steps(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_allclose(data_parallel.smoothed([*range(12)]), [4.5, 5.5, 6.5])
     with pytest.raises(ValueError, match="steps = 0: must be a whole number >= 1"):
         data_parallel.main(steps=0)
-
-
-def legend_of(figure: Any) -> list[str]:
-    """The words of a figure's legend."""
-    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
 @pytest.mark.long

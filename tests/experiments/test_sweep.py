@@ -23,7 +23,7 @@ from rich.console import Console
 
 import laqjax
 from experiments import plots, sweep
-from experiments.figures import drawing
+from experiments.figures import ranking
 from experiments.harness import arguments, cases, grid, results, runner, storage
 from experiments.harness.processes import find_free_port
 from laqjax._engine import loop
@@ -841,7 +841,7 @@ def test_means_and_intervals_over_seeds() -> None:
     assert two["final_loss_ci95"] == pytest.approx(12.7062 * 0.5)
     assert (four["rounds_0.1_least"], four["rounds_0.1_most"]) == (10, 17)
     assert results.target_labels(results.summarize(table)) == ["0.1"]
-    assert drawing.rank_by_bits(results.summarize(table), "0.1")["bits"].to_list() == [4]
+    assert ranking.rank_by_bits(results.summarize(table), "0.1")["bits"].to_list() == [4]
 
 
 def test_seeds_are_rows_of_one_setting(tmp_path: Path) -> None:
@@ -891,12 +891,17 @@ def test_less_memory_is_a_smaller_batch() -> None:
 def test_figures_from_files_alone(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("summary.parquet", "curves.parquet", "masks.parquet", "identity.json"):
         shutil.copy(whole / name, tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"points\.parquet is missing: must be the folder of a finished command"
+    ):
+        plots.main(tmp_path)
+    shutil.copy(whole / "points.parquet", tmp_path)
     plots.main(tmp_path)
     names = {"bits-to-target", "front", "pareto", "uploads"}
     assert {path.name for path in tmp_path.glob("*.*g")} == {name + end for name in names for end in (".png", ".svg")}
     assert all(path.stat().st_size > 1000 for path in tmp_path.glob("*.*g"))
     assert len(capsys.readouterr().out.split()) == 4
-    with pytest.raises(ValueError, match="expected a folder that an experiment wrote"):
+    with pytest.raises(ValueError, match="must be a folder that an experiment wrote"):
         plots.main(whole / "batches")
 
 
@@ -960,7 +965,7 @@ def test_labels_tell_settings_apart() -> None:
             "point": [0, 1, 2, 3],
         }
     )
-    assert drawing.setting_labels(table) == {
+    assert ranking.setting_labels(table) == {
         0: "ef21, compressor=natural, lr=0.02 (point 0)",
         1: "ef21, compressor=top_k:50, lr=0.02",
         2: "ef21, compressor=natural, lr=0.02 (point 2)",

@@ -1,0 +1,87 @@
+"""Which settings of a result folder are the best, and what each is called in figures and tables."""
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from experiments.harness.results import COLUMN_TITLES, format_value, setting_columns, target_labels
+
+
+def rank_by_bits(summary: pl.DataFrame, target: str) -> pl.DataFrame:
+    """Return the settings that reached the target on every seed, the fewest bits up first."""
+    return summary.filter(pl.col(f"bits_up_{target}").is_not_null()).sort(f"bits_up_{target}", f"rounds_{target}")
+
+
+def rank_all(summary: pl.DataFrame) -> pl.DataFrame:
+    """Return all settings: by bits up to the last target, then those that missed it by their final loss."""
+    best = rank_by_bits(summary, target_labels(summary)[-1])
+    rest = summary.filter(~pl.col("point").is_in(best["point"].to_list()))
+    return pl.concat([best, rest.sort("final_loss", nulls_last=True)])
+
+
+def pareto_front(rows: pl.DataFrame, target: str) -> pl.DataFrame:
+    """Return the settings that no other beats in both bits up and rounds."""
+    fewest = pl.col(f"rounds_{target}").cum_min()
+    return rank_by_bits(rows, target).filter((pl.col(f"rounds_{target}") < fewest.shift(1)).fill_null(True))
+
+
+def select_settings(summary: pl.DataFrame, number: int = 8) -> pl.DataFrame:
+    """Return the settings whose curves are drawn: the front, the cheapest up to six, and the best of each algorithm."""
+    if len(summary) <= 6:
+        return summary
+    ranked = rank_all(summary)
+    front = pareto_front(summary, target_labels(summary)[-1])
+    best = ranked.unique("algorithm", keep="first", maintain_order=True)
+    chosen = pl.concat([front[:number], ranked]).unique("point", keep="first", maintain_order=True)
+    chosen = chosen[: min(max(len(front), 6), number)]
+    return pl.concat([chosen, best]).unique("point", keep="first", maintain_order=True)
+
+
+def setting_labels(summary: pl.DataFrame) -> dict[int, str]:
+    """Return the name of each setting by its first point: the algorithm, and what differs between settings."""
+    shown = [name for name in setting_columns(summary) if name != "algorithm" and summary[name].n_unique() > 1]
+    words = {}
+    for row in summary.iter_rows(named=True):
+        values = [
+            f"{COLUMN_TITLES.get(name, name)}={format_value(row[name])}" for name in shown if row[name] is not None
+        ]
+        words[row["point"]] = ", ".join([row["algorithm"], *values])
+    often = Counter(words.values())
+    return {point: f"{word} (point {point})" if often[word] > 1 else word for point, word in words.items()}
+
+
+def point_labels(points: pl.DataFrame, summary: pl.DataFrame) -> dict[int, str]:
+    """Return the name of the setting of every point; the seeds of a setting share it."""
+    settings = setting_columns(points)
+    if "algorithm" in settings:
+        words = setting_labels(summary)
+        first = {row[:-1]: words[row[-1]] for row in summary.select(*settings, "point").iter_rows()}
+        return {row[-1]: first[row[:-1]] for row in points.select(*settings, "point").iter_rows()}
+    differ = [name for name in settings if points[name].n_unique() > 1] or settings[:1]
+    return dict(points.select("point", pl.concat_str(differ, separator=", ")).iter_rows())
+
+
+def heat_map_cells(summary: pl.DataFrame, target: str) -> pl.DataFrame | None:
+    """Return D, b, C and Mbit up to the target, the cheapest of all other axes; null where it was never reached.
+
+    None where the settings are no grid, or none reached the target.
+    """
+    axes = ["window", "bits", "max_silence"]
+    lazy = summary.drop_nulls(axes) if set(axes) <= set(summary.columns) else summary.head(0)
+    values = [sorted(lazy[name].unique()) for name in axes] if len(lazy) else []
+    if not values or lazy.select(axes).n_unique() < np.prod([len(axis) for axis in values]):  # drawn at random
+        return None
+    cheapest: Any = {key: group[f"bits_up_{target}"].min() for key, group in lazy.group_by(axes)}
+    rows = [(*key, cheapest[key]) for key in itertools.product(*values)]
+    cells = pl.DataFrame(rows, schema=["D", "b", "C", "bits"], orient="row", infer_schema_length=None)
+    cells = cells.with_columns(mbit=pl.col("bits").cast(pl.Float64) / 1e6).drop("bits")
+    return cells if (cells["mbit"].fill_null(0) > 0).any() else None
+
+
+def methods_by_cost(best: pl.DataFrame) -> list[str]:
+    """Return the methods of a comparison: the fewest bits at the last target first, then those that missed it, likewise."""
+    wide = best.pivot("target", index="method", values="bits_up")
+    return wide.sort(*best["target"].unique(maintain_order=True).reverse(), nulls_last=True)["method"].to_list()
