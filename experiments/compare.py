@@ -1,4 +1,4 @@
-r"""Compare methods at their best settings, which are chosen on some seeds and reported on others.
+r"""Compare methods at their best settings, which are reported on other seeds.
 
     python -m experiments.compare                all methods on a convex problem, 8 minutes
     python -m experiments.compare --quick        a few methods and rounds, under a minute

@@ -21,9 +21,9 @@ DECADES, ALPHAS = (0, 0.5, 1, 1.5, 2), (0.1, 0.3, 1, 3, 10)  # spread of L_m; Di
 
 
 def family(out: Path | None = None, rounds: int = 3000, target: float = 1e-6, quick: bool = False) -> None:
-    """Run all methods at the step of theory on one strongly convex problem: bits against residual.
+    """Run all methods at the step of theory on one strongly convex problem.
 
-    The steps are those of `experiments.harness.search_spaces.MEMBERS`.
+    The table shows bits against residual; the steps are those of `experiments.harness.search_spaces.MEMBERS`.
 
     Args:
         out: Folder for the results. Default: results/family.
@@ -50,7 +50,7 @@ def family(out: Path | None = None, rounds: int = 3000, target: float = 1e-6, qu
 
 
 def heterogeneity(out: Path | None = None, target: float = 1e-6, quick: bool = False) -> None:
-    """Compare the uploads of LAQ and LAG with those of GD, as workers differ more and more.
+    """Compare the uploads of LAQ, LAG and GD as workers differ more and more.
 
     Workers differ by the spread of L_m, or by the alpha of a Dirichlet partition.
 
