@@ -85,7 +85,7 @@ def print_report(folder: Path, console: Console) -> None:
     columns = [pl.col(n).alias(titles[n] if titles[n] not in {*costs, *differ} else f"{n} ") for n in names]
     title = f"cheapest to {goal} {target} (simulated seconds)"
     tables = {title: shown.select(*columns, **costs)} if len(ranked) else {}
-    notices = [*results.unreached_notice(summary), *results.tied(pl.read_parquet(folder / "points.parquet"))]
+    notices = [*results.describe_unreached_settings(summary), *results.tied(pl.read_parquet(folder / "points.parquet"))]
     if not len(ranked):
         notices.append(nearest_miss_notice(folder, summary, float(target)))
     results.report_result(console, folder, tables, notices, constant=constant)

@@ -39,7 +39,7 @@ def loss(params, x, y):
 
 
 def trainer(tx, params, mesh):
-    """(step, state): the loop's own step; only `tx` knows how gradients travel."""
+    """Return (step, state): a training step in which `tx` alone decides how gradients travel, and its state."""
     specs = laqjax.aggregation.partition_specs(jax.eval_shape(tx.init, params), "data")
     state = jax.jit(tx.init, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))(params)
 
@@ -54,14 +54,14 @@ def trainer(tx, params, mesh):
     return jax.jit(split), state
 
 
-def smoothed(losses):
+def smooth(losses):
     """Return the means of 10 losses in a row; of all of them where there are fewer."""
     width = min(10, len(losses))
     return np.convolve(losses, np.ones(width) / width, "valid")
 
 
 def milliseconds(ways, start, mesh, row, turns=20):
-    """Of a step, the best of turns."""
+    """Return the milliseconds of a step, the best of some turns."""
     made = {name: trainer(optax.chain(way, optax.sgd(0.1)), start, mesh) for name, way in ways.items()}
     best = dict.fromkeys(ways, np.inf)
     for turn in range(turns + 2):
@@ -99,12 +99,14 @@ def main(steps: int = 300, batch: int = 1024, lr: float = 0.1, out: Path = Path(
             # what each device receives; a ring's all-reduce for pmean
             lazy = isinstance(state[0], laqjax.aggregation.LazyAggregateState)
             moved.append(int(state[0].bytes_received) if lazy else 2 * 4 * size * (DEVICES - 1) // DEVICES)
-        smooth = smoothed(losses)
-        megabytes = np.cumsum(moved)[-len(smooth) :] / 1e6
-        curve = pl.DataFrame({"step": np.arange(1, len(smooth) + 1), "megabytes": megabytes, "loss": smooth})
+        smooth_losses = smooth(losses)
+        megabytes = np.cumsum(moved)[-len(smooth_losses) :] / 1e6
+        curve = pl.DataFrame(
+            {"step": np.arange(1, len(smooth_losses) + 1), "megabytes": megabytes, "loss": smooth_losses}
+        )
         curves.append(curve.with_columns(name=pl.lit(name), line=pl.lit(name)))
         print(
-            f"{name}: loss {smooth[-1]:.4f}, {sum(moved) / 1e6:,.0f} MB to each device, {1e3 * min(times):.0f} ms a step"
+            f"{name}: loss {smooth_losses[-1]:.4f}, {sum(moved) / 1e6:,.0f} MB to each device, {1e3 * min(times):.0f} ms a step"
         )
     y = style.Axis("loss", f"loss, mean of {min(10, steps)} steps")
     axes = style.Axis("step", "step", log=False), style.Axis("megabytes", "MB received by each device")

@@ -71,7 +71,7 @@ def read(folder: Path) -> ResultFolder:
     elif lacking := [name for name in needed if name.removeprefix("report/") not in tables]:
         raise ValueError(f"{folder / lacking[0]}.parquet is missing; run its command again")
     if "summary" in section.tables and kind in ("sweep", "methods"):
-        section.notices += results.unreached_notice(section.tables["summary"])
+        section.notices += results.describe_unreached_settings(section.tables["summary"])
     if needed[0] not in section.tables:
         section.tables = {}
         section.notices.append("There is no table yet.")

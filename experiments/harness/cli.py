@@ -89,7 +89,7 @@ def parse_cli(what: Any, given: Sequence[str], about: str | None = None, name: s
         parts = [*about.strip().split("\n\n"), *[JSON_HELP] * answers, EXIT_CODE_HELP]
         print(*(p if p.startswith("  ") else textwrap.fill(p.strip(), width) for p in parts), sep="\n\n", end="\n\n")
     call: Any = tyro.extras.subcommand_cli_from_dict if isinstance(what, dict) else tyro.cli
-    prog, description = f"python {invoked_program()}{name}", "" if about else None
+    prog, description = f"python {get_program_name()}{name}", "" if about else None
     # no DisallowNone in config: None on the command line undoes a config file's value
     return call(what, args=given, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
 
@@ -136,7 +136,7 @@ def exit_with_message(code: int, message: str) -> SystemExit:
     return stop
 
 
-def invoked_program() -> str:
+def get_program_name() -> str:
     """Return what was started: `-m MODULE`, or a file."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     return f"-m {module.name.removesuffix('.__main__')}" if module else sys.argv[0]

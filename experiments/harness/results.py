@@ -65,7 +65,7 @@ class Targets:
         if len({f"{t:g}" for t in self.values}) < len(self.values):  # the column names show six
             raise ValueError(f"{name} = {self.values}: must differ in the first six digits")
 
-    def reached(self, record: "PointHistory", target: float) -> np.ndarray:
+    def find_reached(self, record: "PointHistory", target: float) -> np.ndarray:
         """Return which models are within a target, [K + 1, S]; unknown values are not."""
         return record.accuracy >= target - 1e-6 if self.accuracy else record.residual <= target
 
@@ -162,7 +162,7 @@ def build_tables(
     for i, label in enumerate(labels):
         lost = bool(record.diverged_at[i] >= 0)
         end = int(record.diverged_at[i] if lost else record.rounds_done[i])
-        met = {t: np.flatnonzero(targets.reached(record, t)[: end + 1, i]) for t in targets.values}
+        met = {t: np.flatnonzero(targets.find_reached(record, t)[: end + 1, i]) for t in targets.values}
         at: dict[str, int | None] = {f"{t:g}": int(found[0]) if len(found) else None for t, found in met.items()}
         last = at[f"{targets.values[-1]:g}"] if at else None
         row = dict(label) | {"f_star": record.f_star, "goal": targets.label(record.f_star)}
@@ -299,7 +299,7 @@ def format_count(number: float | None) -> str:
     return f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:.2g}"
 
 
-def unreached_notice(summary: pl.DataFrame) -> list[str]:
+def describe_unreached_settings(summary: pl.DataFrame) -> list[str]:
     """Return a notice if settings did not reach the last target on all seeds."""
     target = target_labels(summary)[-1]
     number, lost = summary[f"rounds_{target}"].null_count(), int((summary["diverged"] > 0).sum())

@@ -433,7 +433,7 @@ class Batch:
         """Return the indices of the points that have more of so many rounds to run."""
         ended = self.history.diverged_at >= 0
         for last in self.targets.values[-1:]:
-            ended = ended | self.targets.reached(self.history, last).any(axis=0)
+            ended = ended | self.targets.find_reached(self.history, last).any(axis=0)
         return np.flatnonzero((self.history.rounds_done < rounds) & ~ended)
 
     def _fill_slots(self, running: np.ndarray) -> np.ndarray:

@@ -149,7 +149,7 @@ def provenance(command: Sequence[str] = ()) -> dict[str, Any]:
     """Return the command (default: that of this process), the time, the versions and the machine."""
     names = ("jax", "jaxlib", "numpy", "optax")
     return {
-        "command": shlex.join(["python", *(command or (*shlex.split(cli.invoked_program()), *sys.argv[1:]))]),
+        "command": shlex.join(["python", *(command or (*shlex.split(cli.get_program_name()), *sys.argv[1:]))]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in names}
         | {"laqjax": laqjax.__version__, "python": platform.python_version()},

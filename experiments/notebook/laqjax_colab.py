@@ -80,7 +80,7 @@ alt.data_transformers.disable_max_rows()
 
 
 def show(*pieces):
-    """The source of functions of the library, as they are imported here."""
+    """Show the source of functions of the library, as they are imported here."""
     for piece in pieces:
         code = textwrap.dedent(inspect.getsource(piece))
         display(Markdown(f"`{piece.__module__}.{piece.__qualname__}`\n\n```python\n{code}```"))
@@ -262,7 +262,7 @@ if importlib.util.find_spec("flax"):
 
 
 def loss(params, x, y):
-    """Of each example: x [n, 784] bytes, y [n] -> losses [n]."""
+    """Return the loss of each example: x [n, 784] bytes, y [n] -> losses [n]."""
     logits = jnp.asarray(apply(params, x.reshape(-1, 28, 28, 1).astype(jnp.float32) / 255))
     return optax.softmax_cross_entropy_with_integer_labels(logits, y)
 

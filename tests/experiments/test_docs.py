@@ -266,6 +266,7 @@ def test_commands_take_what_they_are_given(command: str, monkeypatch: pytest.Mon
     parse_only(monkeypatch)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     monkeypatch.delitem(sys.modules, module, raising=False)  # put back afterwards
+    monkeypatch.delitem(sys.modules, f"{module}.__main__", raising=False)
     with pytest.raises(Parsed):
         runpy.run_module(module, run_name="__main__")
 

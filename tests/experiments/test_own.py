@@ -187,8 +187,8 @@ def test_the_example_of_a_loop_takes_few_steps(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("XLA_FLAGS", "")  # the import would set it for the processes of other tests
     from experiments.examples import data_parallel
 
-    np.testing.assert_allclose(data_parallel.smoothed([3.0, 2.0, 1.0]), [2.0])
-    np.testing.assert_allclose(data_parallel.smoothed([*range(12)]), [4.5, 5.5, 6.5])
+    np.testing.assert_allclose(data_parallel.smooth([3.0, 2.0, 1.0]), [2.0])
+    np.testing.assert_allclose(data_parallel.smooth([*range(12)]), [4.5, 5.5, 6.5])
     with pytest.raises(ValueError, match="steps = 0: must be a whole number >= 1"):
         data_parallel.main(steps=0)
 

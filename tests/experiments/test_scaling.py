@@ -165,7 +165,7 @@ def test_quick_run(tmp_path):
 
 
 def test_devices_come_before_all_else():
-    with pytest.raises(ValueError, match="devices = 2: expected to be set before"):
+    with pytest.raises(ValueError, match="devices = 2: must be set before"):
         grid.set_cpu_devices(2)
     with pytest.raises(ValueError, match="devices"):
         grid.set_cpu_devices(0)

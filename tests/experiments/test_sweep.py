@@ -762,7 +762,7 @@ def test_an_accuracy_in_float32_that_is_the_target_meets_it() -> None:
     mine = record([1.0, 1.0], [[True]], [[8]], [0], None)
     for share in (0.6, 0.7, 0.9, 0.95, 0.99):
         mine.accuracy[1] = np.float32(share)
-        assert results.Targets((share,), accuracy=True).reached(mine, share).tolist() == [[False], [True]]
+        assert results.Targets((share,), accuracy=True).find_reached(mine, share).tolist() == [[False], [True]]
 
 
 def test_targets_of_accuracy_are_read_where_it_was_measured() -> None:
