@@ -40,10 +40,8 @@ from laqjax import RunCheckpointer, check_number, distributed, sharding, types
 
 MAX_POINTS_PER_DEVICE = 64  # larger batches are not faster, and their tables are written later
 CHECKPOINT_SECONDS = 10.0  # time between two checkpoints of a batch
-EVALUATION_SHARE, MIN_INTERVAL = (
-    0.02,
-    4,
-)  # share of the training work that evaluations may cost; shortest chosen interval
+EVALUATION_SHARE = 0.02  # of the training work, at most, that evaluations may cost
+MIN_INTERVAL = 4  # rounds of the shortest chosen evaluation interval
 MAX_STATES_GIB = 2.0  # a study with larger final states does not keep them
 
 
