@@ -95,7 +95,7 @@ def render_page(sections: list[ResultFolder]) -> str:
         "title": f"laqjax: {escape(', '.join(short_names(sections)))}",
         "about": f"<code>{escape(command)}</code>. Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. Figures: point at a mark "
         "to read its settings, drag to move, hold Shift and turn the wheel to zoom, double-click to see all again, click on "
-        "a name of a legend to pick it out. Tables: click on a head to sort.",
+        "a name of a legend to pick it out. Tables: click on a column title to sort.",
         "contents": f"<nav><ol>{links}</ol></nav>" if len(sections) > 1 else "",
         "body": "\n".join(body),
         "vega": load_vega(),
@@ -135,7 +135,7 @@ def render_provenance(section: ResultFolder) -> str:
     facts = {name: ran.get(name) for name in ("time", "device", "cores")}
     facts["seconds"] = ran.get("seconds") and f"{ran['seconds']:,.0f} of the last call"
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in ran.get("versions", {}).items())
-    again = "<p>The same command goes on from what is there; with another --out it begins anew.</p>"
+    again = "<p>The same command continues from these files; with another --out it starts again.</p>"
     again = "" if section.kind == "scaling" else again
     command = f"<pre>{escape(ran['command'])}</pre>" if "command" in ran else ""
     asked = {name: format_setting(value) for name, value in section.asked.items() if value not in (None, [], "")}
