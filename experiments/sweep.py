@@ -69,7 +69,8 @@ def print_report(folder: Path, console: Console) -> None:
     """Draw the figures, and print the cheapest settings, the best of each algorithm first."""
     drawing.draw_figures(folder)
     summary = pl.read_parquet(folder / "summary.parquet")
-    target, goal = results.target_labels(summary)[-1], summary["goal"][0]
+    last, goal = results.target_labels(summary)[-1], summary["goal"][0]
+    target = find_hardest_target(summary) or last
     ranked = ranking.rank_by_bits(summary, target)
     differ = [name for name in results.setting_columns(summary) if summary[name].n_unique() > 1]
     same = [name for name in results.setting_columns(summary) if name not in differ and summary[name][0] is not None]
@@ -83,18 +84,26 @@ def print_report(folder: Path, console: Console) -> None:
     costs |= {"seconds": pl.col(f"seconds_{target}"), "accuracy": pl.col("accuracy")}
     names = differ or ["algorithm"]
     columns = [pl.col(n).alias(titles[n] if titles[n] not in {*costs, *differ} else f"{n} ") for n in names]
-    title = f"cheapest to {goal} {target} (simulated seconds)"
+    title = f"fewest bits up to {goal} {target}, the best of each algorithm first (seconds are simulated)"
     tables = {title: shown.select(*columns, **costs)} if len(ranked) else {}
     notices = [*results.describe_unreached_settings(summary), *results.tied(pl.read_parquet(folder / "points.parquet"))]
-    if not len(ranked):
-        notices.append(nearest_miss_notice(folder, summary, float(target)))
+    if target != last or not len(ranked):
+        notices.append(nearest_miss_notice(folder, summary, float(last)))
     results.report_result(console, folder, tables, notices, constant=constant)
+
+
+def find_hardest_target(summary: pl.DataFrame) -> str | None:
+    """Return the last target that a setting reached on all of its seeds, None if there is none."""
+    met = [t for t in results.target_labels(summary) if summary[f"rounds_{t}"].null_count() < len(summary)]
+    return met[-1] if met else None
 
 
 def nearest_miss_notice(folder: Path, summary: pl.DataFrame, target: float) -> str:
     """Return a notice if no point reached the last target: the nearest, and its rounds at the present rate."""
-    met = [t for t in results.target_labels(summary) if summary[f"rounds_{t}"].null_count() < len(summary)]
-    said = f"the smallest target reached is {met[-1]}" if met else "no target was reached"
+    target_met = find_hardest_target(summary)
+    said = f"the last target reached is {target_met}" if target_met else "no setting reached a target on all seeds"
+    if summary["accuracy"].count():
+        said += f"; the best test accuracy at the end is {summary['accuracy'].max():.3g}"
     best = summary.sort("final_loss", nulls_last=True)["point"][0]
     curve = pl.read_parquet(folder / "curves.parquet").filter(pl.col("point") == best).drop_nans("residual")
     last, rounds = curve["residual"].to_numpy(), curve["round"].to_numpy()

@@ -70,7 +70,7 @@ def build_legend(title: str | None = None, **more: Any) -> alt.Legend:
 def build_look_channels(looks: Looks, title: str | None = None, dotted: bool = False) -> dict[str, Any]:
     """Return the channels color and strokeDash of the column `name`, in one legend; the first is a dot if `dotted`."""
     names = [wrap_label(name) for name in looks]
-    box = build_legend(title, **({} if dotted else {"symbolType": "stroke"}))
+    box = build_legend(title, **({} if dotted else {"symbolType": "stroke", "symbolSize": 900}))
     channels: dict[str, Any] = {"color": alt.Color, "strokeDash": alt.StrokeDash}
     ranges: dict[str, Any] = {
         "color": [color for color, _ in looks.values()],

@@ -106,7 +106,9 @@ class MethodGrids:
         for seed in (*settings.axes.seeds, *settings.report_seeds):
             check_number("seeds", seed, np.int32, minimum=0)
         if settings.goal.targets.accuracy and not self.case.has_accuracy:
-            raise ValueError("target_accuracy: must be given for a problem with an accuracy, on data with test rows")
+            raise ValueError(
+                "target_accuracy: must be of a problem with an accuracy, on data with test rows; else give --target"
+            )
 
     def _make_grid(self, name: str) -> dict[str, tuple[Any, ...]]:
         """Return the values of each axis of a method."""

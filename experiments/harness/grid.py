@@ -319,7 +319,10 @@ def build_checked_points(settings: Any, choices: list[dict[str, Any]]) -> list[r
     rows, _ = 200 if settings.quick else None, settings.goal.targets
     chosen = build_points(choices, max_history_length(choices, settings.axes), settings.authors_rule, rows)
     if settings.goal.target_accuracy and not all(point.case.has_accuracy for point in chosen):
-        raise ValueError("target_accuracy: must be of a problem with an accuracy, on data with test rows")
+        raise ValueError(
+            "target_accuracy: must be of a problem with an accuracy, on data with test rows (csv:FILE has none: use "
+            "npz:FILE with x_test and y_test, FILE.py:load, or --target)"
+        )
     return chosen
 
 

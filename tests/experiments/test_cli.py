@@ -80,10 +80,10 @@ def test_json_is_all_that_stands_on_stdout(capsys: pytest.CaptureFixture[str]) -
     assert (result["out"], result["notices"]) == ("out", [])
     summary = pl.read_parquet("out/summary.parquet").sort("bits_up_5")
     ((title, rows),) = result["tables"].items()
-    assert title.startswith("cheapest to f - f* <= 5")
+    assert title.startswith("fewest bits up to f - f* <= 5")
     assert [row["b"] for row in rows] == summary["bits"].to_list()
     assert [row["Mbit up"] for row in rows] == pytest.approx([bits / 1e6 for bits in summary["bits_up_5"]])
-    assert "cheapest to f - f* <= 5" in said.err
+    assert "fewest bits up to f - f* <= 5" in said.err
     assert "figures and tables: out" in said.err
     sweep.main([*TASK, "--out", "out"])
     assert "figures and tables: out" in capsys.readouterr().out

@@ -949,8 +949,8 @@ def test_where_none_gets_there_the_nearest_are_drawn(tmp_path: Path) -> None:
     assert {path.name for path in out.glob("*.png")} == {"front.png"}
     said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert "2 of 2 settings did not reach 1e-09 (0 diverged)" in said
-    assert "cheapest" not in said
-    assert "no target was reached; point" in said
+    assert "fewest bits" not in said
+    assert "no setting reached a target on all seeds; point" in said
     assert "would need about" in said
 
 
