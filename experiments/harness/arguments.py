@@ -1,15 +1,15 @@
 """Arguments of algorithms on the command line: values by name, such as `top_k:50`, and the text of `--set help`."""
 
+import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any
 
 import jax
 import optax
 
-from experiments.harness import cli
 from laqjax import algorithms, check_number, compressors, samplers
 
 # arguments of algorithms that follow from an option
@@ -57,6 +57,12 @@ NAMED_VALUES: dict[str, Mapping[str, Callable[..., Any]]] = {
 }
 
 
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" where a known name is close to `name`, else an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def parse_literal(text: str) -> Any:
     """Convert text to the int, float or bool that it names; return other text as it is."""
     for kind in (int, float):
@@ -82,7 +88,7 @@ def parse_argument(argument: str, text: str) -> Any:
     form, numbers = by_name.get(name, ""), [parse_literal(word) for word in words]
     counts = (form.partition("[")[0].count(":"), form.count(":"))
     if not form or len(numbers) not in counts or any(isinstance(number, str) for number in numbers):
-        hint = "" if form else cli.suggest(name, by_name)
+        hint = "" if form else suggest(name, by_name)
         raise ValueError(f"{argument} = {text!r}: must be one of {', '.join(forms)}{hint}")
     if argument == "optimizer":
         named = zip(re.findall(r":(\w+)", form.lower()), numbers, strict=False)

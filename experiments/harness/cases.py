@@ -14,7 +14,7 @@ import scipy.optimize
 from jaxtyping import Array
 
 import laqjax
-from experiments.harness import cli, datasets, storage, user_code
+from experiments.harness import arguments, datasets, storage, user_code
 from laqjax.problems import Logistic, Problem, Ridge, Softmax, TwoLayerNetwork
 
 SYNTHETIC = "synthetic-logistic?workers=10&samples=200&features=50&condition=100&heterogeneity="
@@ -168,7 +168,7 @@ def make_problem(name: str, data: datasets.Dataset) -> Problem:
         return known[name](data.x.shape[1])
     raise ValueError(
         f"problem = {name!r} on {data.name}: must be softmax or network for classes, logistic for two, ridge for numbers "
-        f"(all on rows of features), or FILE.py:make{cli.suggest(name, known) if name not in known else ''}"
+        f"(all on rows of features), or FILE.py:make{arguments.suggest(name, known) if name not in known else ''}"
     )
 
 

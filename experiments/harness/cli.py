@@ -1,7 +1,6 @@
 """Command lines: parsing, examples before the options in their help, exit codes, and one JSON object with --json."""
 
 import ctypes
-import difflib
 import json
 import os
 import shutil
@@ -116,12 +115,6 @@ def exit_on_user_error() -> Iterator[None]:
         raise exit_with_message(1 if failed else 2, f"error: {error}") from None
     except KeyboardInterrupt:
         raise exit_with_message(130, "stopped; the same command continues from the saved results") from None
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" where a known name is close to `name`, else an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def exit_with_message(code: int, message: str) -> SystemExit:

@@ -30,8 +30,8 @@ import jax
 import numpy as np
 import polars as pl
 
-from experiments.harness import cli, user_code
-from experiments.harness.arguments import parse_literal
+from experiments.harness import user_code
+from experiments.harness.arguments import parse_literal, suggest
 from laqjax import check_number
 
 MNIST_FOLDER = Path(__file__).parents[1] / "mnist"
@@ -115,7 +115,7 @@ def load(name: str) -> Dataset:
     raise ValueError(
         f"dataset = {name!r}: must be mnist, idx:DIR, tfds:NAME[@DIR], libsvm:PATH, libsvm-regression:PATH, npz:FILE, "
         "csv:FILE, FILE.py:load, synthetic-linear[?KEY=VALUE&...] or synthetic-logistic[?KEY=VALUE&...]"
-        f"{cli.suggest(kind.partition('?')[0], known)}"
+        f"{suggest(kind.partition('?')[0], known)}"
     )
 
 
@@ -302,7 +302,7 @@ def _load_synthetic(name: str) -> Dataset:
     known = [*inspect.signature(synthetic).parameters][1:]
     for key in settings:
         if key not in known:
-            raise ValueError(f"{name}: key {key!r}: must be one of {', '.join(known)}{cli.suggest(key, known)}")
+            raise ValueError(f"{name}: key {key!r}: must be one of {', '.join(known)}{suggest(key, known)}")
     return synthetic(kind, **{key: parse_literal(text) for key, text in settings.items()})
 
 

@@ -143,7 +143,7 @@ def axis_values(axes: GridAxes, data: DataAxes, strict: bool = True) -> dict[str
             raise ValueError(f"--set {name} has no values: must be --set {name} VALUE ...")
         if strict and name not in known:
             allowed = f"{', '.join(axes.algorithm)}: {sorted(known - (OPTIONS.keys() - {'lr'}))}"
-            raise ValueError(f"--set {name}: must be an argument of {allowed}{cli.suggest(name, known)}")
+            raise ValueError(f"--set {name}: must be an argument of {allowed}{arguments.suggest(name, known)}")
         values = tuple(map(arguments.parse_literal, words))
         are_words = {isinstance(value, str) for value in values}
         given[name] = values if len(are_words) == 1 else tuple(words)  # a column of the tables has one type
@@ -233,7 +233,7 @@ def get_factory(name: str) -> Callable[..., laqjax.Algorithm]:
         return user_code.load_user_function(name)
     if name not in (known := algorithm_factories()):
         allowed = f"FILE.py:factory or one of {', '.join(sorted(known))}"
-        raise ValueError(f"algorithm = {name!r}: must be {allowed}{cli.suggest(name, known)}")
+        raise ValueError(f"algorithm = {name!r}: must be {allowed}{arguments.suggest(name, known)}")
     return known[name]
 
 
@@ -394,7 +394,7 @@ def config_to_argv(path: Path, kind: Any) -> list[str]:
         raise ValueError(f"{path} holds {given!r}: must be names of settings with their values")
     known = option_names(kind) - {"config"}
     for name in sorted(given.keys() - known):
-        hint = cli.suggest(name, known) or "; arguments of algorithms belong under set"
+        hint = arguments.suggest(name, known) or "; arguments of algorithms belong under set"
         raise ValueError(f"{path}: {name} is no setting: must be one of {sorted(known)}{hint}")
     own = given.pop("set", {})
     if not isinstance(own, dict):
