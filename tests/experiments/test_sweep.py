@@ -954,6 +954,15 @@ def test_where_none_gets_there_the_nearest_are_drawn(tmp_path: Path) -> None:
     assert "would need about" in said
 
 
+def test_the_table_is_of_the_last_target_reached(tmp_path: Path) -> None:
+    given = ["-b", "4", "-C", "10", "-D", "1", "--target", "12", "1e-9", "--rounds", "20"]
+    console = Console(file=io.StringIO())
+    REPORT(run(*given, out=tmp_path), console)
+    said = " ".join(console.file.getvalue().split())  # pyright: ignore[reportAttributeAccessIssue]
+    assert "fewest bits up to f - f* <= 12," in said
+    assert "the last target reached is 12;" in said
+
+
 def test_labels_tell_settings_apart() -> None:
     table = pl.DataFrame(
         {
