@@ -278,7 +278,8 @@ def test_two_processes_share_the_points(whole: Path, tmp_path: Path) -> None:
     assert storage.read_json(tmp_path / "plan.json")["batch"] == [5]
     assert len(list(tmp_path.glob("batches/*/[0-9]*"))) == 5  # the last states of each batch, by whoever computed it
     assert storage.read_json(tmp_path / "run.json")["points_computed"] == 14  # in three of the five batches
-    assert "cheapest" in said[0][0]
+    assert "24 points" in said[0][0]
+    assert "did not reach 3 (0 diverged)" in said[0][0]  # of the table after the run
     assert all(
         line.startswith("[Gloo]") for line in said[1][0].splitlines()
     )  # its own line on stdout, of all processes
