@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 CASE, OUT, DEVICES = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
@@ -15,6 +15,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+import orbax.checkpoint  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
@@ -23,6 +24,7 @@ from laqjax import (  # noqa: E402
     algorithms,
     compressors,
     distributed,
+    local_training,
     partition,
     problems,
     sharding,
@@ -283,6 +285,170 @@ def beside() -> None:
             compare(f"beside-{collective}-{kind.name}", {"sent": alone["sent"]}, split)
 
 
+class Regression(NamedTuple):
+    """Least squares of four workers, in float64 and NumPy."""
+
+    x: Any
+    y: Any
+    params: Any
+
+    def gradient(self, params: Any, worker: Any) -> Any:
+        rest = self.x[worker] @ params["w"] + params["b"][None] - self.y[worker]
+        return {"b": 2 * rest.sum(axis=0) / rest.size, "w": 2 * self.x[worker].T @ rest / rest.size}
+
+
+def make_regression() -> Regression:
+    jax.config.update("jax_enable_x64", True)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(4, 16, 8)), rng.normal(size=(4, 16, 6))
+    return Regression(x, y, {"b": np.zeros(6), "w": rng.normal(size=(8, 6))})
+
+
+def adamw(params: Any, moments: Any, grad: Any, step: int, lr: float = 1e-2) -> Any:
+    """One step of AdamW on vectors, with the defaults of optax."""
+    first, second = 0.9 * moments[0] + 0.1 * grad, 0.999 * moments[1] + 0.001 * grad**2
+    scaled = first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+    return params - lr * (scaled + 1e-4 * params), (first, second)
+
+
+def laq_mean(deltas: Any, state: Any, bits: int, xi: float, window: int = 10) -> Any:
+    """One round of LAQ on vectors [M, p]: the mean direction and who sent, with a history of directions."""
+    memory, errors, history, margin = state
+    innovation = deltas - memory
+    step = 2 * np.abs(innovation).max(axis=1, keepdims=True) / (2**bits - 1)
+    coded = step * (np.floor(innovation / step + 2 ** (bits - 1)) - (2**bits - 1) / 2)
+    error = ((innovation - coded) ** 2).sum(axis=1)
+    threshold = xi / window * sum(history[-window:]) / len(deltas) ** 2 + 3 * (error + errors)
+    change = (coded**2).sum(axis=1)
+    sent = (change >= threshold) | (not history)
+    margin = min(margin, *np.abs(change - threshold)) if history else margin
+    memory = np.where(sent[:, None], memory + coded, memory)
+    total = memory.sum(axis=0)
+    return total / len(deltas), sent, (memory, np.where(sent, error, errors), [*history, (total**2).sum()], margin)
+
+
+def diloco_reference(problem: Regression, steps: int, sync_every: int, bits: int | None, xi: float) -> Any:
+    """DiLoCo in NumPy: the parameters of every worker after each step, the outer model, and who sent."""
+    start = np.concatenate([problem.params["b"], problem.params["w"].ravel()])
+    outer, trace, here = start, np.zeros(54), [start] * 4
+    moments: Any = [(np.zeros(54), np.zeros(54))] * 4
+    state: Any = np.zeros((4, 54)), np.zeros(4), [], np.inf
+    sent, all_params = [], []
+    for step in range(1, steps + 1):
+        for worker in range(4):
+            tree = {"b": here[worker][:6], "w": here[worker][6:].reshape(8, 6)}
+            grad = problem.gradient(tree, worker)
+            vector = np.concatenate([grad["b"], grad["w"].ravel()])
+            here[worker], moments[worker] = adamw(here[worker], moments[worker], vector, step)
+        if step % sync_every == 0:
+            deltas = outer - np.stack(here)
+            mean, who, state = laq_mean(deltas, state, bits, xi) if bits else (deltas.mean(axis=0), [True] * 4, state)
+            trace = mean + 0.9 * trace
+            outer = outer - 0.7 * (mean + 0.9 * trace)
+            here = [outer] * 4
+            sent.append(who)
+        all_params.append(np.stack(here))
+    assert state[-1] > 1e-9  # a difference of who sent is no tie
+    return np.stack(all_params), outer, np.array(sent)
+
+
+def flat(params: Any) -> Any:
+    """Parameters with the axis of the workers as vectors [M, p]."""
+    return np.concatenate([np.asarray(leaf).reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(params)], axis=1)
+
+
+def local_loop(problem: Regression, tx: Any, along: Any, param_specs: Any = None) -> Any:
+    """A compiled step of a loop with local training, its arguments, and where they are placed."""
+    params = local_training.replicate(problem.params, 4 if "model" not in along.shape else 2)
+    specs = laqjax.aggregation.partition_specs(jax.eval_shape(tx.init, params), "data", param_specs)
+    split = P("data") if param_specs is None else jax.tree.map(lambda spec: P("data", *spec), param_specs)
+    places = jax.tree.map(lambda spec: NamedSharding(along, spec), (split, specs, P("data")))
+    if param_specs is None:
+        places = (jax.tree.map(lambda leaf: places[0], params), *places[1:])
+
+    def step(params: Any, state: Any, x: Any, y: Any) -> Any:
+        part = Regression(x, y, None)
+        grad = part.gradient(jax.tree.map(lambda a: a[0], params), 0)
+        if param_specs is not None:
+            grad["b"] = jax.lax.all_gather(grad["b"], "model", tiled=True)
+        updates, state = tx.update(jax.tree.map(lambda a: a[None], grad), state, params)
+        return optax.apply_updates(params, updates), state
+
+    rows = P("data", None, "model") if param_specs is not None else P("data")
+    step = jax.shard_map(
+        step, mesh=along, in_specs=(split, specs, P("data"), rows), out_specs=(split, specs), check_vma=False
+    )
+    state = jax.jit(tx.init, out_shardings=places[1])(params)
+    return jax.jit(step), jax.device_put(params, places[0]), state, places
+
+
+def diloco() -> None:
+    """Local training in a loop of one's own is DiLoCo in NumPy; an interrupted loop goes on from its state."""
+    problem = make_regression()
+    along = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    data = jax.device_put((problem.x, problem.y), NamedSharding(along, P("data")))
+    common: Any = {"axis": "data", "num_workers": 4}
+
+    def train(tx: Any, steps: int) -> Any:
+        step, params, state, places = local_loop(problem, tx, along)
+        seen, states = [], []
+        for _ in range(steps):
+            params, state = step(params, state, *data)
+            seen.append(flat(params))
+            states.append(state)
+        return np.stack(seen), states, (step, params, places)
+
+    # one step of plain SGD between synchronizations is data-parallel training
+    tx = laqjax.diloco_optimizer(optax.sgd(1.0), sync_every=1, algorithm=algorithms.gd, **common)
+    seen, _, _ = train(tx, 5)
+    plain, server = problem.params, optax.sgd(0.7, momentum=0.9, nesterov=True)
+    outer_state = server.init(plain)
+    for row in seen:
+        grads = [problem.gradient(plain, worker) for worker in range(4)]
+        mean = jax.tree.map(lambda *leaves: sum(leaves) / 4, *grads)
+        updates, outer_state = server.update(mean, outer_state, plain)
+        plain = jax.tree.map(np.asarray, optax.apply_updates(plain, updates))
+        expected = np.concatenate([plain["b"], plain["w"].ravel()])
+        np.testing.assert_allclose(row, np.stack([expected] * 4), rtol=1e-12, atol=1e-14)
+
+    for bits, xi in ((None, 0.0), (4, 0.1)):
+        sends: Any = {"algorithm": algorithms.gd} if bits is None else {"bits": bits, "xi": xi}
+        tx = optax.chain(optax.identity(), laqjax.diloco_optimizer(optax.adamw(1e-2), sync_every=3, **sends, **common))
+        seen, states, (step, _, places) = train(tx, 31)
+        expected, outer, sent = diloco_reference(problem, 31, 3, bits, xi)
+        np.testing.assert_allclose(seen, expected, rtol=1e-12, atol=1e-12)
+        collapsed = local_training.collapse(states[-1])
+        np.testing.assert_allclose(np.concatenate([collapsed["b"], np.ravel(collapsed["w"])]), outer, rtol=1e-12)
+        masks = np.stack([state[-1].aggregate_state.sent for state in states])
+        np.testing.assert_array_equal(masks[2::3], sent)
+        assert not masks[0::3].any()
+        assert not masks[1::3].any()
+        size = 54 * 8 if bits is None else 8 + 27
+        up = np.stack([state[-1].aggregate_state.bytes_up for state in states])
+        np.testing.assert_array_equal(up, masks * size)
+        for k in range(2, 31, 3):  # set, not added: bit for bit the outer model on every device
+            model = local_training.collapse(states[k])
+            vector = np.concatenate([model["b"], np.ravel(model["w"])])
+            np.testing.assert_array_equal(seen[k], np.stack([vector] * 4))
+    assert 0.2 < sent.mean() < 0.95, sent.mean()
+
+    kept = unflat(seen[9]), states[9]  # between two synchronizations
+    store = orbax.checkpoint.StandardCheckpointer()
+    store.save(OUT / "checkpoint", kept)
+    store.wait_until_finished()
+    like = jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), kept, places[:2])
+    params, state = store.restore(OUT / "checkpoint", like)
+    for k in range(10, 31):
+        params, state = step(params, state, *data)
+        np.testing.assert_array_equal(flat(params), seen[k])
+    (OUT / "diloco").write_text("")
+
+
+def unflat(rows: Any) -> Any:
+    """Vectors [M, p] as parameters with the axis of the workers."""
+    return {"b": rows[:, :6], "w": rows[:, 6:].reshape(-1, 8, 6)}
+
+
 def resumed() -> None:
     """A long run with checkpoints, to be killed; `PACE` seconds between chunks."""
     shards, oracle = data(6, 50), problems.Softmax(784, 10).oracle()
@@ -329,6 +495,7 @@ if __name__ == "__main__":
         "family": family,
         "lazy": lazy,
         "beside": beside,
+        "diloco": diloco,
         "resumed": resumed,
         "disagree": disagree,
     }

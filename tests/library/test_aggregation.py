@@ -1,4 +1,4 @@
-"""`lazy_aggregate` refuses in one sentence what cannot work; test_sharding.py runs it on several devices."""
+"""`lazy_aggregate` and `diloco_optimizer` refuse in one sentence what cannot work; test_sharding.py runs them on devices."""
 
 import inspect
 import re
@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import laqjax
-from laqjax import algorithms, compressors, oracles
+from laqjax import algorithms, compressors, local_training, oracles
 from laqjax.samplers import BlockSampler
 
 PARAMS = {"b": jnp.zeros(6), "w": jnp.ones((8, 6))}
@@ -72,14 +73,21 @@ def traced(
     init: Any = None,
     params: Any = PARAMS,
     split: Any = WHOLE,
+    param_specs: Any = None,
+    applied: bool = False,
     **given: Any,
 ) -> Any:
     """Shapes after an update inside `jax.shard_map`, on devices that need not exist."""
     state = jax.eval_shape(tx.init if init is None else init, params)
-    specs = laqjax.aggregation.partition_specs(state, "data") if specs is None else specs
+    specs = laqjax.aggregation.partition_specs(state, "data", param_specs) if specs is None else specs
     mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,)) if mesh is None else mesh
     options: Any = {"check_vma": False} | given
-    step: Any = jax.shard_map(tx.update, mesh=mesh, in_specs=(split, specs, split), out_specs=(split, specs), **options)
+
+    def update(gradients: Any, state: Any, params: Any) -> Any:
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates) if applied else updates, state
+
+    step: Any = jax.shard_map(update, mesh=mesh, in_specs=(split, specs, split), out_specs=(split, specs), **options)
     return jax.eval_shape(step, params, state, params)
 
 
@@ -140,8 +148,77 @@ def test_an_update_that_cannot_work_is_refused(tx: Any, options: Any, message: s
         traced(tx, **options)
 
 
+WORKERS = local_training.replicate(PARAMS, 4)
+LOCALLY: Any = {"axis": "data", "num_workers": 4, "sync_every": 3}
+DILOCO = laqjax.diloco_optimizer(optax.adamw(1e-3), bits=4, **LOCALLY)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sync_every": 0}, "sync_every = 0: must be a whole number >= 1"),
+        ({"sync_every": 2.5}, "sync_every = 2.5: must be a whole number >= 1"),
+        ({"num_workers": 0}, "num_workers = 0: must be a whole number >= 1"),
+        ({"inner": optax.adamw}, "inner = <function adamw"),
+        ({"outer": 0.7}, "outer = 0.7: must be an optax transformation"),
+        ({"lr": 0.1}, "lazy_aggregate(lr=...): must not be given"),
+        ({"bit": 4}, "did you mean 'bits'?"),
+    ],
+)
+def test_arguments_of_local_training_are_checked_in_the_constructor(changed: Any, message: str) -> None:
+    construct = inspect.unwrap(laqjax.diloco_optimizer)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        construct(**{"inner": optax.adamw(1e-3)} | LOCALLY | changed)
+
+
+def locally(tx: Any = DILOCO, **options: Any) -> Any:
+    """Shapes after a step of local training."""
+    split = P("data")
+    return traced(tx, **{"params": WORKERS, "split": split, "applied": True} | options)
+
+
+def test_local_training_keeps_the_axis_of_the_workers() -> None:
+    params, state = locally()
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, WORKERS)
+    assert jax.tree.map(jnp.shape, local_training.collapse(state)) == jax.tree.map(jnp.shape, PARAMS)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), WORKERS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(locally(params=half)[0])} == {np.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("tx", "options", "message"),
+    [
+        (DILOCO, {"params": PARAMS}, "parameters of shape [6] in init: must be [4], with the axis of the workers"),
+        (DILOCO, {"split": WHOLE}, "parameters of shape [4, 6] on each device: must be [1, 6], with the axis"),
+        (laqjax.diloco_optimizer(optax.adamw(1e-3), **LOCALLY | {"num_workers": 2}), {}, "of shape [4, 6] in init"),
+        (DILOCO, {"check_vma": True}, "diloco_optimizer inside jax.shard_map with check_vma=True"),
+        (optax.chain(DILOCO, optax.scale(0.5)), {}, "must be the last one of optax.chain, with none around it"),
+        (optax.apply_if_finite(DILOCO, 3), {}, "such as optax.apply_if_finite"),
+        (optax.MultiSteps(DILOCO, 2), {}, "must be the last one of optax.chain, with none around it"),
+        (
+            laqjax.diloco_optimizer(optax.lbfgs(), bits=4, **LOCALLY),
+            {},
+            "inner optimizer whose update fails with",
+        ),
+    ],
+)
+def test_local_training_that_cannot_work_is_refused(tx: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        locally(tx, **options)
+
+
+def test_the_outer_model_is_found_in_a_chain_only_if_there_is_one() -> None:
+    assert local_training.collapse(optax.chain(optax.identity(), DILOCO).init(WORKERS))["w"].shape == (8, 6)
+    with pytest.raises(ValueError, match="must be a state of diloco_optimizer"):
+        local_training.collapse(LAQ.init(PARAMS))
+
+
 def test_an_update_outside_of_shard_map_is_refused() -> None:
     with pytest.raises(ValueError, match=r"axis 'data', which is not bound here: must be called inside"):
         jax.jit(LAQ.update)(PARAMS, LAQ.init(PARAMS), PARAMS)
+    with pytest.raises(
+        ValueError, match=r"diloco_optimizer on the axis 'data', which is not bound here: must be called"
+    ):
+        jax.jit(DILOCO.update)(WORKERS, DILOCO.init(WORKERS), WORKERS)
     with pytest.raises(TypeError, match="axis"):  # no default: a wrong axis would be found late, or never
         laqjax.aggregation.partition_specs(LAQ.init(PARAMS))  # pyright: ignore[reportCallIssue]
