@@ -16,6 +16,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 import orbax.checkpoint  # noqa: E402
+import pytest  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
@@ -30,6 +31,7 @@ from laqjax import (  # noqa: E402
     sharding,
 )
 from laqjax._engine import loop  # noqa: E402
+from laqjax._engine.split_parameters import SplitCompressor  # noqa: E402
 from laqjax.samplers import BlockSampler  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -501,6 +503,8 @@ def split(more: bool = False) -> None:
             params, state = step(params, state, data, targets, jax.device_put(scale, NamedSharding(along, P("data"))))
             here = state.aggregate_state if locally else state[0]
             seen.append((np.asarray(here.sent), here.bits_up, int(here.bytes_received)))
+        for copy in params["b"].addressable_shards:  # the same on all devices of a worker
+            np.testing.assert_array_equal(copy.data, params["b"][copy.index])
         params = jax.device_get(params)
         if parts:
             params = {"b": params["b"], "w": np.concatenate([params["w0"], params["w1"]], axis=1)}
@@ -519,6 +523,10 @@ def split(more: bool = False) -> None:
     laq = lazily(algorithms.laq, bits=4)
     alone = train(laq)
     assert {(True, False), (False, True), (False, False)} <= {(bool(a), bool(b)) for a, b in alone[1]}
+    placed = {name: NamedSharding(both, spec) for name, spec in {"b": P(), "w": P("model")}.items()}
+    otherwise = jax.device_put(problem.params, placed)
+    with pytest.raises(ValueError, match="that is placed by"):
+        laq(param_specs=param_specs).init(otherwise)
     for collective in ("all_to_all", "all_reduce") if more else ("all_gather",):
         here = train(laq, is_split=True, collective=collective)
         compare_runs(f"laq-{collective}", alone, here)
@@ -533,6 +541,18 @@ def split(more: bool = False) -> None:
     for name, make in methods.items() if more else [("qgd", lazily(algorithms.qgd, bits=3))]:
         compare_runs(name, train(make), train(make, is_split=True))
     if more:
+        train(lazily(algorithms.qsgd, levels=3), is_split=True)
+        draws = SplitCompressor(compressors.qsgd(3), (((40, ()),), ((40, ("model",)),)), ("model",))
+        keys = laqjax.types.RoundKeys(KEY, KEY, KEY, jax.numpy.int32(1), jax.numpy.int32(0))
+
+        def draw(target: Any) -> Any:
+            payload = draws.encode(target, keys)
+            return [payload[block]["level"] for block in "01"]
+
+        draw = jax.shard_map(draw, mesh=both, in_specs=P(), out_specs=P("model"), check_vma=False)
+        levels = [np.split(level, 2) for level in draw(np.ones(80))]
+        np.testing.assert_array_equal(*levels[0])  # a leaf that is not split
+        assert not np.array_equal(*levels[1])
         return
     ef21 = lazily(algorithms.ef21, compressor=compressors.top_k(3))
     compare_runs("ef21", train(ef21, parts=True, quantizer_blocks="leaf"), train(ef21, is_split=True))

@@ -233,7 +233,11 @@ OTHER = laqjax.lazy_aggregate("data", 4, algorithms.lasg_wk2, sampler=BlockSampl
             "an array [4, 6] in its state where these parameters need [8, 3]",
         ),
         (split_laq(), {}, "param_specs = None for a state of lazy_aggregate(param_specs=...): must be one"),
-        (split_laq(), {"specs_of": {"w": P()}}, "for a state of lazy_aggregate(param_specs=...): must be one PartitionSpec"),
+        (
+            split_laq(),
+            {"specs_of": {"w": P()}},
+            "for a state of lazy_aggregate(param_specs=...): must be one PartitionSpec",
+        ),
         (LAQ, {"init": laqjax.lazy_aggregate("data", 4, fraction).init}, "with the state of another method"),
         (
             SAMPLED,
