@@ -501,7 +501,7 @@ def split(more: bool = False) -> None:
         step, seen = jax.jit(step, out_shardings=places), []
         for scale in scales:
             params, state = step(params, state, data, targets, jax.device_put(scale, NamedSharding(along, P("data"))))
-            here = state.aggregate_state if locally else state[0]
+            here = lazy_state(state)
             seen.append((np.asarray(here.sent), here.bits_up, int(here.bytes_received)))
         for copy in params["b"].addressable_shards:  # the same on all devices of a worker
             np.testing.assert_array_equal(copy.data, params["b"][copy.index])
@@ -509,6 +509,9 @@ def split(more: bool = False) -> None:
         if parts:
             params = {"b": params["b"], "w": np.concatenate([params["w0"], params["w1"]], axis=1)}
         return params, np.stack([sent for sent, _, _ in seen]), np.stack([bits for _, bits, _ in seen]), state
+
+    def lazy_state(state: Any) -> Any:
+        return state.aggregate_state if isinstance(state, local_training.DilocoState) else state[0]
 
     def lazily(method: Any, **settings: Any) -> Any:
         return lambda **options: optax.chain(
@@ -518,6 +521,10 @@ def split(more: bool = False) -> None:
     def compare_runs(name: str, one: Any, two: Any) -> None:
         for leaf in one[0]:
             np.testing.assert_allclose(two[0][leaf], one[0][leaf], rtol=1e-9, atol=1e-9, err_msg=name)
+        states = [lazy_state(run[-1]).algorithm_state for run in (one, two)]
+        norms = [jax.tree.leaves((state.rule_state, state.workers.rule_state)) for state in states]
+        for mine, other in zip(*norms, strict=True):  # of directions and of errors
+            np.testing.assert_allclose(other, mine, rtol=1e-9, err_msg=name)
         compare(name, {"sent": one[1], "bits": one[2]}, {"sent": two[1], "bits": two[2]})
 
     laq = lazily(algorithms.laq, bits=4)
@@ -550,9 +557,9 @@ def split(more: bool = False) -> None:
             return [payload[block]["level"] for block in "01"]
 
         draw = jax.shard_map(draw, mesh=both, in_specs=P(), out_specs=P("model"), check_vma=False)
-        levels = [np.split(level, 2) for level in draw(np.ones(80))]
-        np.testing.assert_array_equal(*levels[0])  # a leaf that is not split
-        assert not np.array_equal(*levels[1])
+        (first, same), (part, other) = ((level[:40], level[40:]) for level in draw(np.ones(80)))
+        np.testing.assert_array_equal(first, same)  # a leaf that is not split
+        assert not np.array_equal(part, other)
         return
     ef21 = lazily(algorithms.ef21, compressor=compressors.top_k(3))
     compare_runs("ef21", train(ef21, parts=True, quantizer_blocks="leaf"), train(ef21, is_split=True))
