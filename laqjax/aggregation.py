@@ -29,8 +29,11 @@ from laqjax._engine.split_parameters import (
     ParameterLayout,
     SplitVector,
     check_spec_tree,
-    is_spec,
+    is_split_vector,
+    join_specs,
     make_layout,
+    make_specs,
+    match_specs,
 )
 from laqjax.algorithms import _shared, laq
 from laqjax.compressors import blockwise
@@ -74,21 +77,20 @@ class LazyAggregateState(NamedTuple):
         return _count_bits("bits_up", self.bytes_up)
 
     def _make_specs(self, axis: str, lead: tuple[str, ...], param_specs: Any) -> "LazyAggregateState":
-        """Return the partition specs of this state; see `_make_specs`."""
-        is_vector = partial(_is_instance, SplitVector)
+        """Return the partition specs of this state; see `partition_specs`."""
 
         def make(lead: tuple[str, ...], node: Any) -> Any:
-            if not is_vector(node):
+            if not is_split_vector(node):
                 return P(*lead)
-            if jax.tree.structure(node.tree, is_leaf=_is_none) != jax.tree.structure(param_specs, is_leaf=is_spec):
+            if not match_specs(param_specs, node.tree):
                 raise ValueError(
                     f"param_specs = {param_specs!r} for a state of lazy_aggregate(param_specs=...): must be one "
                     "PartitionSpec for each leaf of the parameters, as lazy_aggregate was given"
                 )
-            return SplitVector(_join_specs(lead, param_specs, node.tree))
+            return SplitVector(join_specs(lead, param_specs, node.tree))
 
-        whole = jax.tree.map(partial(make, lead), self, is_leaf=is_vector)
-        workers = jax.tree.map(partial(make, (*lead, axis)), self.algorithm_state.workers, is_leaf=is_vector)
+        whole = jax.tree.map(partial(make, lead), self, is_leaf=is_split_vector)
+        workers = jax.tree.map(partial(make, (*lead, axis)), self.algorithm_state.workers, is_leaf=is_split_vector)
         return whole._replace(algorithm_state=whole.algorithm_state._replace(workers=workers))
 
 
@@ -223,8 +225,9 @@ def lazy_aggregate(
 
     def load(alg: Algorithm, layout: ParameterLayout, state: AlgorithmState) -> AlgorithmState:
         if param_specs is not None:
-            is_vector = partial(_is_instance, SplitVector)
-            state = jax.tree.map(lambda node: layout.join(node) if is_vector(node) else node, state, is_leaf=is_vector)
+            state = jax.tree.map(
+                lambda node: layout.join(node) if is_split_vector(node) else node, state, is_leaf=is_split_vector
+            )
         return state if memory_dtype is None else _cast_memory(state, alg.oracle.dtype)
 
     def initialize(params: Any, on_device: bool) -> LazyAggregateState:
@@ -320,50 +323,13 @@ def partition_specs(state: Any, axis: str, param_specs: Any = None) -> Any:
     last = state
     while type(last) is tuple and last:  # the state of `optax.chain`
         last = last[-1]
-    is_last = partial(_has, "_must_be_last")
-    if any(is_last(node) and node is not last for node in jax.tree.leaves(state, is_leaf=is_last)):
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: hasattr(node, "_must_be_last"))
+    if any(hasattr(node, "_must_be_last") and node is not last for node in nodes):
         raise ValueError(
             "diloco_optimizer before or inside another transformation: must be the last one of optax.chain, with none "
             "around it, such as optax.apply_if_finite, since all devices must set the same parameters in the same step"
         )
-    return _make_specs(state, axis, (), param_specs)
-
-
-def _make_specs(tree: Any, axis: str, lead: tuple[str, ...], param_specs: Any) -> Any:
-    """Return the partition specs of a state whose arrays have the mesh axes `lead` before those of their own."""
-    specs, structure = jax.tree.flatten(param_specs, is_leaf=is_spec)
-
-    def follows_params(node: Any) -> bool:
-        leaves, own = jax.tree.flatten(node, is_leaf=_is_none)
-        if not specs or own != structure:
-            return False
-        return all(a is None or np.ndim(a) >= len(lead) + len(spec) for a, spec in zip(leaves, specs, strict=True))
-
-    def make(node: Any) -> Any:
-        if _has("_make_specs", node):
-            return node._make_specs(axis, lead, param_specs)
-        return _join_specs(lead, param_specs, node) if follows_params(node) else P(*lead)
-
-    return jax.tree.map(make, tree, is_leaf=lambda node: _has("_make_specs", node) or follows_params(node))
-
-
-def _join_specs(lead: tuple[str, ...], param_specs: Any, tree: Any) -> Any:
-    """Return `param_specs` with the axes `lead` before them, and None where a tree like the parameters has None."""
-    return jax.tree.map(
-        lambda spec, leaf: None if leaf is None else P(*lead, *spec), param_specs, tree, is_leaf=is_spec
-    )
-
-
-def _is_none(node: Any) -> bool:
-    return node is None
-
-
-def _is_instance(kind: type, node: Any) -> bool:
-    return isinstance(node, kind)
-
-
-def _has(name: str, node: Any) -> bool:
-    return hasattr(node, name)
+    return make_specs(state, axis, (), param_specs)
 
 
 # ---- checks of arguments ------------------------------------------------------------------------------------------

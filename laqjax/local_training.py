@@ -13,8 +13,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int
 
-from laqjax._core.validation import check_number
-from laqjax.aggregation import LazyAggregateState, _check_axis, _make_specs, lazy_aggregate
+from laqjax._core.validation import check_implements, check_number
+from laqjax._engine.split_parameters import make_specs
+from laqjax.aggregation import LazyAggregateState, _check_axis, lazy_aggregate
 from laqjax.algorithms import laq
 from laqjax.types import register_dataclass
 
@@ -41,8 +42,8 @@ class DilocoState(NamedTuple):
 
     def _make_specs(self, axis: str, lead: tuple[str, ...], param_specs: Any) -> "DilocoState":
         """Return the partition specs of this state; see `aggregation.partition_specs`."""
-        whole = _make_specs(tuple(self), axis, lead, param_specs)
-        return DilocoState(*whole)._replace(inner_state=_make_specs(self.inner_state, axis, (*lead, axis), param_specs))
+        whole = make_specs(tuple(self), axis, lead, param_specs)
+        return DilocoState(*whole)._replace(inner_state=make_specs(self.inner_state, axis, (*lead, axis), param_specs))
 
 
 @register_dataclass
@@ -126,8 +127,7 @@ def diloco_optimizer(
     """
     period = int(check_number("sync_every", sync_every, np.int32, minimum=1))
     for name, optimizer in (("inner", inner), ("outer", outer)):
-        if not isinstance(optimizer, optax.GradientTransformation):
-            raise ValueError(f"{name} = {optimizer!r}: must be an optax transformation, such as optax.adamw(1e-3)")
+        check_implements(name, optimizer, ("init", "update"), "an optax transformation, such as optax.adamw(1e-3)")
     exchange = lazy_aggregate(axis, num_workers, algorithm, param_specs=param_specs, **settings)
 
     def init(params: Any) -> DilocoState:

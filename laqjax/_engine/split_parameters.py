@@ -97,7 +97,7 @@ class ParameterLayout:
 
     def join(self, split: SplitVector) -> Any:
         """Convert the arrays of `split` to a vector [..., p]."""
-        leaves = jax.tree.leaves(split.tree, is_leaf=lambda leaf: leaf is None)
+        leaves = self.structure.flatten_up_to(split.tree)
         parts = [(leaves[index], len(self.shapes[index])) for index in self.compressed]
         return jnp.concatenate([part.reshape(*part.shape[: part.ndim - ndim], -1) for part, ndim in parts], axis=-1)
 
@@ -189,7 +189,7 @@ class SplitCompressor:
         return jnp.full(shape, lax.axis_index(others) == 0 if others else True)
 
 
-# ---- checks ---------------------------------------------------------------------------------------------------------
+# ---- specs and checks ------------------------------------------------------------------------------------------------
 
 
 def make_layout(params: Any, param_specs: Any, skip_small: int, *, on_device: bool) -> ParameterLayout:
@@ -238,9 +238,63 @@ def is_spec(node: Any) -> bool:
     return isinstance(node, P)
 
 
+def is_split_vector(node: Any) -> bool:
+    """Return whether a node is a `SplitVector`."""
+    return isinstance(node, SplitVector)
+
+
+def make_specs(tree: Any, axis: str, lead: tuple[str, ...], param_specs: Any) -> Any:
+    """Return the partition specs of an optimizer state.
+
+    Args:
+        tree: state, or a part of it. A node with a method `_make_specs` returns its own specs.
+        axis: mesh axis of the workers.
+        lead: mesh axes that split the leading axes of all arrays.
+        param_specs: specs of the parameters, for parts of the state with their structure. None: no leaf is split.
+    """
+
+    def follows_params(node: Any) -> bool:
+        if param_specs is None or not match_specs(param_specs, node):
+            return False
+        pairs = zip(jax.tree.leaves(node, is_leaf=_is_none), _spec_leaves(param_specs), strict=True)
+        return all(a is None or np.ndim(a) >= len(lead) + len(spec or ()) for a, spec in pairs)
+
+    def make(node: Any) -> Any:
+        if hasattr(node, "_make_specs"):
+            return node._make_specs(axis, lead, param_specs)
+        return join_specs(lead, param_specs, node) if follows_params(node) else P(*lead)
+
+    return jax.tree.map(make, tree, is_leaf=lambda node: hasattr(node, "_make_specs") or follows_params(node))
+
+
+def match_specs(param_specs: Any, tree: Any) -> bool:
+    """Return whether a tree has the structure of the specs; None may stand for any leaf."""
+    own = jax.tree.structure(tree, is_leaf=_is_none)
+    return own == jax.tree.structure(param_specs, is_leaf=_is_spec_or_none)
+
+
+def join_specs(lead: tuple[str, ...], param_specs: Any, tree: Any) -> Any:
+    """Return the specs with the axes `lead` before them, and None where a tree of this structure has None."""
+    return jax.tree.map(
+        lambda spec, leaf: None if leaf is None else P(*lead, *spec), param_specs, tree, is_leaf=_is_spec_or_none
+    )
+
+
+def _spec_leaves(param_specs: Any) -> list[Any]:
+    return jax.tree.leaves(param_specs, is_leaf=_is_spec_or_none)
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
+
+
+def _is_spec_or_none(node: Any) -> bool:
+    return node is None or is_spec(node)
+
+
 def check_spec_tree(param_specs: Any, axis: str) -> None:
     """Raise ValueError unless all leaves are partition specs, of mesh axes other than `axis`."""
-    for spec in jax.tree.leaves(param_specs, is_leaf=lambda node: is_spec(node) or node is None):
+    for spec in jax.tree.leaves(param_specs, is_leaf=is_spec):
         if not is_spec(spec):
             raise ValueError(f"param_specs with a leaf {spec!r}: must be a pytree of jax.sharding.PartitionSpec")
         if axis in spec_axes(spec):

@@ -59,7 +59,6 @@ TOP = compressors.top_k(3)
         (None, {}, "algorithm = None: must be a function"),
         (algorithms.laq, {"param_specs": {"w": P("data")}}, "must not name 'data', the axis of the workers"),
         (algorithms.laq, {"param_specs": {"w": "model"}}, "param_specs with a leaf 'model': must be a pytree of"),
-        (algorithms.laq, {"param_specs": {"w": None}}, "param_specs with a leaf None: must be a pytree of"),
         (
             algorithms.laq,
             {"param_specs": SPECS, "quantizer_blocks": (54,)},
