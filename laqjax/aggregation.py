@@ -318,7 +318,8 @@ def partition_specs(state: Any, axis: str, param_specs: Any = None) -> Any:
         states of the workers are split over the axis; all else is the same on every device along it.
 
     Raises:
-        ValueError: `diloco_optimizer` is not the last transformation of a chain, or another one is around it.
+        ValueError: `diloco_optimizer` is not the last transformation of a chain, or another one is around it; or
+            `optax.apply_if_finite` is around `lazy_aggregate`.
     """
     last = state
     while type(last) is tuple and last:  # the state of `optax.chain`
@@ -329,7 +330,19 @@ def partition_specs(state: Any, axis: str, param_specs: Any = None) -> Any:
             "diloco_optimizer before or inside another transformation: must be the last one of optax.chain, with none "
             "around it, such as optax.apply_if_finite, since all devices must set the same parameters in the same step"
         )
+    for node in _find(optax.ApplyIfFiniteState, state):
+        if _find(LazyAggregateState, node):
+            raise ValueError(
+                "optax.apply_if_finite around lazy_aggregate: must be behind it in optax.chain, since a device that finds its "
+                "own gradient not finite would skip the exchange, and the others would wait for it forever"
+            )
     return make_specs(state, axis, (), param_specs)
+
+
+def _find(kind: type, tree: Any) -> list[Any]:
+    """Return the nodes of a class."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
 
 
 # ---- checks of arguments ------------------------------------------------------------------------------------------

@@ -243,6 +243,7 @@ OTHER = laqjax.lazy_aggregate("data", 4, algorithms.lasg_wk2, sampler=BlockSampl
             {"mesh": TWO_AXES, "axis_names": {"data"}},
             "with the other axes ('model',): must be a method without",
         ),
+        (optax.apply_if_finite(LAQ, 3), {}, "optax.apply_if_finite around lazy_aggregate: must be behind it"),
         (laqjax.lazy_aggregate("data", 8), {}, "num_workers = 8 on the axis 'data' of 4 devices"),
         (OTHER, {}, "a method that needs gradients at other models"),
         (LOCAL, {}, "a method that needs gradients at other models"),
