@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from laqjax._core.validation import check_implements, check_number
 from laqjax._engine.split_parameters import make_specs
-from laqjax.aggregation import LazyAggregateState, _check_axis, lazy_aggregate
+from laqjax.aggregation import LazyAggregateState, _check_axis, _find, lazy_aggregate
 from laqjax.algorithms import laq
 from laqjax.types import register_dataclass
 
@@ -201,12 +201,12 @@ def collapse(state: Any) -> Any:
     Raises:
         ValueError: the state contains no `DilocoState`.
     """
-    for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, DilocoState)):
-        if isinstance(node, DilocoState):
-            return node.params
-    raise ValueError(
-        f"state of type {type(state).__name__}: must be a state of diloco_optimizer, or of a chain with it"
-    )
+    found = _find(DilocoState, state)
+    if not found:
+        raise ValueError(
+            f"state of type {type(state).__name__}: must be a state of diloco_optimizer, or of a chain with it"
+        )
+    return found[0].params
 
 
 def _promote(values: Any, params: Any, updates: Any) -> Any:
