@@ -1,5 +1,6 @@
 """Client side of a federation: `FederatedClient` and the Flower ClientApp around it."""
 
+import functools
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -131,6 +132,12 @@ def _compute_worker_step(
     return worker, upload.payload, upload.sent, upload.bytes, metrics["worker_loss"], metrics["gradients"]
 
 
+@functools.lru_cache(1)
+def _read_key(data: bytes) -> PRNGKeyArray:
+    """Return the PRNG key of the run from its bytes."""
+    return jax.random.wrap_key_data(jnp.asarray(np.frombuffer(data, np.uint32)))
+
+
 class FederatedClient:
     """Handler of broadcasts for one worker on a Flower node.
 
@@ -173,13 +180,13 @@ class FederatedClient:
         after, payload, *rest = _compute_worker_step(
             self._full if fresh else self._alg,
             before,
-            AlgorithmState(params, jnp.int32(down.round), None, None, shared_state, None, None),  # pyright: ignore[reportArgumentType]
+            AlgorithmState(params, np.int32(down.round), None, None, shared_state, None, None),  # pyright: ignore[reportArgumentType]
             self._get_shard(worker),
-            jax.random.wrap_key_data(jnp.asarray(np.frombuffer(down.key, np.uint32))),
+            _read_key(down.key),
             np.int32(worker),
             np.int32(0 if fresh else down.round),
         )
-        sent, size, loss, gradients = (np.asarray(value).item() for value in jax.device_get(rest))
+        sent, size, loss, gradients = (np.asarray(value).item() for value in rest)
         computed = time.perf_counter()
         compressor = self._full.compressor if fresh else self._alg.compressor
         body = to_bytes(compressor, payload, self._model) if sent else b""
