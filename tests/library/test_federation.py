@@ -424,20 +424,35 @@ def test_a_restarted_server_goes_on_as_if_it_had_not_stopped(tmp_path: Path, toy
             _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
 
 
-def test_a_restart_of_everything_goes_on_from_the_checkpoint(tmp_path: Path, toy: Toy) -> None:
-    """The SuperLink was killed: another run has other nodes, whose clients have no state."""
+@pytest.mark.parametrize("states", ["kept", "damaged", "none"])
+def test_a_restart_of_everything_goes_on_from_the_checkpoint(
+    states: str, tmp_path: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SuperLink was killed after the clients' work and before the checkpoint; the next run has other nodes."""
     alg, path = make("laq", toy), tmp_path / "results" / "state.npz"
-    app = _client.client_app(alg, loader(toy.shards))
-    list(_server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path).run(InProcessGrid(app, range(4)), 4))
+    app = _client.client_app(alg, loader(toy.shards), state_dir=None if states == "none" else tmp_path / "states")
+    grid = InProcessGrid(app, range(4))
+    server = _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path)
+    list(server.run(grid, 6))
+    with monkeypatch.context() as patch:
+        patch.setattr(_server, "save_checkpoint", lambda *_: None)
+        server.run_round(grid)
+    for file in tmp_path.glob("states/*") if states == "damaged" else []:
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
     grid = InProcessGrid(app, [])
     for worker in range(4):
         grid.join(worker, node=500 + worker)
     server = _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path)
-    stats = list(server.run(grid, 7))
-    np.testing.assert_array_equal(column(stats, "round"), [4, 5, 6])
+    stats = list(server.run(grid, 12))
+    np.testing.assert_array_equal(column(stats, "round"), np.arange(6, 12))
     assert column(stats, "answered").all()
-    np.testing.assert_array_equal(column(stats, "bits_up")[0], [32 * 63] * 4)
     np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+    if states == "kept":
+        straight, calm, _ = federated(alg, toy.theta0, toy.shards, 12)
+        np.testing.assert_array_equal(column(stats, "sent"), column(straight, "sent")[6:])
+        np.testing.assert_array_equal(server.state.params, calm.state.params)
+    else:
+        np.testing.assert_array_equal(column(stats, "bits_up")[0], [32 * 63] * 4)
 
 
 @pytest.mark.parametrize("found", [None, 0])
