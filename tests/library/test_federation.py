@@ -544,6 +544,7 @@ class BlockingGrid(InProcessGrid):
     gates: node -> event that its replies wait for, inside `pull_messages`.
     lazy: nodes whose replies no pull finds.
     broken: nodes whose replies no pull can read.
+    delays: node -> seconds until a pull finds its replies.
     """
 
     is_synchronous = False
@@ -552,13 +553,15 @@ class BlockingGrid(InProcessGrid):
         self.gates: dict[int, threading.Event] = {}
         self.lazy: set[int] = set()
         self.broken: set[int] = set()
+        self.delays: dict[int, float] = {}
         super().__init__(*args)
 
     def pull_messages(self, message_ids: Any) -> list[Message]:
         names, found = set(message_ids), []
         for reply in list(self.pending_replies):
-            node = reply.metadata.src_node_id
-            if reply.metadata.reply_to_message_id in names and node not in self.lazy:
+            node, age = reply.metadata.src_node_id, time.time() - reply.metadata.created_at
+            is_there = node not in self.lazy and age >= self.delays.get(node, 0.0)
+            if reply.metadata.reply_to_message_id in names and is_there:
                 if node in self.gates:
                     assert self.gates[node].wait(60), "the round waited for a reply that never comes"
                 if node in self.broken:
@@ -599,7 +602,7 @@ NEVER = 10.0**6  # a test that waits so long does not end
 
 @pytest.mark.parametrize("fault", ["lazy", "gates"])
 def test_a_node_that_does_not_answer_costs_a_deadline_and_then_nothing(fault: str, blocking: Any, caplog: Any) -> None:
-    grid, server = blocking(0.3, max_absent_rounds=2)
+    grid, server = blocking(1.0, max_absent_rounds=2)
     gate = threading.Event()
     getattr(grid, fault).update({102: gate} if fault == "gates" else {102})
     for missed in (1, 2):  # the deadline ends the wait
@@ -615,6 +618,8 @@ def test_a_node_that_does_not_answer_costs_a_deadline_and_then_nothing(fault: st
         stats = server.run_round(grid)
         assert stats is not None
         assert list(stats.answered) == [True, True, False, True]
+    # while its last broadcast may still be answered, it gets no other
+    assert sum(reply.metadata.src_node_id == 102 for reply in grid.pending_replies) == 3
     gate.set()
     grid.lazy.clear()
     grid.gates.clear()
@@ -634,6 +639,21 @@ def test_a_round_goes_on_when_enough_have_answered(blocking: Any) -> None:
         stats = server.run_round(grid)
         assert stats is not None
         assert list(stats.answered) == [True, True, False, True]
+
+
+def test_a_slow_worker_that_comes_back_is_waited_for(blocking: Any) -> None:
+    """It would never answer in the time of the others."""
+    grid, server = blocking(1.0, max_absent_rounds=1)
+    grid.lazy = {102}
+    assert not server.run_round(grid).answered[2]
+    server._timeout = NEVER
+    grid.lazy, grid.delays = set(), {102: 0.3}
+    late = 0
+    while not server.run_round(grid).answered[2]:
+        late += 1
+        assert late < 1000
+        time.sleep(0.002)
+    assert late
 
 
 def test_a_reply_that_cannot_be_pulled_is_refused(blocking: Any, caplog: Any) -> None:
@@ -873,6 +893,23 @@ def test_the_first_message_is_no_measure_of_the_others(toy: Toy) -> None:
     stats, _, _ = attacked(toy, 4, up)
     np.testing.assert_array_equal(column(stats, "answered"), [[True, False, False, False], *[[True] * 4] * 2])
     assert not column(stats, "refused").any()
+
+
+def test_the_bound_of_a_message(toy: Toy) -> None:
+    """The median over all workers: of those without an accepted message, what they send now."""
+
+    def outliers(sizes: dict[int, float], known: dict[int, float]) -> list[int]:
+        head: Any = None
+        replies = {m: _admission.AcceptedReply(100 + m, head, toy.theta0, size) for m, size in sizes.items()}
+        return sorted(_admission.find_outliers(replies, known, 1e3))
+
+    tiny = dict.fromkeys(range(3), 1e-30)
+    assert outliers(dict.fromkeys(range(3, 10), 1.0), tiny) == []  # though the first three agree
+    assert outliers({3: 1.0}, tiny) == [3]
+    assert outliers({0: 1e30, 1: 1.0, 2: 1.0}, {}) == [0]
+    assert outliers({0: 1.0}, {0: 1e-30, 1: 1e-30}) == []  # two are no measure
+    assert outliers({0: 1.0}, {0: 1e-30, 1: 1e-30, 2: 0.0}) == []
+    assert outliers({0: 1.0}, {0: 1.0, 1: 1e-30, 2: 1e-30}) == [0]
 
 
 def test_of_two_workers_a_huge_message_stops_neither_the_run_nor_a_restart(
