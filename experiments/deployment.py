@@ -6,10 +6,12 @@
 A SuperLink accepts nodes with registered keys only; `experiments.federated` runs on it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.console import Console
 
 from experiments.federation import local
 from experiments.harness import cli
@@ -41,13 +43,20 @@ def register(folder: Folder, /, superlink: str) -> None:
         folder: Folder that `keys` wrote.
         superlink: HOST:PORT of the SuperLink.
     """
-    with local.temporary_flower_home(folder, local.SuperLinkConfig()) as flwr:
-        local.write_connection_config(flwr, superlink, folder / "ca.crt")
-        for path in sorted(folder.glob("node-*.pub")):
-            flwr.command("supernode", "register", str(path), "laqjax")
-            print(f"{path.name} is registered")
+    local.register_nodes(sorted(folder.glob("node-*.pub")), superlink, folder / "ca.crt", Console())
+
+
+def node(words: Sequence[str]) -> None:
+    """Run the node of a worker."""
+    from experiments.federation import node as long_lived
+    from experiments.harness import grid
+
+    long_lived.run(grid.parse_settings(long_lived.Settings, words, long_lived.__doc__))
 
 
 if __name__ == "__main__":
     with cli.command_line() as given:
-        cli.parse_cli({"keys": keys, "register": register}, given, __doc__, answers=False)
+        if given[:1] == ["node"]:
+            node(given[1:])
+        else:
+            cli.parse_cli({"keys": keys, "register": register}, given, __doc__, answers=False)

@@ -24,7 +24,6 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
-from experiments.federation import local
 from experiments.figures import drawing
 from experiments.harness import cli, grid, results, storage
 from experiments.harness.results import NetworkModel, PointHistory
@@ -32,7 +31,8 @@ from experiments.harness.runner import SweepPoint
 from laqjax import check_number
 
 try:
-    from experiments.federation.flower_apps import PointSpec, make_client_app, stats_to_json
+    from experiments.federation import local
+    from experiments.federation.flower_apps import PointSpec, make_client_app, make_specs, stats_to_row
     from laqjax.federation import FederatedServer
     from laqjax.federation.testing import InProcessGrid
 except ImportError as error:
@@ -78,20 +78,18 @@ def run(settings: Settings) -> Path:
     check_number("rounds", settings.rounds, np.int32, minimum=1)
     settings.link.check()
     rows = 200 if settings.quick else None
-    choices = list(grid.iter_settings(settings.axes, settings.data))
-    width = grid.max_history_length(choices, settings.axes)
+    limits = settings.rounds, settings.deadline
+    specs = make_specs(settings.axes, settings.data, settings.authors_rule, rows, *limits)
+    width, choices = specs[0].padded_window, [spec.choice for spec in specs]
     points = grid.build_points(choices, width, settings.authors_rule, rows)  # refuses wrong settings before any work
-    specs = [
-        PointSpec(choice, width, settings.authors_rule, rows, settings.rounds, settings.deadline) for choice in choices
-    ]
     with storage.lock_results_dir(settings.out, grid.settings_identity(settings, experiment="federated")):
         paths = [settings.out / "facts" / f"{i}.json" for i in range(len(specs))]  # a stopped command resumes from them
-        missing = {path: spec for path, spec in zip(paths, specs, strict=True) if not path.exists()}
+        missing = {i: spec for i, spec in enumerate(specs) if not paths[i].exists()}
         workers = max(len(point.case.shards.weight) for point in points)
         with open_transport(settings, workers, console) if missing else nullcontext() as flwr:
-            for path, spec in missing.items():
+            for i, spec in missing.items():
                 with console.status(f"{spec.choice['algorithm']}, {spec.rounds} rounds"):
-                    storage.write_json(path, run_with_flower(spec, flwr, console) if flwr else run_in_process(spec))
+                    storage.write_json(paths[i], flwr.run(spec, i) if flwr else run_in_process(spec))
         write_tables(settings, points, [storage.read_json(path) for path in paths])
         storage.write_json(settings.out / "run.json", storage.provenance())
         print_report(settings.out, console)
@@ -116,13 +114,8 @@ def run_in_process(spec: PointSpec) -> dict[str, Any]:
     wall = time.perf_counter() - begin
     for stats in rounds:  # the workers run one after another: the wait counts all of them, not the slowest alone
         stats.transfer += float((stats.compute + stats.pack).max() - (stats.compute + stats.pack).sum())
-    return stats_to_json(rounds) | {"wall": wall}
-
-
-def run_with_flower(spec: PointSpec, flwr: local.FlowerCli, console: Console) -> dict[str, Any]:
-    """Run a point as a run of Flower and return the stats of its rounds."""
-    spec = replace(spec, facts=str(flwr.folder / "facts.json"), programs=str(flwr.folder / "programs"))
-    return flwr.run(spec.to_hex_json(), Path(spec.facts), console)
+    rows = [stats_to_row(stats) for stats in rounds]
+    return {name: [row[name] for row in rows] for name in rows[0]} | {"wall": wall}
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------
