@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -233,6 +233,8 @@ def run_local_federation(
     home.mkdir(mode=0o700, exist_ok=True)
     with ExitStack() as stack, sigterm_as_interrupt():
         flwr = FlowerCli(folder, home, network.run_timeout, subprocess_env(home, network.poll_interval), console)
+        kill_leftovers(home)  # of an earlier command that was killed
+        stack.callback(kill_leftovers, home)  # descendants of a process that was killed
         if network.superlink:
             write_connection_config(flwr, network.superlink, network.root_certificates)
         else:
@@ -353,6 +355,14 @@ def run_servers(flwr: FlowerCli, servers: Sequence[Server]) -> Iterator[None]:
             server.wait()
         flwr.servers += servers
         yield
+
+
+def kill_leftovers(home: Path) -> None:
+    """Kill all processes whose FLWR_HOME is this folder."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("FLWR_HOME") == str(home):
+                process.kill()
 
 
 def is_listening(port: int) -> bool:
