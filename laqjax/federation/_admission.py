@@ -1,6 +1,8 @@
 """Admission of replies: validation of each message, and a check for outliers among the messages of a round."""
 
-from collections.abc import Iterable
+import time
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +13,7 @@ from laqjax._core.round import Algorithm
 from laqjax._core.wire_format import from_bytes
 from laqjax.compressors import identity
 from laqjax.federation import _protocol
+from laqjax.federation._polling import ReplyPoller
 from laqjax.federation._roster import Rejection, Roster, register_node
 from laqjax.types import max_abs
 
@@ -52,7 +55,7 @@ def validate_reply(
     if expected is None:
         return Rejection(node, "sender is not registered: must be a node that has answered a hello message")
     if reply.has_error():
-        return Rejection(node, f"the client app failed: {reply.error.reason:.200}")
+        return Rejection(node, f"the client app failed: {reply.error.reason}")
     try:
         header, parts = _protocol.parse_message(_protocol.ReplyHeader, reply)
         body, decoded = parts.get("body", b""), None
@@ -66,34 +69,77 @@ def validate_reply(
     return AcceptedReply(node, header, decoded) if reason is None else Rejection(node, reason)
 
 
-def collect_replies(
-    alg: Algorithm, params: Array, replies: Iterable[Message], expected: dict[int, ExpectedReply], roster: Roster
-) -> tuple[dict[int, AcceptedReply], list[Rejection]]:
-    """Validate the replies of a round, and register the nodes that answered a hello message.
+@dataclass
+class Admission:
+    """Replies of one round, validated as they arrive.
 
-    Args:
-        alg: the algorithm.
-        params: model [p], for the shape and dtype of a message.
-        replies: the replies, in order of arrival.
-        expected: node id -> values that its reply must have, for all registered nodes.
-        roster: table of the nodes; this function adds new ones.
-
-    Returns:
-        The accepted replies of workers in sync, sorted by worker, and the rejections.
+    alg: the algorithm.
+    params: model [p], for the shape and dtype of a message.
+    roster: table of the nodes; answers to hello messages add to it.
+    expected: node id -> values that its reply must have, for all registered nodes.
+    asked: id of a broadcast of this round -> its worker.
+    taken: accepted replies of workers in sync, by worker.
+    rejections: rejected messages.
+    answered: workers that replied to a broadcast of this round, even if the reply was rejected.
+    late: workers that replied to a broadcast of an earlier round.
+    bytes_up: size of the replies of each worker as Flower serializes them, rejected ones included.
+    seconds: time spent in validation.
     """
-    taken, rejections, due = {}, [], dict(expected)
-    for reply in replies:
-        if reply.metadata.message_type == MessageType.QUERY:
-            result = register_node(roster, reply)
-        else:
-            result = validate_reply(alg, params, reply, due.get(reply.metadata.src_node_id))
+
+    alg: Algorithm
+    params: Array
+    roster: Roster
+    expected: dict[int, ExpectedReply]
+    asked: dict[str, int]
+    taken: dict[int, AcceptedReply] = field(default_factory=dict)
+    rejections: list[Rejection] = field(default_factory=list)
+    answered: set[int] = field(default_factory=set)
+    late: set[int] = field(default_factory=set)
+    bytes_up: Counter[int] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    def receive(self, poller: ReplyPoller, min_replies: int, timeout: float) -> None:
+        """Receive replies until none is waited for or the deadline is over, and then those that have arrived by then.
+
+        Nothing is waited for once `min_replies` are accepted. Absent workers are waited for only while no reply is
+        accepted.
+        """
+        end, remaining = time.monotonic() + timeout, timeout
+        while remaining > 0:
+            waiting = poller.waiting_nodes()
+            due = {reply.worker for node, reply in self.expected.items() if reply.is_due and node in waiting}
+            due -= self.roster.absent_workers() if self.taken else set()
+            remaining = max(end - time.monotonic(), 0.0) if due and len(self.taken) < min_replies else 0.0
+            for reply in poller.receive(remaining):
+                self.admit(reply)
+
+    def admit(self, reply: Message) -> None:
+        """Validate one reply; whatever it holds, only this reply is rejected."""
+        began, node = time.perf_counter(), reply.metadata.src_node_id
+        try:
+            result = self._check(reply)
+        except Exception as error:
+            result = Rejection(node, f"{type(error).__name__}: {error}")
         if isinstance(result, Rejection):
-            rejections.append(result)
+            self.rejections.append(result)
         elif result is not None:
-            due[result.node] = due[result.node]._replace(is_due=False)
+            self.expected[node] = self.expected[node]._replace(is_due=False)
             if result.header.kind != _protocol.REPLY_OUT_OF_SYNC:
-                taken[result.header.worker] = result
-    return dict(sorted(taken.items())), rejections
+                self.taken[result.header.worker] = result
+        self.seconds += time.perf_counter() - began
+
+    def _check(self, reply: Message) -> AcceptedReply | Rejection | None:
+        """Return the accepted reply to a broadcast, None for a new node, or why the message is rejected."""
+        expected = self.expected.get(reply.metadata.src_node_id)
+        if expected is not None:
+            self.bytes_up[expected.worker] += _protocol.serialized_size(reply)
+        if reply.metadata.message_type == MessageType.QUERY:
+            return register_node(self.roster, reply)
+        if (worker := self.asked.get(reply.metadata.reply_to_message_id)) is not None:
+            self.answered.add(worker)
+        elif expected is not None:
+            self.late.add(expected.worker)
+        return validate_reply(self.alg, self.params, reply, expected)
 
 
 def _find_fault(header: _protocol.ReplyHeader, body: bytes, expected: ExpectedReply, is_persistent: bool) -> str | None:

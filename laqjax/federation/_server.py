@@ -3,7 +3,7 @@
 import functools
 import logging
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +16,12 @@ from flwr.serverapp import Grid, ServerApp
 from jaxtyping import Array, PRNGKeyArray
 
 from laqjax._core.round import Algorithm, server_step
+from laqjax._core.validation import check_number
 from laqjax._core.wire_format import from_bytes, to_bytes
 from laqjax.federation import _protocol
-from laqjax.federation._admission import AcceptedReply, ExpectedReply, collect_replies, find_outliers
+from laqjax.federation._admission import AcceptedReply, Admission, ExpectedReply, find_outliers
 from laqjax.federation._checkpoint import Checkpoint, WorkerRecords, restore_checkpoint, save_checkpoint
+from laqjax.federation._polling import ReplyPoller
 from laqjax.federation._protocol import add_delta, down_compressor, worker_keys
 from laqjax.federation._roster import Rejection, Roster, make_hello_messages
 from laqjax.types import AlgorithmState, RoundContext, RoundKeys, ServerResult, UploadContext
@@ -51,13 +53,14 @@ class RoundStats:
     transfer: float  # waiting for replies, less the work of the slowest worker
     decode: float  # checking the replies and the server's step
     refused: int  # rejected replies, answers to hello messages included
+    absent: np.ndarray  # rounds in a row that the worker has missed, this one included
 
     @classmethod
     def empty(cls, round: int, workers: int) -> "RoundStats":
         """Create the stats of a round without broadcasts or replies."""
         zeros = lambda kind: np.zeros(workers, kind)  # noqa: E731
         arrays: Any = [zeros(kind) for kind in (*[bool] * 2, *[np.int64] * 6, *[np.float64] * 2)]
-        return cls(round, np.nan, 0, *arrays, transfer=0.0, decode=0.0, refused=0)
+        return cls(round, np.nan, 0, *arrays, transfer=0.0, decode=0.0, refused=0, absent=zeros(np.int64))
 
 
 @jax.jit
@@ -171,7 +174,7 @@ def _fill_stats(stats: RoundStats, answered: dict[int, AcceptedReply]) -> None:
         stats.compute[worker], stats.pack[worker] = up.compute, up.pack
     if answered:
         stats.loss = float(np.mean([reply.header.loss for reply in answered.values()]))
-    stats.transfer -= float((stats.compute + stats.pack).max())
+    stats.transfer = max(stats.transfer - float((stats.compute + stats.pack).max()), 0.0)
 
 
 def _find_selected(alg: Algorithm, key: PRNGKeyArray, state: AlgorithmState, rule_states: Any) -> np.ndarray:
@@ -182,15 +185,12 @@ def _find_selected(alg: Algorithm, key: PRNGKeyArray, state: AlgorithmState, rul
     return np.asarray(_select_workers(alg, state, rule_states, key, nobody)[0])
 
 
-def _log_rejections(nodes: dict[int, int], rejections: Iterable[Rejection]) -> None:
-    """Log the reason of each rejection; `nodes` maps node ids to workers, before the messages arrived."""
+def _log_rejections(admission: Admission, rejections: Iterable[Rejection]) -> None:
+    """Log each rejection as one line of at most 300 printable characters."""
     for node, reason in rejections:
-        log.warning("worker %s (node %s) refused: %s", nodes.get(node, "?"), node, reason)
-
-
-def _exchange(grid: Grid, messages: list[Message], timeout: float) -> list[Message]:
-    """Send messages and return the replies that arrive before the deadline."""
-    return list(grid.send_and_receive(messages, timeout=timeout)) if messages else []
+        worker = admission.expected[node].worker if node in admission.expected else "?"
+        text = "".join(char if char.isprintable() else "?" for char in reason[:220])
+        log.warning("worker %s (node %s) refused: %s", worker, node, text)
 
 
 class FederatedServer:
@@ -217,6 +217,8 @@ class FederatedServer:
         key: PRNGKeyArray,
         *,
         round_timeout: float = 60.0,
+        min_replies: int | None = None,
+        max_absent_rounds: int = 3,
         checkpoint_path: Path | None = None,
         outlier_factor: float = 1e3,
     ) -> None:
@@ -227,20 +229,29 @@ class FederatedServer:
             params: initial model, a pytree or a flat vector [p].
             key: PRNG key of the run, as in `laqjax.run`.
             round_timeout: seconds that a round waits for replies.
+            min_replies: number of accepted replies after which a round waits for no more. None: all selected workers;
+                only then are the results those of a simulation.
+            max_absent_rounds: number of rounds in a row that a worker may miss. After them the server does not wait
+                for it, but still sends it broadcasts, and waits for it again once it answers.
             checkpoint_path: file that is written after every round. If it exists, the server resumes from it.
             outlier_factor: a message is rejected if its largest absolute value exceeds this many times the median of
                 the workers' largest values so far.
 
         Raises:
-            ValueError: the checkpoint is damaged, has another format or belongs to another algorithm, or the key is
-                not of JAX's default kind.
+            ValueError: the checkpoint is damaged, has another format or belongs to another algorithm, the key is
+                not of JAX's default kind, or a number is out of range.
         """
+        most = alg.num_workers
+        self._min_replies = int(
+            check_number("min_replies", most if min_replies is None else min_replies, np.int32, minimum=1, maximum=most)
+        )
+        max_absent_rounds = int(check_number("max_absent_rounds", max_absent_rounds, np.int32, minimum=1))
         self.alg, self._key, self._key_bytes = alg, key, np.asarray(jax.random.key_data(key)).tobytes()
         if (size := len(self._key_bytes)) != 8:
             raise ValueError(f"key of {size} bytes: must be jax.random.key(seed) of JAX's default kind")
         self._timeout, self._checkpoint_path, self._outlier_factor = round_timeout, checkpoint_path, outlier_factor
         self._scheme, self._session = _protocol.scheme_digest(alg), time.time_ns()
-        self._roster = Roster(range(alg.num_workers))
+        self._roster, self._poller = Roster(range(alg.num_workers), max_absent_rounds=max_absent_rounds), ReplyPoller()
         state = alg.init(params)
         self.state: AlgorithmState = state._replace(workers=None)  # pyright: ignore[reportArgumentType]
         memories: list[Any] = [jnp.zeros_like(state.params) if alg.memory.is_persistent else None] * alg.num_workers
@@ -286,13 +297,15 @@ class FederatedServer:
             node is registered. In that case the state is unchanged, and the next call repeats the round.
         """
         roster, stats = self._roster, RoundStats.empty(int(self.state.round), self.alg.num_workers)
-        hello_messages = make_hello_messages(roster, grid.get_node_ids(), self._timeout)
+        hello_messages = self._make_hello_messages(grid)
         selected = _find_selected(self.alg, self._key, self.state, self._workers.rule_states)
         broadcasts = self._make_broadcasts(selected, stats)
+        admission = self._exchange(grid, broadcasts, hello_messages, stats)
         began = time.perf_counter()
-        replies = _exchange(grid, [*broadcasts.values(), *hello_messages], self._timeout)
-        stats.transfer, began = time.perf_counter() - began, time.perf_counter()
-        answered = self._admit(replies, broadcasts, stats)
+        for worker in roster.count_missed(np.flatnonzero(selected).tolist(), admission.answered, admission.late):
+            log.warning("worker %s missed %s rounds: the server no longer waits for it", worker, roster.missed[worker])
+        stats.absent[:] = [roster.missed[worker] for worker in roster.workers]
+        answered = self._accept(admission, stats)
         for worker in (roster.nodes[node] for node in broadcasts):
             roster.model_rounds[worker] = stats.round if worker in answered else None
         if not answered and (selected.all() or not roster.nodes):
@@ -300,7 +313,7 @@ class FederatedServer:
         _fill_stats(stats, answered)
         self.state, self._change = _apply_replies(self.alg, self._key, self.state, self._workers, answered, stats)
         jax.block_until_ready(self.state)
-        stats.decode = time.perf_counter() - began
+        stats.decode += time.perf_counter() - began
         if self._checkpoint_path is not None:
             save_checkpoint(self._checkpoint_path, self._checkpoint())
         return stats
@@ -308,9 +321,12 @@ class FederatedServer:
     def _make_broadcasts(self, selected: np.ndarray, stats: RoundStats) -> dict[int, Message]:
         """Return the broadcasts of this round by node, and add their sizes to the stats."""
         messages: dict[int, Message] = {}
+        absent = self._roster.absent_workers()
+        # an absent worker gets its next broadcast when it has answered the last one, or that one has expired
+        busy = set() if absent.issuperset(self._roster.nodes.values()) else self._poller.waiting_nodes()
         digest = _protocol.short_digest(_protocol.tree_to_bytes((self.state.params, self.state.rule_state)))
         for node, worker in self._roster.nodes.items():
-            if selected[worker]:
+            if selected[worker] and not (worker in absent and node in busy):
                 about = *self._workers.accepted[worker], digest, self._key_bytes, *self._change[1:]
                 head = _protocol.BroadcastHeader(self._session, stats.round, worker, 0, 0, *about)
                 known = self._roster.model_rounds[worker]
@@ -321,29 +337,47 @@ class FederatedServer:
                 messages[node] = message
         return messages
 
-    def _admit(self, replies: list[Message], asked: Container[int], stats: RoundStats) -> dict[int, AcceptedReply]:
-        """Return the replies of workers in sync, sorted by worker; log and count the rejected ones."""
-        nodes, records, about = dict(self._roster.nodes), self._workers, (self._session, stats.round, self._scheme)
-        for reply in replies:
-            if (worker := nodes.get(reply.metadata.src_node_id)) is not None:
-                stats.bytes_up[worker] += _protocol.serialized_size(reply)
-        expected = {node: ExpectedReply(*about, w, records.accepted[w], node in asked) for node, w in nodes.items()}
-        taken, rejections = collect_replies(self.alg, self.state.params, replies, expected, self._roster)
+    def _make_hello_messages(self, grid: Grid) -> list[Message]:
+        """Return the messages to the nodes that are new."""
+        return make_hello_messages(self._roster, grid.get_node_ids(), self._poller.waiting_nodes(), self._timeout)
+
+    def _exchange(
+        self, grid: Grid, broadcasts: dict[int, Message], hello_messages: list[Message], stats: RoundStats
+    ) -> Admission:
+        """Send the messages of a round, and receive and validate the replies."""
+        began, nodes, records = time.perf_counter(), self._roster.nodes, self._workers
+        self._poller.send(grid, [*broadcasts.values(), *hello_messages])
+        asked = {message.metadata.message_id: nodes[node] for node, message in broadcasts.items()}
+        about = self._session, stats.round, self._scheme
+        expected = {
+            node: ExpectedReply(*about, w, records.accepted[w], node in broadcasts) for node, w in nodes.items()
+        }
+        admission = Admission(self.alg, self.state.params, self._roster, expected, asked)
+        admission.receive(self._poller, self._min_replies, self._timeout)
+        stats.transfer, stats.decode = time.perf_counter() - began - admission.seconds, admission.seconds
+        return admission
+
+    def _accept(self, admission: Admission, stats: RoundStats) -> dict[int, AcceptedReply]:
+        """Return the valid replies of workers in sync, sorted by worker; log and count the rejected ones."""
+        for worker, size in admission.bytes_up.items():
+            stats.bytes_up[worker] = size
+        records, taken = self._workers, dict(sorted(admission.taken.items()))
         outliers, records.max_magnitudes = find_outliers(taken, records.max_magnitudes, self._outlier_factor)
-        stats.refused = len(rejections) + len(outliers)
-        _log_rejections(nodes, [*rejections, *outliers.values()])
+        rejections = [*admission.rejections, *outliers.values()]
+        stats.refused = len(rejections)
+        _log_rejections(admission, rejections)
         return {worker: reply for worker, reply in taken.items() if worker not in outliers}
 
     def _wait_for_workers(self, grid: Grid, workers: int, max_missed_rounds: int) -> None:
         """Wait until `workers` workers are registered, for at most `max_missed_rounds` deadlines."""
-        end, roster = time.monotonic() + max_missed_rounds * self._timeout, self._roster
-        while len(roster.nodes) < workers:
-            replies = _exchange(grid, make_hello_messages(roster, grid.get_node_ids(), self._timeout), self._timeout)
-            _log_rejections(dict(roster.nodes), collect_replies(self.alg, self.state.params, replies, {}, roster)[1])
-            if (came := len(roster.nodes)) < workers:
+        end = time.monotonic() + max_missed_rounds * self._timeout
+        while len(self._roster.nodes) < workers:
+            stats = RoundStats.empty(int(self.state.round), self.alg.num_workers)
+            self._accept(self._exchange(grid, {}, self._make_hello_messages(grid), stats), stats)
+            if (came := len(self._roster.nodes)) < workers:
                 if time.monotonic() > end:
                     raise RuntimeError(f"{came} workers registered: must be {workers}; check that their nodes run")
-                time.sleep(min(1.0, self._timeout))
+                time.sleep(min(0.2, self._timeout))
 
     def _checkpoint(self) -> Checkpoint:
         """Return everything that the next round needs."""

@@ -37,6 +37,8 @@ class InProcessGrid(Grid):
     pending_replies: replies that have arrived and that no call has pulled yet.
     """
 
+    is_synchronous = True  # the server waits for no reply, because all have arrived when `push_messages` returns
+
     def __init__(
         self,
         client: ClientApp,

@@ -2,6 +2,8 @@
 
 import logging
 import re
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -467,6 +469,127 @@ def test_a_round_without_an_answer_comes_again(toy: Toy) -> None:
         list(_server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.01).run(empty, 1, max_missed_rounds=1))
 
 
+# ---- nodes that do not answer -------------------------------------------------------------------------------------
+
+
+class BlockingGrid(InProcessGrid):
+    """A grid that pulls by id, as a SuperLink does: some nodes announce a reply that never comes, some do not answer.
+
+    gates: node -> event that its replies wait for, inside `pull_messages`.
+    lazy: nodes whose replies no pull finds.
+    """
+
+    is_synchronous = False
+
+    def __init__(self, *args: Any) -> None:
+        self.gates: dict[int, threading.Event] = {}
+        self.lazy: set[int] = set()
+        super().__init__(*args)
+
+    def pull_messages(self, message_ids: Any) -> list[Message]:
+        names, found = set(message_ids), []
+        for reply in list(self.pending_replies):
+            node = reply.metadata.src_node_id
+            if reply.metadata.reply_to_message_id in names and node not in self.lazy:
+                if node in self.gates:
+                    assert self.gates[node].wait(60), "the round waited for a reply that never comes"
+                self.pending_replies.remove(reply)
+                found.append(reply)
+        return found
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
+        """Wait for all replies, as Flower's grids do."""
+        names, replies, end = set(self.push_messages(messages)), [], time.monotonic() + (timeout or 0.0)
+        while len(replies) < len(names) and time.monotonic() < end:
+            replies += self.pull_messages(names)
+            time.sleep(0.01)
+        return replies
+
+
+def blocking(toy: Toy, timeout: float, **options: Any) -> tuple[BlockingGrid, _server.FederatedServer]:
+    """A grid whose four nodes are registered after two rounds, and the server, which has a deadline afterwards."""
+    alg = algorithms.qgd(toy.oracle, bits=3, **RULE)
+    grid = BlockingGrid(_client.client_app(alg, loader(toy.shards)), range(4))
+    server = _server.FederatedServer(alg, toy.theta0, KEY, **options)
+    assert column(list(server.run(grid, 2)), "answered").all()
+    server._timeout = timeout
+    return grid, server
+
+
+NEVER = 10.0**6  # a test that waits so long does not end
+
+
+@pytest.mark.parametrize("fault", ["lazy", "gates"])
+def test_a_node_that_does_not_answer_costs_a_deadline_and_then_nothing(fault: str, toy: Toy, caplog: Any) -> None:
+    grid, server = blocking(toy, 0.3, max_absent_rounds=2)
+    gate = threading.Event()
+    getattr(grid, fault).update({102: gate} if fault == "gates" else {102})
+    for missed in (1, 2):  # the deadline ends the wait
+        stats = server.run_round(grid)
+        assert stats is not None
+        assert list(stats.answered) == [True, True, False, True]
+        assert list(stats.absent) == [0, 0, missed, 0]
+    assert [line.getMessage() for line in caplog.records] == [
+        "worker 2 missed 2 rounds: the server no longer waits for it"
+    ]
+    server._timeout = NEVER
+    for _ in range(3):  # nothing waits for it
+        stats = server.run_round(grid)
+        assert stats is not None
+        assert list(stats.answered) == [True, True, False, True]
+    gate.set()
+    grid.lazy.clear()
+    grid.gates.clear()
+    while (stats := server.run_round(grid)) and not stats.answered[2]:
+        pass  # a late answer is enough to be waited for again
+    stats = server.run_round(grid)
+    assert stats is not None
+    assert stats.answered.all()
+    assert not stats.absent.any()
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+
+
+def test_a_round_goes_on_when_enough_have_answered(toy: Toy) -> None:
+    grid, server = blocking(toy, NEVER, min_replies=3)
+    grid.lazy = {102}
+    for _ in range(3):
+        stats = server.run_round(grid)
+        assert stats is not None
+        assert list(stats.answered) == [True, True, False, True]
+
+
+def test_a_greeting_holds_up_no_round(toy: Toy) -> None:
+    grid, server = blocking(toy, NEVER)
+    grid.leave(102)
+    grid.lazy = {500}
+    grid.join(2, node=500)
+    for _ in range(2):
+        stats = server.run_round(grid)
+        assert stats is not None
+        assert list(stats.answered) == [True, True, False, True]
+    hellos = [m for m in grid.pending_replies if m.metadata.src_node_id == 500]
+    assert len(hellos) == 1  # it is not greeted again before the first greeting expires
+    grid.lazy.clear()
+    while not stats.answered[2]:  # pyright: ignore[reportPossiblyUnboundVariable, reportOptionalMemberAccess]
+        stats = server.run_round(grid)
+    assert server._roster.nodes[500] == 2
+
+
+def test_all_workers_may_be_absent_and_come_back(toy: Toy) -> None:
+    grid, server = blocking(toy, 0.1, max_absent_rounds=1)
+    grid.lazy = set(grid.contexts)
+    assert [server.run_round(grid) for _ in range(2)] == [None, None]
+    grid.lazy.clear()
+    server._timeout = NEVER
+    assert server.run_round(grid) is not None
+
+
+@pytest.mark.parametrize("options", [{"min_replies": 0}, {"min_replies": 5}, {"max_absent_rounds": 0}])
+def test_options_out_of_range(options: dict[str, Any], toy: Toy) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))} = {next(iter(options.values()))}: must be a whole"):
+        _server.FederatedServer(algorithms.gd(toy.oracle, **RULE), toy.theta0, KEY, **options)
+
+
 # ---- hostile input -----------------------------------------------------------------------------------------------
 
 
@@ -530,6 +653,8 @@ HOSTILE: dict[str, tuple[Callable[[Message], Message], str]] = {
     "more parts": (lambda r: with_content(r, {"head": bytes(77), "more": b""}), "must be a head"),
     "nothing": (lambda r: empty(r), "must be a head"),
     "an error": (lambda r: failed(r), "the client app failed: out of memory"),
+    "an error without a reason": (lambda r: failed(r, None), "the client app failed: None"),
+    "a long error": (lambda r: failed(r, "\n\x1b[2J\u2028" + 10**6 * "x"), r"the client app failed: \?\?\[2J\?x"),
     "a reply of an unknown node": (lambda r: of_node(r, 999), "sender is not registered"),
     "a reply of another node": (lambda r: of_node(r, 102), "worker = 1: must be 2"),
 }
@@ -545,8 +670,8 @@ def empty(reply: Message) -> Message:
     return reply
 
 
-def failed(reply: Message) -> Message:
-    reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(0, "out of memory")
+def failed(reply: Message, reason: str | None = "out of memory") -> Message:
+    reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(0, reason)
     return reply
 
 
@@ -584,6 +709,8 @@ def test_what_is_hostile_is_refused(name: str, toy: Toy, caplog: Any) -> None:
             lines = [line.getMessage() for line in caplog.records]
             assert len(lines) == stats.refused == 1
             assert "refused: " in lines[0]
+            assert len(lines[0]) <= 300
+            assert lines[0].isprintable()
             assert "node " in lines[0]
             assert re.search(reason, lines[0]), lines[0]
         servers.append(server)
