@@ -34,10 +34,9 @@ STARTUP_TIMEOUT = 60.0  # seconds for a process to start, and for a command of F
 STATUS_INTERVAL = 20.0  # seconds between two queries of a run's state
 IDLE_SECONDS = 3.0  # seconds in which the bytes of idle nodes are counted
 MAX_RESTARTS = 3  # of one node in a run
-# Linux kills the process with its parent, however that ends; other systems do not
-STARTER = (
-    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL); os.execv(sys.argv[1], sys.argv[1:])"
-)
+# Linux kills a process after this with its parent, however that ends; other systems do not
+END_WITH_PARENT = "import ctypes, signal, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, signal.SIGKILL)"
+STARTER = f"{END_WITH_PARENT}; import os; os.execv(sys.argv[1], sys.argv[1:])"
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,8 @@ class Server:
 
     def start(self) -> None:
         """Start the process; its output is appended to the log."""
-        starter = [sys.executable, "-S", "-c", STARTER] if sys.platform == "linux" else []
         with self.log.open("ab") as file:
-            self.process = psutil.Popen([*starter, *self.words], env=self.environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+            self.process = psutil.Popen([sys.executable, "-S", "-c", STARTER, *self.words], env=self.environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
 
     def wait(self) -> None:
         """Wait until the process is ready.
@@ -329,8 +327,8 @@ def make_node(flwr: FlowerCli, port: int, worker: int, workers: int) -> Server:
     words += ["--root-certificates", str(flwr.home / "ca.crt"), "--key", str(key), "--keep-running"]
     words += ["--app", "experiments.federation.flower_apps:client", "--folder", str(flwr.home / f"worker-{worker}")]
     words += ["--worker", str(worker), "--workers", str(workers)]
-    log.unlink(missing_ok=True)
-    is_ready = lambda: b"is connected" in log.read_bytes()  # noqa: E731
+    old = log.stat().st_size if log.exists() else 0
+    is_ready = lambda: b"is connected" in log.read_bytes()[old:]  # noqa: E731
     return Server(f"the node of worker {worker}", words, log, flwr.environment, is_ready, True)
 
 
