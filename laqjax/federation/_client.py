@@ -141,7 +141,8 @@ class FederatedClient:
         self._alg = replace(alg, rule=ForcedUpload(alg.rule, False))
         full = replace(alg, rule=ForcedUpload(alg.rule, True), compressor=identity())
         self._full = full if alg.memory.is_persistent else self._alg
-        self._rule, self._scheme, self._down = alg.rule, _protocol.scheme_digest(alg), _protocol.down_compressor(alg)
+        self._rule, self._down = alg.rule, _protocol.down_compressor(alg)
+        self._scheme = _protocol.short_digest(_protocol.scheme_digests(alg))
         # a dictionary of loaded shards instead of functools.cache, because Ray copies apps
         self._load_shard, self._shards = load_shard, {}
         self._model = jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)
@@ -289,7 +290,8 @@ def client_app(
 
     @app.query()
     def greet(message: Message, context: Context) -> Message:
-        hello = ConfigRecord({"worker": int(context.node_config["partition-id"])})
+        worker = int(context.node_config["partition-id"])
+        hello = ConfigRecord({"worker": worker, "scheme": _protocol.scheme_digests(alg)})
         return Message(RecordDict({_protocol.RECORD_KEY: hello}), reply_to=message)
 
     return app
