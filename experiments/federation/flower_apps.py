@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -122,8 +123,9 @@ def make_server_app(spec: PointSpec) -> ServerApp:
 
 
 def stats_to_row(stats: RoundStats) -> dict[str, Any]:
-    """Convert the stats of a round to plain values."""
-    return {name: np.asarray(getattr(stats, name)).tolist() for name in RoundStats.__dataclass_fields__}
+    """Convert the stats of a round that has just ended to plain values."""
+    row = {name: np.asarray(getattr(stats, name)).tolist() for name in RoundStats.__dataclass_fields__}
+    return row | {"ended": time.time()}
 
 
 @cache

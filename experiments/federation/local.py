@@ -251,6 +251,12 @@ def run_local_federation(
             stack.enter_context(run_servers(flwr, nodes))
             kind = "simulated nodes" if simulation else "nodes; TLS and node authentication are on"
             console.print(f"SuperLink at 127.0.0.1:{port}, {workers} {kind}")
+            if flwr.wire:
+                before = flwr.wire.count_since({})
+                time.sleep(IDLE_SECONDS)
+                up, down, requests = flwr.wire.count_since(before).values()
+                sizes = f"{up / max(requests, 1):.0f} bytes up and {down / max(requests, 1):.0f} down"
+                console.print(f"an idle node asks for work, and sends heartbeats, by requests of {sizes} on the wire")
         if simulation:
             resources = "client-resources-num-cpus=1 client-resources-num-gpus=0.0"
             flwr.options = ("--federation-config", f"num-supernodes={workers} {resources}")
