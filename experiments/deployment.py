@@ -1,11 +1,15 @@
-"""Certificates and keys for a federation of several machines.
+r"""Certificates, keys and nodes for a federation of several machines.
 
     python -m experiments.deployment keys DIR --server-names NAME ADDRESS --workers 2    for a SuperLink there
     python -m experiments.deployment register DIR --superlink HOST:PORT                  admit the nodes of these keys
+    python -m experiments.deployment node --superlink HOST:PORT --root-certificates ca.crt --key node-0 \
+        --worker 0 --workers 2                                                           run worker 0 until the run ends
 
-A SuperLink accepts nodes with registered keys only; `experiments.federated` runs on it.
+A SuperLink accepts nodes with registered keys only; `experiments.federated` runs on it. A node works on the problem,
+data and algorithms of its own command line: give it those of the server's command. `node --help` lists the options.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -24,13 +28,15 @@ def keys(folder: Folder, /, server_names: ServerNames, workers: int, days: int =
     """Write the certificates of a SuperLink and the keys of its nodes.
 
     Args:
-        folder: New folder; copy node-m and ca.crt to the machine of worker m.
+        folder: New folder; copy node-m and ca.crt to the machine of worker m. It also gets nginx.conf, a proxy for the
+            SuperLink.
         server_names: Host names and addresses of the SuperLink.
         workers: Number of nodes M.
         days: Days until the SuperLink's certificate expires.
     """
     folder.mkdir(parents=True)
-    local.write_certificates(folder, server_names, days)
+    local.write_certificates(folder, dict.fromkeys([*server_names, "localhost", "127.0.0.1"]), days)
+    shutil.copy(local.PROXY_CONFIG, folder)
     for worker in range(workers):
         local.write_node_key(folder, worker)
     print(*sorted(path.name for path in folder.iterdir()))

@@ -34,7 +34,11 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_INTERVAL = 30.0  # seconds; the SuperLink declares a node offline after twice this time
 NOT_RUNNING = 403  # HTTP status of a request about a run that has ended
-OBJECT_PAUSES = {"initial_backoff": 0.02, "backoff_cap": 1.0, "max_time": 60.0}  # seconds, while the server pushes them
+OBJECT_PAUSES: Any = {
+    "initial_backoff": 0.02,
+    "backoff_cap": 1.0,
+    "max_time": 60.0,
+}  # seconds, while the server pushes them
 
 
 @contextmanager

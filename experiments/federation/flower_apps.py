@@ -1,5 +1,6 @@
 """Flower apps that run one point of a sweep. A SuperNode starts a process for each message, so imports are few."""
 
+import importlib
 import json
 import logging
 import os
@@ -164,9 +165,8 @@ def shorten_pauses() -> None:
     A reply is announced before its parts have arrived. Flower then waits a second, which is most of a short round.
     """
     with suppress(ImportError, AttributeError):
-        from flwr.superlink.grid import http_grid
-
-        http_grid.pull_objects = partial(http_grid.pull_objects, initial_backoff=0.02, backoff_cap=1.0)
+        module: Any = importlib.import_module("flwr.superlink.grid.http_grid")
+        module.pull_objects = partial(module.pull_objects, initial_backoff=0.02, backoff_cap=1.0)
 
 
 def make_apps() -> tuple[ServerApp, ClientApp]:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from experiments.federation.flower_apps import PointSpec
 
 APP = Path(__file__).with_name("app")  # what `flwr run` starts
+PROXY_CONFIG = Path(__file__).with_name("nginx.conf")
 STARTUP_TIMEOUT = 60.0  # seconds for a process to start, and for a command of Flower
 STATUS_INTERVAL = 20.0  # seconds between two queries of a run's state
 IDLE_SECONDS = 3.0  # seconds in which the bytes of idle nodes are counted
@@ -392,7 +393,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 # ---- certificates and keys ---------------------------------------------------------------------------------------
 
 
-def write_certificates(folder: Path, server_names: Sequence[str], days: int = 7) -> None:
+def write_certificates(folder: Path, server_names: Iterable[str], days: int = 7) -> None:
     """Write ca.crt, server.crt and server.key for these names and addresses; the authority's key is not kept."""
     import trustme
 

@@ -1,11 +1,15 @@
 """Tests of experiments.federated: its tables agree with the library's counts, a deployment leaves no process behind."""
 
 import contextlib
+import http.client
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -140,13 +144,11 @@ def test_a_server_resumes_with_the_stats_of_earlier_rounds(tmp_path: Path) -> No
 
 
 def test_certificates_are_good_for_this_machine_only(tmp_path: Path) -> None:
-    import ssl
-
     from cryptography import x509
 
-    deployment.keys(tmp_path / "keys", server_names=("127.0.0.1", "localhost"), workers=2, days=30)
+    deployment.keys(tmp_path / "keys", server_names=("a.example.org",), workers=2, days=30)
     tmp_path = tmp_path / "keys"
-    names = ["ca.crt", "node-0", "node-0.pub", "node-1", "node-1.pub", "server.crt", "server.key"]
+    names = ["ca.crt", "nginx.conf", "node-0", "node-0.pub", "node-1", "node-1.pub", "server.crt", "server.key"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     for secret in (tmp_path / "node-1", tmp_path / "server.key"):
         assert secret.stat().st_mode & 0o777 == 0o600
@@ -162,8 +164,6 @@ def test_certificates_are_good_for_this_machine_only(tmp_path: Path) -> None:
 
 
 def handshake(client: Any, server: Any) -> bool:
-    import ssl
-
     done = [False, False]
     for _ in range(20):
         for i, end in enumerate((client, server)):
@@ -474,21 +474,76 @@ def run_to_end(words: list[str], number: int | None = None) -> tuple[int, str]:
 
 
 @pytest.mark.distributed
-def test_three_nodes_with_tls_equal_in_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", ["long_lived", "supernode"])
+def test_three_nodes_with_tls_equal_in_process(nodes: str, tmp_path: Path) -> None:
     words = ["--algorithm", "laq", "--rounds", "5", "--max-silence", "3"]
-    status, output = run_to_end(command(tmp_path / "real", *words))
+    status, output = run_to_end(command(tmp_path / "real", *words, "--nodes", nodes, "--measure-wire"))
     assert status == 0, output
     here = federated.run(settings(*words, "--out", str(tmp_path / "in_process")))
     table, in_process = read(tmp_path / "real", "points"), read(here, "points")
-    masks = [read(folder, "masks").row(0, named=True) for folder in (tmp_path / "real", here)]
-    np.testing.assert_array_equal(results.unpack_mask(masks[0]), results.unpack_mask(masks[1]))
+    assert_same_masks(tmp_path / "real", here)
     assert table["answered"][0] == 1
     assert table["bits_up_end"][0] == 8 * table["payload_up"][0] == in_process["bits_up_end"][0]
     assert table["payload_down"][0] == in_process["payload_down"][0]
     # the SuperLink also counts its own requests, hashes of objects and the app
     assert table["superlink_inbound"][0] > table["bytes_up"][0]
+    assert 15 * table["wire_up"][0] > table["superlink_inbound"][0]  # with TLS, HTTP and signatures
     facts = json.loads((tmp_path / "real" / "facts" / "0.json").read_text())
     assert facts["refused"] == [0] * 5
+    assert not (tmp_path / "real" / "flower" / "private").exists()  # the keys
+
+
+def assert_same_masks(*folders: Path) -> None:
+    first, second = (results.unpack_mask(read(folder, "masks").row(0, named=True)) for folder in folders)
+    np.testing.assert_array_equal(first, second)
+
+
+def find_processes(out: Path, word: str = "") -> list[psutil.Process]:
+    """Return the processes that a command with these results has started, by a word of their command lines."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("FLWR_HOME") == str(out / "flower" / "private"):
+                found += [process] if word in " ".join(process.cmdline()) else []
+    return found
+
+
+def wait_for_rounds(out: Path, number: int, process: psutil.Popen) -> None:
+    while len(local.read_rounds(out / "flower" / "server-0" / "facts.jsonl")) < number:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+
+
+@pytest.mark.distributed
+def test_killed_processes_change_no_result(tmp_path: Path) -> None:
+    """kill -9 of a node, of the SuperLink and of the command."""
+    words, out = ["--algorithm", "laq", "--rounds", "24", "--max-silence", "3"], tmp_path / "real"
+    words += ["--dataset", DATA.replace("workers=3", "workers=2"), "--workers", "2"]
+    start = partial(psutil.Popen, command(out, *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)  # fmt: skip
+    with start() as process:
+        wait_for_rounds(out, 3, process)
+        find_processes(out, "node --superlink")[0].kill()
+        wait_for_rounds(out, 6, process)
+        find_processes(out, "bin/flower-superlink")[0].kill()
+        killed = time.monotonic()
+        output = process.stdout.read()
+        assert process.wait() == 1
+        assert time.monotonic() - killed < 30
+    assert re.search(r"the node of worker \d was ended by signal 9: started again", output)
+    assert re.search(r"the SuperLink was ended by signal 9: \d+ rounds are kept, round \d+ is lost", output)
+    assert not find_processes(out)
+    with start() as process:
+        wait_for_rounds(out, 10, process)
+        process.kill()
+    end = time.monotonic() + 20
+    while find_processes(out) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not find_processes(out)
+    done = subprocess.run(command(out, *words), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\d+ rounds of an earlier command are kept", done.stdout)
+    assert_same_masks(out, federated.run(settings(*words, "--out", str(tmp_path / "in_process"))))
+    assert sorted(path.name for path in (out / "flower").iterdir() if path.is_dir()) == ["programs"]
 
 
 @pytest.mark.distributed
@@ -508,6 +563,43 @@ def test_no_process_is_left_after_a_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx")
+def test_the_proxy_passes_the_fleet_api_only(tmp_path: Path) -> None:
+    """Whoever has the certificate of the authority could else run an app on the machine of the SuperLink."""
+    from experiments.federation import fleet
+
+    flwr, (inner, outer) = commands(tmp_path), (processes.find_free_port() for _ in range(2))
+    flwr.environment = local.subprocess_env(tmp_path, 0.2)
+    folder = tmp_path / "keys"
+    deployment.keys(folder, server_names=("a.example.org",), workers=1)
+    for path in folder.iterdir():
+        path.rename(tmp_path / path.name)
+    config = (tmp_path / "nginx.conf").read_text().replace("8000", f"127.0.0.1:{outer}").replace("8001", str(inner))
+    (tmp_path / "nginx.conf").write_text(config)
+    words = [shutil.which("nginx") or "", "-p", str(tmp_path), "-c", "nginx.conf"]
+    ready = partial(local.is_listening, outer)
+    proxy = local.Server("nginx", words, tmp_path / "nginx.log", dict(os.environ), ready)
+    with local.run_servers(flwr, [local.make_superlink(flwr, inner, False), proxy]):
+        local.write_connection_config(flwr, f"127.0.0.1:{inner}", tmp_path / "ca.crt")
+        flwr.command("supernode", "register", str(tmp_path / "node-0.pub"), "laqjax")
+        with fleet.connect(f"127.0.0.1:{outer}", tmp_path / "ca.crt", tmp_path / "node-0", 0) as node:
+            assert node.pull() is None
+        context = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+        for path in (
+            "control/list-runs",
+            "fleet/../control/list-runs",
+            "fleet/%2e%2e/control/list-runs",
+            "runtime/responses",
+        ):
+            with contextlib.closing(http.client.HTTPSConnection("127.0.0.1", outer, context=context)) as connection:
+                connection.request("POST", f"/v1/{path}", b"")
+                assert connection.getresponse().status == 404, path
+        local.write_connection_config(flwr, f"127.0.0.1:{outer}", tmp_path / "ca.crt")
+        with pytest.raises(ChildProcessError, match="flwr list"):
+            flwr.command("list", "laqjax")
+
+
+@pytest.mark.distributed
 def test_flowers_simulation_engine(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     words = ["--algorithm", "laq", "--rounds", "3", "--transport", "simulation"]
@@ -515,8 +607,7 @@ def test_flowers_simulation_engine(tmp_path: Path) -> None:
     said = subprocess.run(real, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "3 simulated nodes" in said
     here = federated.run(settings(*words[:-2], "--out", str(tmp_path / "in_process")))
-    masks = [read(folder, "masks").row(0, named=True) for folder in (tmp_path / "real", here)]
-    np.testing.assert_array_equal(results.unpack_mask(masks[0]), results.unpack_mask(masks[1]))
+    assert_same_masks(tmp_path / "real", here)
 
 
 @pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is here")
