@@ -5,16 +5,18 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flwr.app import Message, MessageType
 from jaxtyping import Array
 
 from laqjax._core.round import Algorithm
-from laqjax._core.wire_format import from_bytes
+from laqjax._core.wire_format import read_payload
 from laqjax.compressors import identity
 from laqjax.federation import _protocol
 from laqjax.federation._polling import ReplyPoller
 from laqjax.federation._roster import Rejection, Roster, register_node
+from laqjax.types import Compressor
 
 MAX_LOSS = float(np.finfo(np.float32).max)
 MAX_FACT = 1e6  # seconds, and gradient evaluations
@@ -41,6 +43,12 @@ class ExpectedReply(NamedTuple):
     is_due: bool  # whether the worker received a broadcast and has not replied yet
 
 
+@jax.jit
+def _decode(compressor: Compressor, payload: Any, like: Array) -> Array:
+    """Decode a message as one compiled program."""
+    return compressor.decode(payload, like)
+
+
 def validate_reply(
     alg: Algorithm, params: Array, reply: Message, expected: ExpectedReply | None
 ) -> AcceptedReply | Rejection:
@@ -65,7 +73,8 @@ def validate_reply(
         body, decoded, magnitude = parts.get("body", b""), None, 0.0
         reason = _find_fault(header, body, expected, alg.memory.is_persistent)
         if reason is None and header.kind in (_protocol.REPLY_UPLOAD, _protocol.REPLY_FULL):
-            decoded = from_bytes(identity() if header.kind == _protocol.REPLY_FULL else alg.compressor, body, params)
+            compressor = identity() if header.kind == _protocol.REPLY_FULL else alg.compressor
+            decoded = _decode(compressor, read_payload(compressor, body, params), params)
             magnitude = float(np.max(np.abs(np.asarray(decoded)), initial=0.0))
             if not np.isfinite(magnitude):
                 reason = "numbers with NaN or infinity: must be finite"
@@ -106,15 +115,16 @@ class Admission:
     def receive(self, poller: ReplyPoller, min_replies: int, timeout: float) -> None:
         """Receive replies until none is waited for or the deadline is over, and then those that have arrived by then.
 
-        Nothing is waited for once `min_replies` are accepted. Absent workers are waited for only while no reply is
-        accepted.
+        Nothing is waited for once `min_replies` are accepted. Absent workers are waited for only if all are absent.
         """
         end, remaining = time.monotonic() + timeout, timeout
+        asked = set(self.asked.values())
+        awaited = asked - self.roster.absent_workers() or asked
         while remaining > 0:
             waiting = poller.waiting_nodes()
             due = {reply.worker for node, reply in self.expected.items() if reply.is_due and node in waiting}
-            due -= self.roster.absent_workers() if self.taken else set()
-            remaining = max(end - time.monotonic(), 0.0) if due and len(self.taken) < min_replies else 0.0
+            must_wait = due & awaited and len(self.taken) < min_replies
+            remaining = max(end - time.monotonic(), 0.0) if must_wait else 0.0
             for reply in poller.receive(remaining):
                 self.admit(reply)
 

@@ -59,6 +59,15 @@ class Roster:
         """Return the workers that the server does not wait for."""
         return {worker for worker, missed in self.missed.items() if missed >= self.max_absent_rounds}
 
+    def skipped_nodes(self, waiting: Container[int]) -> set[int]:
+        """Return the nodes that get no broadcast: those of absent workers with an older one that has not expired.
+
+        If all workers are absent, each of them gets a broadcast.
+        """
+        absent = self.absent_workers()
+        skipped = {node for node, worker in self.nodes.items() if worker in absent and node in waiting}
+        return set() if absent.issuperset(self.nodes.values()) else skipped
+
     def count_missed(self, selected: Iterable[int], answered: Container[int], late: Container[int]) -> list[int]:
         """Count the round for the selected workers that missed it, and return those that became absent with it.
 

@@ -345,9 +345,8 @@ class FederatedServer:
                 not of JAX's default kind, or a number is out of range.
         """
         most = alg.num_workers
-        self._min_replies = int(
-            check_number("min_replies", most if min_replies is None else min_replies, np.int32, minimum=1, maximum=most)
-        )
+        min_replies = most if min_replies is None else min_replies
+        self._min_replies = int(check_number("min_replies", min_replies, np.int32, minimum=1, maximum=most))
         max_absent_rounds = int(check_number("max_absent_rounds", max_absent_rounds, np.int32, minimum=1))
         self.alg, self._key, self._key_bytes = alg, key, np.asarray(jax.random.key_data(key)).tobytes()
         if (size := len(self._key_bytes)) != 8:
@@ -410,10 +409,8 @@ class FederatedServer:
             node is registered. In that case the state is unchanged, and the next call repeats the round.
         """
         roster, stats = self._roster, RoundStats.empty(int(self.state.round), self.alg.num_workers)
-        hello_messages = self._make_hello_messages(grid)
         selected = _find_selected(self.alg, self._key, self.state, self._workers.rule_states)
-        broadcasts = self._make_broadcasts(selected, stats)
-        admission = self._exchange(grid, broadcasts, hello_messages, stats)
+        admission = self._exchange(grid, selected, stats)
         began = time.perf_counter()
         taken, can_skip = dict(sorted(admission.taken.items())), bool(roster.nodes) and not selected.all()
         rejections = find_outliers(taken, self._workers.max_magnitudes, self._outlier_factor)
@@ -425,7 +422,7 @@ class FederatedServer:
         self.excluded_workers |= _report_workers(
             roster, np.flatnonzero(selected).tolist(), admission, rejections, self._max_rejections, stats
         )
-        for worker in (roster.nodes[node] for node in broadcasts):
+        for worker in admission.asked.values():
             roster.model_rounds[worker] = stats.round if worker in answered else None
         if result is None or not (answered or can_skip):
             return None
@@ -440,12 +437,10 @@ class FederatedServer:
     def _make_broadcasts(self, selected: np.ndarray, stats: RoundStats) -> dict[int, Message]:
         """Return the broadcasts of this round by node, and add their sizes to the stats."""
         messages: dict[int, Message] = {}
-        absent = self._roster.absent_workers()
-        # an absent worker gets its next broadcast when it has answered the last one, or that one has expired
-        busy = set() if absent.issuperset(self._roster.nodes.values()) else self._poller.waiting_nodes()
+        skipped = self._roster.skipped_nodes(self._poller.waiting_nodes())
         digest = _protocol.short_digest(_protocol.tree_to_bytes((self.state.params, self.state.rule_state)))
         for node, worker in self._roster.nodes.items():
-            if selected[worker] and not (worker in absent and node in busy):
+            if selected[worker] and node not in skipped:
                 about = *self._workers.accepted[worker], digest, self._key_bytes, *self._change[1:]
                 head = _protocol.BroadcastHeader(self._session, stats.round, worker, 0, 0, *about)
                 known = self._roster.model_rounds[worker]
@@ -456,24 +451,17 @@ class FederatedServer:
                 messages[node] = message
         return messages
 
-    def _make_hello_messages(self, grid: Grid) -> list[Message]:
-        """Return the messages to the nodes that are new."""
-        return make_hello_messages(self._roster, grid.get_nodes(), self._poller.waiting_nodes(), self._timeout)
-
-    def _exchange(
-        self, grid: Grid, broadcasts: dict[int, Message], hello_messages: list[Message], stats: RoundStats
-    ) -> Admission:
-        """Send the messages of a round, and receive and validate the replies."""
-        began, nodes, records = time.perf_counter(), self._roster.nodes, self._workers
-        self._poller.send(grid, [*broadcasts.values(), *hello_messages])
-        asked = {message.metadata.message_id: nodes[node] for node, message in broadcasts.items()}
+    def _exchange(self, grid: Grid, selected: np.ndarray, stats: RoundStats) -> Admission:
+        """Greet new nodes, send the broadcasts of a round, and receive and validate the replies."""
+        roster, accepted = self._roster, self._workers.accepted
+        greetings = make_hello_messages(roster, grid.get_nodes(), self._poller.waiting_nodes(), self._timeout)
+        broadcasts, began = self._make_broadcasts(selected, stats), time.perf_counter()
+        self._poller.send(grid, [*broadcasts.values(), *greetings])
+        roster.greeted |= {message.metadata.dst_node_id: message.metadata.message_id for message in greetings}
+        asked = {message.metadata.message_id: roster.nodes[node] for node, message in broadcasts.items()}
         about = self._session, stats.round, self._scheme
-        expected = {
-            node: ExpectedReply(*about, w, records.accepted[w], node in broadcasts) for node, w in nodes.items()
-        }
-        hello_ids = {message.metadata.dst_node_id: message.metadata.message_id for message in hello_messages}
-        self._roster.greeted |= hello_ids
-        admission = Admission(self.alg, self.state.params, self._roster, expected, asked)
+        expected = {node: ExpectedReply(*about, m, accepted[m], node in broadcasts) for node, m in roster.nodes.items()}
+        admission = Admission(self.alg, self.state.params, roster, expected, asked)
         admission.receive(self._poller, self._min_replies, self._timeout)
         stats.transfer, stats.decode = time.perf_counter() - began - admission.seconds, admission.seconds
         return admission
@@ -483,7 +471,7 @@ class FederatedServer:
         end = time.monotonic() + max_missed_rounds * self._timeout
         while len(self._roster.nodes) < workers:
             stats = RoundStats.empty(int(self.state.round), self.alg.num_workers)
-            admission = self._exchange(grid, {}, self._make_hello_messages(grid), stats)
+            admission = self._exchange(grid, np.zeros(self.alg.num_workers, bool), stats)
             _log_rejections(admission, admission.rejections)
             if (came := len(self._roster.nodes)) < workers:
                 if time.monotonic() > end:
