@@ -38,6 +38,7 @@ class PointSpec:
     deadline: float
     folder: str = ""  # for the server's files: see `make_server_app`
     programs: str = ""  # folder for compiled programs
+    states: str = ""  # folder for the states of workers whose node does not keep them
     token: str = ""  # of this run and the runs that resume it: other state of a worker is not used
     server: dict[str, Any] = field(default_factory=dict)  # further arguments of `server_app`
 
@@ -82,7 +83,9 @@ def make_client_app(spec: PointSpec) -> ClientApp:
     def load_shard(worker: int) -> laqjax.Shards:
         return jax.tree.map(lambda array: array[worker : worker + 1], point.case.shards)
 
-    return federation.client_app(point.algorithm, load_shard, compilation_cache_dir=spec.programs or None)
+    return federation.client_app(
+        point.algorithm, load_shard, compilation_cache_dir=spec.programs or None, state_dir=spec.states or None
+    )
 
 
 def make_server_app(spec: PointSpec) -> ServerApp:

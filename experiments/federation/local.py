@@ -112,6 +112,7 @@ class FlowerCli:
     environment: dict[str, str]
     console: Console
     options: tuple[str, ...] = ()  # of `flwr run`
+    nodes_keep_state: bool = True  # also if they are killed
     servers: list[Server] = field(default_factory=list)
     wire: WireCounter | None = None
 
@@ -148,7 +149,8 @@ class FlowerCli:
         if done := len(read_rounds(folder / "facts.jsonl")):
             self.console.print(f"{done} rounds of an earlier command are kept")
         programs = str(self.folder / "programs")
-        spec = replace(spec, folder=str(folder), programs=programs, token=token.read_text())
+        states = "" if self.nodes_keep_state else str(self.home / f"states-{token.read_text()}")
+        spec = replace(spec, folder=str(folder), programs=programs, states=states, token=token.read_text())
         words = "run", str(APP), "laqjax", "--run-config", f'plan="{spec.to_hex_json()}"', "--format", "json"
         output = self.command(*words, *self.options)
         run = str(json.loads(output).get("run-id"))
@@ -247,6 +249,7 @@ def run_local_federation(
             if network.measure_wire and not simulation:
                 flwr.wire = stack.enter_context(count_wire_bytes(port))
                 entry = flwr.wire.port
+            flwr.nodes_keep_state = network.nodes != "supernode"
             make = make_supernode if network.nodes == "supernode" else make_node
             nodes = [make(flwr, entry, worker, workers) for worker in range(0 if simulation else workers)]
             stack.enter_context(run_servers(flwr, nodes))

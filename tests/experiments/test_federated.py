@@ -406,13 +406,16 @@ def test_a_node_uses_no_state_of_another_run(tmp_path: Path) -> None:
 
 
 def test_a_node_works_on_the_points_of_its_command_line_only(tmp_path: Path) -> None:
-    chosen = settings("--algorithm", "gd")
-    other = flower_apps.make_specs(chosen.axes, chosen.data, False, None)
-    app = flower_apps.make_own_client(other, tmp_path)
-    context = Context(1, 5, {"partition-id": 0}, RecordDict(), {"plan": first_spec().to_hex_json()})
-    with pytest.raises(ValueError, match="must be one of this node's 1 points; give the node the problem"):
+    words = [*SMALL, "--algorithm", "gd", "laq"]
+    own = long_lived.make_specs(grid.parse_settings(long_lived.Settings, words, None))
+    app = flower_apps.make_own_client(own, tmp_path)
+    other = first_spec()
+    other.choice["lr"] = 1.0
+    context = Context(1, 5, {"partition-id": 0}, RecordDict(), {"plan": other.to_hex_json()})
+    with pytest.raises(ValueError, match="must be one of this node's 2 points; give the node the problem"):
         app(messages(1)[0], context)
-    context.run_config = {"plan": replace(other[0], rounds=7, folder="x", programs="/other").to_hex_json()}
+    plan = first_spec(rounds=7, folder="x", programs="/other", token="1", server={"min_replies": 2})
+    context.run_config = {"plan": plan.to_hex_json()}
     with pytest.raises(ValueError, match="must be a head of"):  # accepted: the library reads the message
         app(messages(1)[0], context)
 
