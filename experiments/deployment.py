@@ -1,11 +1,13 @@
-"""Certificates and keys for a federation of several machines.
+"""Certificates and keys for a federation of several machines, and a Flower app to start from.
 
     python -m experiments.deployment keys DIR --server-names NAME ADDRESS --workers 2    for a SuperLink there
     python -m experiments.deployment register DIR --superlink HOST:PORT                  admit the nodes of these keys
+    python -m experiments.deployment new-app DIR                                         a Flower app for `flwr run`
 
 A SuperLink accepts nodes with registered keys only; `experiments.federated` runs on it.
 """
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +50,18 @@ def register(folder: Folder, /, superlink: str) -> None:
             print(f"{path.name} is registered")
 
 
+def new_app(folder: Folder, /) -> None:
+    """Write a Flower app that uses laqjax; its README.md tells how to run it.
+
+    Args:
+        folder: New folder.
+    """
+    shutil.copytree(
+        Path(__file__).with_name("examples") / "flower_app", folder, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    print(f"{folder} is written: read {folder / 'README.md'}")
+
+
 if __name__ == "__main__":
     with cli.command_line() as given:
-        cli.parse_cli({"keys": keys, "register": register}, given, __doc__, answers=False)
+        cli.parse_cli({"keys": keys, "register": register, "new-app": new_app}, given, __doc__, answers=False)

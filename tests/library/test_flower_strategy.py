@@ -47,8 +47,8 @@ class App:
         @self.app.evaluate()
         def evaluate(message: Message, context: Context) -> Message:
             worker = int(context.node_config["partition-id"])
-            self.asked.append((worker, dict(message.content["config"])))
-            vector = next(iter(message.content["arrays"].values())).numpy()
+            self.asked.append((worker, dict(message.content.config_records["config"])))
+            vector = next(iter(message.content.array_records["arrays"].values())).numpy()
             usual = MetricRecord({"norm": float(np.abs(vector).sum()), "worker": worker, "num-examples": 1 + worker})
             return Message(RecordDict({"metrics": self.answers.get(worker, usual)}), reply_to=message)
 
@@ -104,20 +104,22 @@ def test_a_strategy_runs_the_rounds_of_the_server(toy: Toy, alg: Any, lines: lis
 
 
 def test_an_evaluation_that_fails_ends_no_run(toy: Toy, alg: Any, lines: list[str]) -> None:
-    for worker, answer, reason in (
-        (2, {"worker": float("nan"), "norm": 1.0, "num-examples": 1}, "must be one, with finite numbers"),
-        (2, {"norm": 1.0}, "'num-examples' >= 0"),
-        (2, {"norm": 1.0, "num-examples": [1]}, "'num-examples' >= 0"),
-        (2, {"more": 1.0, "num-examples": 1}, None),  # other metrics than the rest
-    ):
+    answers: list[tuple[Any, str | None]] = [
+        ({"worker": float("nan"), "norm": 1.0, "num-examples": 1}, "must be one, with finite numbers"),
+        ({"norm": 1.0}, "'num-examples' >= 0"),
+        ({"norm": 1.0, "num-examples": [1]}, "'num-examples' >= 0"),
+        ({"more": 1.0, "num-examples": 1}, None),  # other metrics than the rest
+    ]
+    for answer, reason in answers:
         app = App(toy, alg)
-        app.answers[worker] = MetricRecord(answer)
+        app.answers[2] = MetricRecord(answer)
         grid = InProcessGrid(app.app, range(4), uplink_fault=lose_evaluation_of_worker_3)
         result = start(alg, toy, grid, rounds=1)
         assert result.evaluate_metrics_clientapp[1]["worker"] == pytest.approx((0 * 1 + 1 * 2) / 3)
         assert reason is None or any(reason in line and "102" in line for line in lines)
+    app = App(toy, alg)
     app.answers = {worker: MetricRecord({"a": 1.0, "num-examples": 0}) for worker in range(4)}
-    assert not start(alg, toy, grid, rounds=1).evaluate_metrics_clientapp
+    assert not start(alg, toy, InProcessGrid(app.app, range(4)), rounds=1).evaluate_metrics_clientapp
     assert any("evaluation of round 1 has no result" in line for line in lines)
 
 
@@ -147,7 +149,7 @@ def test_a_worker_that_missed_the_round_is_not_asked_to_evaluate(toy: Toy, alg: 
 
 
 def test_a_strategy_resumes_from_a_checkpoint(toy: Toy, alg: Any, tmp_path: Path) -> None:
-    grid, given = InProcessGrid(App(toy, alg).app, range(4)), {"checkpoint_path": tmp_path / "server.npz"}
+    grid, given = InProcessGrid(App(toy, alg).app, range(4)), dict[str, Any](checkpoint_path=tmp_path / "server.npz")
     whole = start(alg, toy, InProcessGrid(App(toy, alg).app, range(4)))
     start(alg, toy, grid, rounds=2, **given)
     rest = start(alg, toy, grid, **given)
@@ -163,9 +165,9 @@ def test_the_initial_model_may_be_arrays(toy: Toy, alg: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, federation.arrays_to_params(found, other), other)
     with pytest.raises(ValueError, match=r"train_config = \{'lr': 1.0\}: must be empty"):
         strategy.start(grid, train_config=ConfigRecord({"lr": 1.0}))
-    with pytest.raises(NotImplementedError, match="configure_train.*call start"):
+    with pytest.raises(NotImplementedError, match=r"configure_train.*call start"):
         strategy.configure_train(1, found, ConfigRecord(), grid)
-    with pytest.raises(NotImplementedError, match="aggregate_train.*call start"):
+    with pytest.raises(NotImplementedError, match=r"aggregate_train.*call start"):
         strategy.aggregate_train(1, [])
 
 
