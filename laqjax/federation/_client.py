@@ -1,5 +1,6 @@
 """Client side of a federation: `FederatedClient` and the Flower ClientApp around it."""
 
+import functools
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as SerializedRecordDict
 from jaxtyping import Array, PRNGKeyArray
 
 from laqjax import types
@@ -107,6 +110,21 @@ def save_state(context: Context, kept: ClientState) -> None:
     context.state[_protocol.RECORD_KEY] = ConfigRecord({"head": head, **parts})
 
 
+def read_context(path: Path, context: Context) -> None:
+    """Fill the context of a node from a file, if the file is there and not damaged."""
+    data = path.read_bytes() if path.exists() else b""
+    if data and _protocol.short_digest(data[8:]) == data[:8]:
+        context.state = recorddict_from_proto(SerializedRecordDict.FromString(data[8:]))
+
+
+def write_context(path: Path, context: Context) -> None:
+    """Write the state in the context of a node to a file atomically."""
+    data, part = recorddict_to_proto(context.state).SerializeToString(), path.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(_protocol.short_digest(data) + data)
+    part.replace(path)
+
+
 @jax.jit
 def _compute_worker_step(
     alg: Algorithm, worker: WorkerState, state: AlgorithmState, shards: Shards, key: PRNGKeyArray, index: Any, at: Any
@@ -132,20 +150,31 @@ def _compute_worker_step(
     return worker, upload.payload, upload.sent, upload.bytes, metrics["worker_loss"], metrics["gradients"]
 
 
+@functools.lru_cache(1)
+def _read_key(data: bytes) -> PRNGKeyArray:
+    """Return the PRNG key of the run from its bytes."""
+    return jax.random.wrap_key_data(jnp.asarray(np.frombuffer(data, np.uint32)))
+
+
 class FederatedClient:
     """Handler of broadcasts for one worker on a Flower node.
 
-    All state is stored in the node's context, so the process may end after each message.
+    All state is stored in the node's context, so the process may end after each message. Flower keeps the context until
+    the node or the SuperLink stops, `state_dir` keeps it longer.
     """
 
-    def __init__(self, alg: Algorithm, load_shard: Callable[[int], Shards]) -> None:
+    def __init__(
+        self, alg: Algorithm, load_shard: Callable[[int], Shards], *, state_dir: str | Path | None = None
+    ) -> None:
         self._alg = replace(alg, rule=ForcedUpload(alg.rule, False))
         full = replace(alg, rule=ForcedUpload(alg.rule, True), compressor=identity())
         self._full = full if alg.memory.is_persistent else self._alg
-        self._rule, self._scheme, self._down = alg.rule, _protocol.scheme_digest(alg), _protocol.down_compressor(alg)
-        self._num_workers = alg.num_workers
+        self._rule, self._down, self._num_workers = alg.rule, _protocol.down_compressor(alg), alg.num_workers
+        self._digests = _protocol.scheme_digests(alg)
+        self._scheme = _protocol.short_digest(self._digests)
         # a dictionary of loaded shards instead of functools.cache, because Ray copies apps
         self._load_shard, self._shards = load_shard, {}
+        self._state_dir = state_dir
         self._model = jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)
         worker = jax.eval_shape(_fresh_worker_state, alg, self._model)
         # shapes of the arrays of a `ClientState`
@@ -161,6 +190,10 @@ class FederatedClient:
         worker = _get_worker(context, self._num_workers)
         if down.worker != worker:
             raise ValueError(f"broadcast to worker {down.worker}: must be to worker {worker}, the node's partition-id")
+        run = _protocol.short_digest(self._scheme, down.key).hex()
+        path = None if self._state_dir is None else Path(self._state_dir) / f"worker-{worker}-{run}.state"
+        if path is not None and _protocol.RECORD_KEY not in context.state:
+            read_context(path, context)
         kept = load_state(context, self._likes)
         known = self._resolve_broadcast(down, parts, kept)
         about = down.session, down.round, worker, _protocol.REPLY_OUT_OF_SYNC, *_protocol.UNKNOWN_UPLOAD
@@ -174,13 +207,13 @@ class FederatedClient:
         after, payload, *rest = _compute_worker_step(
             self._full if fresh else self._alg,
             before,
-            AlgorithmState(params, jnp.int32(down.round), None, None, shared_state, None, None),  # pyright: ignore[reportArgumentType]
+            AlgorithmState(params, np.int32(down.round), None, None, shared_state, None, None),  # pyright: ignore[reportArgumentType]
             self._get_shard(worker),
-            jax.random.wrap_key_data(jnp.asarray(np.frombuffer(down.key, np.uint32))),
+            _read_key(down.key),
             np.int32(worker),
             np.int32(0 if fresh else down.round),
         )
-        sent, size, loss, gradients = (np.asarray(value).item() for value in jax.device_get(rest))
+        sent, size, loss, gradients = (np.asarray(value).item() for value in rest)
         computed = time.perf_counter()
         compressor = self._full.compressor if fresh else self._alg.compressor
         body = to_bytes(compressor, payload, self._model) if sent else b""
@@ -189,6 +222,8 @@ class FederatedClient:
         kind = upload if sent else _protocol.REPLY_SILENT
         times = computed - began, time.perf_counter() - computed
         save_state(context, ClientState(down.session, down.round, base, last, params, shared_state, before, after))
+        if path is not None:
+            write_context(path, context)
         head = blank._replace(kind=kind, base=base[0], base_digest=base[1], digest=last[1] if sent else bytes(8))
         head = head._replace(size=size if sent else 0, gradients=gradients, loss=loss, compute=times[0], pack=times[1])
         return Message(_protocol.make_record(head, body=body), reply_to=message)
@@ -199,7 +234,8 @@ class FederatedClient:
         Raises:
             ValueError: the node's config lacks `partition-id`, or its `num-partitions` is not the number of workers.
         """
-        hello = ConfigRecord({"worker": _get_worker(context, self._num_workers)})
+        worker = _get_worker(context, self._num_workers)
+        hello = ConfigRecord({"worker": worker, "scheme": self._digests})
         return Message(RecordDict({_protocol.RECORD_KEY: hello}), reply_to=message)
 
     def _get_shard(self, worker: int) -> Shards:
@@ -296,6 +332,7 @@ def client_app(
     *,
     mods: list[Mod] | None = None,
     compilation_cache_dir: str | Path | None = None,
+    state_dir: str | Path | None = None,
 ) -> ClientApp:
     """Build the Flower ClientApp of a worker.
 
@@ -307,6 +344,9 @@ def client_app(
         mods: Flower's mods for all functions of the app.
         compilation_cache_dir: folder for compiled programs. Flower's processes end after each message; without this
             folder each of them compiles again.
+        state_dir: folder for the worker's state, one file for each run. With it a run that continues after the node or
+            the SuperLink was killed has the results of an undisturbed run; without it the worker makes a full upload. A
+            `client_fn` gives it to `FederatedClient` itself.
 
     Returns:
         The app, on which `@app.evaluate()` registers an evaluation. Each node stores its worker's state in its context.
@@ -316,7 +356,7 @@ def client_app(
     if load_shard is None:
         client_fn: Any = alg
     else:
-        client: Any = FederatedClient(alg, load_shard)  # pyright: ignore[reportArgumentType]
+        client: Any = FederatedClient(alg, load_shard, state_dir=state_dir)  # pyright: ignore[reportArgumentType]
         client_fn = lambda context: client  # noqa: E731
 
     def get_client(context: Context) -> FederatedClient:
