@@ -20,6 +20,7 @@ from laqjax._core.round import Algorithm
 from laqjax.federation._polling import ReplyPoller
 from laqjax.federation._server import FederatedServer, RoundStats
 
+MAX_UNANSWERED = 3  # evaluations in a row that a node may leave without a reply before it is asked no more
 log = logging.getLogger("flwr")  # Flower's own logger, whose lines `flwr run --stream` shows
 
 
@@ -124,7 +125,7 @@ class LazyStrategy(Strategy):
         self._options, self._run_options = options, {"workers": workers, "max_missed_rounds": max_missed_rounds}
         self.fraction_evaluate, self.weighted_by_key = fraction_evaluate, weighted_by_key
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn
-        self._timeout = 60.0
+        self._timeout, self._unanswered = 60.0, Counter[int]()  # evaluations in a row without a reply, by node
 
     def start(
         self,
@@ -187,15 +188,20 @@ class LazyStrategy(Strategy):
 
     def _exchange(self, grid: Grid, messages: Iterable[Message]) -> list[Message]:
         """Send messages for evaluation, and return one reply of each node that answers in time."""
-        asked, poller = {message.metadata.dst_node_id: message for message in messages}, ReplyPoller()
-        poller.send(grid, list(asked.values()))
+        sent, poller = list(messages), ReplyPoller()
+        poller.send(grid, sent)
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
         replies: dict[int, Message] = {}
         end, remaining = time.monotonic() + self._timeout, self._timeout
         while remaining > 0:
             remaining = max(end - time.monotonic(), 0.0) if poller.waiting_nodes() else 0.0
             for reply in poller.receive(remaining):
-                if reply.metadata.message_type == MessageType.EVALUATE and reply.metadata.src_node_id in asked:
+                if asked.get(reply.metadata.reply_to_message_id) == reply.metadata.src_node_id:
                     replies.setdefault(reply.metadata.src_node_id, reply)
+        for node in asked.values():
+            self._unanswered[node] = 0 if node in replies else self._unanswered[node] + 1
+            if self._unanswered[node] == MAX_UNANSWERED:
+                log.warning("node %s left %s evaluations without a reply: it is asked no more", node, MAX_UNANSWERED)
         return list(replies.values())
 
     def configure_evaluate(
@@ -204,6 +210,7 @@ class LazyStrategy(Strategy):
         """Return the messages of an evaluation, to a random share of the nodes that did not miss the last round."""
         roster = self.server._roster
         nodes = sorted(node for node, worker in roster.nodes.items() if not roster.missed[worker])
+        nodes = [node for node in nodes if self._unanswered[node] < MAX_UNANSWERED]
         chosen = random.Random(server_round).sample(nodes, math.ceil(self.fraction_evaluate * len(nodes)))
         about = ConfigRecord({**config, "server-round": server_round})
         content = RecordDict({"arrays": arrays, "config": about})

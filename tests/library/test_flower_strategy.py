@@ -138,6 +138,13 @@ def test_a_share_of_the_nodes_evaluates(toy: Toy, alg: Any) -> None:
     assert (app.asked, result.evaluate_metrics_clientapp) == ([], {})
 
 
+def test_a_node_that_answers_no_evaluation_is_asked_no_more(toy: Toy, alg: Any, lines: list[str]) -> None:
+    app = App(toy, alg)
+    start(alg, toy, InProcessGrid(app.app, range(4), uplink_fault=lose_evaluation_of_worker_3), rounds=5)
+    assert [sum(worker == one for one, _ in app.asked) for worker in range(4)] == [5, 5, 5, 3]
+    assert any("node 103 left 3 evaluations without a reply" in line for line in lines)
+
+
 def test_a_worker_that_missed_the_round_is_not_asked_to_evaluate(toy: Toy, alg: Any) -> None:
     def lose(message: Message) -> list[Message]:
         is_lost = message.metadata.message_type == "train" and message.metadata.src_node_id == 101
