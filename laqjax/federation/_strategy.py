@@ -68,17 +68,22 @@ def _summarize(stats: RoundStats) -> MetricRecord:
     })  # fmt: skip
 
 
-def _find_fault(reply: Message, weighted_by_key: str) -> str | None:
-    """Return why the reply to an evaluation does not count, or None."""
+def _clean(text: str, length: int) -> str:
+    """Return the beginning of a text from a client as one line."""
+    return "".join(char if char.isprintable() else "?" for char in text[:length])
+
+
+def _check_evaluation(reply: Message, weighted_by_key: str) -> None:
+    """Raise ValueError if the reply to an evaluation does not count."""
     if reply.has_error():
-        return f"the client app failed: {reply.error.reason}"
+        raise ValueError(f"the client app failed: {reply.error.reason}")
     records = list(reply.content.metric_records.values())
     values = [value for record in records for value in record.values()]
     numbers = np.concatenate([np.ravel(value) for value in values] or [np.zeros(0)])
     weight = records[0].get(weighted_by_key) if len(records) == 1 else None
     if not isinstance(weight, int | float) or weight < 0 or not np.isfinite(numbers.astype(float)).all():
-        return f"{len(records)} MetricRecords: must be one, with finite numbers and {weighted_by_key!r} >= 0"
-    return None
+        found = f"MetricRecords {[dict(record) for record in records]}"
+        raise ValueError(f"{found:.100}: must be one, with finite numbers and {weighted_by_key!r} >= 0")
 
 
 class LazyStrategy(Strategy):
@@ -220,19 +225,19 @@ class LazyStrategy(Strategy):
         """Return the mean of the clients' metrics, without replies that are damaged or have other metrics than most."""
         valid: dict[int, RecordDict] = {}
         for reply in replies:
-            node, reason = reply.metadata.src_node_id, _find_fault(reply, self.weighted_by_key)
-            if reason is None:
+            node = reply.metadata.src_node_id
+            try:
+                _check_evaluation(reply, self.weighted_by_key)
                 valid[node] = reply.content
-            else:
-                text = "".join(char if char.isprintable() else "?" for char in reason[:220])
-                log.warning("evaluation by node %s refused: %s", node, text)
+            except Exception as error:  # whatever a reply holds, only this reply is refused
+                log.warning("evaluation by node %s refused: %s", node, _clean(str(error), 220))
         names = {node: frozenset(next(iter(content.metric_records.values()))) for node, content in valid.items()}
         for usual, _ in Counter(names.values()).most_common(1):
             contents = [content for node, content in valid.items() if names[node] == usual]
             try:
                 return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key)
-            except (ArithmeticError, TypeError, ValueError) as error:
-                log.warning("evaluation of round %s has no result: %.220r", server_round, error)
+            except Exception as error:
+                log.warning("evaluation of round %s has no result: %s", server_round, _clean(repr(error), 220))
         return None
 
     def configure_train(
@@ -262,4 +267,4 @@ def _log_round(round: int, num_rounds: int, **metrics: MetricRecord | None) -> N
         for part, record in metrics.items()
         if record
     ]
-    log.info("[ROUND %d/%d] %s", round, num_rounds, "; ".join(parts))
+    log.info("[ROUND %d/%d] %s", round, num_rounds, _clean("; ".join(parts), 1000))

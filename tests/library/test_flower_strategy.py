@@ -117,6 +117,11 @@ def test_an_evaluation_that_fails_ends_no_run(toy: Toy, alg: Any, lines: list[st
         result = start(alg, toy, grid, rounds=1)
         assert result.evaluate_metrics_clientapp[1]["worker"] == pytest.approx((0 * 1 + 1 * 2) / 3)
         assert reason is None or any(reason in line and "102" in line for line in lines)
+    lines.clear()
+    app = App(toy, alg)
+    app.answers = {worker: MetricRecord({"a\nb" * 500: 1.0, "num-examples": 1}) for worker in range(4)}
+    assert start(alg, toy, InProcessGrid(app.app, range(4)), rounds=1).evaluate_metrics_clientapp
+    assert len([line for line in lines if "\n" in line or len(line) > 1020]) == 0
     app = App(toy, alg)
     app.answers = {worker: MetricRecord({"a": 1.0, "num-examples": 0}) for worker in range(4)}
     assert not start(alg, toy, InProcessGrid(app.app, range(4)), rounds=1).evaluate_metrics_clientapp
