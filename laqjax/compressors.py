@@ -480,7 +480,9 @@ class StatisticalGrid:
     def encode(self, target, keys):
         count, mean = 2**self.bits, jnp.mean(target)
         centered = target - mean
-        width = 2 / count * self.sigmas.astype(target.dtype) * jnp.sqrt(squared_norm(centered) / max(target.size - 1, 1))
+        width = (
+            2 / count * self.sigmas.astype(target.dtype) * jnp.sqrt(squared_norm(centered) / max(target.size - 1, 1))
+        )
         codes = jnp.floor(centered / jnp.where(width > 0, width, 1) + count // 2)
         codes = jnp.clip(codes, 0, count - 1).astype(jnp.int32)
         sums, sizes = (jnp.zeros(count, target.dtype).at[codes].add(v) for v in (centered, jnp.ones_like(target)))

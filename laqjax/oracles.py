@@ -629,7 +629,9 @@ def _check_inner_optimizer(local: LocalStepsOracle, params: jax.ShapeDtypeStruct
         transformation = local.optimizer(local.learning_rate_at(jnp.int32(0)))
         return state, _apply_optimizer(transformation, local.oracle, params, params, state)[1]
 
-    allowed = "must be a transformation that needs the gradients, its state and the parameters only, such as optax.adamw"
+    allowed = (
+        "must be a transformation that needs the gradients, its state and the parameters only, such as optax.adamw"
+    )
     try:
         before, after = jax.eval_shape(step, local, params)
     except Exception as error:  # optimizers raise many types

@@ -377,6 +377,7 @@ def tree_where(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:
 
 # ---- one worker, and the server ---------------------------------------------------------------------------------
 
+
 def init_worker_state(alg: Algorithm, params: Float[Array, " p"]) -> WorkerState:
     """Create the state of one worker before its first round, from the initial model [p]."""
     oracle_state = get_declaration(alg.oracle, StatefulOracle, "init_state")(params)

@@ -329,7 +329,8 @@ def check_run_inputs(alg: Any, params: Any, shards: Shards, num_slots: int = 0) 
             f"{alg.oracle.dtype}[{p}], a vector from oracle.ravel(params), or the pytree itself"
         )
     # With indices, a message may be longer than the vector. A server that selects workers sends one message to each.
-    most = np.iinfo(np.int32).max // max(m if alg.rule.server_selects else 1, 2) // alg.oracle.dtype.itemsize
+    down = getattr(alg.downlink, "num_vectors", 1) * (m if alg.rule.server_selects else 1)
+    most = np.iinfo(np.int32).max // max(down, 2) // alg.oracle.dtype.itemsize
     if p > most:
         raise ValueError(f"params of {p} parameters: must be <= {most}, since a round's bytes are counted in int32")
     check_shards(shards, m, num_slots)
