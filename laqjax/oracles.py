@@ -26,6 +26,7 @@ from laqjax._core.validation import (
     as_schedule,
     check_bool,
     check_evaluates_anywhere,
+    check_minibatch,
     check_number,
     check_oracle_result,
     check_type,
@@ -486,11 +487,8 @@ class LocalStepsOracle:
     ) -> OracleResult:
         """Train locally from the optimizer state `state`, with `correction` [p] added to each gradient unless None."""
         check_evaluates_anywhere(self.oracle)
-        if examples and examples.size % self.num_local_steps:
-            raise ValueError(
-                f"minibatches of {examples.size} rows: must be a multiple of num_local_steps = {self.num_local_steps}, "
-                "since every local step uses its own part"
-            )
+        if examples:
+            check_minibatch(examples.size, self.num_local_steps)
 
         def evaluate(local: Any, t: Any) -> OracleResult:
             part = examples.slice(t, examples.size // self.num_local_steps) if examples else None

@@ -223,6 +223,15 @@ def check_evaluates_anywhere(oracle: Any) -> None:
         )
 
 
+def check_minibatch(size: int, num_local_steps: int) -> None:
+    """Raise ValueError unless a minibatch of `size` rows can be split into equal parts, one for each local step."""
+    if size % num_local_steps:
+        raise ValueError(
+            f"minibatches of {size} rows: must be a multiple of num_local_steps = {num_local_steps}, since every local "
+            "step uses its own part"
+        )
+
+
 def check_implements(name: str, value: Any, methods: Iterable[str], allowed: str) -> None:
     """Raise ValueError unless `value` is an instance (not a class) with these methods.
 
@@ -337,6 +346,8 @@ def check_run_inputs(alg: Any, params: Any, shards: Shards, num_slots: int = 0) 
     if alg.sampler is not None and not 1 <= alg.sampler.size <= shards.weight.shape[1]:
         length = shards.weight.shape[1]
         raise ValueError(f"sampler.size = {alg.sampler.size}: must be 1 to {length}, the rows of a shard")
+    if alg.sampler is not None:
+        check_minibatch(alg.sampler.size, getattr(alg.oracle, "num_local_steps", 1))
     alg.oracle.validate(shards)
 
 
