@@ -99,7 +99,7 @@ def build_figures(kind: str, tables: Tables) -> Iterator[tuple[str, Figure]]:
 
 def residual_title(points: pl.DataFrame) -> str:
     """Return what the residual of a folder is."""
-    return "f" if points["f_star"].null_count() == len(points) else "f - f*"
+    return "training loss f" if points["f_star"].null_count() == len(points) else "f - f*"
 
 
 def thin_curves(curves: pl.DataFrame, names: Mapping[int, str], column: str, share: int = 1) -> pl.DataFrame:
@@ -149,7 +149,7 @@ def measure_figures(
         every, drawn = (len(set(n.values())) for n in (point_labels(tables["points"], tables["summary"]), names))
         parts = [
             f"{drawn} of {every} settings: the front, the cheapest, and the best of each algorithm." * (drawn < every),
-            "The first seed of a setting has the widest line." * (len(names) > drawn),
+            "Thin lines are the other seeds of a setting." * (len(names) > drawn),
             f"At most {longest} points of a curve are drawn." * (longest < known),
         ]
         note = " ".join(filter(None, parts))
@@ -258,7 +258,7 @@ def build_pareto(best: pl.DataFrame, words: Mapping[int, str], target: str, look
     )[:SETTINGS]  # fmt: skip
     rows = rows.with_columns(setting=pl.col("point").replace_strict(words, return_dtype=pl.String))
     x = Axis("bits", f"bits up to {best['goal'][0]} {target}")
-    x = x.fit(rows["bits"], rows["bits"] + rows["bits_ci"])  # an interval that goes below ends at the edge
+    x = x.fit(rows["bits"], *interval_ends(rows["bits"], rows["bits_ci"]))
     y = Axis("rounds", "rounds", log=False).fit(rows["rounds"] + rows["rounds_ci"], rows["rounds"] - rows["rounds_ci"])
     low = x.limits[0] if x.limits else 0.0
     rows = rows.with_columns(
@@ -305,6 +305,12 @@ def build_pareto(best: pl.DataFrame, words: Mapping[int, str], target: str, look
     return Figure(
         f"Rounds against bits up to {best['goal'][0]} {target}", chart.properties(width=480, height=300), note
     )
+
+
+def interval_ends(values: pl.Series, half: pl.Series) -> tuple[pl.Series, pl.Series]:
+    """Return the ends of intervals that a log axis shows; a lower end below a third of its value ends at the edge."""
+    low = values - half
+    return low.filter(low > values / 3), values + half
 
 
 def build_raster(masks: Mapping[str, np.ndarray], colors: Mapping[str, str]) -> Figure:
@@ -395,7 +401,7 @@ def build_costs(best: pl.DataFrame, looks: Mapping[str, Looks]) -> Figure:
     goal, panels = f"bits up to {best['goal'][0]}", []
     shapes = alt.Scale(domain=rows["what"].unique(maintain_order=True).to_list(), range=["circle", "diamond"])
     for (target,), part in rows.group_by(["target"], maintain_order=True):
-        x = Axis("bits", f"{goal} {target}").fit(part["bits"], part["bits"] + part["ci"])
+        x = Axis("bits", f"{goal} {target}").fit(part["bits"], *interval_ends(part["bits"], part["ci"]))
         low = x.limits[0] if x.limits else 0.0
         part = part.with_columns(left=(pl.col("bits") - pl.col("ci")).clip(low), right=pl.col("bits") + pl.col("ci"))
         kept = ("label", "color", "what", "setting", "bits", "ci", "left", "right")

@@ -67,12 +67,16 @@ def point_labels(points: pl.DataFrame, summary: pl.DataFrame) -> dict[int, str]:
 def heat_map_cells(summary: pl.DataFrame, target: str) -> pl.DataFrame | None:
     """Return D, b, C and Mbit up to the target, the cheapest of all other axes; null where it was never reached.
 
-    None where the settings are no grid, or none reached the target.
+    None where the settings are no grid or a single cell, or none reached the target.
     """
     axes = ["window", "bits", "max_silence"]
     lazy = summary.drop_nulls(axes) if set(axes) <= set(summary.columns) else summary.head(0)
     values = [sorted(lazy[name].unique()) for name in axes] if len(lazy) else []
-    if not values or lazy.select(axes).n_unique() < np.prod([len(axis) for axis in values]):  # drawn at random
+    if (
+        not values
+        or max(map(len, values)) == 1
+        or lazy.select(axes).n_unique() < np.prod([len(axis) for axis in values])
+    ):  # drawn at random
         return None
     cheapest: Any = {key: group[f"bits_up_{target}"].min() for key, group in lazy.group_by(axes)}
     rows = [(*key, cheapest[key]) for key in itertools.product(*values)]

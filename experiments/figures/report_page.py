@@ -225,8 +225,15 @@ def render_side_by_side(sections: list[ResultFolder], figures: list[dict[str, An
         rows = drawing.thin_curves(section.tables["curves"], named, "residual", len(sections))
         parts.append(rows.with_columns(line=pl.format("{} {}", pl.lit(folder), "line")))
         titles.append(drawing.residual_title(section.tables["points"]))
-    if parts:
-        title = titles[0] if len(set(titles)) == 1 else "f - f*, or f where f* is not known"
+    problems = {
+        json.dumps([s.asked.get(name) for name in ("dataset", "problem")]) for s in sections if "curves" in s.tables
+    }
+    if len(problems) > 1:
+        lines.append(
+            '<p class="notice">The folders have other data or another problem, so no figure compares them.</p>'
+        )
+    elif parts:
+        title = titles[0] if len(set(titles)) == 1 else "f - f*, or training loss f where f* is not known"
         rows = pl.concat(parts, how="diagonal_relaxed")
         chart = drawing.build_curves(rows, "residual", title, looks, drawing.COST_AXES)
         note = "A color for each setting, a dash for each folder."

@@ -30,7 +30,8 @@ CONFIG = {
     | {"titleFontSize": 12, "labelFontSize": 11, "labelLimit": 0, "titleLimit": 0, "labelSeparation": 6},
     "legend": {"labelFontSize": 11, "labelLimit": 0, "titleLimit": 0, "symbolLimit": 0, "symbolStrokeWidth": 2}
     | {"titleFontWeight": "normal", "rowPadding": 4, "gradientLength": 140},
-    "title": {"anchor": "start", "fontSize": 12, "fontWeight": "normal", "offset": 8},
+    "title": {"anchor": "start", "fontSize": 12, "fontWeight": "normal", "offset": 8}
+    | {"subtitleFontSize": 11, "subtitleColor": "#555"},
     "concat": {"spacing": 25},
 }
 WRAPPED = r"split(datum.label, '\n')"
@@ -39,7 +40,7 @@ Looks = Mapping[str, Look]
 
 
 class Figure(NamedTuple):
-    """Chart with its title and, for the report, a note; `view.json` of nothing else is needed to draw it."""
+    """Chart with its title and a note, which files show below the title and the report above the chart."""
 
     title: str
     chart: Any
@@ -183,14 +184,15 @@ def concat_panels(panels: Sequence[Any], columns: int, independent: Sequence[str
 
 
 def to_spec(figure: Figure, titled: bool = False) -> dict[str, Any]:
-    """Return the Vega-Lite specification of a figure, with its title where it stands alone.
+    """Return the Vega-Lite specification of a figure, with its title and note where it stands alone.
 
     A drag moves a panel, the wheel zooms it while Shift is held, and a click on the legend picks lines out.
     """
     chart = figure.chart
     if titled:
         chart = chart if isinstance(chart, alt.ConcatChart) else alt.concat(chart)
-        chart = chart.properties(title=alt.Title(textwrap.wrap(figure.title, 90)))
+        note = {"subtitle": textwrap.wrap(figure.note, 110)} if figure.note else {}
+        chart = chart.properties(title=alt.Title(textwrap.wrap(figure.title, 90) or "", **note))
     spec = chart.to_dict(validate=False) | {"config": CONFIG, "background": "white", "padding": 8}
     del spec["$schema"]  # an address, which nothing needs
     params: list[dict[str, Any]] = [{"name": "hover", "value": not titled}]

@@ -1,5 +1,6 @@
 """Client side of a federation: `FederatedClient` and the Flower ClientApp around it."""
 
+import functools
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -131,6 +132,12 @@ def _compute_worker_step(
     return worker, upload.payload, upload.sent, upload.bytes, metrics["worker_loss"], metrics["gradients"]
 
 
+@functools.lru_cache(1)
+def _read_key(data: bytes) -> PRNGKeyArray:
+    """Return the PRNG key of the run from its bytes."""
+    return jax.random.wrap_key_data(jnp.asarray(np.frombuffer(data, np.uint32)))
+
+
 class FederatedClient:
     """Handler of broadcasts for one worker on a Flower node.
 
@@ -141,7 +148,8 @@ class FederatedClient:
         self._alg = replace(alg, rule=ForcedUpload(alg.rule, False))
         full = replace(alg, rule=ForcedUpload(alg.rule, True), compressor=identity())
         self._full = full if alg.memory.is_persistent else self._alg
-        self._rule, self._scheme, self._down = alg.rule, _protocol.scheme_digest(alg), _protocol.down_compressor(alg)
+        self._rule, self._down = alg.rule, _protocol.down_compressor(alg)
+        self._scheme = _protocol.short_digest(_protocol.scheme_digests(alg))
         # a dictionary of loaded shards instead of functools.cache, because Ray copies apps
         self._load_shard, self._shards = load_shard, {}
         self._model = jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)
@@ -172,13 +180,13 @@ class FederatedClient:
         after, payload, *rest = _compute_worker_step(
             self._full if fresh else self._alg,
             before,
-            AlgorithmState(params, jnp.int32(down.round), None, None, shared_state, None, None),  # pyright: ignore[reportArgumentType]
+            AlgorithmState(params, np.int32(down.round), None, None, shared_state, None, None),  # pyright: ignore[reportArgumentType]
             self._get_shard(worker),
-            jax.random.wrap_key_data(jnp.asarray(np.frombuffer(down.key, np.uint32))),
+            _read_key(down.key),
             np.int32(worker),
             np.int32(0 if fresh else down.round),
         )
-        sent, size, loss, gradients = (np.asarray(value).item() for value in jax.device_get(rest))
+        sent, size, loss, gradients = (np.asarray(value).item() for value in rest)
         computed = time.perf_counter()
         compressor = self._full.compressor if fresh else self._alg.compressor
         body = to_bytes(compressor, payload, self._model) if sent else b""
@@ -289,7 +297,8 @@ def client_app(
 
     @app.query()
     def greet(message: Message, context: Context) -> Message:
-        hello = ConfigRecord({"worker": int(context.node_config["partition-id"])})
+        worker = int(context.node_config["partition-id"])
+        hello = ConfigRecord({"worker": worker, "scheme": _protocol.scheme_digests(alg)})
         return Message(RecordDict({_protocol.RECORD_KEY: hello}), reply_to=message)
 
     return app

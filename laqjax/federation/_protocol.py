@@ -3,9 +3,12 @@
 `laqjax.federation` describes the protocol that these messages implement.
 """
 
+import dataclasses
+import functools
 import hashlib
 import itertools
 import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +58,7 @@ class ReplyHeader(NamedTuple):
     base: int  # round of the upload that the worker's memory includes
     base_digest: bytes  # digest of that upload
     digest: bytes  # digest of this upload; zeros if the worker is silent
-    scheme: bytes  # digest of p, dtype and compressor
+    scheme: bytes  # digest of the settings that client and server must share
     size: int  # message size in bytes, as the library counts it
     gradients: int  # gradient evaluations in this round
     loss: float
@@ -78,14 +81,54 @@ def short_digest(*parts: Any) -> bytes:
     return whole.digest()[:8]
 
 
-def scheme_digest(alg: Algorithm) -> bytes:
-    """Return a digest of p, the dtype, the compressor and its numbers.
+def _describe(value: Any) -> Iterator[Any]:
+    """Yield what identifies a setting in all processes: class names and fields, functions by name, arrays by value.
 
-    Client and server must agree on it, because each decodes the other's messages.
+    The names hold no modules, because a user's own file may be loaded under another module name.
     """
-    leaves, structure = jax.tree.flatten(alg.compressor)
-    about = f"{alg.oracle.size} {alg.oracle.dtype} {structure}".encode()
-    return short_digest(about, *(np.asarray(leaf) for leaf in leaves))
+    if isinstance(value, str | bytes | None):
+        yield repr(value).encode()
+    elif isinstance(value, np.ndarray | np.generic | jax.Array | int | float):
+        array = np.asarray(value)
+        yield f"{array.dtype} {array.shape}".encode()
+        yield array
+    elif isinstance(value, tuple | list):
+        yield f"{type(value).__qualname__} {len(value)}".encode()
+        for item in value:
+            yield from _describe(item)
+    elif isinstance(value, functools.partial):
+        yield from _describe([value.func, value.args, sorted(value.keywords.items())])
+    elif isinstance(value, dict):
+        yield from _describe(sorted(value.items()))
+    elif hasattr(value, "__qualname__"):  # a function or a class
+        yield value.__qualname__.encode()
+    elif dataclasses.is_dataclass(value):
+        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        yield from _describe([type(value), *fields])
+    else:
+        yield from _describe([type(value), getattr(value, "__dict__", {})])
+
+
+SCHEME_PARTS = "model", "compressor", "rule", "memory", "lr", "sampler", "downlink"  # settings that must be equal
+
+
+def scheme_digests(alg: Algorithm) -> bytes:
+    """Return 8 bytes for each of `SCHEME_PARTS`; those of the model cover p, the dtype and the number of workers.
+
+    Client and server must agree on them. They may differ in the oracle and the optimizer.
+    """
+    model = alg.oracle.size, str(alg.oracle.dtype), alg.num_workers
+    return b"".join(short_digest(*_describe(getattr(alg, name, model))) for name in SCHEME_PARTS)
+
+
+def differing_parts(found: bytes, expected: bytes, names: Sequence[str] = SCHEME_PARTS) -> list[str]:
+    """Return the names of the parts whose 8 bytes differ; of all parts, if the lengths differ."""
+    places = range(0, 8 * len(names), 8)
+    return [
+        name
+        for name, at in zip(names, places, strict=True)
+        if len(found) != len(expected) or found[at : at + 8] != expected[at : at + 8]
+    ]
 
 
 def tree_to_bytes(tree: Any) -> bytes:
