@@ -412,6 +412,11 @@ class LocalStepsOracle:
         """Restore the pytree of parameters from a vector [p]."""
         return self.oracle.unravel(params)
 
+    @property
+    def reads_aggregate(self) -> bool:
+        """Return whether the oracle reads the aggregate of the server."""
+        return self.has_control_variates
+
     def validate(self, shards: Shards) -> None:
         """Raise ValueError if the loss does not fit the data."""
         self.oracle.validate(shards)

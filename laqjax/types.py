@@ -620,9 +620,11 @@ class OracleHints(Protocol):
     Attributes:
         evaluates_anywhere: whether the oracle can be evaluated at any model. If it is False, methods that ask for
             gradients at other models than that of the round, or for local steps, are refused.
+        reads_aggregate: whether the oracle reads `RoundContext.aggregate`. A federation then broadcasts the aggregate.
     """
 
     evaluates_anywhere: bool = True
+    reads_aggregate: bool = False
 
     def activation_bytes(self, shards: Shards) -> int:
         """Estimate the memory in bytes that one gradient needs in addition to the parameters and the gradient.

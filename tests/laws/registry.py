@@ -3,9 +3,10 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,17 +52,17 @@ def run_marina_twin(problem: twins.Problem, rounds: int, *, probability: float, 
     return run(problem, rounds, coins=np.array(coins), **given)
 
 
+@cache
 def draw_participants(num_workers: int, rounds: int, count: int) -> np.ndarray:
     """Return which workers the library selects in each round, [rounds, M]."""
     rule, nothing = rules.partial_participation(rules.Always(), num_workers, count=count), None
-    contexts = [
-        [
-            types.RoundContext(nothing, keys_of(k, m, num_workers), nothing, num_workers, nothing)
-            for m in range(num_workers)
-        ]  # pyright: ignore[reportArgumentType]
-        for k in range(rounds)
-    ]
-    return np.array([[bool(rule.is_participating(context)) for context in row] for row in contexts])
+
+    def draw(round: Any, worker: Any) -> Any:
+        keys: Any = keys_of(round, worker, num_workers)
+        return rule.is_participating(types.RoundContext(nothing, keys, nothing, num_workers, nothing))  # pyright: ignore[reportArgumentType]
+
+    each_worker = jax.vmap(draw, (None, 0))
+    return np.asarray(jax.jit(jax.vmap(each_worker, (0, None)))(np.arange(rounds), np.arange(num_workers)))
 
 
 def with_participants(run: Callable[..., twins.History]) -> Callable[..., twins.History]:
