@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as SerializedRecordDict
 from jaxtyping import Array, PRNGKeyArray
 
 from laqjax import types
@@ -107,6 +109,21 @@ def save_state(context: Context, kept: ClientState) -> None:
     context.state[_protocol.RECORD_KEY] = ConfigRecord({"head": head, **parts})
 
 
+def read_context(path: Path, context: Context) -> None:
+    """Fill the context of a node from a file, if the file is there and not damaged."""
+    data = path.read_bytes() if path.exists() else b""
+    if data and _protocol.short_digest(data[8:]) == data[:8]:
+        context.state = recorddict_from_proto(SerializedRecordDict.FromString(data[8:]))
+
+
+def write_context(path: Path, context: Context) -> None:
+    """Write the state in the context of a node to a file atomically."""
+    data, part = recorddict_to_proto(context.state).SerializeToString(), path.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(_protocol.short_digest(data) + data)
+    part.replace(path)
+
+
 @jax.jit
 def _compute_worker_step(
     alg: Algorithm, worker: WorkerState, state: AlgorithmState, shards: Shards, key: PRNGKeyArray, index: Any, at: Any
@@ -142,10 +159,13 @@ def _read_key(data: bytes) -> PRNGKeyArray:
 class FederatedClient:
     """Handler of broadcasts for one worker on a Flower node.
 
-    All state is stored in the node's context, so the process may end after each message.
+    All state is stored in the node's context, so the process may end after each message. Flower keeps the context until
+    the node or the SuperLink stops, `state_dir` keeps it longer.
     """
 
-    def __init__(self, alg: Algorithm, load_shard: Callable[[int], Shards]) -> None:
+    def __init__(
+        self, alg: Algorithm, load_shard: Callable[[int], Shards], *, state_dir: str | Path | None = None
+    ) -> None:
         self._alg = replace(alg, rule=ForcedUpload(alg.rule, False))
         full = replace(alg, rule=ForcedUpload(alg.rule, True), compressor=identity())
         self._full = full if alg.memory.is_persistent else self._alg
@@ -153,6 +173,7 @@ class FederatedClient:
         self._scheme = _protocol.short_digest(_protocol.scheme_digests(alg))
         # a dictionary of loaded shards instead of functools.cache, because Ray copies apps
         self._load_shard, self._shards = load_shard, {}
+        self._state_dir = state_dir
         self._model = jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)
         worker = jax.eval_shape(_fresh_worker_state, alg, self._model)
         # shapes of the arrays of a `ClientState`
@@ -169,6 +190,10 @@ class FederatedClient:
         worker = int(context.node_config["partition-id"])
         if down.worker != worker:
             raise ValueError(f"broadcast to worker {down.worker}: must be to worker {worker}, the node's partition-id")
+        run = _protocol.short_digest(self._scheme, down.key).hex()
+        path = None if self._state_dir is None else Path(self._state_dir) / f"worker-{worker}-{run}.state"
+        if path is not None and _protocol.RECORD_KEY not in context.state:
+            read_context(path, context)
         kept = load_state(context, self._likes)
         known = self._resolve_broadcast(down, parts, kept)
         about = down.session, down.round, worker, _protocol.REPLY_OUT_OF_SYNC, *_protocol.UNKNOWN_UPLOAD
@@ -197,6 +222,8 @@ class FederatedClient:
         kind = upload if sent else _protocol.REPLY_SILENT
         times = computed - began, time.perf_counter() - computed
         save_state(context, ClientState(down.session, down.round, base, last, params, history, before, after))
+        if path is not None:
+            write_context(path, context)
         head = blank._replace(kind=kind, base=base[0], base_digest=base[1], digest=last[1] if sent else bytes(8))
         head = head._replace(size=size if sent else 0, gradients=gradients, loss=loss, compute=times[0], pack=times[1])
         return Message(_protocol.make_record(head, body=body), reply_to=message)
@@ -279,7 +306,11 @@ def _check_worker_shard(alg: Algorithm, shards: Shards) -> Shards:
 
 
 def client_app(
-    alg: Algorithm, load_shard: Callable[[int], Shards], *, compilation_cache_dir: str | Path | None = None
+    alg: Algorithm,
+    load_shard: Callable[[int], Shards],
+    *,
+    compilation_cache_dir: str | Path | None = None,
+    state_dir: str | Path | None = None,
 ) -> ClientApp:
     """Build the Flower ClientApp of a worker.
 
@@ -289,12 +320,14 @@ def client_app(
             node's `partition-id`.
         compilation_cache_dir: folder for compiled programs. Flower's processes end after each message; without this
             folder each of them compiles again.
+        state_dir: folder for the worker's state, one file for each run. With it a run that continues after the node or
+            the SuperLink was killed has the results of an undisturbed run; without it the worker makes a full upload.
 
     Returns:
         The app. Each node stores its worker's state in its context.
     """
     _protocol.enable_compilation_cache(compilation_cache_dir)
-    app, client = ClientApp(), FederatedClient(alg, load_shard)
+    app, client = ClientApp(), FederatedClient(alg, load_shard, state_dir=state_dir)
     app.train()(client)
 
     @app.query()

@@ -56,8 +56,8 @@ def column(stats: Any, name: str) -> np.ndarray:
 RULE: dict[str, Any] = dict(lr=0.05, num_workers=4)
 ADAM: Any = dict(optimizer=algorithms.amsgrad)
 # in `make test` members with parts of their own: rules of the worker and of the server, a downlink, a shared draw, a snapshot,
-# participation
-QUICK = ["two_laq", "lag_ps", "lasg_wk1", "fedlaq"]
+# an oracle that reads the aggregate, an oracle with a state; participation
+QUICK = ["two_laq", "lag_ps", "lasg_wk1", "scaffold", "diloco_ef"]
 
 
 @pytest.mark.parametrize(
@@ -424,20 +424,35 @@ def test_a_restarted_server_goes_on_as_if_it_had_not_stopped(tmp_path: Path, toy
             _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
 
 
-def test_a_restart_of_everything_goes_on_from_the_checkpoint(tmp_path: Path, toy: Toy) -> None:
-    """The SuperLink was killed: another run has other nodes, whose clients have no state."""
+@pytest.mark.parametrize("states", ["kept", "damaged", "none"])
+def test_a_restart_of_everything_goes_on_from_the_checkpoint(
+    states: str, tmp_path: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SuperLink was killed after the clients' work and before the checkpoint; the next run has other nodes."""
     alg, path = make("laq", toy), tmp_path / "results" / "state.npz"
-    app = _client.client_app(alg, loader(toy.shards))
-    list(_server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path).run(InProcessGrid(app, range(4)), 4))
+    app = _client.client_app(alg, loader(toy.shards), state_dir=None if states == "none" else tmp_path / "states")
+    grid = InProcessGrid(app, range(4))
+    server = _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path)
+    list(server.run(grid, 6))
+    with monkeypatch.context() as patch:
+        patch.setattr(_server, "save_checkpoint", lambda *_: None)
+        server.run_round(grid)
+    for file in tmp_path.glob("states/*") if states == "damaged" else []:
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
     grid = InProcessGrid(app, [])
     for worker in range(4):
         grid.join(worker, node=500 + worker)
     server = _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path)
-    stats = list(server.run(grid, 7))
-    np.testing.assert_array_equal(column(stats, "round"), [4, 5, 6])
+    stats = list(server.run(grid, 12))
+    np.testing.assert_array_equal(column(stats, "round"), np.arange(6, 12))
     assert column(stats, "answered").all()
-    np.testing.assert_array_equal(column(stats, "bits_up")[0], [32 * 63] * 4)
     np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+    if states == "kept":
+        straight, calm, _ = federated(alg, toy.theta0, toy.shards, 12)
+        np.testing.assert_array_equal(column(stats, "sent"), column(straight, "sent")[6:])
+        np.testing.assert_array_equal(server.state.params, calm.state.params)
+    else:
+        np.testing.assert_array_equal(column(stats, "bits_up")[0], [32 * 63] * 4)
 
 
 @pytest.mark.parametrize("found", [None, 0])
@@ -487,6 +502,38 @@ def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:
     assert second.bits_up[2] == 32 * 63
     assert third.bits_up[2] in (0, 32 + 3 * 63 + 3)
     np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+
+
+def test_an_inner_optimizer_rolls_back_with_a_lost_upload(toy: Toy) -> None:
+    """Its state is of the local steps whose change arrived; after lost state it starts anew."""
+    alg, lost = make("diloco_ef", toy), [False]
+    likes = _client.FederatedClient(alg, loader(toy.shards))._likes
+
+    def up(message: Message) -> list[Message]:
+        return [] if lost[0] and message.metadata.src_node_id == 101 else [message]
+
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), uplink_fault=up)
+    server = _server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.1)
+    list(server.run(grid, 2))
+
+    def run_round(loses: bool) -> bool:
+        lost[0] = loses
+        return bool(server.run_round(grid).sent[1])
+
+    def count_steps() -> int:
+        return int(_client.load_state(grid.contexts[101], likes).after.oracle_state[0].count)  # pyright: ignore[reportOptionalMemberAccess]
+
+    steps = count_steps()
+    assert 0 < steps <= 4
+    while server._roster.model_rounds.get(101, 0) is not None:  # until the worker is selected and its upload is lost
+        run_round(loses=True)
+    while not run_round(loses=False):
+        pass
+    assert count_steps() == steps + 2
+    grid.contexts[101].state = RecordDict()
+    while not run_round(loses=False):
+        pass
+    assert count_steps() == 2
 
 
 def test_a_worker_that_joins_late(toy: Toy) -> None:
