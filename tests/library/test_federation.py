@@ -506,34 +506,35 @@ def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:
 
 def test_an_inner_optimizer_rolls_back_with_a_lost_upload(toy: Toy) -> None:
     """Its state is of the local steps whose change arrived; after lost state it starts anew."""
-    alg, lost = make("diloco_ef", toy), [False]
+    alg, dropped, losing = make("diloco_ef", toy), [0], [False]
     likes = _client.FederatedClient(alg, loader(toy.shards))._likes
 
     def up(message: Message) -> list[Message]:
-        return [] if lost[0] and message.metadata.src_node_id == 101 else [message]
+        drops = losing[0] and message.metadata.src_node_id == 101
+        dropped[0] += drops
+        return [] if drops else [message]
 
     grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), uplink_fault=up)
     server = _server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.1)
-    list(server.run(grid, 2))
 
-    def run_round(loses: bool) -> bool:
-        lost[0] = loses
-        return bool(server.run_round(grid).sent[1])
-
-    def count_steps() -> int:
+    def steps_after(event: Callable[[Any], Any]) -> int:
+        """Return the local steps of worker 1, after the round in which the event came."""
+        stats = server.run_round(grid)
+        for _ in range(9):
+            if event(stats):
+                break
+            stats = server.run_round(grid)
+        assert event(stats)
         return int(_client.load_state(grid.contexts[101], likes).after.oracle_state[0].count)  # pyright: ignore[reportOptionalMemberAccess]
 
-    steps = count_steps()
-    assert 0 < steps <= 4
-    while server._roster.model_rounds.get(101, 0) is not None:  # until the worker is selected and its upload is lost
-        run_round(loses=True)
-    while not run_round(loses=False):
-        pass
-    assert count_steps() == steps + 2
+    list(server.run(grid, 1))
+    steps = steps_after(lambda stats: stats.sent[1])
+    losing[0] = True
+    assert steps_after(lambda stats: dropped[0]) == steps + 2
+    losing[0] = False
+    assert steps_after(lambda stats: stats.sent[1]) == steps + 2
     grid.contexts[101].state = RecordDict()
-    while not run_round(loses=False):
-        pass
-    assert count_steps() == 2
+    assert steps_after(lambda stats: stats.sent[1]) == 2
 
 
 def test_a_worker_that_joins_late(toy: Toy) -> None:
