@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from jaxtyping import Array, PRNGKeyArray
 
 from laqjax import types
-from laqjax._core.round import Algorithm, worker_step
+from laqjax._core.round import Algorithm, init_worker_state, worker_step
 from laqjax._core.wire_format import from_bytes, to_bytes
 from laqjax.compressors import identity
 from laqjax.federation import _protocol
@@ -52,7 +52,7 @@ def _update_shared_state(rule: types.UploadRule, shared_state: Any, step: Server
 @jax.jit
 def _fresh_worker_state(alg: Algorithm, params: Array) -> WorkerState:
     """Initialize the state of a worker without history."""
-    return WorkerState(alg.memory.init(params), alg.rule.init(params)[1])
+    return init_worker_state(alg, params)
 
 
 class ClientState(NamedTuple):

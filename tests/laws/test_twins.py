@@ -16,9 +16,9 @@ import optax
 import pytest
 
 import laqjax
-from laqjax import Shards, algorithms, compressors, memories, rules, samplers, types
+from laqjax import Shards, algorithms, compressors, memories, rules, samplers
 from tests.laws import reference, twins
-from tests.laws.registry import ROWS, TWIN_EACH, TWIN_LAZY, Twin
+from tests.laws.registry import ROWS, TWIN_EACH, TWIN_LAZY, Twin, draw_participants
 from tests.support import KEY, Toy, keys_of
 
 ROUNDS, WORKERS, LR = 60, 3, 0.05
@@ -170,21 +170,7 @@ def test_the_twin_of_partial_participation(member: str, toy64: Toy) -> None:
         scheme = compressors.grid(3) if member == "laq" else compressors.identity()
         return laqjax.assemble(given, scheme, rule, memories.make_innovation_memory(given), **server)
 
-    rule = rules.partial_participation(rules.Always(), WORKERS, count=2)
-    nothing: Any = None
-    asked = np.array(
-        [
-            [
-                bool(
-                    rule.is_participating(
-                        types.RoundContext(nothing, keys_of(k, m, WORKERS), nothing, WORKERS, nothing)
-                    )
-                )
-                for m in range(WORKERS)
-            ]
-            for k in range(ROUNDS)
-        ]
-    )
+    asked = draw_participants(WORKERS, ROUNDS, 2)
     assert np.all(asked.sum(axis=1) == 2)
     assert np.all(asked.mean(axis=0) > 0.4)
     out = agree(
