@@ -78,7 +78,14 @@ class LazyAggregateState(NamedTuple):
         is_vector = partial(_is_instance, SplitVector)
 
         def make(lead: tuple[str, ...], node: Any) -> Any:
-            return SplitVector(_join_specs(lead, param_specs, node.tree)) if is_vector(node) else P(*lead)
+            if not is_vector(node):
+                return P(*lead)
+            if jax.tree.structure(node.tree, is_leaf=_is_none) != jax.tree.structure(param_specs, is_leaf=is_spec):
+                raise ValueError(
+                    f"param_specs = {param_specs!r} for a state of lazy_aggregate(param_specs=...): must be one "
+                    "PartitionSpec for each leaf of the parameters, as lazy_aggregate was given"
+                )
+            return SplitVector(_join_specs(lead, param_specs, node.tree))
 
         whole = jax.tree.map(partial(make, lead), self, is_leaf=is_vector)
         workers = jax.tree.map(partial(make, (*lead, axis)), self.algorithm_state.workers, is_leaf=is_vector)

@@ -162,7 +162,7 @@ class SplitCompressor:
         is_read = not payload  # a reader does not count
         for i, (block, segments) in enumerate(zip(self._split(like), self.blocks, strict=True)):
             for field in self.compressor.wire_fields(payload.setdefault(str(i), {}), block):
-                yield field if is_read else field._replace(mask=self._counted(field, segments))
+                yield field if is_read else field._replace(mask=self._count_mask(field, segments))
 
     def _split(self, vector: Any) -> list[Any]:
         """Return the blocks of an array, or their structs; one block takes a part of a vector too."""
@@ -173,7 +173,7 @@ class SplitCompressor:
             return [jax.ShapeDtypeStruct((size,), vector.dtype) for size in sizes]
         return jnp.split(vector, np.cumsum(sizes)[:-1])
 
-    def _counted(self, field: Any, segments: tuple[Segment, ...]) -> Bool[Array, "..."]:
+    def _count_mask(self, field: Any, segments: tuple[Segment, ...]) -> Bool[Array, "..."]:
         """Return which numbers of a field this device counts: the first one of the devices that hold them."""
         parts = segments
         if field.like.shape != (sum(size for size, _ in segments),):

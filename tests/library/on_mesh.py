@@ -16,6 +16,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 import orbax.checkpoint  # noqa: E402
+import pytest  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
@@ -30,6 +31,7 @@ from laqjax import (  # noqa: E402
     sharding,
 )
 from laqjax._engine import loop  # noqa: E402
+from laqjax._engine.split_parameters import SplitCompressor  # noqa: E402
 from laqjax.samplers import BlockSampler  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -357,29 +359,22 @@ def flat(params: Any) -> Any:
     return np.concatenate([np.asarray(leaf).reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(params)], axis=1)
 
 
-def local_loop(problem: Regression, tx: Any, along: Any, param_specs: Any = None) -> Any:
+def local_loop(problem: Regression, tx: Any, along: Any) -> Any:
     """A compiled step of a loop with local training, its arguments, and where they are placed."""
-    params = local_training.replicate(problem.params, 4 if "model" not in along.shape else 2)
-    specs = laqjax.aggregation.partition_specs(jax.eval_shape(tx.init, params), "data", param_specs)
-    split = P("data") if param_specs is None else jax.tree.map(lambda spec: P("data", *spec), param_specs)
-    places = jax.tree.map(lambda spec: NamedSharding(along, spec), (split, specs, P("data")))
-    if param_specs is None:
-        places = (jax.tree.map(lambda leaf: places[0], params), *places[1:])
+    params = local_training.replicate(problem.params, 4)
+    specs = laqjax.aggregation.partition_specs(jax.eval_shape(tx.init, params), "data")
+    split = P("data")
+    places = jax.tree.map(lambda spec: NamedSharding(along, spec), ({"b": split, "w": split}, specs))
 
     def step(params: Any, state: Any, x: Any, y: Any) -> Any:
-        part = Regression(x, y, None)
-        grad = part.gradient(jax.tree.map(lambda a: a[0], params), 0)
-        if param_specs is not None:
-            grad["b"] = jax.lax.all_gather(grad["b"], "model", tiled=True)
+        grad = Regression(x, y, None).gradient(jax.tree.map(lambda a: a[0], params), 0)
         updates, state = tx.update(jax.tree.map(lambda a: a[None], grad), state, params)
         return optax.apply_updates(params, updates), state
 
-    rows = P("data", None, "model") if param_specs is not None else P("data")
     step = jax.shard_map(
-        step, mesh=along, in_specs=(split, specs, P("data"), rows), out_specs=(split, specs), check_vma=False
+        step, mesh=along, in_specs=(split, specs, split, split), out_specs=(split, specs), check_vma=False
     )
-    state = jax.jit(tx.init, out_shardings=places[1])(params)
-    return jax.jit(step), jax.device_put(params, places[0]), state, places
+    return jax.jit(step), *jax.device_put((params, tx.init(params)), places), places
 
 
 def diloco() -> None:
@@ -444,6 +439,135 @@ def diloco() -> None:
     (OUT / "diloco").write_text("")
 
 
+def split(more: bool = False) -> None:
+    """Parameters that a second manual axis splits, and steps in which one of two workers sends; `more` methods."""
+    problem = make_regression()
+    kind, devices = jax.sharding.AxisType.Auto, jax.devices()
+    whole = jax.make_mesh((2,), ("data",), (kind,), devices=devices[:2])
+    both = jax.make_mesh((2, 2), ("data", "model"), (kind, kind))
+    param_specs = {"b": P(), "w": P(None, "model")}
+    scales = np.array([[1, 1], [9, 1], [1, 1], [1, 9], [1, 1], [1, 1], [1, 3], [3, 1]], np.float64)
+
+    def train(make: Any, parts: bool = False, is_split: bool = False, locally: bool = False, **options: Any) -> Any:
+        """Final parameters, who sent what in each step, and the state.
+
+        The parameters are whole, two halves of "w" (`parts`), or split over the axis "model" (`is_split`); each worker
+        has its own with local training.
+        """
+        params, specs_of_params = problem.params, jax.tree.map(lambda leaf: P(), problem.params)
+        if parts:
+            params = {"b": params["b"], "w0": params["w"][:, :3], "w1": params["w"][:, 3:]}
+            specs_of_params = jax.tree.map(lambda leaf: P(), params)
+        if is_split:
+            specs_of_params = param_specs
+            options = options | {"param_specs": param_specs}
+        tx, along = make(**options), both if is_split else whole
+        if locally:
+            params = local_training.replicate(params, 2)
+            specs_of_params = jax.tree.map(lambda spec: P("data", *spec), specs_of_params)
+        specs = laqjax.aggregation.partition_specs(
+            jax.eval_shape(tx.init, params), "data", param_specs if is_split else None
+        )
+
+        def gradient(params: Any, x: Any, y: Any) -> Any:
+            b, w = params["b"], jax.numpy.concatenate([params["w0"], params["w1"]], axis=1) if parts else params["w"]
+            if is_split:
+                b = jax.lax.dynamic_slice(b, (3 * jax.lax.axis_index("model"),), (3,))
+            rest = 2 * (x @ w + b[None] - y) / (16 * 6)
+            grad = {"b": rest.sum(axis=0), "w": x.T @ rest}
+            if is_split:
+                grad["b"] = jax.lax.all_gather(grad["b"], "model", tiled=True)
+            return {"b": grad["b"], "w0": grad["w"][:, :3], "w1": grad["w"][:, 3:]} if parts else grad
+
+        def step(params: Any, state: Any, x: Any, y: Any, scale: Any) -> Any:
+            mine = jax.tree.map(lambda a: a[0], params) if locally else params
+            grad = jax.tree.map(lambda a: a * scale[0], gradient(mine, x[0], y[0]))
+            grad = jax.tree.map(lambda a: a[None], grad) if locally else grad
+            updates, state = tx.update(grad, state, params)
+            return optax.apply_updates(params, updates), state
+
+        rows = P("data", None, "model") if is_split else P("data")
+        step = jax.shard_map(
+            step,
+            mesh=along,
+            in_specs=(specs_of_params, specs, P("data"), rows, P("data")),
+            out_specs=(specs_of_params, specs),
+            check_vma=False,
+        )
+        places = jax.tree.map(lambda spec: NamedSharding(along, spec), (specs_of_params, specs))
+        params, state = jax.device_put((params, tx.init(params)), places)
+        data = jax.device_put(problem.x[:2], NamedSharding(along, P("data")))
+        targets = jax.device_put(problem.y[:2], NamedSharding(along, rows))
+        step, seen = jax.jit(step, out_shardings=places), []
+        for scale in scales:
+            params, state = step(params, state, data, targets, jax.device_put(scale, NamedSharding(along, P("data"))))
+            here = state.aggregate_state if locally else state[0]
+            seen.append((np.asarray(here.sent), here.bits_up, int(here.bytes_received)))
+        for copy in params["b"].addressable_shards:  # the same on all devices of a worker
+            np.testing.assert_array_equal(copy.data, params["b"][copy.index])
+        params = jax.device_get(params)
+        if parts:
+            params = {"b": params["b"], "w": np.concatenate([params["w0"], params["w1"]], axis=1)}
+        return params, np.stack([sent for sent, _, _ in seen]), np.stack([bits for _, bits, _ in seen]), state
+
+    def lazily(method: Any, **settings: Any) -> Any:
+        return lambda **options: optax.chain(
+            laqjax.lazy_aggregate("data", 2, method, **settings, **options), optax.sgd(0.05, momentum=0.5)
+        )
+
+    def compare_runs(name: str, one: Any, two: Any) -> None:
+        for leaf in one[0]:
+            np.testing.assert_allclose(two[0][leaf], one[0][leaf], rtol=1e-9, atol=1e-9, err_msg=name)
+        compare(name, {"sent": one[1], "bits": one[2]}, {"sent": two[1], "bits": two[2]})
+
+    laq = lazily(algorithms.laq, bits=4)
+    alone = train(laq)
+    assert {(True, False), (False, True), (False, False)} <= {(bool(a), bool(b)) for a, b in alone[1]}
+    placed = {name: NamedSharding(both, spec) for name, spec in {"b": P(), "w": P("model")}.items()}
+    otherwise = jax.device_put(problem.params, placed)
+    with pytest.raises(ValueError, match="that is placed by"):
+        laq(param_specs=param_specs).init(otherwise)
+    for collective in ("all_to_all", "all_reduce") if more else ("all_gather",):
+        here = train(laq, is_split=True, collective=collective)
+        compare_runs(f"laq-{collective}", alone, here)
+        memory = here[-1][0].algorithm_state.workers.memory_state.tree["w"]
+        assert memory.shape == (2, 8, 6)
+        assert memory.sharding.spec == P("data", None, "model")
+    methods = {
+        "leaf": lazily(algorithms.laq, bits=4, quantizer_blocks="leaf"),
+        "lag": lazily(algorithms.lag_wk),
+        "small": lazily(algorithms.laq, bits=4, skip_small=7),
+    }
+    for name, make in methods.items() if more else [("qgd", lazily(algorithms.qgd, bits=3))]:
+        compare_runs(name, train(make), train(make, is_split=True))
+    if more:
+        train(lazily(algorithms.qsgd, levels=3), is_split=True)
+        draws = SplitCompressor(compressors.qsgd(3), (((40, ()),), ((40, ("model",)),)), ("model",))
+        keys = laqjax.types.RoundKeys(KEY, KEY, KEY, jax.numpy.int32(1), jax.numpy.int32(0))
+
+        def draw(target: Any) -> Any:
+            payload = draws.encode(target, keys)
+            return [payload[block]["level"] for block in "01"]
+
+        draw = jax.shard_map(draw, mesh=both, in_specs=P(), out_specs=P("model"), check_vma=False)
+        levels = [np.split(level, 2) for level in draw(np.ones(80))]
+        np.testing.assert_array_equal(*levels[0])  # a leaf that is not split
+        assert not np.array_equal(*levels[1])
+        return
+    ef21 = lazily(algorithms.ef21, compressor=compressors.top_k(3))
+    compare_runs("ef21", train(ef21, parts=True, quantizer_blocks="leaf"), train(ef21, is_split=True))
+
+    def local(**options: Any) -> Any:
+        common: Any = {"axis": "data", "num_workers": 2, "sync_every": 2, "bits": 4, "xi": 0.1}
+        return laqjax.diloco_optimizer(optax.adamw(1e-2), **common, **options)
+
+    one, two = train(local, locally=True), train(local, locally=True, is_split=True)
+    compare_runs("diloco", one, two)
+    model = local_training.collapse(two[-1])
+    for name, leaf in two[0].items():
+        np.testing.assert_array_equal(leaf, np.stack([model[name]] * 2))
+
+
 def unflat(rows: Any) -> Any:
     """Vectors [M, p] as parameters with the axis of the workers."""
     return {"b": rows[:, :6], "w": rows[:, 6:].reshape(-1, 8, 6)}
@@ -496,6 +620,8 @@ if __name__ == "__main__":
         "lazy": lazy,
         "beside": beside,
         "diloco": diloco,
+        "split": split,
+        "split_more": lambda: split(more=True),
         "resumed": resumed,
         "disagree": disagree,
     }

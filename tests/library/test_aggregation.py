@@ -19,6 +19,10 @@ from laqjax.samplers import BlockSampler
 
 PARAMS = {"b": jnp.zeros(6), "w": jnp.ones((8, 6))}
 WHOLE = P()
+SPECS = {"b": P(), "w": P(None, "model")}
+WORKERS = local_training.replicate(PARAMS, 4)
+LOCALLY: Any = {"axis": "data", "num_workers": 4, "sync_every": 3}
+DILOCO = laqjax.diloco_optimizer(optax.adamw(1e-3), bits=4, **LOCALLY)
 TOP = compressors.top_k(3)
 
 
@@ -53,6 +57,18 @@ TOP = compressors.top_k(3)
         ("laq", {}, "algorithm = 'laq': must be a function, such as laqjax.algorithms.laq"),
         ("ef21", {}, "such as laqjax.algorithms.ef21"),
         (None, {}, "algorithm = None: must be a function"),
+        (algorithms.laq, {"param_specs": {"w": P("data")}}, "must not name 'data', the axis of the workers"),
+        (algorithms.laq, {"param_specs": {"w": "model"}}, "param_specs with a leaf 'model': must be a pytree of"),
+        (algorithms.laq, {"param_specs": {"w": None}}, "param_specs with a leaf None: must be a pytree of"),
+        (
+            algorithms.laq,
+            {"param_specs": SPECS, "quantizer_blocks": (54,)},
+            "quantizer_blocks = (54,) with param_specs: must be None or 'leaf'",
+        ),
+        (algorithms.laq, {"skip_small": -1}, "skip_small = -1: must be a whole number >= 0"),
+        (algorithms.laq, {"memory_dtype": jnp.bfloat16}, "with the memory Innovation: must be None, since worker and"),
+        (algorithms.topk_ef, {"k": 3, "memory_dtype": "int8"}, "memory_dtype = 'int8': must be a floating dtype"),
+        (algorithms.topk_ef, {"k": 3, "memory_dtype": "half a byte"}, "must be a floating dtype, such as jnp.bfloat16"),
     ],
 )
 def test_arguments_are_checked_in_the_constructor(method: Any, settings: Any, message: str) -> None:
@@ -73,13 +89,13 @@ def traced(
     init: Any = None,
     params: Any = PARAMS,
     split: Any = WHOLE,
-    param_specs: Any = None,
+    specs_of: Any = None,
     applied: bool = False,
     **given: Any,
 ) -> Any:
     """Shapes after an update inside `jax.shard_map`, on devices that need not exist."""
     state = jax.eval_shape(tx.init if init is None else init, params)
-    specs = laqjax.aggregation.partition_specs(state, "data", param_specs) if specs is None else specs
+    specs = laqjax.aggregation.partition_specs(state, "data", specs_of) if specs is None else specs
     mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,)) if mesh is None else mesh
     options: Any = {"check_vma": False} | given
 
@@ -94,6 +110,11 @@ def traced(
 TWO_AXES = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
+def split_laq(param_specs: Any = SPECS, **settings: Any) -> Any:
+    """LAQ with parameters that the axis "model" splits."""
+    return laqjax.lazy_aggregate("data", 4, param_specs=param_specs, **settings)
+
+
 @pytest.mark.parametrize(
     ("tx", "options"),
     [
@@ -104,8 +125,9 @@ TWO_AXES = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) *
             laqjax.lazy_aggregate("data", 4, algorithms.ef21, compressor=compressors.optimal_sparsifier(0.2)),
             {"mesh": TWO_AXES},
         ),
+        (split_laq(), {"mesh": TWO_AXES, "specs_of": SPECS, "split": SPECS}),
     ],
-    ids=["laq", "k of p", "partial", "two manual axes"],
+    ids=["laq", "k of p", "partial", "two manual axes", "split"],
 )
 def test_what_can_work_is_not_refused(tx: Any, options: Any) -> None:
     direction, state = traced(tx, **options)
@@ -117,6 +139,68 @@ def fedavg(oracle: Any, *, lr: Any, num_workers: int, optimizer: Any) -> laqjax.
     """Local steps on the server's learning rate."""
     local = oracles.with_local_steps(oracle, 1, 0.1)
     return algorithms.gd(local, lr=lr, num_workers=num_workers, optimizer=optimizer)
+
+
+def test_specs_follow_the_parameters() -> None:
+    """The state of the workers and the moments of Adam are split as the parameters are."""
+    tx = optax.chain(split_laq(skip_small=7), optax.adam(1e-3))
+    state = jax.eval_shape(tx.init, PARAMS)
+    lazy, (adam, _) = laqjax.aggregation.partition_specs(state, "data", SPECS)
+    assert adam.mu == adam.nu == SPECS
+    assert adam.count == P()
+    assert lazy.algorithm_state.workers.memory_state.tree == {"b": None, "w": P("data", None, "model")}
+    assert lazy.algorithm_state.aggregate.tree == {"b": None, "w": P(None, "model")}
+    assert lazy.sent == P()
+    tx = laqjax.diloco_optimizer(optax.adam(1e-3), param_specs=SPECS, **LOCALLY)
+    own = laqjax.aggregation.partition_specs(jax.eval_shape(tx.init, WORKERS), "data", SPECS)
+    assert own.inner_state[0].mu == {"b": P("data"), "w": P("data", None, "model")}
+    assert own.inner_state[0].count == P("data")
+    assert own.outer_state[0].trace == own.params == SPECS
+    one = laqjax.lazy_aggregate("data", 4, param_specs=P("model"))  # a single array: no other vector is mistaken for it
+    own = laqjax.aggregation.partition_specs(jax.eval_shape(one.init, jnp.zeros(4)), "data", P("model"))
+    assert own.sent == own.algorithm_state.rule_state[0] == P()
+    assert own.algorithm_state.aggregate.tree == P("model")
+
+
+def on_one_device(tx: Any, *gradients: Any) -> Any:
+    """Directions and the last state of updates of a single worker."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    state, directions = tx.init(PARAMS), []
+    specs = laqjax.aggregation.partition_specs(state, "data")
+    step: Any = jax.shard_map(
+        tx.update, mesh=mesh, in_specs=(WHOLE, specs, WHOLE), out_specs=(WHOLE, specs), check_vma=False
+    )
+    step = jax.jit(step)
+    for gradient in gradients:
+        direction, state = step(gradient, state, PARAMS)
+        directions.append(direction)
+    return directions, state
+
+
+def test_small_leaves_are_averaged_in_every_step() -> None:
+    tx = laqjax.lazy_aggregate("data", 1, bits=4, skip_small=7, max_silence=10)
+    first, second = {"b": jnp.arange(6.0), "w": jnp.ones((8, 6))}, {"b": -jnp.arange(6.0), "w": jnp.ones((8, 6))}
+    directions, state = on_one_device(tx, first, second)
+    np.testing.assert_array_equal(directions[0]["b"], first["b"])
+    np.testing.assert_array_equal(directions[1]["b"], second["b"])
+    np.testing.assert_array_equal(directions[0]["w"], first["w"])  # all at the radius of the grid
+    assert state.algorithm_state.aggregate.shape == (48,)
+    assert not state.sent.any()
+    assert state.bits_up.tolist() == [6 * 32]  # silent, apart from the small leaf
+    assert int(state.total_uploads) == 1
+    with pytest.raises(ValueError, match="skip_small = 49 with parameters of at most 48 numbers in a leaf: must leave"):
+        laqjax.lazy_aggregate("data", 1, skip_small=49).init(PARAMS)
+
+
+def test_the_error_of_error_feedback_is_kept_in_a_smaller_dtype() -> None:
+    tx = laqjax.lazy_aggregate("data", 1, algorithms.topk_ef, k=3, memory_dtype=jnp.bfloat16)
+    gradient = {"b": jnp.linspace(0, 1, 6), "w": jnp.linspace(1, 2, 48).reshape(8, 6)}
+    directions, state = on_one_device(tx, gradient)
+    error = state.algorithm_state.workers.memory_state
+    left = jnp.concatenate([gradient[name].ravel() - directions[0][name].ravel() for name in "bw"])
+    assert error.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(error[0], left.astype(jnp.bfloat16))
+    assert {leaf.dtype for leaf in jax.tree.leaves(directions)} == {np.dtype(np.float32)}
 
 
 LAQ = laqjax.lazy_aggregate("data", 4)
@@ -131,6 +215,29 @@ OTHER = laqjax.lazy_aggregate("data", 4, algorithms.lasg_wk2, sampler=BlockSampl
         (LAQ, {"specs": P()}, "an array [4, 54] of the workers' state on each device: must be one row"),
         (LAQ, {"check_vma": True}, "with check_vma=True, its default: must be check_vma=False"),
         (LAQ, {"mesh": TWO_AXES, "split": {"b": P(), "w": P("model")}}, "an array [54] in its state where"),
+        (split_laq({"w": P()}), {}, "param_specs of the structure PyTreeDef({'w': *}) for parameters of the structure"),
+        (split_laq(SPECS | {"b": P(None, "model")}), {}, "for a leaf of shape [6]: must have at most 1 entries"),
+        (
+            split_laq(),
+            {"mesh": TWO_AXES, "axis_names": {"data"}, "specs_of": {"b": P(), "w": P()}},
+            "param_specs with the axis 'model', which is not manual here",
+        ),
+        (
+            split_laq(),
+            {"mesh": TWO_AXES, "specs_of": SPECS},
+            "split as param_specs says; pass param_specs to partition_specs",
+        ),
+        (
+            split_laq(SPECS | {"w": P("model")}),
+            {"mesh": TWO_AXES, "specs_of": SPECS | {"w": P("model")}, "split": SPECS},
+            "an array [4, 6] in its state where these parameters need [8, 3]",
+        ),
+        (split_laq(), {}, "param_specs = None for a state of lazy_aggregate(param_specs=...): must be one"),
+        (
+            split_laq(),
+            {"specs_of": {"w": P()}},
+            "for a state of lazy_aggregate(param_specs=...): must be one PartitionSpec",
+        ),
         (LAQ, {"init": laqjax.lazy_aggregate("data", 4, fraction).init}, "with the state of another method"),
         (
             SAMPLED,
@@ -146,11 +253,6 @@ OTHER = laqjax.lazy_aggregate("data", 4, algorithms.lasg_wk2, sampler=BlockSampl
 def test_an_update_that_cannot_work_is_refused(tx: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         traced(tx, **options)
-
-
-WORKERS = local_training.replicate(PARAMS, 4)
-LOCALLY: Any = {"axis": "data", "num_workers": 4, "sync_every": 3}
-DILOCO = laqjax.diloco_optimizer(optax.adamw(1e-3), bits=4, **LOCALLY)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,17 @@ def test_parameters_split_over_a_second_axis_do_not_deadlock(tmp_path: Path) -> 
     assert set(results.values()) == {""}, results
 
 
+def test_parameters_split_over_a_manual_axis_are_whole_ones(tmp_path: Path) -> None:
+    results = on_devices("split", tmp_path, 4)
+    assert results == dict.fromkeys(("laq-all_gather", "qgd", "ef21", "diloco"), "")
+
+
+@pytest.mark.distributed
+def test_more_methods_with_split_parameters(tmp_path: Path) -> None:
+    results = on_devices("split_more", tmp_path, 4, **OPTIMIZED)
+    assert results == dict.fromkeys(("laq-all_to_all", "laq-all_reduce", "leaf", "lag", "small"), "")
+
+
 def test_local_training_in_a_loop_of_ones_own_is_diloco(tmp_path: Path) -> None:
     assert set(on_devices("diloco", tmp_path, 4)) == {"diloco"}
 
