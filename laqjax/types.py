@@ -8,7 +8,8 @@ Each worker:
 
 1. `sampler(keys, shards)` selects the examples of the minibatch. Without a sampler the whole shard is used.
 2. `rule.is_selected(...)` decides whether the worker participates in the round.
-3. `oracle(params, shards, worker, examples)` computes the loss and the gradient [p].
+3. `oracle(params, shards, worker, examples)` computes the loss and the gradient [p]. An oracle with a state for each
+   worker has `evaluate` instead (`StatefulOracle`).
 4. `memory.compression_target(...)` turns the gradient into the vector [p] that is compressed.
 5. `compressor.encode(...)` builds the message; `compressor.decode(...)` is the vector [p] that the server will read
    from it.

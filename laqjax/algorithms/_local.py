@@ -393,10 +393,10 @@ def _fedopt(
     """
     local = make_difference_oracle(oracle, num_local_steps, local_lr)
     count, rule = make_participation(num_workers, num_participants)
-    for name in ("b1", "b2"):
-        check_number(name, numbers[name], np.float64, minimum=0, maximum=1)
-    check_number("tau", numbers["tau"], np.float64, above=0)
-    optimizer = Partial(server, **numbers, count=count)
+    dtype = oracle_dtype(oracle)
+    checked = {name: check_number(name, numbers[name], dtype, minimum=0, maximum=1) for name in ("b1", "b2")}
+    checked["tau"] = check_number("tau", numbers["tau"], dtype, above=0)
+    optimizer = Partial(server, **checked, count=np.asarray(count, dtype))
     return assemble(
         local, identity(), rule, NoMemory(), lr=lr, num_workers=num_workers, optimizer=optimizer, sampler=sampler
     )
