@@ -96,7 +96,7 @@ def train(name: str, period: int, seed: int, settings: Settings, console: Consol
     rng = np.random.default_rng(seed)
     mesh = jax.make_mesh((M,), ("data",), axis_types=(AxisType.Auto,))
     tx, differ = make_optimizer(name, period, settings)
-    start: Any = language_model.init_params(seed)
+    start: Any = jax.jit(language_model.init_params)(seed)
     params = replicate(start, M) if differ else start
     specs = laqjax.aggregation.partition_specs(jax.eval_shape(tx.init, params), "data")
     place = P("data") if differ else P()

@@ -59,20 +59,23 @@ class Block(eqx.Module):
 class LanguageModel(eqx.Module):
     embedding: jax.Array
     positions: jax.Array
-    blocks: list
+    blocks: Block  # of all layers, stacked: each leaf has an axis of layers in front
     norm: eqx.nn.LayerNorm
 
     def __init__(self, key):
         keys = jax.random.split(key, LAYERS + 2)
         self.embedding = 0.1 * jax.random.normal(keys[0], (VOCABULARY, WIDTH))
         self.positions = 0.1 * jax.random.normal(keys[1], (CONTEXT, WIDTH))
-        self.blocks = [Block(key) for key in keys[2:]]
+        self.blocks = eqx.filter_vmap(Block)(keys[2:])
         self.norm = eqx.nn.LayerNorm(WIDTH)
 
     def __call__(self, tokens):
-        h = self.embedding[tokens] + self.positions
-        for block in self.blocks:
-            h = block(h)
+        layers, functions = eqx.partition(self.blocks, eqx.is_array)
+
+        def apply(h, layer):
+            return eqx.combine(layer, functions)(h), None
+
+        h, _ = jax.lax.scan(apply, self.embedding[tokens] + self.positions, layers)
         return jax.vmap(self.norm)(h) @ self.embedding.T
 
 
