@@ -85,6 +85,11 @@ def from_bytes(compressor: Compressor, data: bytes, like: Any) -> Float[Array, "
         ValueError: `data` is not a message of the compressor: it is too long or too short, or it has bits set after
             the last field.
     """
+    return compressor.decode(read_payload(compressor, data, like), like)
+
+
+def read_payload(compressor: Compressor, data: bytes, like: Any) -> dict[str, Any]:
+    """Read the payload of a message; see `from_bytes`."""
     stream, at, payload = np.append(np.frombuffer(data, np.uint8), np.uint8(0)), 0, {}
     for field in compressor.wire_fields(payload, like):
         values = np.zeros(field.like.size, field.like.dtype)
@@ -108,7 +113,7 @@ def from_bytes(compressor: Compressor, data: bytes, like: Any) -> Float[Array, "
         raise ValueError(
             f"a message of {len(data)} bytes: must be {-(-at // 8)} bytes, with zeros after its last field (bit {at})"
         )
-    return compressor.decode(payload, like)
+    return payload
 
 
 # Layout of a field of n numbers with 8 k + r bits each: first the k low bytes of every number, then the upper r bits of

@@ -3,9 +3,12 @@
 `laqjax.federation` describes the protocol that these messages implement.
 """
 
+import dataclasses
+import functools
 import hashlib
 import itertools
 import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +19,9 @@ from flwr.common.serde import message_to_proto
 from jaxtyping import Array, PRNGKeyArray
 
 from laqjax._core.round import Algorithm
+from laqjax._core.validation import get_declaration
 from laqjax.downlinks import CompressedModel, CompressedStep
-from laqjax.types import AlgorithmState
+from laqjax.types import OracleHints
 
 RECORD_KEY = "laqjax"
 UploadId = tuple[int, bytes]  # (round, 8-byte digest) of an upload
@@ -55,7 +59,7 @@ class ReplyHeader(NamedTuple):
     base: int  # round of the upload that the worker's memory includes
     base_digest: bytes  # digest of that upload
     digest: bytes  # digest of this upload; zeros if the worker is silent
-    scheme: bytes  # digest of p, dtype and compressor
+    scheme: bytes  # digest of the settings that client and server must share
     size: int  # message size in bytes, as the library counts it
     gradients: int  # gradient evaluations in this round
     loss: float
@@ -78,14 +82,54 @@ def short_digest(*parts: Any) -> bytes:
     return whole.digest()[:8]
 
 
-def scheme_digest(alg: Algorithm) -> bytes:
-    """Return a digest of p, the dtype, the compressor and its numbers.
+def _describe(value: Any) -> Iterator[Any]:
+    """Yield what identifies a setting in all processes: class names and fields, functions by name, arrays by value.
 
-    Client and server must agree on it, because each decodes the other's messages.
+    The names hold no modules, because a user's own file may be loaded under another module name.
     """
-    leaves, structure = jax.tree.flatten(alg.compressor)
-    about = f"{alg.oracle.size} {alg.oracle.dtype} {structure}".encode()
-    return short_digest(about, *(np.asarray(leaf) for leaf in leaves))
+    if isinstance(value, str | bytes | None):
+        yield repr(value).encode()
+    elif isinstance(value, np.ndarray | np.generic | jax.Array | int | float):
+        array = np.asarray(value)
+        yield f"{array.dtype} {array.shape}".encode()
+        yield array
+    elif isinstance(value, tuple | list):
+        yield f"{type(value).__qualname__} {len(value)}".encode()
+        for item in value:
+            yield from _describe(item)
+    elif isinstance(value, functools.partial):
+        yield from _describe([value.func, value.args, sorted(value.keywords.items())])
+    elif isinstance(value, dict):
+        yield from _describe(sorted(value.items()))
+    elif hasattr(value, "__qualname__"):  # a function or a class
+        yield value.__qualname__.encode()
+    elif dataclasses.is_dataclass(value):
+        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        yield from _describe([type(value), *fields])
+    else:
+        yield from _describe([type(value), getattr(value, "__dict__", {})])
+
+
+SCHEME_PARTS = "model", "compressor", "rule", "memory", "lr", "sampler", "downlink"  # settings that must be equal
+
+
+def scheme_digests(alg: Algorithm) -> bytes:
+    """Return 8 bytes for each of `SCHEME_PARTS`; those of the model cover p, the dtype and the number of workers.
+
+    Client and server must agree on them. They may differ in the oracle and the optimizer.
+    """
+    model = alg.oracle.size, str(alg.oracle.dtype), alg.num_workers
+    return b"".join(short_digest(*_describe(getattr(alg, name, model))) for name in SCHEME_PARTS)
+
+
+def differing_parts(found: bytes, expected: bytes, names: Sequence[str] = SCHEME_PARTS) -> list[str]:
+    """Return the names of the parts whose 8 bytes differ; of all parts, if the lengths differ."""
+    places = range(0, 8 * len(names), 8)
+    return [
+        name
+        for name, at in zip(names, places, strict=True)
+        if len(found) != len(expected) or found[at : at + 8] != expected[at : at + 8]
+    ]
 
 
 def tree_to_bytes(tree: Any) -> bytes:
@@ -139,14 +183,20 @@ def make_record(head: Any, **parts: bytes) -> RecordDict:
     return RecordDict({RECORD_KEY: ConfigRecord({"head": data + short_digest(data)[:HEADER_DIGEST_BYTES], **there})})
 
 
+def shared_history(alg: Algorithm, rule_state: Any, aggregate: Any) -> tuple[Any, Any]:
+    """Return what a worker needs beside the model: the rule's shared state, and the aggregate if the oracle reads it."""
+    return rule_state, aggregate if get_declaration(alg.oracle, OracleHints, "reads_aggregate") else None
+
+
 def make_broadcast(
-    head: BroadcastHeader, state: AlgorithmState, known: int | None, change: bytes
+    head: BroadcastHeader, params: Array, history: tuple[Any, Any], known: int | None, change: bytes
 ) -> tuple[RecordDict, int]:
     """Build the content of the broadcast to one worker, with only the parts that the worker lacks.
 
     Args:
         head: the header; this function sets its fields `model` and `history`.
-        state: state of the server.
+        params: model of the server, [p].
+        history: result of `shared_history`. It has no delta if it contains the aggregate.
         known: round whose model the worker is known to have; None if unknown.
         change: message with the last model change; empty if the server broadcasts the whole model.
 
@@ -156,10 +206,13 @@ def make_broadcast(
     if known == head.round:
         return make_record(head._replace(model=MODEL_UNCHANGED, history=MODEL_UNCHANGED)), 0
     is_near = known == head.round - 1
-    model, history = MODEL_DELTA if is_near and change else MODEL_FULL, MODEL_DELTA if is_near else MODEL_FULL
-    body = change if model == MODEL_DELTA else tree_to_bytes(state.params)
-    shared = tree_to_bytes(state.rule_state) if history == MODEL_FULL else b""
-    return make_record(head._replace(model=model, history=history), body=body, history=shared), len(body)
+    head = head._replace(
+        model=MODEL_DELTA if is_near and change else MODEL_FULL,
+        history=MODEL_DELTA if is_near and history[1] is None else MODEL_FULL,
+    )
+    body = change if head.model == MODEL_DELTA else tree_to_bytes(params)
+    shared = tree_to_bytes(history) if head.history == MODEL_FULL else b""
+    return make_record(head, body=body, history=shared), len(body)
 
 
 def parse_message(kind: Any, message: Message) -> tuple[Any, dict[str, Any]]:

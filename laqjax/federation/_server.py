@@ -3,8 +3,8 @@
 import functools
 import logging
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +16,12 @@ from flwr.serverapp import Grid, ServerApp
 from jaxtyping import Array, PRNGKeyArray
 
 from laqjax._core.round import Algorithm, server_step
+from laqjax._core.validation import check_number
 from laqjax._core.wire_format import from_bytes, to_bytes
 from laqjax.federation import _protocol
-from laqjax.federation._admission import AcceptedReply, ExpectedReply, collect_replies, find_outliers
+from laqjax.federation._admission import AcceptedReply, Admission, ExpectedReply, find_outliers
 from laqjax.federation._checkpoint import Checkpoint, WorkerRecords, restore_checkpoint, save_checkpoint
+from laqjax.federation._polling import ReplyPoller
 from laqjax.federation._protocol import add_delta, down_compressor, worker_keys
 from laqjax.federation._roster import Rejection, Roster, make_hello_messages
 from laqjax.types import AlgorithmState, RoundContext, RoundKeys, ServerResult, UploadContext
@@ -51,13 +53,25 @@ class RoundStats:
     transfer: float  # waiting for replies, less the work of the slowest worker
     decode: float  # checking the replies and the server's step
     refused: int  # rejected replies, answers to hello messages included
+    absent: np.ndarray  # rounds in a row that the worker has missed, this one included
+    rejected: np.ndarray  # rounds in a row in which the reply of the worker was rejected, this one included
 
     @classmethod
     def empty(cls, round: int, workers: int) -> "RoundStats":
         """Create the stats of a round without broadcasts or replies."""
         zeros = lambda kind: np.zeros(workers, kind)  # noqa: E731
         arrays: Any = [zeros(kind) for kind in (*[bool] * 2, *[np.int64] * 6, *[np.float64] * 2)]
-        return cls(round, np.nan, 0, *arrays, transfer=0.0, decode=0.0, refused=0)
+        return cls(
+            round,
+            np.nan,
+            0,
+            *arrays,
+            transfer=0.0,
+            decode=0.0,
+            refused=0,
+            absent=zeros(np.int64),
+            rejected=zeros(np.int64),
+        )
 
 
 @jax.jit
@@ -148,11 +162,13 @@ def _apply_replies(
         for worker in again:
             memories[worker] = jnp.zeros_like(total)
         state = state._replace(aggregate=functools.reduce(add_delta, memories, total))
-    for worker, (_, head, decoded) in uploads.items():
+    for worker, (_, head, decoded, _) in uploads.items():
         total, memories[worker] = _accumulate(alg, total, memories[worker], decoded)
         workers.accepted[worker] = head.round, head.digest
     if alg.rule.server_selects:
-        workers.rule_states = _select_workers(alg, state, workers.rule_states, key, jnp.asarray(stats.sent))[1]
+        workers.rule_states = _select_workers(
+            alg, state, workers.rule_states, key, np.isin(np.arange(alg.num_workers), list(uploads))
+        )[1]
     num_selected, before = np.int32(np.count_nonzero(stats.bytes_down)), state.params
     result = _compute_server_step(alg, state, total, num_selected, key)
     state, stats.bits_down, change, down = result.state, 8 * int(result.bytes_down), b"", down_compressor(alg)
@@ -162,16 +178,60 @@ def _apply_replies(
     return state, ModelChange(change, float(result.metrics["direction_sq"]), float(result.metrics["step_sq"]))
 
 
+class RoundResult(NamedTuple):
+    """Server after a round."""
+
+    state: AlgorithmState
+    change: ModelChange
+    workers: WorkerRecords
+    answered: dict[int, AcceptedReply]  # replies that the round uses
+    rejections: dict[int, Rejection]  # messages that it does not use, by worker
+
+
+def _compute_finite_round(
+    alg: Algorithm,
+    key: PRNGKeyArray,
+    state: AlgorithmState,
+    workers: WorkerRecords,
+    answered: dict[int, AcceptedReply],
+    stats: RoundStats,
+) -> RoundResult:
+    """Apply the replies; leave out the largest messages, at most half, with which the model or its step overflows.
+
+    Raises:
+        RuntimeError: the model or its step is not finite without these messages either.
+    """
+    answered, rejections = dict(answered), {}
+    uploads = sorted((m for m in answered if answered[m].decoded is not None), key=lambda m: answered[m].magnitude)
+    for _ in range(1 + (len(uploads) + 1) // 2):
+        records = replace(workers, memories=list(workers.memories), accepted=list(workers.accepted))
+        after, change = _apply_replies(alg, key, state, records, answered, stats)
+        if np.isfinite([change.direction_sq, change.step_sq]).all() and np.isfinite(np.asarray(after.params)).all():
+            sizes = {worker: reply.magnitude for worker, reply in answered.items() if reply.decoded is not None}
+            records.max_magnitudes = sizes | {
+                worker: max(size, sizes.get(worker, 0.0)) for worker, size in workers.max_magnitudes.items()
+            }
+            return RoundResult(after, change, records, answered, rejections)
+        if uploads:
+            reply = answered.pop(worker := uploads.pop())
+            reason = f"largest absolute value = {reply.magnitude:.3g}: must keep the model and its step finite"
+            rejections[worker] = Rejection(reply.node, reason)
+    raise RuntimeError(
+        f"round {int(state.round)}: the model or its step is not finite, even without the largest messages; "
+        "lower the learning rate; a checkpoint holds the state before the round"
+    )
+
+
 def _fill_stats(stats: RoundStats, answered: dict[int, AcceptedReply]) -> None:
     """Fill the stats of a round from the accepted replies."""
-    for worker, (_, up, decoded) in answered.items():
+    for worker, (_, up, decoded, _) in answered.items():
         stats.answered[worker], stats.sent[worker] = True, decoded is not None
         stats.bits_up[worker], stats.gradients[worker] = 8 * up.size, up.gradients
         stats.payload_up[worker] = up.size
         stats.compute[worker], stats.pack[worker] = up.compute, up.pack
     if answered:
         stats.loss = float(np.mean([reply.header.loss for reply in answered.values()]))
-    stats.transfer -= float((stats.compute + stats.pack).max())
+    stats.transfer = max(stats.transfer - float((stats.compute + stats.pack).max()), 0.0)
 
 
 def _find_selected(alg: Algorithm, key: PRNGKeyArray, state: AlgorithmState, rule_states: Any) -> np.ndarray:
@@ -182,15 +242,47 @@ def _find_selected(alg: Algorithm, key: PRNGKeyArray, state: AlgorithmState, rul
     return np.asarray(_select_workers(alg, state, rule_states, key, nobody)[0])
 
 
-def _log_rejections(nodes: dict[int, int], rejections: Iterable[Rejection]) -> None:
-    """Log the reason of each rejection; `nodes` maps node ids to workers, before the messages arrived."""
+def _log_rejections(admission: Admission, rejections: Iterable[Rejection]) -> None:
+    """Log each rejection as one line of at most 300 printable characters."""
     for node, reason in rejections:
-        log.warning("worker %s (node %s) refused: %s", nodes.get(node, "?"), node, reason)
+        worker = admission.expected[node].worker if node in admission.expected else "?"
+        text = "".join(char if char.isprintable() else "?" for char in reason[:220])
+        log.warning("worker %s (node %s) refused: %s", worker, node, text)
 
 
-def _exchange(grid: Grid, messages: list[Message], timeout: float) -> list[Message]:
-    """Send messages and return the replies that arrive before the deadline."""
-    return list(grid.send_and_receive(messages, timeout=timeout)) if messages else []
+def _report_workers(
+    roster: Roster,
+    selected: list[int],
+    admission: Admission,
+    rejections: dict[int, Rejection],
+    max_rejections: int,
+    stats: RoundStats,
+) -> set[int]:
+    """Log rejected replies and workers that are missing, and fill the stats that count them.
+
+    Args:
+        roster: table of the nodes; this function counts the round.
+        selected: workers that take part in the round.
+        admission: replies of the round.
+        rejections: messages that were rejected after their validation, by worker.
+        max_rejections: number of rounds in a row in which a worker is rejected, after which it is logged.
+        stats: stats of the round.
+
+    Returns:
+        The workers that were rejected in `max_rejections` rounds in a row.
+    """
+    _log_rejections(admission, [*admission.rejections, *rejections.values()])
+    for worker in roster.count_missed(selected, admission.answered, admission.late):
+        log.warning("worker %s missed %s rounds: the server no longer waits for it", worker, roster.missed[worker])
+    roster.count_rejected(admission.answered, admission.rejected_workers() | rejections.keys())
+    excluded = {worker for worker, count in roster.rejected.items() if count == max_rejections}
+    for worker in sorted(excluded):
+        advice = "it has no part in the run; see the reasons above; raise outlier_factor if its messages are only large"
+        log.warning("worker %s was refused in %s rounds in a row: %s", worker, max_rejections, advice)
+    stats.refused = len(admission.rejections) + len(rejections)
+    for name, counts in ("absent", roster.missed), ("rejected", roster.rejected), ("bytes_up", admission.bytes_up):
+        getattr(stats, name)[:] = [counts[worker] for worker in roster.workers]
+    return excluded
 
 
 class FederatedServer:
@@ -208,6 +300,7 @@ class FederatedServer:
 
     alg: the algorithm.
     state: its state without the workers; `alg.params(state)` returns the model.
+    excluded_workers: workers that were rejected in `max_rejections` rounds in a row, at any time.
     """
 
     def __init__(
@@ -217,8 +310,13 @@ class FederatedServer:
         key: PRNGKeyArray,
         *,
         round_timeout: float = 60.0,
+        min_replies: int | None = None,
+        max_absent_rounds: int = 3,
         checkpoint_path: Path | None = None,
         outlier_factor: float = 1e3,
+        max_rejections: int = 10,
+        authenticated_nodes: bool = True,
+        release_workers: Iterable[int] = (),
     ) -> None:
         """Initialize the server, or restore it from an existing checkpoint.
 
@@ -227,29 +325,56 @@ class FederatedServer:
             params: initial model, a pytree or a flat vector [p].
             key: PRNG key of the run, as in `laqjax.run`.
             round_timeout: seconds that a round waits for replies.
+            min_replies: number of accepted replies after which a round waits for no more. None: all selected workers;
+                only then are the results those of a simulation.
+            max_absent_rounds: number of rounds in a row that a worker may miss. After them the server does not wait
+                for it, but still sends it broadcasts, and waits for it again once it answers.
             checkpoint_path: file that is written after every round. If it exists, the server resumes from it.
             outlier_factor: a message is rejected if its largest absolute value exceeds this many times the median of
-                the workers' largest values so far.
+                the workers' largest values so far. With fewer than three workers there is no such limit, because
+                nothing tells which of two is the outlier.
+            max_rejections: number of rounds in a row in which a worker is rejected, after which it is logged and
+                added to `excluded_workers`.
+            authenticated_nodes: whether a worker id belongs to the first node that claimed it, by its public key, also
+                while that node is away and after a restart of the server. False for nodes without node authentication,
+                whose keys change at each start: an id then belongs to a node while it is there.
+            release_workers: worker ids that another node may take over; its worker starts with one full upload.
 
         Raises:
-            ValueError: the checkpoint is damaged, has another format or belongs to another algorithm, or the key is
-                not of JAX's default kind.
+            ValueError: the checkpoint is damaged, has another format or belongs to another algorithm, the key is
+                not of JAX's default kind, or a number is out of range.
         """
+        most = alg.num_workers
+        min_replies = most if min_replies is None else min_replies
+        self._min_replies = int(check_number("min_replies", min_replies, np.int32, minimum=1, maximum=most))
+        max_absent_rounds = int(check_number("max_absent_rounds", max_absent_rounds, np.int32, minimum=1))
         self.alg, self._key, self._key_bytes = alg, key, np.asarray(jax.random.key_data(key)).tobytes()
         if (size := len(self._key_bytes)) != 8:
             raise ValueError(f"key of {size} bytes: must be jax.random.key(seed) of JAX's default kind")
-        self._timeout, self._checkpoint_path, self._outlier_factor = round_timeout, checkpoint_path, outlier_factor
-        self._scheme, self._session = _protocol.scheme_digest(alg), time.time_ns()
-        self._roster = Roster(range(alg.num_workers))
+        self._timeout = float(check_number("round_timeout", round_timeout, np.float64, above=0))
+        self._outlier_factor = float(check_number("outlier_factor", outlier_factor, np.float64, above=0))
+        self._checkpoint_path = checkpoint_path
+        self._max_rejections = int(check_number("max_rejections", max_rejections, np.int32, minimum=1))
+        digests = _protocol.scheme_digests(alg)
+        self._scheme, self._session = _protocol.short_digest(digests), time.time_ns()
+        self._identity = digests + self._key_bytes
         state = alg.init(params)
         self.state: AlgorithmState = state._replace(workers=None)  # pyright: ignore[reportArgumentType]
-        memories: list[Any] = [jnp.zeros_like(state.params) if alg.memory.is_persistent else None] * alg.num_workers
-        self._workers = WorkerRecords(state.workers.rule_state, memories, [_protocol.NO_UPLOAD] * alg.num_workers, {})
+        memories: list[Any] = [jnp.zeros_like(state.params) if alg.memory.is_persistent else None] * most
+        self._workers = WorkerRecords(
+            state.workers.rule_state, memories, [_protocol.NO_UPLOAD] * most, [b""] * most, {}
+        )
         self._change = ModelChange()
         if checkpoint_path is not None and checkpoint_path.exists():
             restored = restore_checkpoint(checkpoint_path, self._checkpoint())
             self.state, self._workers = restored.state, restored.workers
             self._session = max(self._session, restored.session + 1)
+        if not authenticated_nodes:
+            self._workers.owners = [b""] * most
+        for worker in release_workers:
+            self._workers.release(int(check_number("release_workers", worker, np.int32, minimum=0, maximum=most - 1)))
+        self._poller, self.excluded_workers = ReplyPoller(), set[int]()
+        self._roster = Roster(range(most), digests, self._workers.owners, authenticated_nodes, max_absent_rounds)
 
     def run(
         self, grid: Grid, rounds: int, *, workers: int | None = None, max_missed_rounds: int = 10
@@ -286,21 +411,27 @@ class FederatedServer:
             node is registered. In that case the state is unchanged, and the next call repeats the round.
         """
         roster, stats = self._roster, RoundStats.empty(int(self.state.round), self.alg.num_workers)
-        hello_messages = make_hello_messages(roster, grid.get_node_ids(), self._timeout)
         selected = _find_selected(self.alg, self._key, self.state, self._workers.rule_states)
-        broadcasts = self._make_broadcasts(selected, stats)
+        admission = self._exchange(grid, selected, stats)
         began = time.perf_counter()
-        replies = _exchange(grid, [*broadcasts.values(), *hello_messages], self._timeout)
-        stats.transfer, began = time.perf_counter() - began, time.perf_counter()
-        answered = self._admit(replies, broadcasts, stats)
-        for worker in (roster.nodes[node] for node in broadcasts):
+        taken, can_skip = dict(sorted(admission.taken.items())), bool(roster.nodes) and not selected.all()
+        rejections = find_outliers(taken, self._workers.max_magnitudes, self._outlier_factor)
+        answered = {worker: reply for worker, reply in taken.items() if worker not in rejections}
+        result = None
+        if answered or can_skip:
+            result = _compute_finite_round(self.alg, self._key, self.state, self._workers, answered, stats)
+            answered, rejections = result.answered, rejections | result.rejections
+        self.excluded_workers |= _report_workers(
+            roster, np.flatnonzero(selected).tolist(), admission, rejections, self._max_rejections, stats
+        )
+        for worker in admission.asked.values():
             roster.model_rounds[worker] = stats.round if worker in answered else None
-        if not answered and (selected.all() or not roster.nodes):
+        if result is None or not (answered or can_skip):
             return None
+        self.state, self._change, self._workers = result[:3]
         _fill_stats(stats, answered)
-        self.state, self._change = _apply_replies(self.alg, self._key, self.state, self._workers, answered, stats)
         jax.block_until_ready(self.state)
-        stats.decode = time.perf_counter() - began
+        stats.decode += time.perf_counter() - began
         if self._checkpoint_path is not None:
             save_checkpoint(self._checkpoint_path, self._checkpoint())
         return stats
@@ -308,46 +439,51 @@ class FederatedServer:
     def _make_broadcasts(self, selected: np.ndarray, stats: RoundStats) -> dict[int, Message]:
         """Return the broadcasts of this round by node, and add their sizes to the stats."""
         messages: dict[int, Message] = {}
-        digest = _protocol.short_digest(_protocol.tree_to_bytes((self.state.params, self.state.rule_state)))
+        skipped = self._roster.skipped_nodes(self._poller.waiting_nodes())
+        history = _protocol.shared_history(self.alg, self.state.rule_state, self.state.aggregate)
+        digest = _protocol.short_digest(_protocol.tree_to_bytes((self.state.params, history)))
         for node, worker in self._roster.nodes.items():
-            if selected[worker]:
+            if selected[worker] and node not in skipped:
                 about = *self._workers.accepted[worker], digest, self._key_bytes, *self._change[1:]
                 head = _protocol.BroadcastHeader(self._session, stats.round, worker, 0, 0, *about)
                 known = self._roster.model_rounds[worker]
-                content, size = _protocol.make_broadcast(head, self.state, known, self._change.body)
+                content, size = _protocol.make_broadcast(head, self.state.params, history, known, self._change.body)
                 # the ttl lets Flower drop an expired broadcast, so that a slow node does not build up a backlog
                 message = Message(content, node, MessageType.TRAIN, group_id=str(stats.round), ttl=self._timeout)
                 stats.bytes_down[worker], stats.payload_down[worker] = _protocol.serialized_size(message), size
                 messages[node] = message
         return messages
 
-    def _admit(self, replies: list[Message], asked: Container[int], stats: RoundStats) -> dict[int, AcceptedReply]:
-        """Return the replies of workers in sync, sorted by worker; log and count the rejected ones."""
-        nodes, records, about = dict(self._roster.nodes), self._workers, (self._session, stats.round, self._scheme)
-        for reply in replies:
-            if (worker := nodes.get(reply.metadata.src_node_id)) is not None:
-                stats.bytes_up[worker] += _protocol.serialized_size(reply)
-        expected = {node: ExpectedReply(*about, w, records.accepted[w], node in asked) for node, w in nodes.items()}
-        taken, rejections = collect_replies(self.alg, self.state.params, replies, expected, self._roster)
-        outliers, records.max_magnitudes = find_outliers(taken, records.max_magnitudes, self._outlier_factor)
-        stats.refused = len(rejections) + len(outliers)
-        _log_rejections(nodes, [*rejections, *outliers.values()])
-        return {worker: reply for worker, reply in taken.items() if worker not in outliers}
+    def _exchange(self, grid: Grid, selected: np.ndarray, stats: RoundStats) -> Admission:
+        """Greet new nodes, send the broadcasts of a round, and receive and validate the replies."""
+        roster, accepted = self._roster, self._workers.accepted
+        greetings = make_hello_messages(roster, grid.get_nodes(), self._poller.waiting_nodes(), self._timeout)
+        broadcasts, began = self._make_broadcasts(selected, stats), time.perf_counter()
+        self._poller.send(grid, [*broadcasts.values(), *greetings])
+        roster.greeted |= {message.metadata.dst_node_id: message.metadata.message_id for message in greetings}
+        asked = {message.metadata.message_id: roster.nodes[node] for node, message in broadcasts.items()}
+        about = self._session, stats.round, self._scheme
+        expected = {node: ExpectedReply(*about, m, accepted[m], node in broadcasts) for node, m in roster.nodes.items()}
+        admission = Admission(self.alg, self.state.params, roster, expected, asked)
+        admission.receive(self._poller, self._min_replies, self._timeout)
+        stats.transfer, stats.decode = time.perf_counter() - began - admission.seconds, admission.seconds
+        return admission
 
     def _wait_for_workers(self, grid: Grid, workers: int, max_missed_rounds: int) -> None:
         """Wait until `workers` workers are registered, for at most `max_missed_rounds` deadlines."""
-        end, roster = time.monotonic() + max_missed_rounds * self._timeout, self._roster
-        while len(roster.nodes) < workers:
-            replies = _exchange(grid, make_hello_messages(roster, grid.get_node_ids(), self._timeout), self._timeout)
-            _log_rejections(dict(roster.nodes), collect_replies(self.alg, self.state.params, replies, {}, roster)[1])
-            if (came := len(roster.nodes)) < workers:
+        end = time.monotonic() + max_missed_rounds * self._timeout
+        while len(self._roster.nodes) < workers:
+            stats = RoundStats.empty(int(self.state.round), self.alg.num_workers)
+            admission = self._exchange(grid, np.zeros(self.alg.num_workers, bool), stats)
+            _log_rejections(admission, admission.rejections)
+            if (came := len(self._roster.nodes)) < workers:
                 if time.monotonic() > end:
                     raise RuntimeError(f"{came} workers registered: must be {workers}; check that their nodes run")
-                time.sleep(min(1.0, self._timeout))
+                time.sleep(min(0.2, self._timeout))
 
     def _checkpoint(self) -> Checkpoint:
         """Return everything that the next round needs."""
-        return Checkpoint(self._scheme + self._key_bytes, self._session, self.state, self._workers)
+        return Checkpoint(self._identity, self._session, self.state, self._workers)
 
 
 def server_app(
@@ -373,7 +509,8 @@ def server_app(
         workers: number of workers to wait for before the first round (None: all).
         max_missed_rounds: number of deadlines without an answer after which the run fails.
         compilation_cache_dir: folder for compiled programs.
-        **options: further arguments of `FederatedServer`: `round_timeout`, `checkpoint_path`, `outlier_factor`.
+        **options: further arguments of `FederatedServer`: `round_timeout`, `min_replies`, `max_absent_rounds`,
+            `checkpoint_path`, `outlier_factor`, `max_rejections`, `authenticated_nodes`, `release_workers`.
 
     Returns:
         The app.

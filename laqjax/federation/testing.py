@@ -12,6 +12,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as Serialised
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -33,9 +34,12 @@ class InProcessGrid(Grid):
     client: the ClientApp of all workers.
     downlink_fault, uplink_fault: fault injectors for broadcasts and for replies.
     contexts: node id -> Flower context, with the worker's state.
+    public_keys: node id -> public key of the node, where it has one.
     bytes_down, bytes_up: serialized size of all messages so far.
     pending_replies: replies that have arrived and that no call has pulled yet.
     """
+
+    is_synchronous = True  # the server waits for no reply, because all have arrived when `push_messages` returns
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class InProcessGrid(Grid):
     ) -> None:
         self.client, self.downlink_fault, self.uplink_fault = client, downlink_fault, uplink_fault
         self.contexts: dict[int, Context] = {}
+        self.public_keys: dict[int, bytes] = {}
         self.bytes_down = self.bytes_up = 0
         self.pending_replies: list[Message] = []
         self.count = 0
@@ -54,9 +59,10 @@ class InProcessGrid(Grid):
         # The sender of a message is read from TaskIdentity, which Flower sets in every process that it starts.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
-    def join(self, worker: int, node: int | None = None) -> int:
+    def join(self, worker: int, node: int | None = None, public_key: bytes = b"") -> int:
         """Add a node with an empty context and return its id (default: 100 + worker)."""
         node = 100 + worker if node is None else node
+        self.public_keys[node] = public_key
         self.contexts[node] = Context(1, node, {"partition-id": worker}, RecordDict(), {})
         return node
 
@@ -79,6 +85,10 @@ class InProcessGrid(Grid):
     def get_node_ids(self) -> list[int]:
         """Return the ids of all nodes."""
         return list(self.contexts)
+
+    def get_nodes(self) -> list[NodeInfo]:
+        """Return all nodes with their public keys."""
+        return [NodeInfo(node_id=node, public_key=self.public_keys[node]) for node in self.contexts]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Deliver messages immediately and return their ids; replies wait in `pending_replies`."""

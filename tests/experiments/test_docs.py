@@ -168,6 +168,34 @@ def test_a_federation(used: dict[str, Any], tmp_path: Path, monkeypatch: pytest.
     assert Path("results/server.npz").exists()
 
 
+@pytest.fixture
+def as_a_user() -> Iterator[None]:
+    """JAX's own promotion of dtypes and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_a_strategy_for_flower() -> None:
+    pytest.importorskip("flwr")
+    names: dict[str, Any] = {}
+    exec(block("flower.md", "LazyStrategy(").replace("num_rounds=10", "num_rounds=3").replace("[10]", "[3]"), names)
+    result = names["result"]
+    losses = [metrics["train_loss"] for metrics in result.train_metrics_clientapp.values()]
+    assert losses == sorted(losses, reverse=True)
+    assert result.evaluate_metrics_clientapp.keys() == {1, 2, 3}
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_a_worker_with_state(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("flwr")
+    code = block("flower.md", "class Scaffold")
+    exec(code, {})
+    fedavg, scaffold = map(float, capsys.readouterr().out.split())
+    assert f"{fedavg:.2f} away" in code
+    assert scaffold < 1e-4
+
+
 def test_no_other_python_stands_in_the_texts() -> None:
     written = {name: len(re.findall(r"```python\n", text)) for name, text in TEXTS.items()}
     ran = {
@@ -178,6 +206,7 @@ def test_no_other_python_stands_in_the_texts() -> None:
         "lazy_aggregate.md": 1,
         "diloco.md": 1,
         "federation.md": 1,
+        "flower.md": 2,
     }
     assert {name: number for name, number in written.items() if number} == ran
 

@@ -2,8 +2,11 @@
 
 import logging
 import re
+import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -26,7 +30,7 @@ from tests.support import KEY, Toy, make_toy, softmax_loss
 pytest.importorskip("flwr")
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from laqjax.federation import _admission, _checkpoint, _client, _protocol, _server
+from laqjax.federation import _admission, _checkpoint, _client, _protocol, _roster, _server
 from laqjax.federation.testing import InProcessGrid
 
 L2 = 0.01
@@ -52,8 +56,8 @@ def column(stats: Any, name: str) -> np.ndarray:
 RULE: dict[str, Any] = dict(lr=0.05, num_workers=4)
 ADAM: Any = dict(optimizer=algorithms.amsgrad)
 # in `make test` members with parts of their own: rules of the worker and of the server, a downlink, a shared draw, a snapshot,
-# participation
-QUICK = ["two_laq", "lag_ps", "lasg_wk1", "fedlaq"]
+# an oracle that reads the aggregate, an oracle with a state; participation
+QUICK = ["two_laq", "lag_ps", "lasg_wk1", "scaffold", "diloco_ef"]
 
 
 @pytest.mark.parametrize(
@@ -185,15 +189,20 @@ class Weather:
 FAULTS = ("none", "none", "none", "lost", "late", "twice", "damaged")
 
 
+def key_of(owner: int) -> bytes:
+    """The public key of a node, as Flower reports it."""
+    return b"-----BEGIN PUBLIC KEY-----\n%d" % owner
+
+
 class Faulty:
     """A federation on the toy, its nodes, and what can happen to them."""
 
-    def __init__(self, alg: Any, toy: Toy, folder: Path) -> None:
-        self.alg, self.toy, self.folder = alg, toy, folder
+    def __init__(self, alg: Any, toy: Toy, folder: Path, seen: Counter[str] | None = None) -> None:
+        self.alg, self.toy, self.folder, self.seen = alg, toy, folder, Counter() if seen is None else seen
         self.weather = Weather()
-        self.grid = InProcessGrid(
-            _client.client_app(alg, loader(toy.shards)), range(4), self.weather.down, self.weather.up
-        )
+        self.grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), [], self.weather.down, self.weather.up)
+        for worker in range(4):
+            self.grid.join(worker, public_key=key_of(worker))
         self.client = _client.FederatedClient(alg, loader(toy.shards))
         self.file = folder / "checkpoint.npz"
         self.file.unlink(missing_ok=True)
@@ -208,6 +217,7 @@ class Faulty:
         for message in held if reorder else []:  # an old broadcast, before the new one or after it
             self.grid.deliver(message)
         stats = self.server.run_round(self.grid)
+        self.seen["rounds"] += 1
         for message in [] if reorder else held:
             self.grid.deliver(message)
         self.grid.pending_replies += late if reorder else []
@@ -215,9 +225,10 @@ class Faulty:
             self.backups.append(self.file.read_bytes())
         return stats
 
-    def restart(self, age: int) -> None:
+    def restart(self, age: int, release: Sequence[int] = ()) -> None:
         self.file.write_bytes(self.backups[-1 - age % len(self.backups)])
-        self.server = _server.FederatedServer(self.alg, self.toy.theta0, KEY, checkpoint_path=self.file)
+        options: Any = dict(checkpoint_path=self.file, release_workers=release)
+        self.server = _server.FederatedServer(self.alg, self.toy.theta0, KEY, **options)
 
     def check(self) -> int:
         """Check that the aggregate is the sum of what the workers remember, as the server will tell each of them.
@@ -263,7 +274,7 @@ class Federated(RuleBasedStateMachine):
     @initialize(name=st.sampled_from(LAZY))
     def begin(self, name: str) -> None:
         toy = make_toy(np.float32)
-        self.faulty = Faulty(make(name, toy), toy, self.folder)
+        self.faulty = Faulty(make(name, toy), toy, self.folder, self.seen)
         self.fresh = 200
 
     @rule(
@@ -274,9 +285,8 @@ class Federated(RuleBasedStateMachine):
     def faulty_round(self, faults: list[str], place: int, reorder: bool) -> None:
         there = sorted(self.faulty.grid.contexts)[:4]
         keys = [(way, node) for way in ("down", "up") for node in there]
-        self.faulty.round(
-            {key: (fault, place + i) for i, (key, fault) in enumerate(zip(keys, faults, strict=False))}, reorder
-        )
+        plan = {key: (fault, place + i) for i, (key, fault) in enumerate(zip(keys, faults, strict=False))}
+        self.faulty.round(plan, reorder)
 
     @rule()
     def calm_round(self) -> None:
@@ -298,16 +308,33 @@ class Federated(RuleBasedStateMachine):
                 parts["before"] = parts["before"][:-1]  # pyright: ignore[reportIndexIssue]
                 context.state = RecordDict({_protocol.RECORD_KEY: ConfigRecord(parts)})
 
-    @rule(node=nodes, with_state=st.booleans())
-    def move(self, node: int, with_state: bool) -> None:
-        """A client goes, and comes as another node."""
+    @rule(node=nodes, with_state=st.booleans(), change=st.sampled_from(["node", "key", "claim"]), age=st.integers(0, 3))
+    def move(self, node: int, with_state: bool, change: str, age: int) -> None:
+        """A client goes and comes as another node: with its key, a new key after a release, or another's partition-id."""
         grid = self.faulty.grid
-        if node < len(grid.contexts):
-            context = grid.leave(list(grid.contexts)[node])
-            self.fresh += 1
-            new = grid.join(int(context.node_config["partition-id"]), self.fresh)
-            if with_state:
-                grid.contexts[new].state = context.state
+        old = list(grid.contexts)[node]
+        context, self.fresh = grid.leave(old), self.fresh + 1
+        worker, key = int(context.node_config["partition-id"]), grid.public_keys[old]
+        claim = (worker + 1) % 4 if change == "claim" else worker
+        new = grid.join(claim, self.fresh, key_of(self.fresh) if change == "key" else key)
+        if with_state:
+            grid.contexts[new].state = context.state
+        if change == "claim":  # its replies are refused until its owner has corrected it
+            self.faulty.round({})
+            grid.contexts[new].node_config["partition-id"] = worker
+        if change == "key":
+            self.faulty.restart(age, [worker])
+
+    @rule(worker=nodes)
+    def intrude(self, worker: int) -> None:
+        """A node with a key of its own claims a worker and is refused, as long as the owner is known."""
+        self.fresh += 1
+        intruder = self.faulty.grid.join(worker, self.fresh, key_of(self.fresh))
+        known = self.faulty.server._workers.owners[worker] != b""
+        self.faulty.round({})
+        registered = intruder in self.faulty.server._roster.nodes
+        self.faulty.grid.leave(intruder)
+        assert not (known and registered)
 
     @rule(age=st.integers(0, 3))
     def restart(self, age: int) -> None:
@@ -331,24 +358,34 @@ class Federated(RuleBasedStateMachine):
                 assert accepted in (kept.base, kept.last)
 
 
-def test_the_aggregate_is_the_sum_of_the_memories_whatever_happens(tmp_path: Path, caplog: Any) -> None:
+@pytest.mark.parametrize(("examples", "steps"), [(25, 14), pytest.param(75, 50, marks=pytest.mark.long)])
+def test_the_aggregate_is_the_sum_of_the_memories_whatever_happens(
+    examples: int, steps: int, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: Counter[str] = Counter()
     caplog.set_level(logging.CRITICAL, "laqjax.federation")
-    some = settings(max_examples=25, stateful_step_count=14, suppress_health_check=[HealthCheck.too_slow])
+    monkeypatch.setattr(_roster, "RETRY_INTERVAL", 0.0)  # a hello message may be damaged
+    some = settings(max_examples=examples, stateful_step_count=steps, suppress_health_check=[HealthCheck.too_slow])
     machine: Any = partial(Federated, tmp_path, seen)
     run_state_machine_as_test(machine, settings=some)
-    assert seen["compared"] > seen["checks"] > 300  # more than one worker in step at a check, between all these faults
+    assert (
+        seen["compared"] > seen["checks"] > 10 * examples
+    )  # more than one worker in step at a check, between all these faults
+    assert seen["rounds"] > (2000 if examples == 75 else 100)
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.long) for name in ("laq", "two_laq", "gd", "dgc")]
 )
-def test_it_converges_through_faults(name: str, tmp_path: Path, toy: Toy, caplog: Any) -> None:
+def test_it_converges_through_faults(
+    name: str, tmp_path: Path, toy: Toy, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every message meets a fault with probability 0.3, and every tenth round a client or the server loses its state.
 
     Without a memory too, but a message that is lost is then lost, and the model trembles.
     """
     caplog.set_level(logging.CRITICAL, "laqjax.federation")
+    monkeypatch.setattr(_roster, "RETRY_INTERVAL", 0.0)
     alg, rng = make(name, toy), np.random.default_rng(0)
     faulty, losses, compared = Faulty(alg, toy, tmp_path), [], []
     while int(faulty.server.state.round) < 150:
@@ -377,13 +414,44 @@ def test_a_restarted_server_goes_on_as_if_it_had_not_stopped(tmp_path: Path, toy
     np.testing.assert_array_equal(column(stats, "sent"), column(straight, "sent"))
     np.testing.assert_array_equal(column(stats, "loss"), column(straight, "loss"))
     np.testing.assert_array_equal(again.state.params, server.state.params)  # pyright: ignore[reportPossiblyUnboundVariable]
-    with pytest.raises(ValueError, match="of another algorithm, model or key"):
+    with pytest.raises(ValueError, match="is of a run with another rule: must be of this run"):
         _server.FederatedServer(make("qgd", toy), toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
     whole = (tmp_path / "state.npz").read_bytes()
     for damaged in (b"no", whole[: len(whole) // 2]):
         (tmp_path / "state.npz").write_bytes(damaged)
         with pytest.raises(ValueError, match="is damaged"):
             _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=tmp_path / "state.npz")
+
+
+@pytest.mark.parametrize("states", ["kept", "damaged", "none"])
+def test_a_restart_of_everything_goes_on_from_the_checkpoint(
+    states: str, tmp_path: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SuperLink was killed after the clients' work and before the checkpoint; the next run has other nodes."""
+    alg, path = make("laq", toy), tmp_path / "results" / "state.npz"
+    app = _client.client_app(alg, loader(toy.shards), state_dir=None if states == "none" else tmp_path / "states")
+    grid = InProcessGrid(app, range(4))
+    server = _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path)
+    list(server.run(grid, 6))
+    with monkeypatch.context() as patch:
+        patch.setattr(_server, "save_checkpoint", lambda *_: None)
+        server.run_round(grid)
+    for file in tmp_path.glob("states/*") if states == "damaged" else []:
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    grid = InProcessGrid(app, [])
+    for worker in range(4):
+        grid.join(worker, node=500 + worker)
+    server = _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path)
+    stats = list(server.run(grid, 12))
+    np.testing.assert_array_equal(column(stats, "round"), np.arange(6, 12))
+    assert column(stats, "answered").all()
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+    if states == "kept":
+        straight, calm, _ = federated(alg, toy.theta0, toy.shards, 12)
+        np.testing.assert_array_equal(column(stats, "sent"), column(straight, "sent")[6:])
+        np.testing.assert_array_equal(server.state.params, calm.state.params)
+    else:
+        np.testing.assert_array_equal(column(stats, "bits_up")[0], [32 * 63] * 4)
 
 
 @pytest.mark.parametrize("found", [None, 0])
@@ -395,7 +463,7 @@ def test_a_checkpoint_of_another_format_is_refused(found: int | None, tmp_path: 
     if found is not None:
         arrays["format"] = np.asarray(found)
     np.savez(path, **arrays)
-    with pytest.raises(ValueError, match=f"is of format {found}: must be format 1"):
+    with pytest.raises(ValueError, match=f"is of format {found}: must be format 2"):
         _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path)
 
 
@@ -435,6 +503,39 @@ def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:
     np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
 
 
+def test_an_inner_optimizer_rolls_back_with_a_lost_upload(toy: Toy) -> None:
+    """Its state is of the local steps whose change arrived; after lost state it starts anew."""
+    alg, dropped, losing = make("diloco_ef", toy), [0], [False]
+    likes = _client.FederatedClient(alg, loader(toy.shards))._likes
+
+    def up(message: Message) -> list[Message]:
+        drops = losing[0] and message.metadata.src_node_id == 101
+        dropped[0] += drops
+        return [] if drops else [message]
+
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), uplink_fault=up)
+    server = _server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.1)
+
+    def steps_after(event: Callable[[Any], Any]) -> int:
+        """Return the local steps of worker 1, after the round in which the event came."""
+        stats = server.run_round(grid)
+        for _ in range(9):
+            if event(stats):
+                break
+            stats = server.run_round(grid)
+        assert event(stats)
+        return int(_client.load_state(grid.contexts[101], likes).after.oracle_state[0].count)  # pyright: ignore[reportOptionalMemberAccess]
+
+    list(server.run(grid, 1))
+    steps = steps_after(lambda stats: stats.sent[1])
+    losing[0] = True
+    assert steps_after(lambda stats: dropped[0]) == steps + 2
+    losing[0] = False
+    assert steps_after(lambda stats: stats.sent[1]) == steps + 2
+    grid.contexts[101].state = RecordDict()
+    assert steps_after(lambda stats: stats.sent[1]) == 2
+
+
 def test_a_worker_that_joins_late(toy: Toy) -> None:
     alg = make("laq", toy)
     grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(3))
@@ -465,6 +566,194 @@ def test_a_round_without_an_answer_comes_again(toy: Toy) -> None:
     empty = InProcessGrid(_client.client_app(alg, loader(toy.shards)), [])
     with pytest.raises(RuntimeError, match="0 workers registered: must be 4"):
         list(_server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.01).run(empty, 1, max_missed_rounds=1))
+
+
+# ---- nodes that do not answer -------------------------------------------------------------------------------------
+
+
+class BlockingGrid(InProcessGrid):
+    """A grid that pulls by id, as a SuperLink does: some nodes announce a reply that never comes, some do not answer.
+
+    gates: node -> event that its replies wait for, inside `pull_messages`.
+    lazy: nodes whose replies no pull finds.
+    broken: nodes whose replies no pull can read.
+    delays: node -> seconds until a pull finds its replies.
+    """
+
+    is_synchronous = False
+
+    def __init__(self, *args: Any) -> None:
+        self.gates: dict[int, threading.Event] = {}
+        self.lazy: set[int] = set()
+        self.broken: set[int] = set()
+        self.delays: dict[int, float] = {}
+        super().__init__(*args)
+
+    def pull_messages(self, message_ids: Any) -> list[Message]:
+        names, found = set(message_ids), []
+        for reply in list(self.pending_replies):
+            node, age = reply.metadata.src_node_id, time.time() - reply.metadata.created_at
+            is_there = node not in self.lazy and age >= self.delays.get(node, 0.0)
+            if reply.metadata.reply_to_message_id in names and is_there:
+                if node in self.gates:
+                    assert self.gates[node].wait(60), "the round waited for a reply that never comes"
+                if node in self.broken:
+                    raise ValueError("damaged")
+                self.pending_replies.remove(reply)
+                found.append(reply)
+        return found
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
+        """Wait for all replies, as Flower's grids do."""
+        names, replies, end = set(self.push_messages(messages)), [], time.monotonic() + (timeout or 0.0)
+        while len(replies) < len(names) and time.monotonic() < end:
+            replies += self.pull_messages(names)
+            time.sleep(0.01)
+        return replies
+
+
+@pytest.fixture
+def blocking(toy: Toy) -> Iterator[Callable[..., tuple[BlockingGrid, _server.FederatedServer]]]:
+    """Builder of a grid and its server after two rounds without a fault; the deadline is for the rounds after them."""
+    servers: list[_server.FederatedServer] = []
+
+    def build(timeout: float, **options: Any) -> tuple[BlockingGrid, _server.FederatedServer]:
+        alg = algorithms.qgd(toy.oracle, bits=3, **RULE)
+        grid = BlockingGrid(_client.client_app(alg, loader(toy.shards)), range(4))
+        servers.append(server := _server.FederatedServer(alg, toy.theta0, KEY, **options))
+        assert column(list(server.run(grid, 2)), "answered").all()
+        server._timeout = timeout
+        return grid, server
+
+    yield build
+    for server in servers:  # end the threads
+        server._poller._pending.clear()
+
+
+NEVER = 10.0**6  # a test that waits so long does not end
+
+
+@pytest.mark.parametrize("fault", ["lazy", "gates"])
+def test_a_node_that_does_not_answer_costs_a_deadline_and_then_nothing(fault: str, blocking: Any, caplog: Any) -> None:
+    grid, server = blocking(1.0, max_absent_rounds=2)
+    gate = threading.Event()
+    getattr(grid, fault).update({102: gate} if fault == "gates" else {102})
+    for missed in (1, 2):  # the deadline ends the wait
+        stats = server.run_round(grid)
+        assert stats is not None
+        assert list(stats.answered) == [True, True, False, True]
+        assert list(stats.absent) == [0, 0, missed, 0]
+    assert [line.getMessage() for line in caplog.records] == [
+        "worker 2 missed 2 rounds: the server no longer waits for it"
+    ]
+    server._timeout = NEVER
+    for _ in range(3):  # nothing waits for it
+        stats = server.run_round(grid)
+        assert stats is not None
+        assert list(stats.answered) == [True, True, False, True]
+    # while its last broadcast may still be answered, it gets no other
+    assert sum(reply.metadata.src_node_id == 102 for reply in grid.pending_replies) == 3
+    gate.set()
+    grid.lazy.clear()
+    grid.gates.clear()
+    while (stats := server.run_round(grid)) and not stats.answered[2]:
+        pass  # a late answer is enough to be waited for again
+    stats = server.run_round(grid)
+    assert stats is not None
+    assert stats.answered.all()
+    assert not stats.absent.any()
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+
+
+def test_a_round_goes_on_when_enough_have_answered(blocking: Any) -> None:
+    grid, server = blocking(NEVER, min_replies=3)
+    grid.lazy = {102}
+    for _ in range(3):
+        stats = server.run_round(grid)
+        assert stats is not None
+        assert list(stats.answered) == [True, True, False, True]
+
+
+def test_a_slow_worker_that_comes_back_is_waited_for(blocking: Any) -> None:
+    """It would never answer in the time of the others."""
+    grid, server = blocking(1.0, max_absent_rounds=1)
+    grid.lazy = {102}
+    assert not server.run_round(grid).answered[2]
+    server._timeout = NEVER
+    grid.lazy, grid.delays = set(), {102: 0.3}
+    late = 0
+    while not server.run_round(grid).answered[2]:
+        late += 1
+        assert late < 1000
+        time.sleep(0.002)
+    assert late
+
+
+def test_a_reply_that_cannot_be_pulled_is_refused(blocking: Any, caplog: Any) -> None:
+    grid, server = blocking(NEVER)
+    grid.broken = {102}
+    stats = server.run_round(grid)
+    assert stats is not None
+    assert list(stats.answered) == [True, True, False, True]
+    assert (
+        "worker 2 (node 102) refused: the client app failed: reply cannot be pulled: ValueError: damaged" in caplog.text
+    )
+
+
+def test_an_error_of_flower_itself_is_no_answer(blocking: Any, caplog: Any) -> None:
+    """As for a node that is offline."""
+    grid, server = blocking(NEVER)
+    grid.uplink_fault = lambda message: [
+        of_node(failed(message), 1) if message.metadata.src_node_id == 102 else message
+    ]
+    stats = server.run_round(grid)
+    assert stats is not None
+    assert list(stats.answered) == [True, True, False, True]
+    assert list(stats.absent) == [0, 0, 1, 0]
+    assert not caplog.records
+
+
+def test_a_greeting_holds_up_no_round(blocking: Any) -> None:
+    grid, server = blocking(NEVER)
+    grid.leave(102)
+    grid.lazy = {500}
+    grid.join(2, node=500)
+    for _ in range(2):
+        stats = server.run_round(grid)
+        assert stats is not None
+        assert list(stats.answered) == [True, True, False, True]
+    hellos = [m for m in grid.pending_replies if m.metadata.src_node_id == 500]
+    assert len(hellos) == 1  # it is not greeted again before the first greeting expires
+    grid.lazy.clear()
+    while not stats.answered[2]:  # pyright: ignore[reportPossiblyUnboundVariable, reportOptionalMemberAccess]
+        stats = server.run_round(grid)
+    assert server._roster.nodes[500] == 2
+
+
+def test_all_workers_may_be_absent_and_come_back(blocking: Any) -> None:
+    grid, server = blocking(0.1, max_absent_rounds=1)
+    grid.lazy = set(grid.contexts)
+    assert [server.run_round(grid) for _ in range(2)] == [None, None]
+    server._timeout = NEVER
+    threading.Timer(0.2, grid.lazy.clear).start()  # they are waited for
+    assert server.run_round(grid) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("min_replies", 0),
+        ("min_replies", 5),
+        ("max_absent_rounds", 0),
+        ("max_rejections", 0),
+        ("outlier_factor", 0.0),
+        ("round_timeout", -1.0),
+    ],
+)
+def test_options_out_of_range(name: str, value: float, toy: Toy) -> None:
+    options: Any = {name: value}
+    with pytest.raises(ValueError, match=f"{name} = {value}: must be a"):
+        _server.FederatedServer(algorithms.gd(toy.oracle, **RULE), toy.theta0, KEY, **options)
 
 
 # ---- hostile input -----------------------------------------------------------------------------------------------
@@ -522,6 +811,14 @@ HOSTILE: dict[str, tuple[Callable[[Message], Message], str]] = {
     "another size billed": (lambda r: forged(r, {"size": 1}), "size = 1 for a body"),
     "another kind": (lambda r: forged(r, {"kind": 77}), "kind = 77, loss = .*: must be kind"),
     "everything, too short": (lambda r: forged(r, {"kind": _protocol.REPLY_FULL}), "needs 32 bits for each of 63"),
+    "a loss beyond all numbers": (lambda r: forged(r, {"loss": 1e300}), "a finite loss"),
+    "a negative time": (lambda r: forged(r, {"compute": -1.0}), "compute = -1.0, .*: must be from 0 to 1e\\+06"),
+    "an endless time": (lambda r: forged(r, {"pack": float("inf")}), "pack = inf, .*: must be from 0"),
+    "no time": (lambda r: forged(r, {"pack": float("nan")}), "pack = nan, .*: must be from 0"),
+    "too many gradients": (lambda r: forged(r, {"gradients": 2**31 - 1}), "gradients = 2147483647: must be from 0"),
+    "fewer than no gradients": (lambda r: forged(r, {"gradients": -1}), "gradients = -1: must be from 0"),
+    "silence that is billed": (lambda r: silenced(r, size=10**9), "size = 1000000000 for a body of 0 bytes"),
+    "silence with a body": (lambda r: silenced(r, size=28, body=bytes(28)), "size = 28 for a body of 28 bytes"),
     "no loss": (lambda r: forged(r, {"loss": float("nan")}), "a finite loss"),
     "no head": (lambda r: with_content(r, {}), "must be a head"),
     "a short head": (lambda r: with_content(r, {"head": b"short"}), "must be a head"),
@@ -530,9 +827,15 @@ HOSTILE: dict[str, tuple[Callable[[Message], Message], str]] = {
     "more parts": (lambda r: with_content(r, {"head": bytes(77), "more": b""}), "must be a head"),
     "nothing": (lambda r: empty(r), "must be a head"),
     "an error": (lambda r: failed(r), "the client app failed: out of memory"),
+    "an error without a reason": (lambda r: failed(r, None), "the client app failed: None"),
+    "a long error": (lambda r: failed(r, "\n\x1b[2J\u2028" + 10**6 * "x"), r"the client app failed: \?\?\[2J\?x"),
     "a reply of an unknown node": (lambda r: of_node(r, 999), "sender is not registered"),
     "a reply of another node": (lambda r: of_node(r, 102), "worker = 1: must be 2"),
 }
+
+
+def silenced(reply: Message, size: int, body: bytes = b"") -> Message:
+    return forged(reply, {"kind": _protocol.REPLY_SILENT, "size": size, "digest": bytes(8)}, body=body)
 
 
 def with_content(reply: Message, parts: Any) -> Message:
@@ -545,8 +848,8 @@ def empty(reply: Message) -> Message:
     return reply
 
 
-def failed(reply: Message) -> Message:
-    reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(0, "out of memory")
+def failed(reply: Message, reason: str | None = "out of memory") -> Message:
+    reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(0, reason)
     return reply
 
 
@@ -584,6 +887,8 @@ def test_what_is_hostile_is_refused(name: str, toy: Toy, caplog: Any) -> None:
             lines = [line.getMessage() for line in caplog.records]
             assert len(lines) == stats.refused == 1
             assert "refused: " in lines[0]
+            assert len(lines[0]) <= 300
+            assert lines[0].isprintable()
             assert "node " in lines[0]
             assert re.search(reason, lines[0]), lines[0]
         servers.append(server)
@@ -591,6 +896,105 @@ def test_what_is_hostile_is_refused(name: str, toy: Toy, caplog: Any) -> None:
     at_work.clear()
     server, grid = servers[1], grid  # pyright: ignore[reportPossiblyUnboundVariable]
     assert server.run_round(grid).answered.all()
+
+
+def scaled(reply: Message, value: float) -> Message:
+    """Its message with another largest value."""
+    return forged(reply, body=np.float32(value).tobytes() + body_of(reply)[4:])
+
+
+def attacked(toy: Toy, workers: int, up: Any, rounds: int = 3, **options: Any) -> Any:
+    """(stats of some rounds, server, grid) of the first workers of the toy, whose replies `up` may change."""
+    alg = algorithms.qgd(toy.oracle, lr=0.05, num_workers=workers, bits=3)
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(workers), uplink_fault=up)
+    server = _server.FederatedServer(alg, toy.theta0, KEY, **options)
+    return list(server.run(grid, rounds)), server, grid
+
+
+def test_the_first_message_is_no_measure_of_the_others(toy: Toy) -> None:
+    """A tiny one, before any other arrives."""
+    seen: list[Message] = []
+
+    def up(message: Message) -> list[Message]:
+        if message.metadata.message_type == "query":
+            return [message]
+        seen.append(message)
+        if message.metadata.src_node_id == 100:
+            return [scaled(message, 1e-30)]
+        return [message] if len(seen) > 4 else []
+
+    stats, _, _ = attacked(toy, 4, up)
+    np.testing.assert_array_equal(column(stats, "answered"), [[True, False, False, False], *[[True] * 4] * 2])
+    assert not column(stats, "refused").any()
+
+
+def test_the_bound_of_a_message(toy: Toy) -> None:
+    """The median over all workers: of those without an accepted message, what they send now."""
+
+    def outliers(sizes: dict[int, float], known: dict[int, float]) -> list[int]:
+        head: Any = None
+        replies = {m: _admission.AcceptedReply(100 + m, head, toy.theta0, size) for m, size in sizes.items()}
+        return sorted(_admission.find_outliers(replies, known, 1e3))
+
+    tiny = dict.fromkeys(range(3), 1e-30)
+    assert outliers(dict.fromkeys(range(3, 10), 1.0), tiny) == []  # though the first three agree
+    assert outliers({3: 1.0}, tiny) == [3]
+    assert outliers({0: 1e30, 1: 1.0, 2: 1.0}, {}) == [0]
+    assert outliers({0: 1.0}, {0: 1e-30, 1: 1e-30}) == []  # two are no measure
+    assert outliers({0: 1.0}, {0: 1e-30, 1: 1e-30, 2: 0.0}) == []
+    assert outliers({0: 1.0}, {0: 1.0, 1: 1e-30, 2: 1e-30}) == [0]
+
+
+def test_of_two_workers_a_huge_message_stops_neither_the_run_nor_a_restart(
+    tmp_path: Path, toy: Toy, caplog: Any
+) -> None:
+    def up(message: Message) -> list[Message]:
+        at_work = message.metadata.src_node_id == 101 and message.metadata.message_type == "train"
+        return [scaled(message, 1e30) if at_work else message]
+
+    options: Any = dict(checkpoint_path=tmp_path / "state.npz", max_rejections=2)
+    stats, server, _ = attacked(toy, 2, up, **options)
+    np.testing.assert_array_equal(column(stats, "answered"), [[True, False]] * 3)
+    np.testing.assert_array_equal(column(stats, "rejected"), [[0, 1], [0, 2], [0, 3]])
+    assert server.excluded_workers == {1}
+    said = [line.getMessage() for line in caplog.records]
+    assert sum("largest absolute value = 1e+30: must keep the model and its step finite" in line for line in said) == 3
+    assert sum("worker 1 was refused in 2 rounds in a row" in line for line in said) == 1
+    assert np.all(np.isfinite(np.asarray(server.state.params)))
+    again, server, _ = attacked(toy, 2, lambda message: [message], rounds=6, **options)  # it is honest now
+    assert column(again, "answered")[1:].all()
+    assert not server.excluded_workers
+
+
+def test_a_step_that_is_not_finite_is_not_saved(tmp_path: Path, toy: Toy) -> None:
+    """Whoever causes it: here all workers, as with a learning rate that is too large."""
+    path, at_work = tmp_path / "state.npz", []
+
+    def up(message: Message) -> list[Message]:
+        return [scaled(message, 1e30) if at_work else message]
+
+    _, server, grid = attacked(toy, 2, up, checkpoint_path=path)
+    before, saved = server.state, path.read_bytes()
+    at_work.append(True)
+    with pytest.raises(RuntimeError, match="round 3: the model or its step is not finite, even without"):
+        server.run_round(grid)
+    assert server.state is before
+    assert path.read_bytes() == saved
+
+
+def test_an_honest_worker_with_large_features_is_not_refused_in_silence(toy: Toy, caplog: Any) -> None:
+    x = np.array(toy.shards.x, np.float32)
+    x[3] *= 100
+    larger = toy._replace(shards=toy.shards._replace(x=jnp.asarray(x)))
+    honest: Any = lambda message: [message]  # noqa: E731
+    stats, server, _ = attacked(larger, 4, honest, outlier_factor=20.0, max_rejections=3)
+    np.testing.assert_array_equal(column(stats, "rejected")[:, 3], [1, 2, 3])
+    assert server.excluded_workers == {3}
+    assert "worker 3 was refused in 3 rounds in a row" in caplog.text
+    assert "raise outlier_factor" in caplog.text
+    stats, server, _ = attacked(larger, 4, honest)  # with the default
+    assert column(stats, "answered").all()
+    assert not server.excluded_workers
 
 
 def test_a_repeated_reply_counts_once(toy: Toy, caplog: Any) -> None:
@@ -662,6 +1066,153 @@ def test_a_node_that_fails_to_say_who_it_is_is_asked_again(toy: Toy, caplog: Any
     assert [line.getMessage() for line in caplog.records] == [
         "worker ? (node 101) refused: the client app failed: out of memory"
     ] * 2
+
+
+def test_a_worker_belongs_to_the_key_of_its_node(tmp_path: Path, toy: Toy, caplog: Any) -> None:
+    alg = algorithms.qgd(toy.oracle, bits=3, **RULE)
+    app = _client.client_app(alg, loader(toy.shards))
+    options: Any = dict(checkpoint_path=tmp_path / "state.npz")
+    server, grid = _server.FederatedServer(alg, toy.theta0, KEY, **options), InProcessGrid(app, [])
+    for worker in range(4):
+        grid.join(worker, public_key=key_of(worker))
+    assert column(list(server.run(grid, 2)), "answered").all()
+    grid.leave(101)
+    grid.join(1, node=501, public_key=key_of(77))  # it takes the place of the lost worker
+    stats = [server.run_round(grid) for _ in range(2)]
+    assert not column(stats, "answered")[:, 1].any()
+    assert "worker = 1: must be another, because the key of another node owns it" in caplog.text
+    server = _server.FederatedServer(alg, toy.theta0, KEY, **options)  # not after a restart of the server either
+    assert not column(list(server.run(grid, 6, workers=3)), "answered")[:, 1].any()
+    grid.leave(501)
+    grid.join(1, node=601, public_key=key_of(1))  # its owner comes back
+    stats = [server.run_round(grid) for _ in range(3)]
+    assert stats[-1].answered.all()  # pyright: ignore[reportOptionalMemberAccess]
+
+    grid.leave(601)
+    grid.join(3, node=701, public_key=key_of(1))  # with the data of another worker
+    caplog.clear()
+    stats = [server.run_round(grid) for _ in range(3)]
+    assert server._roster.nodes[701] == 1
+    np.testing.assert_array_equal(column(stats, "answered"), [[True, False, True, True]] * 3)
+    assert "node 701 claims worker 3: its key owns worker 1" in caplog.text
+    assert "broadcast to worker 1: must be to worker 3, the node's partition-id" in caplog.text
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+
+
+def test_a_replacement_of_a_released_worker_begins_with_a_full_upload(tmp_path: Path, toy: Toy) -> None:
+    alg = algorithms.qgd(toy.oracle, bits=3, **RULE)
+    app = _client.client_app(alg, loader(toy.shards))
+    options: Any = dict(checkpoint_path=tmp_path / "state.npz")
+    server, grid = _server.FederatedServer(alg, toy.theta0, KEY, **options), InProcessGrid(app, [])
+    for worker in range(4):
+        grid.join(worker, public_key=key_of(worker))
+    list(server.run(grid, 3))
+    state = grid.leave(101).state
+    grid.join(1, node=501, public_key=key_of(77))
+    grid.contexts[501].state = state  # even if it has the state of the old one
+    server = _server.FederatedServer(alg, toy.theta0, KEY, release_workers=[1], **options)
+    stats = list(server.run(grid, 5))
+    assert column(stats, "answered").all()
+    np.testing.assert_array_equal(column(stats, "bits_up")[:, 1], [32 * 63, 32 + 3 * 63 + 3])
+    assert server._workers.owners[1] == _roster.hash_node_key(key_of(77))
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="release_workers = 4: must be a whole number >= 0 and <= 3"):
+        _server.FederatedServer(alg, toy.theta0, KEY, release_workers=[4])
+
+
+def test_without_authentication_a_worker_belongs_to_a_node_while_it_is_there(tmp_path: Path, toy: Toy) -> None:
+    """Then each start of a node has another key."""
+    alg = algorithms.gd(toy.oracle, **RULE)
+    app = _client.client_app(alg, loader(toy.shards))
+    options: Any = dict(checkpoint_path=tmp_path / "state.npz", authenticated_nodes=False)
+    grid = InProcessGrid(app, [])
+    for start in range(2):
+        for worker in range(4):
+            if 100 + worker in grid.contexts:
+                grid.leave(100 + worker)
+            grid.join(worker, public_key=key_of(10 * start + worker))
+        server = _server.FederatedServer(alg, toy.theta0, KEY, **options)
+        assert column(list(server.run(grid, 2 + 2 * start)), "answered").all()
+
+
+def test_an_answer_to_no_greeting_registers_nobody(toy: Toy, caplog: Any) -> None:
+    answers: list[Message] = []
+
+    def up(message: Message) -> list[Message]:
+        if message.metadata.src_node_id == 103 and message.metadata.message_type == "query":
+            answers.append(message)
+            return [of_node(message, 102)]  # a node answers for another one
+        return [message]
+
+    alg = algorithms.gd(toy.oracle, **RULE)
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), uplink_fault=up)
+    server = _server.FederatedServer(alg, toy.theta0, KEY)
+    list(server.run(grid, 2, workers=3))
+    assert server._roster.nodes == {100: 0, 101: 1, 102: 2}
+    assert "answer to no hello message" in caplog.text
+
+
+def test_a_hello_message_with_anything_in_it_ends_no_run(toy: Toy) -> None:
+    odd: list[Any] = [[1, 2], b"1", "1", 1.5, float("nan"), True, -1, 10**9]
+
+    def up(message: Message) -> list[Message]:
+        if message.metadata.src_node_id == 103 and message.metadata.message_type == "query":
+            scheme = message.content.config_records[_protocol.RECORD_KEY]["scheme"]
+            parts = {"worker": odd[-1], "scheme": scheme if len(odd) % 2 else [1]} if odd else None
+            message = with_content(message, parts) if parts else hollow(message)
+        return [message]
+
+    alg = algorithms.gd(toy.oracle, **RULE)
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), uplink_fault=up)
+    server = _server.FederatedServer(alg, toy.theta0, KEY)
+    while odd:
+        list(server.run(grid, int(server.state.round) + 1, workers=3))
+        server._roster.refused_until.clear()
+        odd.pop()
+    list(server.run(grid, int(server.state.round) + 1, workers=3))
+    assert server._roster.nodes == {100: 0, 101: 1, 102: 2}
+
+
+def hollow(message: Message) -> Message:
+    """Neither content nor error."""
+    message.__dict__["_content"] = None
+    return message
+
+
+# ---- settings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", parametrize_rows())
+def test_settings_have_equal_digests_in_equal_algorithms(row: Any, toy: Toy) -> None:
+    first, second = (_protocol.scheme_digests(make(row, toy)) for _ in range(2))
+    assert first == second
+    assert len(first) == 8 * len(_protocol.SCHEME_PARTS)
+
+
+OTHERS: dict[str, Any] = {
+    "lr": dict(lr=0.06),
+    "lr of a function": dict(lr=optax.constant_schedule(0.05)),
+    "compressor": dict(bits=4),
+    "rule": dict(max_silence=7),
+    "sampler": dict(sampler=laqjax.samplers.BlockSampler(5)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_client_with_other_settings_is_refused(name: str, toy: Toy, caplog: Any) -> None:
+    options: Any = dict(lr=0.05, num_workers=4, bits=3)
+    server = _server.FederatedServer(algorithms.laq(toy.oracle, **options), toy.theta0, KEY, round_timeout=0.01)
+    other = algorithms.laq(toy.oracle, **options | OTHERS[name])
+    grid = InProcessGrid(_client.client_app(other, loader(toy.shards)), [2])
+    with pytest.raises(RuntimeError, match="0 workers registered: must be 4"):
+        list(server.run(grid, 1, max_missed_rounds=1))
+    assert re.search(f"other settings of (rule, )?{name.split()[0]}: must be those of the server", caplog.text)
+
+
+def test_a_client_may_have_another_optimizer_and_oracle(toy: Toy) -> None:
+    alg = algorithms.laq(toy.oracle, bits=3, **RULE)
+    other = replace(alg, optimizer=algorithms.amsgrad, oracle=laqjax.oracles.with_local_steps(toy.oracle, 2, 0.1))
+    assert _protocol.scheme_digests(alg) == _protocol.scheme_digests(other)
 
 
 @pytest.mark.parametrize("replies_at_random", [1000, pytest.param(10_000, marks=pytest.mark.long)])

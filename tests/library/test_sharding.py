@@ -24,8 +24,9 @@ from tests.support import KEY, Toy
 ROOT = Path(__file__).parents[2]
 OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}  # compiled as users compile
 # JAX in its optimised form rounds the gradients of these otherwise when a round is compiled for a mesh: two gradients, or a
-# width of the code that only the run knows, are fused with what reads them. Their decisions are the same.
-ROUNDED = {"laq_adaptive", "lasg_wk1", "lasg_wk2", "cada1", "cada2"}
+# width of the code that only the run knows, are fused with what reads them. Their decisions are the same. The uncompressed
+# change of diloco differs in the last bit of a few coordinates.
+ROUNDED = {"laq_adaptive", "lasg_wk1", "lasg_wk2", "cada1", "cada2", "diloco"}
 
 
 def command(case: str, out: Path, devices: int, *process: int) -> list[str]:
