@@ -19,7 +19,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as SerializedRecordDict
 from jaxtyping import Array, PRNGKeyArray
 
 from laqjax import types
-from laqjax._core.round import Algorithm, worker_step
+from laqjax._core.round import Algorithm, init_worker_state, worker_step
 from laqjax._core.wire_format import from_bytes, to_bytes
 from laqjax.compressors import identity
 from laqjax.federation import _protocol
@@ -56,7 +56,7 @@ def _update_shared_state(rule: types.UploadRule, shared_state: Any, step: Server
 @jax.jit
 def _fresh_worker_state(alg: Algorithm, params: Array) -> WorkerState:
     """Initialize the state of a worker without history."""
-    return WorkerState(alg.memory.init(params), alg.rule.init(params)[1])
+    return init_worker_state(alg, params)
 
 
 class ClientState(NamedTuple):
@@ -71,7 +71,7 @@ class ClientState(NamedTuple):
     base: _protocol.UploadId  # last accepted upload that `before` includes
     last: _protocol.UploadId  # upload that `after` includes; equals `base` if the worker was silent
     params: Any  # [p], the model of that round
-    history: Any  # the rule's shared state in that round
+    history: Any  # (rule's shared state in that round, aggregate or None), see `_protocol.shared_history`
     before: WorkerState  # this worker before that round
     after: WorkerState  # this worker after that round
 
@@ -134,7 +134,8 @@ def _compute_worker_step(
     Args:
         alg: the algorithm.
         worker: state of this worker.
-        state: the model, the round and the rule's shared state; its other fields are None.
+        state: the model, the round, the rule's shared state and the aggregate, if the oracle reads it; its other fields
+            are None.
         shards: the data of this worker alone, arrays [1, N, ...].
         key: PRNG key of the run.
         index: id of the worker.
@@ -178,7 +179,8 @@ class FederatedClient:
         self._model = jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)
         worker = jax.eval_shape(_fresh_worker_state, alg, self._model)
         # shapes of the arrays of a `ClientState`
-        self._likes = self._model, jax.eval_shape(alg.rule.init, self._model)[0], worker, worker
+        history = _protocol.shared_history(alg, jax.eval_shape(alg.rule.init, self._model)[0], self._model)
+        self._likes = self._model, history, worker, worker
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer one broadcast and save the new worker state in the context.
@@ -200,14 +202,14 @@ class FederatedClient:
         blank = _protocol.ReplyHeader(*about, bytes(8), self._scheme, 0, 0, 0.0, 0.0, 0.0)
         if known is None:
             return Message(_protocol.make_record(blank), reply_to=message)
-        params, shared_state = known
+        params, history = known
         before, base = self._select_base_state(down, kept, params)
         fresh = base == _protocol.UNKNOWN_UPLOAD  # then run as in round 0, where every method starts
         began = time.perf_counter()
         after, payload, *rest = _compute_worker_step(
             self._full if fresh else self._alg,
             before,
-            AlgorithmState(params, np.int32(down.round), None, None, shared_state, None, None),  # pyright: ignore[reportArgumentType]
+            AlgorithmState(params, np.int32(down.round), history[1], None, history[0], None, None),  # pyright: ignore[reportArgumentType]
             self._get_shard(worker),
             _read_key(down.key),
             np.int32(worker),
@@ -221,7 +223,7 @@ class FederatedClient:
         upload = _protocol.REPLY_FULL if fresh and self._alg.memory.is_persistent else _protocol.REPLY_UPLOAD
         kind = upload if sent else _protocol.REPLY_SILENT
         times = computed - began, time.perf_counter() - computed
-        save_state(context, ClientState(down.session, down.round, base, last, params, shared_state, before, after))
+        save_state(context, ClientState(down.session, down.round, base, last, params, history, before, after))
         if path is not None:
             write_context(path, context)
         head = blank._replace(kind=kind, base=base[0], base_digest=base[1], digest=last[1] if sent else bytes(8))
@@ -247,7 +249,7 @@ class FederatedClient:
     def _resolve_broadcast(
         self, down: _protocol.BroadcastHeader, parts: dict[str, Any], kept: ClientState | None
     ) -> tuple[Any, Any] | None:
-        """Reconstruct the model and the rule's shared state from a broadcast.
+        """Reconstruct the model and the history from a broadcast.
 
         Args:
             down: header of the broadcast.
@@ -255,8 +257,8 @@ class FederatedClient:
             kept: state from the previous message, or None.
 
         Returns:
-            The model [p] and the shared state. None if the broadcast is older than `kept`, or if this worker lacks
-            the model or history that the broadcast refers to.
+            The model [p] and the history, as `shared_history` returns it. None if the broadcast is older than `kept`,
+            or if this worker lacks the model or history that the broadcast refers to.
         """
         if kept and (down.session, down.round) < kept[:2]:
             return None
@@ -273,7 +275,7 @@ class FederatedClient:
             elif kept and down.history == _protocol.MODEL_DELTA and not again:
                 squares: Any = [np.asarray(square, self._model.dtype) for square in (down.direction_sq, down.step_sq)]
                 step = ServerStep(kept.params, params, squares[0], squares[1], np.int32(down.round - 1))  # pyright: ignore[reportArgumentType]
-                history = _update_shared_state(self._rule, kept.history, step)
+                history = _update_shared_state(self._rule, kept.history[0], step), None
             else:
                 history = kept.history if kept else None
         except ValueError:  # the body or the history has a wrong length

@@ -141,15 +141,15 @@ jax.tree.map(np.testing.assert_array_equal, state, jax.device_get(alone))
 
 @pytest.mark.distributed
 def test_many_devices(tmp_path: Path) -> None:
-    """The examples of docs/mesh.md and docs/lazy_aggregate.md on four devices: the first example's run of one device, and a message of each device."""
+    """The examples of docs/mesh.md, lazy_aggregate.md and diloco.md on four devices: the first example's run of one device, and a message of each device."""
     script = tmp_path / "script.py"
     first = block("own.md", "datasets.load").replace("rounds=200", "rounds=5") + "alone = out.state\n"
     mesh, lazy = block("mesh.md", "laqjax.sharding.make_mesh"), block("lazy_aggregate.md", "lazy_aggregate")
-    script.write_text(first + mesh + ON_FOUR_DEVICES + lazy)
+    script.write_text(first + mesh + ON_FOUR_DEVICES + lazy + block("diloco.md", "diloco_optimizer"))
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, script], env=os.environ | flags, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert "[ True  True  True  True]" in ran.stdout
+    assert ran.stdout.count("[ True  True  True  True]") == 2
 
 
 def test_a_federation(used: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +204,7 @@ def test_no_other_python_stands_in_the_texts() -> None:
         "own.md": 4,
         "mesh.md": 1,
         "lazy_aggregate.md": 1,
+        "diloco.md": 1,
         "federation.md": 1,
         "flower.md": 2,
     }
