@@ -440,13 +440,14 @@ class FederatedServer:
         """Return the broadcasts of this round by node, and add their sizes to the stats."""
         messages: dict[int, Message] = {}
         skipped = self._roster.skipped_nodes(self._poller.waiting_nodes())
-        digest = _protocol.short_digest(_protocol.tree_to_bytes((self.state.params, self.state.rule_state)))
+        history = _protocol.shared_history(self.alg, self.state.rule_state, self.state.aggregate)
+        digest = _protocol.short_digest(_protocol.tree_to_bytes((self.state.params, history)))
         for node, worker in self._roster.nodes.items():
             if selected[worker] and node not in skipped:
                 about = *self._workers.accepted[worker], digest, self._key_bytes, *self._change[1:]
                 head = _protocol.BroadcastHeader(self._session, stats.round, worker, 0, 0, *about)
                 known = self._roster.model_rounds[worker]
-                content, size = _protocol.make_broadcast(head, self.state, known, self._change.body)
+                content, size = _protocol.make_broadcast(head, self.state.params, history, known, self._change.body)
                 # the ttl lets Flower drop an expired broadcast, so that a slow node does not build up a backlog
                 message = Message(content, node, MessageType.TRAIN, group_id=str(stats.round), ttl=self._timeout)
                 stats.bytes_down[worker], stats.payload_down[worker] = _protocol.serialized_size(message), size

@@ -56,8 +56,8 @@ def column(stats: Any, name: str) -> np.ndarray:
 RULE: dict[str, Any] = dict(lr=0.05, num_workers=4)
 ADAM: Any = dict(optimizer=algorithms.amsgrad)
 # in `make test` members with parts of their own: rules of the worker and of the server, a downlink, a shared draw, a snapshot,
-# participation
-QUICK = ["two_laq", "lag_ps", "lasg_wk1", "fedlaq"]
+# an oracle that reads the aggregate, an oracle with a state; participation
+QUICK = ["two_laq", "lag_ps", "lasg_wk1", "scaffold", "diloco_ef"]
 
 
 @pytest.mark.parametrize(
@@ -501,6 +501,39 @@ def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:
     assert second.bits_up[2] == 32 * 63
     assert third.bits_up[2] in (0, 32 + 3 * 63 + 3)
     np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+
+
+def test_an_inner_optimizer_rolls_back_with_a_lost_upload(toy: Toy) -> None:
+    """Its state is of the local steps whose change arrived; after lost state it starts anew."""
+    alg, dropped, losing = make("diloco_ef", toy), [0], [False]
+    likes = _client.FederatedClient(alg, loader(toy.shards))._likes
+
+    def up(message: Message) -> list[Message]:
+        drops = losing[0] and message.metadata.src_node_id == 101
+        dropped[0] += drops
+        return [] if drops else [message]
+
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), uplink_fault=up)
+    server = _server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.1)
+
+    def steps_after(event: Callable[[Any], Any]) -> int:
+        """Return the local steps of worker 1, after the round in which the event came."""
+        stats = server.run_round(grid)
+        for _ in range(9):
+            if event(stats):
+                break
+            stats = server.run_round(grid)
+        assert event(stats)
+        return int(_client.load_state(grid.contexts[101], likes).after.oracle_state[0].count)  # pyright: ignore[reportOptionalMemberAccess]
+
+    list(server.run(grid, 1))
+    steps = steps_after(lambda stats: stats.sent[1])
+    losing[0] = True
+    assert steps_after(lambda stats: dropped[0]) == steps + 2
+    losing[0] = False
+    assert steps_after(lambda stats: stats.sent[1]) == steps + 2
+    grid.contexts[101].state = RecordDict()
+    assert steps_after(lambda stats: stats.sent[1]) == 2
 
 
 def test_a_worker_that_joins_late(toy: Toy) -> None:
