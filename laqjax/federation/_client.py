@@ -364,6 +364,8 @@ def client_app(
     def get_client(context: Context) -> FederatedClient:
         node = context.run_id, context.node_id
         if node not in clients:
+            for other in [one for one in clients if one[0] != context.run_id]:  # their data would stay in memory
+                del clients[other]
             clients[node] = client_fn(context)
         return clients[node]
 

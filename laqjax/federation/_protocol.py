@@ -27,6 +27,7 @@ RECORD_KEY = "laqjax"
 UploadId = tuple[int, bytes]  # (round, 8-byte digest) of an upload
 NO_UPLOAD: UploadId = (-1, bytes(8))  # the server has accepted no upload of this worker yet
 UNKNOWN_UPLOAD: UploadId = (-2, bytes(8))  # base of a memory that the server does not hold; no upload has this id
+RELEASED_UPLOAD: UploadId = (-3, bytes(8))  # of a released worker: no worker state includes it
 # How a broadcast carries the model and the rule's shared history. The delta of a history is the server's last step.
 MODEL_UNCHANGED, MODEL_FULL, MODEL_DELTA = range(3)
 # Kinds of replies. OUT_OF_SYNC: the worker lacks the model or the history that the broadcast refers to.

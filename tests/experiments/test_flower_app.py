@@ -7,6 +7,7 @@ import re
 import time
 import tomllib
 import zipfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,16 @@ def get_status(flwr: local.FlowerCli, number: str) -> str:
 
 
 @pytest.mark.distributed
-def test_the_app_on_a_superlink(folder: Path, tmp_path: Path) -> None:
+def test_the_app_on_a_superlink(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker 0 is a stock SuperNode, worker 1 a long-lived node with its own copy of the app."""
+    make_node = local.make_node
+
+    def make(flwr: local.FlowerCli, port: int, worker: int, workers: int) -> local.Server:
+        node = (make_node if worker else local.make_supernode)(flwr, port, worker, workers)
+        return replace(node, words=[word.replace("experiments.federation.flower_apps:client", "lazyapp.client_app:app") for word in node.words])  # fmt: skip
+
+    monkeypatch.setattr(local, "make_node", make)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
     lines = run_app(folder, tmp_path / "out", False, **{"num-server-rounds": 2})
     assert [line[:10] for line in lines] == ["[ROUND 0/2", "[ROUND 1/2", "[ROUND 2/2"]
     assert "workers 2, uploads 2" in lines[1]

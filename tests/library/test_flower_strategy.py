@@ -1,7 +1,9 @@
 """A federation as Flower users write it: their strategy, mods, evaluation and partitions."""
 
+import gc
 import logging
 import re
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,13 +212,15 @@ def test_mods_wrap_every_function(toy: Toy, alg: Any) -> None:
 
 
 def test_a_client_is_built_from_the_context(toy: Toy, alg: Any) -> None:
-    built = []
+    built, clients = [], weakref.WeakSet()
 
     def client_fn(context: Context) -> federation.FederatedClient:
         built.append((context.node_id, context.run_config["scale"]))
-        return federation.FederatedClient(
+        client = federation.FederatedClient(
             alg, lambda worker: jax.tree.map(lambda a: a[worker : worker + 1], toy.shards)
         )
+        clients.add(client)
+        return client
 
     grid = InProcessGrid(federation.client_app(client_fn), range(4))
     for context in grid.contexts.values():
@@ -225,6 +229,11 @@ def test_a_client_is_built_from_the_context(toy: Toy, alg: Any) -> None:
     whole = start(alg, toy, InProcessGrid(App(toy, alg).app, range(4)), fraction_evaluate=0.0)
     assert result.train_metrics_clientapp[4]["uploads"] == whole.train_metrics_clientapp[4]["uploads"]
     assert sorted(built) == [(node, 2.0) for node in range(100, 104)]  # once for each node
+    for context in grid.contexts.values():
+        context.run_id = 2
+    start(alg, toy, grid, rounds=1, fraction_evaluate=0.0)
+    gc.collect()
+    assert (len(built), len(clients)) == (8, 4)  # those of the earlier run are gone
 
 
 @pytest.mark.parametrize("config", [{"partition-id": 0, "num-partitions": 2}, {}])
