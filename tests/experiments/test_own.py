@@ -1,10 +1,15 @@
 """Files of the user's in the commands: data, problems, algorithms; and what is said when they are wrong."""
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import equinox as eqx
+import jax
 import numpy as np
+import optax
 import polars as pl
 import pytest
 
@@ -191,6 +196,39 @@ def test_the_example_of_a_loop_takes_few_steps(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_allclose(data_parallel.smooth([*range(12)]), [4.5, 5.5, 6.5])
     with pytest.raises(ValueError, match="steps = 0: must be a whole number >= 1"):
         data_parallel.main(steps=0)
+
+
+def test_the_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of text and the bytes that follow; a prediction does not see later bytes; the methods of the example exist."""
+    monkeypatch.setenv("XLA_FLAGS", "")  # the import would set it for the processes of other tests
+    from experiments.examples import diloco, language_model
+
+    x, y, x_test, y_test = language_model.load()
+    np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
+    assert len(x_test) == len(y_test) > len(x) / 20
+    assert x.max() < language_model.VOCABULARY
+    assert len(language_model.text_digest()) == 12
+    model = eqx.filter_jit(language_model.LanguageModel)(jax.random.key(0))
+    one, other = (eqx.filter_jit(model)(x[0].copy()) for x in (x, np.where(np.arange(64) == 40, 7, x)))
+    np.testing.assert_array_equal(one[:40], other[:40])
+    assert not np.array_equal(one[40], other[40])
+    for name in (*diloco.EVERY_STEP, *diloco.LOW_BIT, "DiLoCo, H = 10"):
+        assert isinstance(diloco.make_optimizer(name, 10, diloco.Settings())[0], optax.GradientTransformation)
+    with pytest.raises(ValueError, match="seeds = 0: must be a whole number >= 1"):
+        diloco.run(diloco.Settings(seeds=0))
+
+
+@pytest.mark.long
+def test_the_methods_of_the_diloco_example(tmp_path: Path) -> None:
+    """All methods for a few steps on four devices; a second call reads them from the folder."""
+    command = [sys.executable, "-m", "experiments.examples.diloco", "--quick", "--out", str(tmp_path / "here")]
+    for begin in ("AdamW each step, seed 0", ""):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.strip().startswith(begin or "211,328 parameters")
+    table = pl.read_parquet(tmp_path / "here-quick" / "table.parquet")
+    assert len(table) == 8
+    assert table["loss"].is_between(1, 6).all()
+    assert (tmp_path / "here-quick" / "diloco.png").exists()
 
 
 @pytest.mark.long
