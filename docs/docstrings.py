@@ -75,7 +75,16 @@ ARGUMENTS = {
     "density": "Expected share of the coordinates that a message keeps, in (0, 1].",
     "k": "Number of coordinates in a message, at least 1. Another number compiles another program.",
     "num_local_steps": "Number of local gradient steps per round, at least 1.",
-    "local_lr": "Learning rate > 0 of the local steps.",
+    "local_lr": "Learning rate > 0 of the local steps, or a schedule: a function of the step round * num_local_steps + t.",
+    "inner": "Inner optimizer of the local steps: a function from the step size to an optax transformation, such as "
+    "`optax.adamw`, or a transformation; see `laqjax.oracles.with_local_steps`.",
+    "keep_optimizer_state": "If True, a worker keeps the state of its inner optimizer from round to round. If False, it "
+    "starts anew in every round. The default is True.",
+    "decay": "Share of the compression error that a worker keeps, in [0, 1].",
+    "chunk": "Number of consecutive coordinates in a chunk, at least 2. Another number compiles another program.",
+    "b1": "Decay of the first moment m, in [0, 1].",
+    "b2": "Decay of the second moment v, in [0, 1].",
+    "tau": "Term > 0 beside the root of v, in units of a change of the model.",
     "num_participants": "Number of workers that participate in a round, from 1 to `num_workers`. They are drawn "
     "without replacement. None: all workers.",
     "optimizer": f"{OPTIMIZER} The default is plain SGD, as in the papers.",
@@ -90,6 +99,18 @@ AMSGRAD = {"optimizer": f"{OPTIMIZER} The default is AMSGrad without bias correc
 LOCAL = {
     "lr": f"{LOCAL_LR}(number of participants), which makes the new model the average of their local models.",
     "sampler": f"{SAMPLER} `size` must be a multiple of `num_local_steps`, since local steps share no examples.",
+}
+DIFFERENCES = {
+    "lr": f"Learning rate > 0 of the outer optimizer, {SCHEDULE}. It acts on the SUM of the workers' vectors. None: "
+    "0.7 / (number of participants), the step of the paper on their mean.",
+    "local_lr": "Learning rate > 0 of the inner optimizer, or a schedule: a function of the step round * num_local_steps + "
+    "t. None for an `inner` that is a transformation.",
+    "optimizer": f"{OPTIMIZER} The default is SGD with Nesterov momentum 0.9, as in the paper.",
+    "sampler": f"{SAMPLER} `size` must be a multiple of `num_local_steps`, since local steps share no examples.",
+}
+FEDOPT = {
+    "lr": f"Learning rate > 0 of the server, {SCHEDULE}. It acts on m / (sqrt(v) + tau), whatever M is.",
+    "sampler": DIFFERENCES["sampler"],
 }
 # Descriptions that differ in some factories: factory -> argument -> text.
 SPECIAL_ARGUMENTS: dict[str, dict[str, str]] = {
@@ -109,6 +130,31 @@ SPECIAL_ARGUMENTS: dict[str, dict[str, str]] = {
     "sign_sgd": {
         "lr": f"Learning rate > 0, {SCHEDULE}. The step acts on the SIGN of the SUM over workers, whatever M is.",
     },
+    "diloco": DIFFERENCES
+    | {
+        "compressor": "Compressor C of the uplink, with error feedback, such as "
+        "`laqjax.compressors.statistical_grid(bits)`. None: full precision, without error feedback.",
+        "decay": "Share of the compression error that a worker keeps, in [0, 1]. Without a compressor it is not used.",
+    },
+    "sparse_loco": DIFFERENCES
+    | {
+        "lr": f"Learning rate > 0 of the outer optimizer, {SCHEDULE}. It acts on the SUM of the workers' vectors. None: "
+        "1 / (number of participants).",
+        "optimizer": f"{OPTIMIZER} The default is plain SGD, as in the paper.",
+        "k": "Number of coordinates that a chunk sends, from 1 to `chunk`. Another number compiles another program.",
+        "bits": "Number b of bits of each value that is sent, from 1 to 16.",
+    },
+    "lazy_diloco": DIFFERENCES
+    | {
+        "lr": f"Learning rate > 0 of the outer optimizer, {SCHEDULE}. It acts on the SUM of the workers' vectors. None: "
+        "0.7 / M, the step of the paper on their mean.",
+    },
+    "scaffold": LOCAL
+    | {
+        "lr": f"{LOCAL_LR}M, which makes the new model the average of the participants' local models.",
+    },
+    "fedadam": FEDOPT,
+    "fedyogi": FEDOPT,
     "fedavg": LOCAL,
     "fedpaq": LOCAL,
     "fedlaq": LOCAL

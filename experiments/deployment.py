@@ -1,9 +1,10 @@
-r"""Certificates, keys and nodes for a federation of several machines.
+r"""Certificates, keys and nodes for a federation of several machines, and a Flower app to start from.
 
     python -m experiments.deployment keys DIR --server-names NAME ADDRESS --workers 2    for a SuperLink there
     python -m experiments.deployment register DIR --superlink HOST:PORT                  admit the nodes of these keys
     python -m experiments.deployment node --superlink HOST:PORT --root-certificates ca.crt --key node-0 \
         --worker 0 --workers 2                                                           run worker 0 until the run ends
+    python -m experiments.deployment new-app DIR                                         a Flower app for `flwr run`
 
 A SuperLink accepts nodes with registered keys only; `experiments.federated` runs on it. A node works on the problem,
 data and algorithms of its own command line: give it those of the server's command. `node --help` lists the options.
@@ -60,9 +61,21 @@ def node(words: Sequence[str]) -> None:
     long_lived.run(grid.parse_settings(long_lived.Settings, words, long_lived.__doc__))
 
 
+def new_app(folder: Folder, /) -> None:
+    """Write a Flower app that uses laqjax; its README.md tells how to run it.
+
+    Args:
+        folder: New folder.
+    """
+    shutil.copytree(
+        Path(__file__).with_name("examples") / "flower_app", folder, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    print(f"{folder} is written: read {folder / 'README.md'}")
+
+
 if __name__ == "__main__":
     with cli.command_line() as given:
         if given[:1] == ["node"]:
             node(given[1:])
         else:
-            cli.parse_cli({"keys": keys, "register": register}, given, __doc__, answers=False)
+            cli.parse_cli({"keys": keys, "register": register, "new-app": new_app}, given, __doc__, answers=False)

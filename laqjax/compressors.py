@@ -21,7 +21,8 @@ the types of the results. They check nothing, because JAX rebuilds them with tra
 Theorems distinguish two kinds of compressors:
 
 - unbiased, E decode = target: `qsgd`, `ternary`, `rand_k`, `natural`, `optimal_sparsifier`;
-- contractive, ||target - decode||^2 <= (1 - delta) ||target||^2: scaled `sign`, `top_k`, and `identity` with delta = 1.
+- contractive, ||target - decode||^2 <= (1 - delta) ||target||^2: scaled `sign`, `top_k`, `chunked_top_k`, and
+  `identity` with delta = 1.
 """
 
 from collections.abc import Sequence
@@ -59,17 +60,21 @@ __all__ = [
     "AdaptiveGrid",
     "BernoulliFull",
     "Blockwise",
+    "ChunkedTopK",
     "Grid",
     "Identity",
     "NaturalCompressor",
     "OptimalSparsifier",
+    "QuantizedValues",
     "Sign",
     "Sparse",
+    "StatisticalGrid",
     "Ternary",
     "adaptive_grid",
     "bernoulli_full",
     "blockwise",
     "bool_struct",
+    "chunked_top_k",
     "dequantize_from_grid",
     "float_bits",
     "from_bytes",
@@ -81,9 +86,11 @@ __all__ = [
     "optimal_sparsifier",
     "qsgd",
     "quantize_to_grid",
+    "quantized_values",
     "rand_k",
     "scalar_struct",
     "sign",
+    "statistical_grid",
     "ternary",
     "to_bytes",
     "top_k",
@@ -311,6 +318,46 @@ class Sparse:
 
 @register_dataclass
 @dataclass(frozen=True)
+class ChunkedTopK:
+    """Sparsifier that sends the k largest coordinates of each chunk: 32 + ceil(log2 chunk) bits for each of them.
+
+    A chunk is a range of `chunk` consecutive coordinates of the vector. The last one may be shorter, and sends at most
+    all its coordinates. Indices count within a chunk. The compressor is contractive with delta = k / chunk.
+
+    Source: SparseLoCo (Sarfi et al. 2025). Its program takes tiles of matrices as chunks.
+
+    Attributes:
+        chunk: coordinates of a chunk; static.
+        k: coordinates that a chunk sends; static.
+    """
+
+    chunk: int = static_field()
+    k: int = static_field()
+    has_static_layout = True
+
+    def encode(self, target, keys):
+        whole = target.size - target.size % self.chunk
+        parts = [target[:whole].reshape(-1, self.chunk), target[None, whole:]]
+        kept = [jax.lax.top_k(jnp.abs(part), min(self.k, part.shape[1]))[1] for part in parts if part.size]
+        index = jnp.concatenate([part.reshape(-1) for part in kept])
+        return {"index": index, "values": target[index + self._chunk_starts(target.size)]}
+
+    def decode(self, payload, like):
+        return jnp.zeros_like(like).at[payload["index"] + self._chunk_starts(like.size)].set(payload["values"])
+
+    def wire_fields(self, payload, like):
+        kept = self._chunk_starts(like.size).shape
+        yield WireField(payload, "index", jax.ShapeDtypeStruct(kept, np.int32), index_bits(self.chunk))
+        yield WireField(payload, "values", jax.ShapeDtypeStruct(kept, like.dtype), float_bits(like))
+
+    def _chunk_starts(self, size: int) -> np.ndarray:
+        """Return the first coordinate of the chunk of each number that is sent."""
+        starts = np.arange(0, size, self.chunk, dtype=np.int32)
+        return np.repeat(starts, np.minimum(self.k, np.minimum(self.chunk, size - starts)))
+
+
+@register_dataclass
+@dataclass(frozen=True)
 class OptimalSparsifier:
     """Random sparsifier that keeps coordinate i with probability min(1, c |target_i|).
 
@@ -366,6 +413,87 @@ class OptimalSparsifier:
     def wire_fields(self, payload, like):
         yield WireField(payload, "kept", bool_struct(like), 1)
         yield WireField(payload, "values", like, float_bits(like), payload["kept"])
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class QuantizedValues:
+    """Sparsifier whose values are quantized by a second compressor, all values of a message together.
+
+    With `grid`, n values take 32 + b n bits, plus the indices. The grid has no level at zero, so a value that is
+    exactly zero decodes to half a step.
+
+    Attributes:
+        sparsifier: `Sparse` or `ChunkedTopK`, which chooses the coordinates.
+        quantizer: compressor of their values.
+    """
+
+    sparsifier: Compressor
+    quantizer: Compressor
+
+    @property
+    def has_static_layout(self) -> bool:
+        """Return whether the layout of the quantized values is static."""
+        return get_declaration(self.quantizer, CompressorTraits, "has_static_layout")
+
+    def encode(self, target, keys):
+        payload = self.sparsifier.encode(target, keys)
+        return payload | {"values": self.quantizer.encode(payload["values"], keys)}
+
+    def decode(self, payload, like):
+        fields = self.sparsifier.wire_fields({}, like)
+        values = next(field.like for field in fields if field.name == "values")
+        return self.sparsifier.decode(payload | {"values": self.quantizer.decode(payload["values"], values)}, like)
+
+    def wire_fields(self, payload, like):
+        for field in self.sparsifier.wire_fields(payload, like):
+            if field.name == "values":
+                yield from self.quantizer.wire_fields(payload.setdefault("values", {}), field.like)
+            else:
+                yield field
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class StatisticalGrid:
+    """Quantizer to 2^b bins of equal width over mean +- sigmas std (MuLoCo, Therien et al. 2025): b p + 32 * 2^b bits.
+
+        width = 2 sigmas std / 2^b
+        codes = floor((target - mean) / width + 2^(b-1)), clipped to 0, ..., 2^b - 1
+
+    A code decodes to the mean of the target's values in its bin. These 2^b means travel with the message. std is the
+    unbiased standard deviation. If it is zero, every coordinate decodes to the mean.
+
+    The bins are symmetric about the mean. Those of MuLoCo's program lean by half a bin: there the mean is in the middle
+    of a bin.
+
+    Attributes:
+        bits: b, bits per coordinate; static.
+        sigmas: half of the width of all bins together, in standard deviations; 3 in MuLoCo's program.
+    """
+
+    sigmas: Float[Array, ""]
+    bits: int = static_field()
+    is_coordinatewise = False
+    has_static_layout = True
+
+    def encode(self, target, keys):
+        count, mean = 2**self.bits, jnp.mean(target)
+        centered = target - mean
+        width = (
+            2 / count * self.sigmas.astype(target.dtype) * jnp.sqrt(squared_norm(centered) / max(target.size - 1, 1))
+        )
+        codes = jnp.floor(centered / jnp.where(width > 0, width, 1) + count // 2)
+        codes = jnp.clip(codes, 0, count - 1).astype(jnp.int32)
+        sums, sizes = (jnp.zeros(count, target.dtype).at[codes].add(v) for v in (centered, jnp.ones_like(target)))
+        return {"means": mean + sums / jnp.maximum(sizes, 1), "codes": codes}
+
+    def decode(self, payload, like):
+        return payload["means"][payload["codes"]]
+
+    def wire_fields(self, payload, like):
+        yield WireField(payload, "means", jax.ShapeDtypeStruct((2**self.bits,), like.dtype), float_bits(like))
+        yield WireField(payload, "codes", jax.ShapeDtypeStruct(like.shape, np.int32), self.bits)
 
 
 @register_dataclass
@@ -579,6 +707,59 @@ def rand_k(k: int) -> Sparse:
         ValueError: `k` is not a whole number >= 1.
     """
     return Sparse(int(check_number("k", k, np.int32, minimum=1)), random=True)
+
+
+def chunked_top_k(chunk: int, k: int) -> ChunkedTopK:
+    """Build a `ChunkedTopK` compressor, which sends the k largest coordinates of each chunk.
+
+    Args:
+        chunk: number of consecutive coordinates in a chunk, at least 2. It is static: another one compiles again.
+        k: number of coordinates that a chunk sends, from 1 to `chunk`. It is static too.
+
+    Returns:
+        The compressor.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+    size = int(check_number("chunk", chunk, np.int32, minimum=2))
+    return ChunkedTopK(size, int(check_number("k", k, np.int32, minimum=1, maximum=size)))
+
+
+def quantized_values(sparsifier: Compressor, quantizer: Compressor) -> QuantizedValues:
+    """Build a `QuantizedValues` compressor, which quantizes the values that a sparsifier keeps.
+
+    Args:
+        sparsifier: `top_k`, `rand_k` or `chunked_top_k`.
+        quantizer: compressor of the values, such as `grid(2)` or `statistical_grid(2, 3.0)`.
+
+    Returns:
+        The compressor.
+
+    Raises:
+        ValueError: `sparsifier` is another compressor, or `quantizer` is not a compressor.
+    """
+    if not isinstance(sparsifier, Sparse | ChunkedTopK):
+        raise ValueError(f"sparsifier = {sparsifier!r}: must be top_k, rand_k or chunked_top_k")
+    check_compressor(quantizer)
+    return QuantizedValues(sparsifier, quantizer)
+
+
+def statistical_grid(bits: int, sigmas: float = 3.0) -> StatisticalGrid:
+    """Build a `StatisticalGrid` quantizer.
+
+    Args:
+        bits: b, bits per coordinate, a whole number from 1 to 8. It is static: another b compiles again.
+        sigmas: half of the width of all bins together, in standard deviations, above 0.
+
+    Returns:
+        The compressor.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+    size = int(check_number("bits", bits, np.int32, minimum=1, maximum=8))
+    return StatisticalGrid(check_number("sigmas", sigmas, np.float32, above=0), size)
 
 
 def optimal_sparsifier(density: float) -> OptimalSparsifier:

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from laqjax._core.wire_format import float_bits, message_bytes
-from laqjax.types import Broadcast, Compressor, register_dataclass
+from laqjax.types import Broadcast, Compressor, register_dataclass, static_field
 
 __all__ = ["CompressedDirection", "CompressedModel", "CompressedStep", "FullModelDownlink"]
 
@@ -23,14 +23,20 @@ __all__ = ["CompressedDirection", "CompressedModel", "CompressedStep", "FullMode
 @register_dataclass
 @dataclass(frozen=True)
 class FullModelDownlink:
-    """Downlink that sends the uncompressed model: 32 p bits in float32."""
+    """Downlink that sends the uncompressed model: 32 p bits in float32 for each vector.
+
+    Attributes:
+        num_vectors: vectors [p] that travel; 2 if the workers also need the aggregate of the server; static.
+    """
+
+    num_vectors: int = static_field(default=1)
 
     def init(self, params):
         return None
 
     def broadcast(self, downlink_state, params, direction, optimize, keys):
         step, optimizer = optimize(direction, params)
-        size = jnp.int32(params.size * float_bits(params) // 8)
+        size = jnp.int32(self.num_vectors * params.size * float_bits(params) // 8)
         return Broadcast(_apply_step(params, step), None, optimizer, payload=None, bytes=size)
 
 

@@ -228,19 +228,24 @@ class DashaMemory(_EstimateMemory):
 class ErrorFeedback:
     """Memory that adds the compression error to the next gradient (Seide et al. 2014; Karimireddy et al. 2019).
 
-        target_m = e_m + g_m
+        target_m = decay e_m + g_m
         e_m = target_m - C(target_m)
 
-    The worker state is e_m, which begins at zero. The direction is the sum of the messages of the round.
+    The worker state is e_m, which begins at zero. A worker that is not selected keeps it undecayed. The direction is
+    the sum of the messages of the round.
+
+    Attributes:
+        decay: share of the error that is kept, in [0, 1] (SparseLoCo). None: all of it, without a number.
     """
 
+    decay: Float[Array, ""] | None = None
     is_persistent = False
 
     def init(self, params):
         return jnp.zeros_like(params)
 
     def compression_target(self, worker_state, grad, context):
-        return worker_state + grad, worker_state
+        return (worker_state if self.decay is None else self.decay * worker_state) + grad, worker_state
 
     def update(self, worker_state, grad, target, decoded):
         return target - decoded

@@ -1,7 +1,7 @@
 """Oracles: they compute the loss and the gradient of one worker for a flat vector of parameters [p].
 
-`from_loss` builds an oracle from a loss on a pytree of parameters. `with_local_steps` builds an oracle that makes local
-gradient steps. The other parts of an algorithm see flat vectors only.
+`from_loss` builds an oracle from a loss on a pytree of parameters. `with_local_steps` builds an oracle that trains
+locally, with plain gradient steps or with an optax optimizer. The other parts of an algorithm see flat vectors only.
 
 An oracle reads a shard in tiles, each of them once. The loss casts and scales a tile while it is in cache. The forward
 and the backward product of this tile run before the next tile is read. Tiles are sliced directly from the [M, N, ...]
@@ -17,12 +17,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Int
 
 from laqjax._core import cpu_layouts
 from laqjax._core.validation import (
+    as_optimizer_factory,
+    as_schedule,
     check_bool,
     check_evaluates_anywhere,
+    check_minibatch,
     check_number,
     check_oracle_result,
     check_type,
@@ -31,9 +35,18 @@ from laqjax._core.validation import (
     suggest,
 )
 from laqjax.samplers import ExampleSelection
-from laqjax.types import Oracle, OracleHints, OracleResult, Shards, register_dataclass, static_field
+from laqjax.types import (
+    Oracle,
+    OracleHints,
+    OracleResult,
+    RoundContext,
+    Shards,
+    StatefulOracle,
+    register_dataclass,
+    static_field,
+)
 
-__all__ = ["LocalSgdOracle", "PytreeLayout", "TiledOracle", "from_loss", "with_local_steps"]
+__all__ = ["LocalStepsOracle", "PytreeLayout", "TiledOracle", "from_loss", "with_local_steps"]
 
 
 # One tile in the parameters' dtype on the CPU. It fits in the second-level caches of two cores together; a larger tile
@@ -351,20 +364,35 @@ def from_loss(
 
 @register_dataclass
 @dataclass(frozen=True)
-class LocalSgdOracle:
-    """Oracle whose gradient is the mean of the gradients of local steps; see `with_local_steps`.
+class LocalStepsOracle:
+    """Oracle that trains locally and returns the change of the model; see `with_local_steps`.
 
-        gradient = (params - params after `num_local_steps` local steps) / (num_local_steps lr)
+        y = params
+        y += optimizer step for the gradient grad(y) + proximal (y - params), `num_local_steps` times
+        gradient = (params - y) / (sum of the step sizes), or params - y
 
     Attributes:
         oracle: the oracle of the local gradients.
-        lr: local learning rate.
-        num_local_steps: local gradient steps per round.
+        lr: step size of the local steps: a number, or a schedule of the step round * num_local_steps + t. None: the
+            optimizer has its own.
+        optimizer: factory from the step size to an optax transformation, a pytree. None: plain gradient steps.
+        proximal: weight of FedProx's proximal term. None: no such term.
+        num_local_steps: local steps per round.
+        keep_optimizer_state: whether the state of the optimizer is kept from round to round.
+        returns_difference: whether the result is params - y, without the division by the step sizes.
+        has_control_variates: whether each local gradient gets SCAFFOLD's correction c - c_m, where c_m is the memory of
+            the worker and c the mean of all c_m, the aggregate / M. The result is then the mean of the local gradients
+            without it.
     """
 
     oracle: Oracle
-    lr: Float[Array, ""]
+    lr: Any
+    optimizer: Any
+    proximal: Any
     num_local_steps: int = static_field()
+    keep_optimizer_state: bool = static_field()
+    returns_difference: bool = static_field()
+    has_control_variates: bool = static_field(default=False)
 
     @property
     def size(self) -> int:
@@ -384,6 +412,11 @@ class LocalSgdOracle:
         """Restore the pytree of parameters from a vector [p]."""
         return self.oracle.unravel(params)
 
+    @property
+    def reads_aggregate(self) -> bool:
+        """Return whether the oracle reads the aggregate of the server."""
+        return self.has_control_variates
+
     def validate(self, shards: Shards) -> None:
         """Raise ValueError if the loss does not fit the data."""
         self.oracle.validate(shards)
@@ -396,6 +429,30 @@ class LocalSgdOracle:
         """Return whether the points of a sweep run one after another."""
         return get_declaration(self.oracle, OracleHints, "prefers_sequential")(shards)
 
+    def init_state(self, params: Float[Array, " p"]) -> Any:
+        """Create the state of one worker before round 0: that of its optimizer if it is kept, else None."""
+        return self.init_optimizer(params) if self.keep_optimizer_state else None
+
+    def init_optimizer(self, params: Float[Array, " p"]) -> Any:
+        """Create a new state of the optimizer for the model [p]; None for plain gradient steps."""
+        if self.optimizer is None:
+            return None
+        return self.optimizer(self.learning_rate_at(jnp.int32(0))).init(self.unravel(params))
+
+    def learning_rate_at(self, step: Int[Array, ""]) -> Any:
+        """Return the step size in a local step, counted from round 0; None if the optimizer has its own."""
+        if not callable(self.lr):
+            return self.lr
+        with jax.numpy_dtype_promotion("standard"):  # schedules combine the integer step with floats
+            return jnp.asarray(self.lr(step), self.dtype)
+
+    def total_learning_rate_at(self, round: Int[Array, ""]) -> Float[Any, ""]:
+        """Return the sum of the step sizes of a round."""
+        if not callable(self.lr):
+            return self.num_local_steps * self.lr
+        steps = round * self.num_local_steps + jnp.arange(self.num_local_steps, dtype=jnp.int32)
+        return jnp.sum(jax.vmap(self.learning_rate_at)(steps))
+
     def __call__(
         self,
         params: Float[Array, " p"],
@@ -403,7 +460,7 @@ class LocalSgdOracle:
         worker: Int[Array, ""],
         examples: ExampleSelection | None = None,
     ) -> OracleResult:
-        """Compute the loss at `params` and the mean of the local gradients.
+        """Train locally as in round 0: with a new optimizer state and without control variates.
 
         Args:
             params: the model, [p], from which the local steps start.
@@ -412,51 +469,176 @@ class LocalSgdOracle:
             examples: the minibatch, split into one part for each local step; None for the whole shard in every step.
 
         Returns:
-            The loss on the examples of the first local step, and the mean gradient [p].
+            The loss on the examples of the first local step, the change of the model as a gradient [p], and the state
+            of the optimizer, None unless it is kept.
 
         Raises:
             ValueError: the size of the minibatch is not a multiple of `num_local_steps`, or the inner oracle cannot be
                 evaluated at other models than that of the round.
         """
-        check_evaluates_anywhere(self.oracle)
-        if examples and examples.size % self.num_local_steps:
-            raise ValueError(
-                f"minibatches of {examples.size} rows: must be a multiple of num_local_steps = {self.num_local_steps}, "
-                "since every local step uses its own part"
-            )
+        return self._train(params, shards, worker, examples, self.init_state(params), jnp.int32(0), None)
 
-        def evaluate(t: Any, local: Any) -> OracleResult:
+    def evaluate(
+        self, params: Float[Array, " p"], shards: Shards, examples: Any, state: Any, context: RoundContext
+    ) -> OracleResult:
+        """Train locally in a round, from the state of the worker; see `laqjax.types.StatefulOracle`."""
+        correction = None
+        if self.has_control_variates:
+            correction = context.aggregate / context.num_workers - context.memory_state
+        return self._train(params, shards, context.keys.shard, examples, state, context.round, correction)
+
+    def _train(
+        self, params: Array, shards: Shards, worker: Any, examples: Any, state: Any, round: Any, correction: Any
+    ) -> OracleResult:
+        """Train locally from the optimizer state `state`, with `correction` [p] added to each gradient unless None."""
+        check_evaluates_anywhere(self.oracle)
+        if examples:
+            check_minibatch(examples.size, self.num_local_steps)
+
+        def evaluate(local: Any, t: Any) -> OracleResult:
             part = examples.slice(t, examples.size // self.num_local_steps) if examples else None
             return check_oracle_result(self.oracle, self.oracle(local, shards, worker, part))
 
-        def local_step(local: Any, t: Any) -> Any:
-            return local - self.lr * evaluate(t, local).grad, None
+        def move(local: Any, grad: Any, optimizer_state: Any, t: Any) -> Any:
+            if self.proximal is not None:
+                grad = grad + self.proximal * (local - params)
+            if correction is not None:
+                grad = grad + correction
+            step = round * self.num_local_steps + t
+            lr = self.learning_rate_at(step)
+            if self.optimizer is None:
+                return local - lr * grad, None
+            optimizer_state = _set_schedule_counts(optimizer_state, step)
+            return _apply_optimizer(self.optimizer(lr), self.oracle, local, grad, optimizer_state)
 
-        loss, grad, _ = evaluate(jnp.int32(0), params)
-        first = params - self.lr * grad
-        last, _ = jax.lax.scan(local_step, first, jnp.arange(1, self.num_local_steps, dtype=jnp.int32))
-        mean = grad if self.num_local_steps == 1 else (params - last) / (self.num_local_steps * self.lr)
-        return OracleResult(loss, mean)
+        def local_step(carry: Any, t: Any) -> Any:
+            local, optimizer_state = carry
+            return move(local, evaluate(local, t).grad, optimizer_state, t), None
+
+        loss, grad, _ = evaluate(params, jnp.int32(0))
+        first = move(params, grad, state if self.keep_optimizer_state else self.init_optimizer(params), jnp.int32(0))
+        steps = jnp.arange(1, self.num_local_steps, dtype=jnp.int32)
+        (last, optimizer_state), _ = jax.lax.scan(local_step, first, steps)
+        if self.returns_difference:
+            grad = params - last
+        elif self.num_local_steps > 1 or self.optimizer is not None:
+            total = self.total_learning_rate_at(round)
+            if callable(self.lr):  # a schedule may begin at zero
+                grad = jnp.where(total > 0, (params - last) / jnp.where(total > 0, total, 1), 0)
+            else:
+                grad = (params - last) / total
+            grad = grad if correction is None else grad - correction
+        return OracleResult(loss, grad, optimizer_state if self.keep_optimizer_state else None)
 
 
-def with_local_steps(oracle: Oracle, num_local_steps: int, lr: float) -> LocalSgdOracle:
-    """Build an oracle whose gradient is the mean of the gradients of `num_local_steps` local steps.
+def _apply_optimizer(transformation: Any, oracle: Oracle, params: Any, grad: Any, state: Any) -> tuple[Any, Any]:
+    """Make a step with an optax transformation, which sees the pytree; return the model [p] and the next state."""
+    with jax.numpy_dtype_promotion("standard"):  # optax combines floats and integers
+        tree: Any = oracle.unravel(params)
+        updates, state = transformation.update(oracle.unravel(grad), state, tree)
+        return oracle.ravel(optax.apply_updates(tree, updates)), state
+
+
+def _set_schedule_counts(state: Any, step: Int[Array, ""]) -> Any:
+    """Set the counts of optax's schedules, since the own count of an absent worker falls behind.
+
+    States of optax that hold a count and nothing else are those of schedules.
+    """
+
+    def is_schedule(node: Any) -> bool:
+        return getattr(node, "_fields", None) == ("count",)
+
+    def set_count(node: Any) -> Any:
+        return node._replace(count=jnp.asarray(step, node.count.dtype)) if is_schedule(node) else node
+
+    return jax.tree.map(set_count, state, is_leaf=is_schedule)
+
+
+def with_local_steps(
+    oracle: Oracle,
+    steps: int,
+    lr: Any = None,
+    *,
+    optimizer: Any = optax.sgd,
+    proximal: float = 0.0,
+    keep_optimizer_state: bool = True,
+) -> LocalStepsOracle:
+    """Build an oracle that trains locally for `steps` steps and returns the change of the model as a gradient.
 
     FedAvg is `algorithms.gd` on this oracle, FedPAQ is `qsgd`, and lazy FedAvg is `laq`.
 
     Args:
         oracle: the oracle of the local gradients.
-        num_local_steps: local gradient steps per round. A minibatch is split into as many equal parts, one per step.
-        lr: local learning rate.
+        steps: local steps per round. A minibatch is split into as many equal parts, one per step.
+        lr: step size of the local steps > 0, or a schedule: a function of the step round * steps + t. None for an
+            `optimizer` that is a transformation.
+        optimizer: inner optimizer, which sees the pytree of the parameters: a function of the step size that returns an
+            optax transformation, such as `optax.adamw`. The gradient is then the change of the model divided by the sum
+            of the step sizes; with plain SGD, the mean of the local gradients. The numbers of a `jax.tree_util.Partial`
+            are traced. It may also be a transformation, such as `optax.adamw(1e-3)`. Its numbers are then static, its
+            schedules read the step round * steps + t too, and the gradient is the change of the model itself.
+        proximal: weight mu >= 0 of FedProx's term (mu / 2) ||y - params||^2 in the local loss. A value of 0 is another
+            structure than one above 0.
+        keep_optimizer_state: whether a worker keeps the state of its optimizer from round to round. The state advances
+            in rounds in which the worker participates, whether it sends or not. False: a new state in every round.
 
     Returns:
-        The oracle.
+        The oracle. Its workers have a state if `keep_optimizer_state` and the optimizer has one.
 
     Raises:
-        ValueError: num_local_steps < 1 or lr <= 0.
+        ValueError: a number is out of its range, `lr` is missing or given without use, the optimizer needs more than
+            gradients, its state and parameters, or `oracle` has a state itself.
+
+    Example:
+        >>> import optax, laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.oracles.with_local_steps(oracle, 10, 1e-3, optimizer=optax.adamw).num_local_steps
+        10
     """
-    return LocalSgdOracle(
+    dtype = oracle_dtype(oracle)
+    is_ready = isinstance(optimizer, optax.GradientTransformation)
+    if is_ready and lr is not None:
+        raise ValueError(
+            f"local_lr = {lr!r} with an optimizer that is a transformation: must be None, since the transformation has "
+            "its own step size; give a function of the step size, such as optax.adamw, to use local_lr"
+        )
+    check_bool("keep_optimizer_state", keep_optimizer_state)
+    strength = check_number("proximal", proximal, dtype, minimum=0)
+    local = LocalStepsOracle(
         oracle,
-        check_number("local_lr", lr, oracle_dtype(oracle), above=0),
-        int(check_number("num_local_steps", num_local_steps, np.int32, minimum=1)),
+        None if is_ready else as_schedule(lr, dtype, "local_lr"),
+        None if optimizer is optax.sgd else as_optimizer_factory(optimizer, dtype, "inner optimizer"),
+        strength if strength > 0 else None,
+        int(check_number("num_local_steps", steps, np.int32, minimum=1)),
+        bool(keep_optimizer_state),
+        is_ready,
     )
+    params = jax.ShapeDtypeStruct((oracle.size,), dtype)
+    if jax.tree.leaves(jax.eval_shape(get_declaration(oracle, StatefulOracle, "init_state"), params)):
+        raise ValueError(
+            f"oracle {type(oracle).__name__} with a state of each worker: must be an oracle without one, such as "
+            "oracles.from_loss gives it"
+        )
+    if local.optimizer is not None:
+        _check_inner_optimizer(local, params, optimizer)
+    return local
+
+
+def _check_inner_optimizer(local: LocalStepsOracle, params: jax.ShapeDtypeStruct, given: Any) -> None:
+    """Raise ValueError unless the optimizer needs gradients, state and parameters only, and its state keeps its form."""
+
+    def step(local: LocalStepsOracle, params: Array) -> Any:
+        state = local.init_optimizer(params)
+        transformation = local.optimizer(local.learning_rate_at(jnp.int32(0)))
+        return state, _apply_optimizer(transformation, local.oracle, params, params, state)[1]
+
+    allowed = (
+        "must be a transformation that needs the gradients, its state and the parameters only, such as optax.adamw"
+    )
+    try:
+        before, after = jax.eval_shape(step, local, params)
+    except Exception as error:  # optimizers raise many types
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"inner optimizer = {given!r}, which failed ({reason}): {allowed}") from error
+    if before != after:
+        raise ValueError(f"inner optimizer = {given!r}, whose state changes from {before} to {after}: {allowed}")

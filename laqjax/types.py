@@ -8,7 +8,8 @@ Each worker:
 
 1. `sampler(keys, shards)` selects the examples of the minibatch. Without a sampler the whole shard is used.
 2. `rule.is_selected(...)` decides whether the worker participates in the round.
-3. `oracle(params, shards, worker, examples)` computes the loss and the gradient [p].
+3. `oracle(params, shards, worker, examples)` computes the loss and the gradient [p]. An oracle with a state for each
+   worker has `evaluate` instead (`StatefulOracle`).
 4. `memory.compression_target(...)` turns the gradient into the vector [p] that is compressed.
 5. `compressor.encode(...)` builds the message; `compressor.decode(...)` is the vector [p] that the server will read
    from it.
@@ -99,7 +100,10 @@ Example:
            [48, 48]])
 """
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -128,6 +132,7 @@ __all__ = [
     "ServerResult",
     "ServerStep",
     "Shards",
+    "StatefulOracle",
     "UploadContext",
     "UploadRule",
     "WireField",
@@ -195,18 +200,45 @@ def register_dataclass(cls: type[_T]) -> type[_T]:
     return cls
 
 
-# Rules, compressors and the round compute norms of vectors [p] with these two functions, so that a sharded model can
-# replace them here. The mean in `Sign` and the l2 term of the oracle are not norms of this kind.
+# Rules, compressors and the round compute norms of vectors [p] with these two functions. Where mesh axes split the
+# parameters, the devices hold parts of these vectors, and add up the norms of their parts. The mean in `Sign` and the l2
+# term of the oracle are not norms of this kind.
+
+_SEGMENTS: ContextVar[Any] = ContextVar("segments", default=None)
+
+
+@contextmanager
+def _norms_over(segments: Any) -> Iterator[None]:
+    """Compute norms of vectors whose parts are on many devices, while a function is traced inside `jax.shard_map`.
+
+    Args:
+        segments: (size on this device, mesh axes that split it) of consecutive parts of the vectors. None: the vectors
+            are whole on this device.
+    """
+    token = _SEGMENTS.set(segments)
+    try:
+        yield
+    finally:
+        _SEGMENTS.reset(token)
+
+
+def _reduce_segments(v: Array, reduce: Any, across: Any, join: Any) -> Array:
+    """Reduce each segment of a vector, then over the devices that hold its parts, then the segments."""
+    segments = _SEGMENTS.get()
+    if segments is None:
+        return reduce(v)
+    parts = zip(jnp.split(v, np.cumsum([size for size, _ in segments])[:-1]), segments, strict=True)
+    return functools.reduce(join, [across(reduce(part), axes) if axes else reduce(part) for part, (_, axes) in parts])
 
 
 def squared_norm(v: Float[Array, " p"]) -> Float[Array, ""]:
     """Return the squared Euclidean norm of a vector [p]."""
-    return jnp.sum(v * v)
+    return _reduce_segments(v * v, jnp.sum, jax.lax.psum, jnp.add)
 
 
 def max_abs(v: Float[Array, " p"]) -> Float[Array, ""]:
     """Return the largest absolute value of a vector [p]."""
-    return jnp.max(jnp.abs(v))
+    return _reduce_segments(jnp.abs(v), jnp.max, jax.lax.pmax, jnp.maximum)
 
 
 def _count_bits(name: str, size: Any) -> np.ndarray:
@@ -300,6 +332,10 @@ class RoundContext:
             another model, on the examples of the round, or on the whole shard if `full`. It costs and counts one
             gradient for each call, only in rounds in which the scalar bool `when` is true. In the other rounds it
             returns zeros.
+        round: number of the round. `keys.round` is the round of the random draws: 0 where a worker of a federation that
+            lost its state starts anew.
+        memory_state: memory of this worker before the round.
+        aggregate: aggregate of the server before the round, [p]. None if the memory is not persistent.
     """
 
     params: Float[Array, " p"]
@@ -307,6 +343,9 @@ class RoundContext:
     lr: Float[Array, ""]
     num_workers: int
     gradient_at: Callable[..., Float[Array, " p"]]
+    round: Any = field(default=None, kw_only=True)
+    memory_state: Any = field(default=None, kw_only=True)
+    aggregate: Any = field(default=None, kw_only=True)
 
     def squared_norm(self, v: Float[Array, " p"]) -> Float[Array, ""]:
         """Return the squared Euclidean norm of a vector [p]; see `laqjax.types.squared_norm`."""
@@ -344,7 +383,7 @@ class OracleResult(NamedTuple):
     Attributes:
         loss: loss at the model that was given, a scalar.
         grad: gradient, [p].
-        state: None; reserved for oracles that keep a state for each worker.
+        state: next state of the oracle for this worker, of a `StatefulOracle`; None of other oracles.
     """
 
     loss: Float[Array, ""]
@@ -390,10 +429,12 @@ class WorkerState(NamedTuple):
     Attributes:
         memory_state: pytree of the memory, created by `Memory.init`.
         rule_state: pytree of the upload rule, created by `UploadRule.init` (the second result).
+        oracle_state: pytree of the oracle, created by `StatefulOracle.init_state`. None for other oracles.
     """
 
     memory_state: Any
     rule_state: Any
+    oracle_state: Any = None
 
 
 class AlgorithmState(NamedTuple):
@@ -609,9 +650,11 @@ class OracleHints(Protocol):
     Attributes:
         evaluates_anywhere: whether the oracle can be evaluated at any model. If it is False, methods that ask for
             gradients at other models than that of the round, or for local steps, are refused.
+        reads_aggregate: whether the oracle reads `RoundContext.aggregate`. A federation then broadcasts the aggregate.
     """
 
     evaluates_anywhere: bool = True
+    reads_aggregate: bool = False
 
     def activation_bytes(self, shards: Shards) -> int:
         """Estimate the memory in bytes that one gradient needs in addition to the parameters and the gradient.
@@ -626,6 +669,46 @@ class OracleHints(Protocol):
         It is a hint for the points of a sweep, and on the CPU also for the workers of a round.
         """
         return False
+
+
+@runtime_checkable
+class StatefulOracle(Protocol):
+    """Optional methods of an oracle that has a state for each worker, or reads more of the round than the model.
+
+    An oracle that lacks them behaves as the methods given here: it has no state. The state of a worker advances in the
+    rounds in which it participates, whether it sends or not.
+    """
+
+    def init_state(self, params: Float[Array, " p"]) -> Any:
+        """Create the state of one worker before round 0.
+
+        Args:
+            params: initial model, [p].
+
+        Returns:
+            The state, a pytree of arrays, or None.
+        """
+        return None
+
+    def evaluate(
+        self, params: Float[Array, " p"], shards: Shards, examples: Any, state: Any, context: RoundContext
+    ) -> Any:
+        """Compute the loss, the gradient and the next state of one worker; replaces `Oracle.__call__` in a round.
+
+        Args:
+            params: model, [p]: `context.params`, or another model where a method asks for its gradient.
+            shards: data of all workers, or on a mesh of the workers of this device.
+            examples: minibatch, a `laqjax.samplers.ExampleSelection`. None: the whole shard.
+            state: state of the oracle for this worker.
+            context: round, keys, memory of the worker and aggregate of the server. `context.keys.shard` is the index
+                of the worker's shard in `shards`.
+
+        Returns:
+            An `OracleResult`, whose state has the structure of `state`. It is discarded where a method asks for the
+            gradient at another model.
+        """
+        oracle: Any = self
+        return oracle(params, shards, context.keys.shard, examples)
 
 
 @runtime_checkable

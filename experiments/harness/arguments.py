@@ -18,6 +18,7 @@ SUPPLIED = {"oracle": "--problem", "num_workers": "--workers", "padded_window": 
 REQUIRED_DEFAULTS = {"lr": 0.02, "damping": 0.5, "scaling": 0.5, "probability": 0.1, "estimate_momentum": 0.5}
 REQUIRED_DEFAULTS |= {"num_local_steps": 2, "local_lr": 0.01}
 COMPRESSORS = {
+    "chunked_top_k:CHUNK:K": compressors.chunked_top_k,
     "grid:BITS": compressors.grid,
     "identity": compressors.identity,
     "natural": compressors.natural,
@@ -25,6 +26,7 @@ COMPRESSORS = {
     "qsgd:LEVELS": compressors.qsgd,
     "rand_k:K": compressors.rand_k,
     "sign[:SCALED]": compressors.sign,
+    "statistical_grid:BITS[:SIGMAS]": compressors.statistical_grid,
     "ternary": compressors.ternary,
     "top_k:K": compressors.top_k,
 }
@@ -52,8 +54,10 @@ NAMED_VALUES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "compressor": COMPRESSORS,
     "downlink_compressor": COMPRESSORS,
     "optimizer": OPTIMIZERS,
+    "inner": OPTIMIZERS,
     "sampler": SAMPLERS,
     "lr": SCHEDULES,
+    "local_lr": SCHEDULES,
 }
 
 
@@ -90,11 +94,11 @@ def parse_argument(argument: str, text: str) -> Any:
     if not form or len(numbers) not in counts or any(isinstance(number, str) for number in numbers):
         hint = "" if form else suggest(name, by_name)
         raise ValueError(f"{argument} = {text!r}: must be one of {', '.join(forms)}{hint}")
-    if argument == "optimizer":
+    if forms is OPTIMIZERS:
         named = zip(re.findall(r":(\w+)", form.lower()), numbers, strict=False)
         return partial(forms[form], **dict(named)) if numbers else forms[form]
-    if argument == "lr":
-        check_number("lr", numbers[0], float, above=0)
+    if forms is SCHEDULES:
+        check_number(argument, numbers[0], float, above=0)
         return jax.tree_util.Partial(_unit_schedule(form, *numbers[1:]), numbers[0])
     return forms[form](*numbers)
 

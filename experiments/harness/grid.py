@@ -288,7 +288,7 @@ def build_point(choice: dict[str, Any], case: cases.ProblemInstance, padded_wind
     if "smoothness" in required:
         given["smoothness"] = case.smoothness[0]
     plain = "natural" if own.keys() & {"damping", "estimate_momentum"} else f"top_k:{max(p // 10, 1)}"
-    for key in own.keys() & {"compressor", "downlink_compressor"} - given.keys():
+    for key in required & {"compressor", "downlink_compressor"} - given.keys():
         given[key] = given.get("compressor") or arguments.parse_argument(key, plain)
     if "k" in required:
         given.setdefault("k", max(p // 10, 1))

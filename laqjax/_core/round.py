@@ -60,6 +60,7 @@ from laqjax.types import (
     ServerResult,
     ServerStep,
     Shards,
+    StatefulOracle,
     UploadContext,
     UploadRule,
     WorkerState,
@@ -88,7 +89,7 @@ class Algorithm:
         memory: memory of workers and server.
         lr: learning rate on the sum over workers: a number, or a schedule, that is, a function of the round.
         num_workers: M.
-        optimizer: function of the learning rate that returns the optax transformation of the server.
+        optimizer: function of the learning rate that returns the optax transformation of the server, a pytree.
         sampler: minibatches. None: every worker uses its whole shard.
         downlink: transmission of the model to the workers.
     """
@@ -99,7 +100,7 @@ class Algorithm:
     memory: Memory
     lr: Any
     num_workers: int = static_field()
-    optimizer: Callable[[Any], optax.GradientTransformation] = static_field()
+    optimizer: Callable[[Any], optax.GradientTransformation]
     sampler: Sampler | None = None
     downlink: Downlink = FullModelDownlink()
 
@@ -113,14 +114,13 @@ class Algorithm:
             A state with zero memories and no history. It is a plain pytree and may be edited before the run.
         """
         params = jnp.asarray(self.oracle.ravel(params))
-        shared, own = self.rule.init(params)
-        worker = WorkerState(self.memory.init(params), own)
+        worker = init_worker_state(self, params)
         return AlgorithmState(
             params=params,
             round=jnp.zeros((), jnp.int32),
             aggregate=jnp.zeros_like(params) if self.memory.is_persistent else None,
             optimizer_state=self.optimizer(self.learning_rate_at(jnp.int32(0))).init(params),
-            rule_state=shared,
+            rule_state=self.rule.init(params)[0],
             downlink_state=self.downlink.init(params),
             workers=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.num_workers, *leaf.shape)), worker),
         )
@@ -259,8 +259,8 @@ def assemble(
             (`jax.tree_util.Partial` of a function and its numbers) does not recompile for other numbers.
         num_workers: M.
         optimizer: function of the learning rate that returns the optax transformation of the server, such as
-            `optax.adam`. It may also be a transformation, such as `optax.adam(1e-3)`, which then has its own learning
-            rate.
+            `optax.adam`. The numbers of a `jax.tree_util.Partial` are traced. It may also be a transformation, such as
+            `optax.adam(1e-3)`, which then has its own learning rate.
         sampler: minibatches, `samplers.BlockSampler(size)` or `samplers.ShuffleSampler(size)`. None: the whole shard.
         downlink: transmission of the model to the workers, see `laqjax.downlinks`. None: the full model.
 
@@ -299,7 +299,7 @@ def assemble(
         memory=memory,
         lr=as_schedule(lr, oracle_dtype(oracle)),
         num_workers=int(check_number("num_workers", num_workers, np.int32, minimum=1)),
-        optimizer=as_optimizer_factory(optimizer),
+        optimizer=as_optimizer_factory(optimizer, oracle_dtype(oracle)),
         sampler=sampler,
         downlink=downlink,
     )
@@ -377,18 +377,26 @@ def tree_where(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:
 
 # ---- one worker, and the server ---------------------------------------------------------------------------------
 
+
+def init_worker_state(alg: Algorithm, params: Float[Array, " p"]) -> WorkerState:
+    """Create the state of one worker before its first round, from the initial model [p]."""
+    oracle_state = get_declaration(alg.oracle, StatefulOracle, "init_state")(params)
+    return WorkerState(alg.memory.init(params), alg.rule.init(params)[1], oracle_state)
+
+
 WORKER_METRICS = ("grad", "target_sq", "decoded_sq", "error_sq", "worker_loss", "gradients")
 
 
 def worker_step(
     alg: Algorithm, worker: WorkerState, state: AlgorithmState, shards: Shards, keys: RoundKeys
 ) -> tuple[WorkerState, WorkerUpload, dict[str, Array]]:
-    """Compute one round of one worker: gradient, message, decision, memory.
+    """Compute one round of one worker: gradient, message, decision, states.
 
     Args:
         alg: the algorithm.
         worker: state of this worker.
-        state: state of the algorithm. Only the model, the round and the shared state of the rule are read.
+        state: state of the algorithm. Only the model, the round, the aggregate and the shared state of the rule are
+            read.
         shards: data of all workers on this device. Only the shard `keys.shard` is read.
         keys: PRNG keys, round number and worker number.
 
@@ -399,8 +407,11 @@ def worker_step(
     examples = alg.sampler(keys, shards) if alg.sampler else None
     counted: list[Any] = [1]  # gradients of this round; `gradient_at` appends to it while it is traced
 
+    run_oracle = get_declaration(alg.oracle, StatefulOracle, "evaluate")
+
     def evaluate(params: Any, examples: Any) -> OracleResult:
-        return check_oracle_result(alg.oracle, alg.oracle(params, shards, keys.shard, examples))
+        result = run_oracle(params, shards, examples, worker.oracle_state, context)
+        return check_oracle_result(alg.oracle, result, worker.oracle_state)
 
     def gradient_at(params: Any, full: bool = False, when: bool | Bool[Array, ""] = True) -> Float[Array, " p"]:
         def evaluate_grad(params: Any) -> Any:
@@ -410,9 +421,10 @@ def worker_step(
         counted.append(jnp.asarray(when, jnp.int32))
         return evaluate_grad(params) if when is True else jax.lax.cond(when, evaluate_grad, jnp.zeros_like, params)
 
-    context = RoundContext(state.params, keys, alg.learning_rate_at(state.round), alg.num_workers, gradient_at)
+    known: Any = {"round": state.round, "memory_state": worker.memory_state, "aggregate": state.aggregate}
+    context = RoundContext(state.params, keys, alg.learning_rate_at(state.round), alg.num_workers, gradient_at, **known)
     selected = alg.rule.is_selected(state.rule_state, worker.rule_state, context)
-    loss, grad, _ = evaluate(state.params, examples)
+    loss, grad, oracle_state = evaluate(state.params, examples)
     target, renewed = alg.memory.compression_target(worker.memory_state, grad, context)
     payload = alg.compressor.encode(target, keys)
     decoded = alg.compressor.decode(payload, target)
@@ -423,11 +435,12 @@ def worker_step(
     decision = alg.rule.should_send(state.rule_state, worker.rule_state, upload_context)
     sent = selected & decision.send
 
-    # A worker that is not selected keeps its memory. Its rule gets the state for silence, because a limit on silence
-    # also counts rounds without selection (LAG-PS); `PartialParticipation` keeps the old state.
+    # A worker that is not selected keeps memory and oracle state. Its rule gets the state for silence, because a limit
+    # on silence also counts rounds without selection (LAG-PS); `PartialParticipation` keeps the old state.
     silent_memory = tree_where(selected, renewed, worker.memory_state)
     memory = tree_where(sent, alg.memory.update(renewed, grad, target, decoded), silent_memory)
-    worker = WorkerState(memory, tree_where(sent, decision.if_sent, decision.if_silent))
+    oracle_state = tree_where(selected, oracle_state, worker.oracle_state)
+    worker = WorkerState(memory, tree_where(sent, decision.if_sent, decision.if_silent), oracle_state)
     upload = WorkerUpload(payload, decoded, sent, selected, message_bytes(alg.compressor.wire_fields(payload, target)))
     # a worker that is not selected counts as computing no gradient, although the simulation computes one
     gradients = jnp.where(selected, jnp.asarray(sum(counted), jnp.int32), 0)

@@ -82,13 +82,14 @@ def check_nonnegative_array(name: str, value: Any, dtype: Any, shapes: Any, allo
     return array
 
 
-def as_schedule(value: Any, dtype: Any) -> Any:
+def as_schedule(value: Any, dtype: Any, name: str = "lr") -> Any:
     """Convert a learning rate, or a schedule of learning rates, to a pytree whose leaves are NumPy numbers.
 
     Args:
         value: a learning rate > 0, or a function of the round. If the function is a pytree, its numbers are traced, so
-            that other numbers do not compile again. Any other function is wrapped in `jax.tree_util.Partial`.
+            that other numbers do not compile again.
         dtype: dtype of the learning rate and of the schedule's floating-point numbers; integers become int32.
+        name: name of the argument, for the error message.
 
     Returns:
         The learning rate, an array of shape (), or the schedule.
@@ -96,35 +97,42 @@ def as_schedule(value: Any, dtype: Any) -> Any:
     Raises:
         ValueError: `value` is neither a number > 0 nor callable.
     """
-    if not callable(value):
-        return check_number("lr", value, dtype, above=0.0)
-    if jax.tree_util.all_leaves([value]):
-        value = jax.tree_util.Partial(value)
+    return _as_partial(value, dtype) if callable(value) else check_number(name, value, dtype, above=0.0)
+
+
+def _as_partial(function: Callable[..., Any], dtype: Any) -> Any:
+    """Convert a function to a pytree whose leaves are NumPy numbers; one without numbers becomes a `Partial`."""
+    if jax.tree_util.all_leaves([function]):
+        function = jax.tree_util.Partial(function)
     return jax.tree.map(
-        lambda leaf: np.asarray(leaf, np.int32 if np.issubdtype(np.asarray(leaf).dtype, np.integer) else dtype), value
+        lambda leaf: np.asarray(leaf, np.int32 if np.issubdtype(np.asarray(leaf).dtype, np.integer) else dtype),
+        function,
     )
 
 
-def as_optimizer_factory(value: Any) -> Callable[[Any], Any]:
+def as_optimizer_factory(value: Any, dtype: Any, name: str = "optimizer") -> Any:
     """Convert an optimizer argument to a factory `lr -> optax transformation`.
 
     Args:
-        value: a factory, such as `optax.adam`, or a transformation, such as `optax.adam(1e-3)`.
+        value: a factory, such as `optax.adam`, or a transformation, such as `optax.adam(1e-3)`. The numbers of a
+            `jax.tree_util.Partial` are traced, so that other numbers do not compile again.
+        dtype: dtype of the floating-point numbers of a `Partial`.
+        name: name of the argument, for the error message.
 
     Returns:
-        The factory. For a transformation, it returns that transformation for every lr.
+        The factory, a pytree. For a transformation, it returns that transformation for every lr.
 
     Raises:
         ValueError: `value` is neither a transformation nor callable.
     """
     if isinstance(value, optax.GradientTransformation):
-        return _ConstantFactory(value)
+        value = _ConstantFactory(value)
     if not callable(value):
         raise ValueError(
-            f"optimizer = {value!r}: must be a function of the learning rate that returns an optax transformation, "
+            f"{name} = {value!r}: must be a function of the learning rate that returns an optax transformation, "
             "such as optax.adam, or a transformation, such as optax.adam(1e-3)"
         )
-    return value
+    return _as_partial(value, dtype)
 
 
 @dataclass(frozen=True)
@@ -178,12 +186,29 @@ def get_declaration(part: Any, protocol: type, name: str) -> Any:
     return getattr(part, name, partial(default, part) if callable(default) else default)
 
 
-def check_oracle_result(oracle: Any, result: Any) -> OracleResult:
-    """Return what an oracle returned; raise ValueError unless it is an `OracleResult`."""
+def check_oracle_result(oracle: Any, result: Any, state: Any = None) -> OracleResult:
+    """Return what an oracle returned.
+
+    Args:
+        oracle: the oracle.
+        result: what it returned.
+        state: state of the oracle before the evaluation.
+
+    Returns:
+        `result`.
+
+    Raises:
+        ValueError: `result` is not an `OracleResult`, or its state has another structure, shape or dtype than `state`.
+    """
     if not isinstance(result, OracleResult):
         raise ValueError(
             f"oracle {type(oracle).__name__} returned a {type(result).__name__}: must be "
             "laqjax.types.OracleResult(loss, grad)"
+        )
+    given, needed = (jax.tree.map(lambda a: (jnp.shape(a), a.dtype), tree) for tree in (result.state, state))
+    if given != needed:
+        raise ValueError(
+            f"oracle {type(oracle).__name__} returned the state {given}: must be {needed}, as its `init_state` gives it"
         )
     return result
 
@@ -195,6 +220,15 @@ def check_evaluates_anywhere(oracle: Any) -> None:
             "a method that needs gradients at other models (MARINA on minibatches, LASG, CADA), with the oracle "
             f"{type(oracle).__name__}, which has those at the current model only: must be a method that needs no others, "
             "such as laq, lag_wk, ef21, diana"
+        )
+
+
+def check_minibatch(size: int, num_local_steps: int) -> None:
+    """Raise ValueError unless a minibatch of `size` rows can be split into equal parts, one for each local step."""
+    if size % num_local_steps:
+        raise ValueError(
+            f"minibatches of {size} rows: must be a multiple of num_local_steps = {num_local_steps}, since every local "
+            "step uses its own part"
         )
 
 
@@ -304,13 +338,16 @@ def check_run_inputs(alg: Any, params: Any, shards: Shards, num_slots: int = 0) 
             f"{alg.oracle.dtype}[{p}], a vector from oracle.ravel(params), or the pytree itself"
         )
     # With indices, a message may be longer than the vector. A server that selects workers sends one message to each.
-    most = np.iinfo(np.int32).max // max(m if alg.rule.server_selects else 1, 2) // alg.oracle.dtype.itemsize
+    down = getattr(alg.downlink, "num_vectors", 1) * (m if alg.rule.server_selects else 1)
+    most = np.iinfo(np.int32).max // max(down, 2) // alg.oracle.dtype.itemsize
     if p > most:
         raise ValueError(f"params of {p} parameters: must be <= {most}, since a round's bytes are counted in int32")
     check_shards(shards, m, num_slots)
     if alg.sampler is not None and not 1 <= alg.sampler.size <= shards.weight.shape[1]:
         length = shards.weight.shape[1]
         raise ValueError(f"sampler.size = {alg.sampler.size}: must be 1 to {length}, the rows of a shard")
+    if alg.sampler is not None:
+        check_minibatch(alg.sampler.size, getattr(alg.oracle, "num_local_steps", 1))
     alg.oracle.validate(shards)
 
 

@@ -10,10 +10,11 @@ Arguments of one name mean the same in every function. The sections from "Args" 
 
 from laqjax.algorithms._baselines import gd, iag_cyclic, iag_random, qgd, sgd
 from laqjax.algorithms._compressed import dasha, diana, ef21, ef21_p, ef21_sgdm, ef_bv, marina
+from laqjax.algorithms._diloco import diloco, lazy_diloco, sparse_loco
 from laqjax.algorithms._lag import clag, lag_ps, lag_wk
 from laqjax.algorithms._laq import laq, laq_adaptive, slaq, two_laq
 from laqjax.algorithms._lasg_cada import amsgrad, cada1, cada2, lasg_ps, lasg_wk1, lasg_wk2
-from laqjax.algorithms._local import fedavg, fedlaq, fedpaq
+from laqjax.algorithms._local import fedadam, fedavg, fedlaq, fedpaq, fedyogi, scaffold
 from laqjax.algorithms._stochastic import dgc, ef_sign_sgd, qsgd, sign_sgd, ssgd, terngrad, topk_ef
 
 __all__ = [
@@ -24,14 +25,17 @@ __all__ = [
     "dasha",
     "dgc",
     "diana",
+    "diloco",
     "ef21",
     "ef21_p",
     "ef21_sgdm",
     "ef_bv",
     "ef_sign_sgd",
+    "fedadam",
     "fedavg",
     "fedlaq",
     "fedpaq",
+    "fedyogi",
     "gd",
     "iag_cyclic",
     "iag_random",
@@ -42,12 +46,15 @@ __all__ = [
     "lasg_ps",
     "lasg_wk1",
     "lasg_wk2",
+    "lazy_diloco",
     "marina",
     "qgd",
     "qsgd",
+    "scaffold",
     "sgd",
     "sign_sgd",
     "slaq",
+    "sparse_loco",
     "ssgd",
     "terngrad",
     "topk_ef",

@@ -1,17 +1,25 @@
-"""Methods in which a worker takes several local steps between two messages."""
+"""Methods in which a worker takes several plain gradient steps between two messages."""
 
+import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.tree_util import Partial
 
 from laqjax import compressors
 from laqjax._core.round import Algorithm, assemble
+from laqjax._core.validation import check_number, oracle_dtype
 from laqjax.algorithms._shared import (
+    make_difference_oracle,
     make_innovation_rule,
     make_local_oracle,
+    make_participation,
 )
 from laqjax.compressors import grid, identity
-from laqjax.memories import NoMemory, make_innovation_memory
+from laqjax.downlinks import FullModelDownlink
+from laqjax.memories import Innovation, NoMemory, make_innovation_memory
 from laqjax.rules import partial_participation
 from laqjax.types import Oracle, Sampler, UploadRule
 
@@ -21,7 +29,7 @@ def fedavg(
     *,
     num_workers: int,
     num_local_steps: int,
-    local_lr: float,
+    local_lr: Any,
     lr: Any = None,
     num_participants: int | None = None,
     optimizer: Any = optax.sgd,
@@ -39,7 +47,8 @@ def fedavg(
         oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
         num_workers: Number M of workers, at least 1.
         num_local_steps: Number of local gradient steps per round, at least 1.
-        local_lr: Learning rate > 0 of the local steps.
+        local_lr: Learning rate > 0 of the local steps, or a schedule: a function of the step round * num_local_steps +
+            t.
         lr: Learning rate > 0 of the server, or an optax schedule (a function of the round). The step acts on the SUM of
             the workers' vectors. None: num_local_steps * local_lr / (number of participants), which makes the new model
             the average of their local models.
@@ -74,7 +83,7 @@ def fedpaq(
     *,
     num_workers: int,
     num_local_steps: int,
-    local_lr: float,
+    local_lr: Any,
     lr: Any = None,
     levels: int = 15,
     num_participants: int | None = None,
@@ -91,7 +100,8 @@ def fedpaq(
         oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
         num_workers: Number M of workers, at least 1.
         num_local_steps: Number of local gradient steps per round, at least 1.
-        local_lr: Learning rate > 0 of the local steps.
+        local_lr: Learning rate > 0 of the local steps, or a schedule: a function of the step round * num_local_steps +
+            t.
         lr: Learning rate > 0 of the server, or an optax schedule (a function of the round). The step acts on the SUM of
             the workers' vectors. None: num_local_steps * local_lr / (number of participants), which makes the new model
             the average of their local models.
@@ -127,7 +137,7 @@ def fedlaq(
     *,
     num_workers: int,
     num_local_steps: int,
-    local_lr: float,
+    local_lr: Any,
     lr: Any = None,
     bits: int = 4,
     xi: Any = 0.8,
@@ -149,7 +159,8 @@ def fedlaq(
         oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
         num_workers: Number M of workers, at least 1.
         num_local_steps: Number of local gradient steps per round, at least 1.
-        local_lr: Learning rate > 0 of the local steps.
+        local_lr: Learning rate > 0 of the local steps, or a schedule: a function of the step round * num_local_steps +
+            t.
         lr: Learning rate > 0 of the server, or an optax schedule (a function of the round). The step acts on the SUM of
             the workers' vectors. None: num_local_steps * local_lr / M, which makes the new model the average of the
             local models that the memories represent.
@@ -194,3 +205,229 @@ def fedlaq(
         rule = partial_participation(rule, num_workers, count=num_participants)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(local, grid(bits), rule, make_innovation_memory(oracle), **server)
+
+
+def scaffold(
+    oracle: Oracle,
+    *,
+    num_workers: int,
+    num_local_steps: int,
+    local_lr: Any,
+    lr: Any = None,
+    num_participants: int | None = None,
+    optimizer: Any = optax.sgd,
+    sampler: Sampler | None = None,
+) -> Algorithm:
+    """SCAFFOLD: FedAvg whose local steps are y -= local_lr (grad f_m(y) - c_m + c), with c the mean of all c_m.
+
+    The new c_m is the mean u_m of the worker's local gradients, as in option II of the paper. A worker sends one vector,
+    u_m - c_m. The server adds it to its sum of all c_m, and theta -= lr (sum_m c_m + (M / S) sum (u_m - c_m)). Here c_m
+    are the vectors before the round, and the second sum is over the S participants.
+
+    Down, one model per worker is counted if all workers participate, the server is plain SGD and `lr` is a number: the
+    workers then compute c from two models in a row. Otherwise two vectors are counted, the model and c.
+
+    Reference: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh, ICML 2020, Algorithm 1.
+
+    Args:
+        oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
+        num_workers: Number M of workers, at least 1.
+        num_local_steps: Number of local gradient steps per round, at least 1.
+        local_lr: Learning rate > 0 of the local steps, or a schedule: a function of the step round * num_local_steps +
+            t.
+        lr: Learning rate > 0 of the server, or an optax schedule (a function of the round). The step acts on the SUM of
+            the workers' vectors. None: num_local_steps * local_lr / M, which makes the new model the average of the
+            participants' local models.
+        num_participants: Number of workers that participate in a round, from 1 to `num_workers`. They are drawn without
+            replacement. None: all workers.
+        optimizer: Server optimizer: a function from the learning rate to an optax transformation, such as `optax.adam`,
+            or a transformation. A transformation uses its own learning rate instead of `lr`. The default is plain SGD,
+            as in the papers.
+        sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
+            `size` examples per worker and round. None: full gradients. `size` must be a multiple of `num_local_steps`,
+            since local steps share no examples.
+
+    Returns:
+        The algorithm, a pytree whose leaves are its numbers.
+
+    Raises:
+        ValueError: A number is out of its range, `oracle` is not an oracle, or the parts cannot be combined.
+
+    Example:
+        >>> import laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.algorithms.scaffold(oracle, num_workers=4, num_local_steps=2, local_lr=0.1).num_workers
+        4
+    """
+    local, server_lr, rule = make_local_oracle(oracle, num_workers, num_local_steps, local_lr, lr, None)
+    count, rule = make_participation(num_workers, num_participants)
+    numbers: Any = (np.asarray(each, oracle_dtype(oracle)) for each in (1, num_workers / count))
+    is_model_enough = num_participants is None and optimizer is optax.sgd and not callable(server_lr)
+    server = {"lr": server_lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
+    downlink = FullModelDownlink(1 if is_model_enough else 2)
+    local = dataclasses.replace(local, has_control_variates=True)
+    return assemble(local, identity(), rule, Innovation(*numbers), downlink=downlink, **server)
+
+
+def fedadam(
+    oracle: Oracle,
+    *,
+    num_workers: int,
+    num_local_steps: int,
+    local_lr: Any,
+    lr: Any = 0.1,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    tau: float = 1e-3,
+    num_participants: int | None = None,
+    sampler: Sampler | None = None,
+) -> Algorithm:
+    """FedAdam: FedAvg whose server makes Adam steps: theta -= lr m / (sqrt(v) + tau).
+
+    d is the mean of theta - theta_m over the participants, with the local models theta_m of `fedavg`. The moments are
+    m = b1 m + (1 - b1) d and v = b2 v + (1 - b2) d^2. They begin at 0 and tau^2, and have no bias correction, unlike
+    those of `optax.adam`. tau has the unit of d, a change of the model.
+
+    Reference: Reddi et al., "Adaptive federated optimization", ICLR 2021, Algorithm 2.
+
+    Args:
+        oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
+        num_workers: Number M of workers, at least 1.
+        num_local_steps: Number of local gradient steps per round, at least 1.
+        local_lr: Learning rate > 0 of the local steps, or a schedule: a function of the step round * num_local_steps +
+            t.
+        lr: Learning rate > 0 of the server, or an optax schedule (a function of the round). It acts on m / (sqrt(v) +
+            tau), whatever M is.
+        b1: Decay of the first moment m, in [0, 1].
+        b2: Decay of the second moment v, in [0, 1].
+        tau: Term > 0 beside the root of v, in units of a change of the model.
+        num_participants: Number of workers that participate in a round, from 1 to `num_workers`. They are drawn without
+            replacement. None: all workers.
+        sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
+            `size` examples per worker and round. None: full gradients. `size` must be a multiple of `num_local_steps`,
+            since local steps share no examples.
+
+    Returns:
+        The algorithm, a pytree whose leaves are its numbers.
+
+    Raises:
+        ValueError: A number is out of its range, `oracle` is not an oracle, or the parts cannot be combined.
+
+    Example:
+        >>> import laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.algorithms.fedadam(oracle, num_workers=4, num_local_steps=2, local_lr=0.1).num_workers
+        4
+    """
+    numbers = {"b1": b1, "b2": b2, "tau": tau}
+    return _fedopt(_fedadam, oracle, num_workers, num_local_steps, local_lr, lr, numbers, num_participants, sampler)
+
+
+def fedyogi(
+    oracle: Oracle,
+    *,
+    num_workers: int,
+    num_local_steps: int,
+    local_lr: Any,
+    lr: Any = 0.1,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    tau: float = 1e-3,
+    num_participants: int | None = None,
+    sampler: Sampler | None = None,
+) -> Algorithm:
+    """FedYogi: `fedadam` with v -= (1 - b2) d^2 sign(v - d^2), which changes v by at most (1 - b2) d^2.
+
+    `optax.yogi` has another start of v and bias correction.
+
+    Reference: Reddi et al., "Adaptive federated optimization", ICLR 2021, Algorithm 2.
+
+    Args:
+        oracle: Loss and gradient of a worker, from `laqjax.oracles.from_loss` or `problem.oracle()`.
+        num_workers: Number M of workers, at least 1.
+        num_local_steps: Number of local gradient steps per round, at least 1.
+        local_lr: Learning rate > 0 of the local steps, or a schedule: a function of the step round * num_local_steps +
+            t.
+        lr: Learning rate > 0 of the server, or an optax schedule (a function of the round). It acts on m / (sqrt(v) +
+            tau), whatever M is.
+        b1: Decay of the first moment m, in [0, 1].
+        b2: Decay of the second moment v, in [0, 1].
+        tau: Term > 0 beside the root of v, in units of a change of the model.
+        num_participants: Number of workers that participate in a round, from 1 to `num_workers`. They are drawn without
+            replacement. None: all workers.
+        sampler: Minibatch sampler, `laqjax.samplers.BlockSampler(size)` or `laqjax.samplers.ShuffleSampler(size)`, with
+            `size` examples per worker and round. None: full gradients. `size` must be a multiple of `num_local_steps`,
+            since local steps share no examples.
+
+    Returns:
+        The algorithm, a pytree whose leaves are its numbers.
+
+    Raises:
+        ValueError: A number is out of its range, `oracle` is not an oracle, or the parts cannot be combined.
+
+    Example:
+        >>> import laqjax
+        >>> oracle = laqjax.problems.Softmax(20, 3).oracle()
+        >>> laqjax.algorithms.fedyogi(oracle, num_workers=4, num_local_steps=2, local_lr=0.1).num_workers
+        4
+    """
+    numbers = {"b1": b1, "b2": b2, "tau": tau}
+    return _fedopt(_fedyogi, oracle, num_workers, num_local_steps, local_lr, lr, numbers, num_participants, sampler)
+
+
+def _fedopt(
+    server: Any,
+    oracle: Oracle,
+    num_workers: int,
+    num_local_steps: int,
+    local_lr: Any,
+    lr: Any,
+    numbers: dict[str, Any],
+    num_participants: int | None,
+    sampler: Sampler | None,
+) -> Algorithm:
+    """Assemble FedAdam or FedYogi.
+
+    Raises:
+        ValueError: a number is out of its range, or `oracle` is not an oracle.
+    """
+    local = make_difference_oracle(oracle, num_local_steps, local_lr)
+    count, rule = make_participation(num_workers, num_participants)
+    dtype = oracle_dtype(oracle)
+    checked = {name: check_number(name, numbers[name], dtype, minimum=0, maximum=1) for name in ("b1", "b2")}
+    checked["tau"] = check_number("tau", numbers["tau"], dtype, above=0)
+    optimizer = Partial(server, **checked, count=np.asarray(count, dtype))
+    return assemble(
+        local, identity(), rule, NoMemory(), lr=lr, num_workers=num_workers, optimizer=optimizer, sampler=sampler
+    )
+
+
+def _fedadam(lr: Any, **numbers: Any) -> optax.GradientTransformation:
+    """Build the server optimizer of FedAdam; see `_adaptive_server`."""
+    return _adaptive_server(lr, lambda v, square, b2: b2 * v + (1 - b2) * square, **numbers)
+
+
+def _fedyogi(lr: Any, **numbers: Any) -> optax.GradientTransformation:
+    """Build the server optimizer of FedYogi; see `_adaptive_server`."""
+    return _adaptive_server(lr, lambda v, square, b2: v - (1 - b2) * square * jnp.sign(v - square), **numbers)
+
+
+def _adaptive_server(lr: Any, next_v: Any, b1: Any, b2: Any, tau: Any, count: Any) -> optax.GradientTransformation:
+    """Build an optimizer with moments m and v of the mean change, without bias correction.
+
+    Args:
+        lr: learning rate.
+        next_v: function (v, squared mean change, b2) -> next v.
+        b1: decay of m.
+        b2: decay of v.
+        tau: term beside the root; v begins at tau^2.
+        count: number of participants, by which the sum over the workers is divided.
+    """
+
+    def update(total: Any, state: Any, params: Any = None) -> Any:
+        m, v = state
+        mean = total / count
+        m, v = b1 * m + (1 - b1) * mean, next_v(v, mean**2, b2)
+        return -lr * m / (jnp.sqrt(v) + tau), (m, v)
+
+    return optax.GradientTransformation(lambda params: (jnp.zeros_like(params), jnp.full_like(params, tau**2)), update)  # pyright: ignore[reportArgumentType]

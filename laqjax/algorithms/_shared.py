@@ -1,12 +1,14 @@
 """Helpers that the factories share: example arguments, and checked parts of the lazy and the local methods."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import optax
+from jax.tree_util import Partial
 
 from laqjax._core.validation import check_nonnegative_array, check_number, oracle_dtype
-from laqjax.oracles import with_local_steps
+from laqjax.oracles import LocalStepsOracle, with_local_steps
 from laqjax.rules import (
     Always,
     History,
@@ -115,9 +117,9 @@ def check_smoothness(smoothness: Any, oracle: Oracle, num_workers: int) -> np.nd
 
 
 def make_local_oracle(
-    oracle: Oracle, num_workers: int, num_local_steps: int, local_lr: float, lr: Any, num_participants: int | None
-) -> tuple[Oracle, Any, UploadRule]:
-    """Build the parts that the methods with local steps share.
+    oracle: Oracle, num_workers: int, num_local_steps: int, local_lr: Any, lr: Any, num_participants: int | None
+) -> tuple[LocalStepsOracle, Any, UploadRule]:
+    """Build the parts that the methods with plain local gradient steps share.
 
     Returns:
         The oracle of local steps, the server's lr, and the rule that selects the participating workers. If `lr` is
@@ -127,8 +129,32 @@ def make_local_oracle(
         ValueError: a number is out of its range, or `oracle` is not an oracle.
     """
     local = with_local_steps(oracle, num_local_steps, local_lr)
-    count = num_workers if num_participants is None else num_participants
-    rule = Always()
-    if num_participants is not None:
-        rule = partial_participation(rule, num_workers, count=num_participants)
-    return local, float(local.lr) * local.num_local_steps / count if lr is None else lr, rule
+    count, rule = make_participation(num_workers, num_participants)
+    if lr is None:
+        lr = Partial(_mean_total_lr, local, count) if callable(local.lr) else float(local.lr) * num_local_steps / count
+    return local, lr, rule
+
+
+def _mean_total_lr(local: LocalStepsOracle, count: Any, round: Any) -> Any:
+    """Return the sum of the local step sizes of a round, divided by `count`."""
+    return local.total_learning_rate_at(round) / count
+
+
+def make_difference_oracle(
+    oracle: Oracle,
+    num_local_steps: int,
+    local_lr: Any,
+    inner: Any = optax.sgd,
+    keep_optimizer_state: bool = True,
+) -> LocalStepsOracle:
+    """Build the oracle of methods that send theta - theta_m itself; see `laqjax.oracles.with_local_steps`."""
+    options: Any = {"optimizer": inner, "keep_optimizer_state": keep_optimizer_state}
+    local = with_local_steps(oracle, num_local_steps, local_lr, **options)
+    return dataclasses.replace(local, returns_difference=True)
+
+
+def make_participation(num_workers: int, num_participants: int | None) -> tuple[int, UploadRule]:
+    """Return the number of workers that participate in a round, and the rule by which all of them send."""
+    if num_participants is None:
+        return num_workers, Always()
+    return num_participants, partial_participation(Always(), num_workers, count=num_participants)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from laqjax.federation._protocol import NO_UPLOAD, SCHEME_PARTS, UNKNOWN_UPLOAD, UploadId, differing_parts
+from laqjax.federation._protocol import NO_UPLOAD, RELEASED_UPLOAD, SCHEME_PARTS, UploadId, differing_parts
 from laqjax.types import AlgorithmState
 
 CHECKPOINT_FORMAT = 2  # raise it when the arrays of the file change
@@ -39,7 +39,7 @@ class WorkerRecords:
         self.owners[worker] = b""
         self.max_magnitudes.pop(worker, None)
         if self.memories[worker] is not None and self.accepted[worker] != NO_UPLOAD:
-            self.accepted[worker] = UNKNOWN_UPLOAD
+            self.accepted[worker] = RELEASED_UPLOAD
 
 
 class Checkpoint(NamedTuple):

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as SerializedRecordDict
 from jaxtyping import Array, PRNGKeyArray
 
 from laqjax import types
-from laqjax._core.round import Algorithm, worker_step
+from laqjax._core.round import Algorithm, init_worker_state, worker_step
 from laqjax._core.wire_format import from_bytes, to_bytes
 from laqjax.compressors import identity
 from laqjax.federation import _protocol
@@ -55,7 +56,7 @@ def _update_shared_state(rule: types.UploadRule, shared_state: Any, step: Server
 @jax.jit
 def _fresh_worker_state(alg: Algorithm, params: Array) -> WorkerState:
     """Initialize the state of a worker without history."""
-    return WorkerState(alg.memory.init(params), alg.rule.init(params)[1])
+    return init_worker_state(alg, params)
 
 
 class ClientState(NamedTuple):
@@ -70,7 +71,7 @@ class ClientState(NamedTuple):
     base: _protocol.UploadId  # last accepted upload that `before` includes
     last: _protocol.UploadId  # upload that `after` includes; equals `base` if the worker was silent
     params: Any  # [p], the model of that round
-    history: Any  # the rule's shared state in that round
+    history: Any  # (rule's shared state in that round, aggregate or None), see `_protocol.shared_history`
     before: WorkerState  # this worker before that round
     after: WorkerState  # this worker after that round
 
@@ -133,7 +134,8 @@ def _compute_worker_step(
     Args:
         alg: the algorithm.
         worker: state of this worker.
-        state: the model, the round and the rule's shared state; its other fields are None.
+        state: the model, the round, the rule's shared state and the aggregate, if the oracle reads it; its other fields
+            are None.
         shards: the data of this worker alone, arrays [1, N, ...].
         key: PRNG key of the run.
         index: id of the worker.
@@ -168,15 +170,17 @@ class FederatedClient:
         self._alg = replace(alg, rule=ForcedUpload(alg.rule, False))
         full = replace(alg, rule=ForcedUpload(alg.rule, True), compressor=identity())
         self._full = full if alg.memory.is_persistent else self._alg
-        self._rule, self._down = alg.rule, _protocol.down_compressor(alg)
-        self._scheme = _protocol.short_digest(_protocol.scheme_digests(alg))
+        self._rule, self._down, self._num_workers = alg.rule, _protocol.down_compressor(alg), alg.num_workers
+        self._digests = _protocol.scheme_digests(alg)
+        self._scheme = _protocol.short_digest(self._digests)
         # a dictionary of loaded shards instead of functools.cache, because Ray copies apps
         self._load_shard, self._shards = load_shard, {}
         self._state_dir = state_dir
         self._model = jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)
         worker = jax.eval_shape(_fresh_worker_state, alg, self._model)
         # shapes of the arrays of a `ClientState`
-        self._likes = self._model, jax.eval_shape(alg.rule.init, self._model)[0], worker, worker
+        history = _protocol.shared_history(alg, jax.eval_shape(alg.rule.init, self._model)[0], self._model)
+        self._likes = self._model, history, worker, worker
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer one broadcast and save the new worker state in the context.
@@ -185,7 +189,7 @@ class FederatedClient:
             ValueError: the message has another form, or is addressed to another worker than this node's `partition-id`.
         """
         down, parts = _protocol.parse_message(_protocol.BroadcastHeader, message)
-        worker = int(context.node_config["partition-id"])
+        worker = _get_worker(context, self._num_workers)
         if down.worker != worker:
             raise ValueError(f"broadcast to worker {down.worker}: must be to worker {worker}, the node's partition-id")
         run = _protocol.short_digest(self._scheme, down.key).hex()
@@ -198,14 +202,14 @@ class FederatedClient:
         blank = _protocol.ReplyHeader(*about, bytes(8), self._scheme, 0, 0, 0.0, 0.0, 0.0)
         if known is None:
             return Message(_protocol.make_record(blank), reply_to=message)
-        params, shared_state = known
+        params, history = known
         before, base = self._select_base_state(down, kept, params)
         fresh = base == _protocol.UNKNOWN_UPLOAD  # then run as in round 0, where every method starts
         began = time.perf_counter()
         after, payload, *rest = _compute_worker_step(
             self._full if fresh else self._alg,
             before,
-            AlgorithmState(params, np.int32(down.round), None, None, shared_state, None, None),  # pyright: ignore[reportArgumentType]
+            AlgorithmState(params, np.int32(down.round), history[1], None, history[0], None, None),  # pyright: ignore[reportArgumentType]
             self._get_shard(worker),
             _read_key(down.key),
             np.int32(worker),
@@ -219,12 +223,22 @@ class FederatedClient:
         upload = _protocol.REPLY_FULL if fresh and self._alg.memory.is_persistent else _protocol.REPLY_UPLOAD
         kind = upload if sent else _protocol.REPLY_SILENT
         times = computed - began, time.perf_counter() - computed
-        save_state(context, ClientState(down.session, down.round, base, last, params, shared_state, before, after))
+        save_state(context, ClientState(down.session, down.round, base, last, params, history, before, after))
         if path is not None:
             write_context(path, context)
         head = blank._replace(kind=kind, base=base[0], base_digest=base[1], digest=last[1] if sent else bytes(8))
         head = head._replace(size=size if sent else 0, gradients=gradients, loss=loss, compute=times[0], pack=times[1])
         return Message(_protocol.make_record(head, body=body), reply_to=message)
+
+    def greet(self, message: Message, context: Context) -> Message:
+        """Answer a hello message: say which worker this node is.
+
+        Raises:
+            ValueError: the node's config lacks `partition-id`, or its `num-partitions` is not the number of workers.
+        """
+        worker = _get_worker(context, self._num_workers)
+        hello = ConfigRecord({"worker": worker, "scheme": self._digests})
+        return Message(RecordDict({_protocol.RECORD_KEY: hello}), reply_to=message)
 
     def _get_shard(self, worker: int) -> Shards:
         """Return the data of a worker on the device; load it on the first call."""
@@ -235,7 +249,7 @@ class FederatedClient:
     def _resolve_broadcast(
         self, down: _protocol.BroadcastHeader, parts: dict[str, Any], kept: ClientState | None
     ) -> tuple[Any, Any] | None:
-        """Reconstruct the model and the rule's shared state from a broadcast.
+        """Reconstruct the model and the history from a broadcast.
 
         Args:
             down: header of the broadcast.
@@ -243,8 +257,8 @@ class FederatedClient:
             kept: state from the previous message, or None.
 
         Returns:
-            The model [p] and the shared state. None if the broadcast is older than `kept`, or if this worker lacks
-            the model or history that the broadcast refers to.
+            The model [p] and the history, as `shared_history` returns it. None if the broadcast is older than `kept`,
+            or if this worker lacks the model or history that the broadcast refers to.
         """
         if kept and (down.session, down.round) < kept[:2]:
             return None
@@ -261,7 +275,7 @@ class FederatedClient:
             elif kept and down.history == _protocol.MODEL_DELTA and not again:
                 squares: Any = [np.asarray(square, self._model.dtype) for square in (down.direction_sq, down.step_sq)]
                 step = ServerStep(kept.params, params, squares[0], squares[1], np.int32(down.round - 1))  # pyright: ignore[reportArgumentType]
-                history = _update_shared_state(self._rule, kept.history, step)
+                history = _update_shared_state(self._rule, kept.history[0], step), None
             else:
                 history = kept.history if kept else None
         except ValueError:  # the body or the history has a wrong length
@@ -303,35 +317,62 @@ def _check_worker_shard(alg: Algorithm, shards: Shards) -> Shards:
     return shards
 
 
+def _get_worker(context: Context, num_workers: int) -> int:
+    """Return the worker of a node: its `partition-id`."""
+    config = context.node_config
+    if "partition-id" not in config or int(config.get("num-partitions", num_workers)) != num_workers:
+        raise ValueError(
+            f"node config {dict(config)}: must have partition-id, and num-partitions = {num_workers}, the number of "
+            "workers; set both in --node-config of flower-supernode, or num-supernodes of the simulation"
+        )
+    return int(config["partition-id"])
+
+
 def client_app(
-    alg: Algorithm,
-    load_shard: Callable[[int], Shards],
+    alg: Algorithm | Callable[[Context], FederatedClient],
+    load_shard: Callable[[int], Shards] | None = None,
     *,
+    mods: list[Mod] | None = None,
     compilation_cache_dir: str | Path | None = None,
     state_dir: str | Path | None = None,
 ) -> ClientApp:
     """Build the Flower ClientApp of a worker.
 
     Args:
-        alg: the algorithm; it must be the same as the server's.
+        alg: the algorithm; it must be the same as the server's. Or a function `client_fn(context)` that returns a
+            `FederatedClient`, for an app with settings in `context.run_config`; it is called once per node and process.
         load_shard: function from the worker's id to its data, `Shards` of one worker ([1, N, ...]). The id is the
-            node's `partition-id`.
+            node's `partition-id`. None with a `client_fn`.
+        mods: Flower's mods for all functions of the app.
         compilation_cache_dir: folder for compiled programs. Flower's processes end after each message; without this
             folder each of them compiles again.
         state_dir: folder for the worker's state, one file for each run. With it a run that continues after the node or
-            the SuperLink was killed has the results of an undisturbed run; without it the worker makes a full upload.
+            the SuperLink was killed has the results of an undisturbed run; without it the worker makes a full upload. A
+            `client_fn` gives it to `FederatedClient` itself.
 
     Returns:
-        The app. Each node stores its worker's state in its context.
+        The app, on which `@app.evaluate()` registers an evaluation. Each node stores its worker's state in its context.
     """
     _protocol.enable_compilation_cache(compilation_cache_dir)
-    app, client = ClientApp(), FederatedClient(alg, load_shard, state_dir=state_dir)
-    app.train()(client)
+    app, clients = ClientApp(mods=mods), {}
+    if load_shard is None:
+        client_fn: Any = alg
+    else:
+        client: Any = FederatedClient(alg, load_shard, state_dir=state_dir)  # pyright: ignore[reportArgumentType]
+        client_fn = lambda context: client  # noqa: E731
+
+    def get_client(context: Context) -> FederatedClient:
+        node = context.run_id, context.node_id
+        if node not in clients:
+            clients[node] = client_fn(context)
+        return clients[node]
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return get_client(context)(message, context)
 
     @app.query()
     def greet(message: Message, context: Context) -> Message:
-        worker = int(context.node_config["partition-id"])
-        hello = ConfigRecord({"worker": worker, "scheme": _protocol.scheme_digests(alg)})
-        return Message(RecordDict({_protocol.RECORD_KEY: hello}), reply_to=message)
+        return get_client(context).greet(message, context)
 
     return app

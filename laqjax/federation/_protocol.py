@@ -19,13 +19,15 @@ from flwr.common.serde import message_to_proto
 from jaxtyping import Array, PRNGKeyArray
 
 from laqjax._core.round import Algorithm
+from laqjax._core.validation import get_declaration
 from laqjax.downlinks import CompressedModel, CompressedStep
-from laqjax.types import AlgorithmState
+from laqjax.types import OracleHints
 
 RECORD_KEY = "laqjax"
 UploadId = tuple[int, bytes]  # (round, 8-byte digest) of an upload
 NO_UPLOAD: UploadId = (-1, bytes(8))  # the server has accepted no upload of this worker yet
 UNKNOWN_UPLOAD: UploadId = (-2, bytes(8))  # base of a memory that the server does not hold; no upload has this id
+RELEASED_UPLOAD: UploadId = (-3, bytes(8))  # of a released worker: no worker state includes it
 # How a broadcast carries the model and the rule's shared history. The delta of a history is the server's last step.
 MODEL_UNCHANGED, MODEL_FULL, MODEL_DELTA = range(3)
 # Kinds of replies. OUT_OF_SYNC: the worker lacks the model or the history that the broadcast refers to.
@@ -182,14 +184,20 @@ def make_record(head: Any, **parts: bytes) -> RecordDict:
     return RecordDict({RECORD_KEY: ConfigRecord({"head": data + short_digest(data)[:HEADER_DIGEST_BYTES], **there})})
 
 
+def shared_history(alg: Algorithm, rule_state: Any, aggregate: Any) -> tuple[Any, Any]:
+    """Return what a worker needs beside the model: the rule's shared state, and the aggregate if the oracle reads it."""
+    return rule_state, aggregate if get_declaration(alg.oracle, OracleHints, "reads_aggregate") else None
+
+
 def make_broadcast(
-    head: BroadcastHeader, state: AlgorithmState, known: int | None, change: bytes
+    head: BroadcastHeader, params: Array, history: tuple[Any, Any], known: int | None, change: bytes
 ) -> tuple[RecordDict, int]:
     """Build the content of the broadcast to one worker, with only the parts that the worker lacks.
 
     Args:
         head: the header; this function sets its fields `model` and `history`.
-        state: state of the server.
+        params: model of the server, [p].
+        history: result of `shared_history`. It has no delta if it contains the aggregate.
         known: round whose model the worker is known to have; None if unknown.
         change: message with the last model change; empty if the server broadcasts the whole model.
 
@@ -199,10 +207,13 @@ def make_broadcast(
     if known == head.round:
         return make_record(head._replace(model=MODEL_UNCHANGED, history=MODEL_UNCHANGED)), 0
     is_near = known == head.round - 1
-    model, history = MODEL_DELTA if is_near and change else MODEL_FULL, MODEL_DELTA if is_near else MODEL_FULL
-    body = change if model == MODEL_DELTA else tree_to_bytes(state.params)
-    shared = tree_to_bytes(state.rule_state) if history == MODEL_FULL else b""
-    return make_record(head._replace(model=model, history=history), body=body, history=shared), len(body)
+    head = head._replace(
+        model=MODEL_DELTA if is_near and change else MODEL_FULL,
+        history=MODEL_DELTA if is_near and history[1] is None else MODEL_FULL,
+    )
+    body = change if head.model == MODEL_DELTA else tree_to_bytes(params)
+    shared = tree_to_bytes(history) if head.history == MODEL_FULL else b""
+    return make_record(head, body=body, history=shared), len(body)
 
 
 def parse_message(kind: Any, message: Message) -> tuple[Any, dict[str, Any]]:

@@ -351,14 +351,16 @@ class FederatedServer:
         self.alg, self._key, self._key_bytes = alg, key, np.asarray(jax.random.key_data(key)).tobytes()
         if (size := len(self._key_bytes)) != 8:
             raise ValueError(f"key of {size} bytes: must be jax.random.key(seed) of JAX's default kind")
-        self._timeout, self._checkpoint_path, self._outlier_factor = round_timeout, checkpoint_path, outlier_factor
+        self._timeout = float(check_number("round_timeout", round_timeout, np.float64, above=0))
+        self._outlier_factor = float(check_number("outlier_factor", outlier_factor, np.float64, above=0))
+        self._checkpoint_path = checkpoint_path
         self._max_rejections = int(check_number("max_rejections", max_rejections, np.int32, minimum=1))
         digests = _protocol.scheme_digests(alg)
         self._scheme, self._session = _protocol.short_digest(digests), time.time_ns()
         self._identity = digests + self._key_bytes
         state = alg.init(params)
         self.state: AlgorithmState = state._replace(workers=None)  # pyright: ignore[reportArgumentType]
-        memories: list[Any] = [jnp.zeros_like(state.params) if alg.memory.is_persistent else None] * alg.num_workers
+        memories: list[Any] = [jnp.zeros_like(state.params) if alg.memory.is_persistent else None] * most
         self._workers = WorkerRecords(
             state.workers.rule_state, memories, [_protocol.NO_UPLOAD] * most, [b""] * most, {}
         )
@@ -438,13 +440,14 @@ class FederatedServer:
         """Return the broadcasts of this round by node, and add their sizes to the stats."""
         messages: dict[int, Message] = {}
         skipped = self._roster.skipped_nodes(self._poller.waiting_nodes())
-        digest = _protocol.short_digest(_protocol.tree_to_bytes((self.state.params, self.state.rule_state)))
+        history = _protocol.shared_history(self.alg, self.state.rule_state, self.state.aggregate)
+        digest = _protocol.short_digest(_protocol.tree_to_bytes((self.state.params, history)))
         for node, worker in self._roster.nodes.items():
             if selected[worker] and node not in skipped:
                 about = *self._workers.accepted[worker], digest, self._key_bytes, *self._change[1:]
                 head = _protocol.BroadcastHeader(self._session, stats.round, worker, 0, 0, *about)
                 known = self._roster.model_rounds[worker]
-                content, size = _protocol.make_broadcast(head, self.state, known, self._change.body)
+                content, size = _protocol.make_broadcast(head, self.state.params, history, known, self._change.body)
                 # the ttl lets Flower drop an expired broadcast, so that a slow node does not build up a backlog
                 message = Message(content, node, MessageType.TRAIN, group_id=str(stats.round), ttl=self._timeout)
                 stats.bytes_down[worker], stats.payload_down[worker] = _protocol.serialized_size(message), size

@@ -467,6 +467,7 @@ def test_a_loss_that_averages_is_named(tmp_path: Path) -> None:
         (["--set", "lr", "constant:-1"], "lr = -1: must be a finite number > 0"),
         (["--set", "optimizer", "adma"], "rmsprop[:DECAY], sgd[:MOMENTUM]; did you mean 'adam'?"),
         (["--set", "optimizer", "sgd:fast"], "optimizer = 'sgd:fast': must be one of adagrad, adam[:B1:B2], "),
+        (["--algorithm", "diloco", "--set", "inner", "adma"], "inner = 'adma': must be one of adagrad, adam[:B1:B2], "),
         (["--set", "sampler", "block"], "sampler = 'block': must be one of block:ROWS, shuffle:ROWS"),
         (["--set", "sampler", "shuffle:31"], "size = 31: must be a whole number <= 30"),
         (
@@ -563,13 +564,24 @@ def test_values_by_name_are_those_of_the_library() -> None:
     }
     assert sorted(map(len, runner.group_by_structure(made))) == [2, 2, 4, 4]
     plain, adam = made[0].algorithm, made[2].algorithm
-    assert plain.optimizer is optax.sgd
+    assert plain.optimizer.func is optax.sgd
     assert plain.sampler == laqjax.samplers.ShuffleSampler(5)
     direction = jnp.array([1.0, -2.0])
     for ours, theirs in ((adam.optimizer(0.1), optax.adam(0.1, 0.8, 0.9)), (plain.optimizer(0.1), optax.sgd(0.1))):
         with jax.numpy_dtype_promotion("standard"):  # as the package does
             (step, _), (expected, _) = (opt.update(direction, opt.init(direction)) for opt in (ours, theirs))
         np.testing.assert_array_equal(step, expected)
+
+
+def test_inner_optimizers_and_local_schedules_have_names() -> None:
+    words = ["--set", "inner", "adamw", "sgd:0.9", "--set", "local_lr", "0.1", "cosine:0.1:40", "cosine:0.2:40"]
+    made = chosen("--algorithm", "diloco", *words)
+    assert sorted(map(len, runner.group_by_structure(made))) == [1, 1, 2, 2]
+    plain, scheduled = made[0].algorithm.oracle, made[1].algorithm.oracle
+    assert plain.optimizer.func is optax.adamw
+    assert plain.lr == np.float32(0.1)
+    np.testing.assert_allclose(scheduled.learning_rate_at(jnp.int32(20)), 0.05, rtol=1e-6)
+    assert isinstance(made[0].algorithm.compressor, laqjax.compressors.Identity)
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,16 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from laqjax import Algorithm, algorithms, compressors, samplers, types
-from tests.laws import twins
+from laqjax import Algorithm, algorithms, compressors, rules, samplers, types
+from tests.laws import local_twins, twins
 from tests.support import Toy, keys_of
 
 
@@ -50,6 +52,28 @@ def run_marina_twin(problem: twins.Problem, rounds: int, *, probability: float, 
     return run(problem, rounds, coins=np.array(coins), **given)
 
 
+@cache
+def draw_participants(num_workers: int, rounds: int, count: int) -> np.ndarray:
+    """Return which workers the library selects in each round, [rounds, M]."""
+    rule, nothing = rules.partial_participation(rules.Always(), num_workers, count=count), None
+
+    def draw(round: Any, worker: Any) -> Any:
+        keys: Any = keys_of(round, worker, num_workers)
+        return rule.is_participating(types.RoundContext(nothing, keys, nothing, num_workers, nothing))  # pyright: ignore[reportArgumentType]
+
+    each_worker = jax.vmap(draw, (None, 0))
+    return np.asarray(jax.jit(jax.vmap(each_worker, (0, None)))(np.arange(rounds), np.arange(num_workers)))
+
+
+def with_participants(run: Callable[..., twins.History]) -> Callable[..., twins.History]:
+    """Return the twin of a method with local training, with the library's draws of participants."""
+
+    def run_twin(problem: twins.Problem, rounds: int, *, num_participants: int, **given: Any) -> twins.History:
+        return run(problem, rounds, asked=draw_participants(problem.num_workers, rounds, num_participants), **given)
+
+    return run_twin
+
+
 LR = {"lr": (0.03, np.float64(0.01), np.float32(0.07), jnp.float32(0.02), 1)}
 BITS = {"bits": (2, np.int64(5), np.uint8(16), jnp.int32(1), 7)}
 MOTION = {
@@ -71,6 +95,8 @@ EACH = dict(smoothness=[1.0, 2.0, 0.5, 1.5])
 BLOCKS, EPOCHS = dict(sampler=samplers.BlockSampler(4)), dict(sampler=samplers.ShuffleSampler(4))
 TOP, RANDOM = dict(compressor=compressors.top_k(3)), dict(compressor=compressors.rand_k(3))
 LOCAL = dict(num_local_steps=2, local_lr=0.1)
+LOCAL_LR = {"local_lr": LR["lr"]}
+TWIN_LOCAL: tuple[Any, ...] = (dict(num_local_steps=2), dict(steps=2))
 # with these the rules of the twins skip, and ask for uploads before the bound on silence does
 TWIN_LAZY: dict[str, Any] = dict(xi=0.07, window=4, max_silence=9)
 TWIN_CADA: dict[str, Any] = dict(window=4, max_silence=10)
@@ -185,8 +211,8 @@ ROWS = {
     "fedavg": Row(
         algorithms.fedavg,
         LOCAL,
-        LR | {"local_lr": LR["lr"]},
-        Twin(twins.fedavg, dict(local_lr=0.05), dict(num_local_steps=2), dict(steps=2), lr=None),
+        LR | LOCAL_LR,
+        Twin(twins.fedavg, dict(local_lr=0.05), *TWIN_LOCAL, lr=None),
         long=True,
     ),
     "fedpaq": Row(algorithms.fedpaq, EPOCHS | LOCAL | dict(levels=5), LR | {"levels": BITS["bits"]}, long=True),
@@ -195,6 +221,69 @@ ROWS = {
         LAZY_KNOBS | LOCAL | dict(num_participants=3),
         LR | BITS | LAZY,
         Twin(twins.fedlaq, TWIN_LAZY | dict(local_lr=0.1, bits=4), dict(num_local_steps=2), dict(steps=2)),
+    ),
+    "scaffold": Row(
+        algorithms.scaffold,
+        LOCAL | dict(num_participants=3),
+        LR | LOCAL_LR,
+        Twin(with_participants(local_twins.scaffold), dict(local_lr=0.1, num_participants=2), *TWIN_LOCAL, lr=None),
+    ),
+    "scaffold_full": Row(
+        algorithms.scaffold,
+        LOCAL,
+        LR | LOCAL_LR,
+        Twin(local_twins.scaffold, dict(local_lr=0.1), *TWIN_LOCAL),
+        long=True,
+    ),
+    "fedadam": Row(
+        algorithms.fedadam,
+        LOCAL,
+        LR | LOCAL_LR | {"tau": LR["lr"], "b1": SHARE["probability"], "b2": SHARE["probability"]},
+        Twin(partial(local_twins.fed_adaptive, kind="adam"), dict(local_lr=0.1, tau=0.01), *TWIN_LOCAL),
+        long=True,
+    ),
+    "fedyogi": Row(
+        algorithms.fedyogi,
+        LOCAL | dict(num_participants=3),
+        LR | LOCAL_LR | {"tau": LR["lr"]},
+        Twin(
+            with_participants(partial(local_twins.fed_adaptive, kind="yogi")),
+            dict(local_lr=0.1, tau=0.01, num_participants=2),
+            *TWIN_LOCAL,
+        ),
+        long=True,
+    ),
+    "diloco": Row(
+        algorithms.diloco,
+        LOCAL,
+        LR | LOCAL_LR,
+        Twin(local_twins.diloco, dict(local_lr=0.01), *TWIN_LOCAL, lr=None),
+        long=True,
+    ),
+    "diloco_ef": Row(
+        algorithms.diloco,
+        LOCAL | dict(compressor=compressors.statistical_grid(2), decay=0.9, num_participants=3),
+        LR | LOCAL_LR | {"decay": SHARE["probability"]},
+        Twin(
+            with_participants(local_twins.diloco),
+            dict(local_lr=0.01, decay=0.9, num_participants=2),
+            TWIN_LOCAL[0] | dict(compressor=compressors.statistical_grid(2)),
+            TWIN_LOCAL[1] | dict(compressor=local_twins.statistical_grid(2, 3.0)),
+        ),
+    ),
+    "sparse_loco": Row(
+        algorithms.sparse_loco,
+        LOCAL | dict(chunk=10, k=2),
+        LR | LOCAL_LR | BITS | {"decay": SHARE["probability"]},
+        Twin(local_twins.sparse_loco, dict(local_lr=0.01, chunk=10, k=3, bits=2, decay=0.9), *TWIN_LOCAL, lr=None),
+        long=True,
+    ),
+    "lazy_diloco": Row(
+        algorithms.lazy_diloco,
+        LAZY_KNOBS | LOCAL,
+        LR | LOCAL_LR | BITS | LAZY,
+        Twin(local_twins.lazy_diloco, TWIN_LAZY | dict(local_lr=0.01, bits=4), *TWIN_LOCAL),
+        long=True,
     ),
     "slaq": Row(
         algorithms.slaq,

@@ -16,9 +16,9 @@ import optax
 import pytest
 
 import laqjax
-from laqjax import Shards, algorithms, compressors, memories, rules, samplers, types
-from tests.laws import reference, twins
-from tests.laws.registry import ROWS, TWIN_EACH, TWIN_LAZY, Twin
+from laqjax import Shards, algorithms, compressors, memories, oracles, rules, samplers
+from tests.laws import local_twins, reference, twins
+from tests.laws.registry import ROWS, TWIN_EACH, TWIN_LAZY, Twin, draw_participants, with_participants
 from tests.support import KEY, Toy, keys_of
 
 ROUNDS, WORKERS, LR = 60, 3, 0.05
@@ -170,21 +170,7 @@ def test_the_twin_of_partial_participation(member: str, toy64: Toy) -> None:
         scheme = compressors.grid(3) if member == "laq" else compressors.identity()
         return laqjax.assemble(given, scheme, rule, memories.make_innovation_memory(given), **server)
 
-    rule = rules.partial_participation(rules.Always(), WORKERS, count=2)
-    nothing: Any = None
-    asked = np.array(
-        [
-            [
-                bool(
-                    rule.is_participating(
-                        types.RoundContext(nothing, keys_of(k, m, WORKERS), nothing, WORKERS, nothing)
-                    )
-                )
-                for m in range(WORKERS)
-            ]
-            for k in range(ROUNDS)
-        ]
-    )
+    asked = draw_participants(WORKERS, ROUNDS, 2)
     assert np.all(asked.sum(axis=1) == 2)
     assert np.all(asked.mean(axis=0) > 0.4)
     out = agree(
@@ -192,3 +178,56 @@ def test_the_twin_of_partial_participation(member: str, toy64: Toy) -> None:
     )
     np.testing.assert_array_equal(out.info.bits_down, 2 * 64 * 63)
     assert not np.any(out.info.sent & ~asked)
+
+
+def rising(slope: float, step: Any) -> Any:
+    """A local step size that is zero in round 0."""
+    return slope * (step // 2)
+
+
+def falling(step: Any) -> Any:
+    return 0.02 / (1 + 0.1 * step)
+
+
+LOCAL: dict[str, tuple[Any, dict[str, Any]]] = {  # the oracle, and the arguments of the twin
+    "proximal": (
+        partial(
+            oracles.with_local_steps,
+            lr=jax.tree_util.Partial(rising, 1e-3),
+            optimizer=jax.tree_util.Partial(optax.adamw, weight_decay=0.01),
+            proximal=0.5,
+            keep_optimizer_state=False,
+        ),
+        dict(
+            local_lr=partial(rising, 1e-3),
+            inner=local_twins.adamw(weight_decay=0.01),
+            proximal=0.5,
+            keep=False,
+            lr=0.01,
+        ),
+    ),
+    "ready": (
+        partial(oracles.with_local_steps, optimizer=optax.adamw(falling)),
+        dict(local_lr=falling, inner=local_twins.adamw(), difference=True, lr=0.3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_the_twin_of_local_training(name: str, toy64: Toy) -> None:
+    """Schedules read the step of the run also where workers are absent, and a sum of step sizes of zero is no NaN."""
+    local, given = LOCAL[name]
+
+    def ours(oracle: Any, **server: Any) -> laqjax.Algorithm:
+        rule = rules.partial_participation(rules.Always(), WORKERS, count=2)
+        return laqjax.assemble(local(oracle, 2), compressors.identity(), rule, memories.NoMemory(), **server)
+
+    twin = partial(with_participants(local_twins.local_steps), num_participants=2, steps=2)
+    agree(toy64, ours, partial(twin, **{k: v for k, v in given.items() if k != "lr"}), lr=given["lr"])
+
+
+def test_the_default_lr_averages_the_local_models(toy64: Toy) -> None:
+    alg = algorithms.fedavg(toy64.oracle, num_workers=4, num_participants=2, num_local_steps=3, local_lr=falling)
+    for k in (0, 5):
+        total = sum(falling(3 * k + t) for t in range(3))
+        np.testing.assert_allclose(alg.learning_rate_at(jnp.int32(k)), total / 2, rtol=1e-12)

@@ -22,9 +22,11 @@ class Killed(Exception):
 
 
 def algorithm(toy: Toy, **options: Any) -> laqjax.Algorithm:
-    return algorithms.slaq(
+    return algorithms.lazy_diloco(  # workers with memory, silence and the state of an inner optimizer
         toy.oracle,
         num_workers=4,
+        num_local_steps=2,
+        local_lr=0.01,
         max_silence=5,
         sampler=laqjax.samplers.BlockSampler(4),
         **{"lr": 0.05, "bits": 4} | options,

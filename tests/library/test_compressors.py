@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from laqjax import compressors, types
 from laqjax._core import wire_format
+from tests.laws import local_twins
 from tests.support import KEY
 
 pytestmark = pytest.mark.core
@@ -176,6 +177,29 @@ def test_the_largest_are_kept_as_they_are() -> None:
     np.testing.assert_array_equal(decoded, [0, -5, 0, 3, 0])
 
 
+def test_the_largest_of_each_chunk_are_kept() -> None:
+    """Of equal ones the first; of the short last chunk what it has; zeros where a chunk has nothing else."""
+    target = jnp.array([1.0, -1, 1, 1, 0, 0, 0, 0, 3])
+    top = compressors.chunked_top_k(4, 2)
+    payload = top.encode(target, KEYS)
+    np.testing.assert_array_equal(payload["index"], [0, 1, 0, 1, 0])
+    np.testing.assert_array_equal(top.decode(payload, target), [1, -1, 0, 0, 0, 0, 0, 0, 3])
+    # one radius for all values; the grid has no zero, so a chunk of zeros sends half a step
+    low = compressors.quantized_values(top, compressors.grid(2))
+    decoded = low.decode(low.encode(target, KEYS), target)
+    np.testing.assert_array_equal(decoded, [1, -1, 0, 0, 1, 1, 0, 0, 3])
+
+
+@pytest.mark.parametrize(("bits", "sigmas", "size"), [(1, 1.5, 21), (2, 3.0, 1), (8, 2.0, 63)])
+def test_bins_are_those_of_the_equations(bits: int, sigmas: float, size: int) -> None:
+    with jax.enable_x64(True):
+        scheme, twin = compressors.statistical_grid(bits, sigmas), local_twins.statistical_grid(bits, sigmas)
+        for target in (vector(5, size, 0, np.float64), np.full(size, 0.3)):
+            decoded = scheme.decode(scheme.encode(jnp.asarray(target), KEYS), target)
+            np.testing.assert_allclose(decoded, twin(target), rtol=1e-12, atol=1e-15)
+            np.testing.assert_allclose(np.mean(decoded), np.mean(target), rtol=1e-12)  # bin means keep it
+
+
 @given(st.integers(0, 2**32 - 1))
 def test_ternary_has_three_values(seed: int) -> None:
     target = vector(seed, 63, 0)
@@ -247,6 +271,11 @@ def test_blocks_draw_on_their_own() -> None:
 # ---- bills -------------------------------------------------------------------------------------------------------
 
 
+def kept_of_chunks(size: int) -> int:
+    """Return how many numbers 2 of each 4 are, of which the last may be fewer."""
+    return 2 * (size // 4) + min(2, size % 4)
+
+
 SCHEMES: dict[str, tuple[Any, Any]] = {  # and its bits before they are rounded up to bytes: of p, float bits f
     "identity": (compressors.identity(), lambda p, f: f * p),
     **{f"grid-{bits}": (compressors.grid(bits), lambda p, f, b=bits: f + b * p) for bits in range(1, 17)},
@@ -261,6 +290,18 @@ SCHEMES: dict[str, tuple[Any, Any]] = {  # and its bits before they are rounded 
     "natural": (compressors.natural(), lambda p, f: (9 if f == 32 else 12) * p),
     "top_k": (compressors.top_k(1), lambda p, f: f + max(int(np.ceil(np.log2(p))), 1)),
     "rand_k": (compressors.rand_k(1), lambda p, f: f + max(int(np.ceil(np.log2(p))), 1)),
+    "chunked_top_k": (compressors.chunked_top_k(4, 2), lambda p, f: (f + 2) * kept_of_chunks(p)),
+    "chunks-of-5": (compressors.chunked_top_k(5, 5), lambda p, f: (f + 3) * p),
+    "values-2": (
+        compressors.quantized_values(compressors.chunked_top_k(4, 2), compressors.grid(2)),
+        lambda p, f: f + (2 + 2) * kept_of_chunks(p),
+    ),
+    "values-bins": (
+        compressors.quantized_values(compressors.top_k(1), compressors.statistical_grid(3, 2.0)),
+        lambda p, f: 8 * f + 3 + max(int(np.ceil(np.log2(p))), 1),
+    ),
+    "bins-1": (compressors.statistical_grid(1), lambda p, f: 2 * f + p),
+    "bins-4": (compressors.statistical_grid(4, 1.5), lambda p, f: 16 * f + 4 * p),
     "sampled": (compressors.optimal_sparsifier(0.3), None),
     "coin-never": (compressors.bernoulli_full(compressors.grid(3), 1e-9), lambda p, f: 1 + f + 3 * p),
     "coin-always": (compressors.bernoulli_full(compressors.grid(3), 1), lambda p, f: 1 + f * p),

@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 
@@ -150,6 +151,29 @@ def test_every_framework_gives_the_same_oracle(toy: Toy) -> None:
         for leaf in jax.tree.leaves(given.unravel(grad)):
             same = {(3,): gradient["bias"], (3, 20): gradient["weight"], (20, 3): gradient["weight"].T}[leaf.shape]
             np.testing.assert_allclose(leaf, same, rtol=1e-4, atol=1e-7)
+
+
+# ---- local training -----------------------------------------------------------------------------------------------
+
+
+def test_one_plain_local_step_is_the_plain_oracle(toy: Toy) -> None:
+    """Bit for bit, on a minibatch."""
+    local, rows = (
+        oracles.with_local_steps(toy.oracle, steps=1, lr=0.3),
+        samplers.ExampleSelection(4, start=jnp.int32(2)),
+    )
+    shards = jax.tree.map(jnp.asarray, toy.shards)
+    evaluate = jax.jit(lambda given: given(toy.theta0, shards, jnp.int32(1), rows))
+    jax.tree.map(np.testing.assert_array_equal, evaluate(local), evaluate(toy.oracle))
+
+
+def test_an_inner_optimizer_sees_the_pytree(toy: Toy) -> None:
+    frozen = optax.masked(optax.set_to_zero(), {"bias": True, "weight": False})
+    local = oracles.with_local_steps(toy.oracle, 2, optimizer=optax.chain(optax.sgd(0.1), frozen))
+    evaluate = jax.jit(lambda given: given(toy.theta0, jax.tree.map(jnp.asarray, toy.shards), jnp.int32(1)).grad)
+    change = local.unravel(evaluate(local))
+    assert not np.any(change["bias"])
+    assert np.any(change["weight"])
 
 
 # ---- the form of gradients -----------------------------------------------------------------------------------------

@@ -158,6 +158,37 @@ def test_an_oracle_without_names_is_refused(returned: Any, toy: Toy) -> None:
         evaluate(oracles.with_local_steps(own, 2, 0.1), toy)
 
 
+@register_dataclass
+@dataclass(frozen=True)
+class CountingOracle(OwnOracle):
+    """An oracle that counts the rounds of a worker, and has the loss of that count; `convert` is of the next state."""
+
+    def init_state(self, params: Any) -> Any:
+        return jnp.int32(0)
+
+    def evaluate(self, params: Any, shards: Any, rows: Any, state: Any, context: types.RoundContext) -> Any:
+        result = self.inner(params, shards, context.keys.shard, rows)
+        return result._replace(loss=state.astype(result.loss.dtype), state=self.convert(state + 1))
+
+
+def test_an_oracle_may_have_a_state(toy: Toy) -> None:
+    """It counts the rounds in which a worker participates, and no other."""
+    own: Any = CountingOracle(toy.oracle, keep)
+    alg = laqjax.algorithms.iag_cyclic(own, lr=0.1, num_workers=4)
+    out = laqjax.run(alg, toy.theta0, toy.shards, 6, KEY, metrics=["worker_loss"])
+    np.testing.assert_array_equal(out.state.workers.oracle_state, [2, 2, 1, 1])
+    np.testing.assert_array_equal(out.info.extra["worker_loss"][4], [1, 1, 1, 1])
+
+
+def test_another_state_of_an_oracle_is_refused(toy: Toy) -> None:
+    own: Any = CountingOracle(toy.oracle, lambda state: (state,))
+    alg = laqjax.algorithms.gd(own, lr=0.1, num_workers=4)
+    with pytest.raises(
+        ValueError, match=r"oracle CountingOracle returned the state .*: must be .* as its `init_state`"
+    ):
+        jax.eval_shape(alg.step, alg.init(toy.theta0), toy.shards, KEY)
+
+
 def replace_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms of another scale in their one place, and wherever a module has imported them from there."""
     others = {

@@ -143,6 +143,72 @@ def test_the_oracle(wrong: dict[str, Any], message: str) -> None:
     refused(lambda: oracles.from_loss(softmax_loss, jnp.zeros(3), **wrong), message)
 
 
+READY = "that is a transformation: must be None, since the transformation has its own step size"
+GRADIENT = "must be a transformation that needs the gradients, its state and the parameters only, such as optax.adamw"
+LOCAL_STEPS: list[tuple[dict[str, Any], str]] = [
+    (dict(steps=0), "num_local_steps = 0: must be a whole number >= 1"),
+    (dict(lr=0), "local_lr = 0: must be a finite number > 0"),
+    (dict(lr=None), "local_lr = None: must be a finite number > 0"),
+    (dict(proximal=-1), "proximal = -1: must be a finite number >= 0"),
+    (dict(keep_optimizer_state="no"), "keep_optimizer_state = 'no': must be True or False"),
+    (dict(optimizer="adam"), "inner optimizer = 'adam': must be a function of the learning rate"),
+    (dict(optimizer=optax.adamw(0.1)), f"local_lr = 0.1 with an optimizer {READY}"),
+    (dict(optimizer=optax.polyak_sgd), "missing 1 required keyword-only argument: 'value')"),
+    (dict(optimizer=optax.polyak_sgd), GRADIENT),
+    (dict(optimizer=optax.lbfgs(), lr=None), GRADIENT),
+    (dict(optimizer=jax.tree_util.Partial(optax.sgd, momentum=0.9, nesterov=True)), "inner optimizer = Partial("),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), LOCAL_STEPS)
+def test_local_steps(wrong: dict[str, Any], message: str, toy: Toy) -> None:
+    refused(lambda: oracles.with_local_steps(toy.oracle, **dict(steps=2, lr=0.1) | wrong), message)
+
+
+def test_local_steps_need_an_oracle_without_a_state(toy: Toy) -> None:
+    """And minibatches of equal parts."""
+    local = oracles.with_local_steps(toy.oracle, 2, 0.1, optimizer=optax.adam)
+    message = "oracle LocalStepsOracle with a state of each worker: must be an oracle without one"
+    refused(lambda: oracles.with_local_steps(local, 2, 0.1), message)
+    alg = algorithms.diloco(
+        toy.oracle, num_workers=4, num_local_steps=3, local_lr=0.1, sampler=laqjax.samplers.BlockSampler(4)
+    )
+    message = "minibatches of 4 rows: must be a multiple of num_local_steps = 3"
+    refused(lambda: laqjax.run(alg, toy.theta0, toy.shards, 3, KEY), message)
+
+
+SCHEMES: list[tuple[Callable[[], Any], str]] = [
+    (lambda: laqjax.compressors.chunked_top_k(1, 1), "chunk = 1: must be a whole number >= 2"),
+    (lambda: laqjax.compressors.chunked_top_k(4, 5), "k = 5: must be a whole number >= 1 and <= 4"),
+    (lambda: laqjax.compressors.statistical_grid(9), "bits = 9: must be a whole number >= 1 and <= 8"),
+    (lambda: laqjax.compressors.statistical_grid(2, 0), "sigmas = 0: must be a finite number > 0"),
+    (
+        lambda: laqjax.compressors.quantized_values(laqjax.compressors.grid(2), laqjax.compressors.grid(2)),
+        "must be top_k, rand_k or chunked_top_k",
+    ),
+    (
+        lambda: laqjax.compressors.quantized_values(laqjax.compressors.top_k(2), 4),
+        "compressor = 4: must be a compressor",
+    ),  # pyright: ignore[reportArgumentType]
+]
+
+
+@pytest.mark.parametrize(("build", "message"), SCHEMES)
+def test_compressors(build: Callable[[], Any], message: str) -> None:
+    refused(build, message)
+
+
+def test_numbers_of_local_methods(toy: Toy) -> None:
+    given: dict[str, Any] = dict(num_workers=4, num_local_steps=2, local_lr=0.1)
+    for name, wrong, message in (
+        ("diloco", dict(decay=1.5), "decay = 1.5: must be a finite number >= 0 and <= 1"),
+        ("fedadam", dict(tau=0), "tau = 0: must be a finite number > 0"),
+        ("fedyogi", dict(b2=2), "b2 = 2: must be a finite number >= 0 and <= 1"),
+        ("scaffold", dict(num_participants=5), "count = 5: must be a whole number >= 1 and <= 4"),
+    ):
+        refused(lambda n=name, w=wrong: getattr(algorithms, n)(toy.oracle, **given | w), message)
+
+
 @pytest.mark.parametrize(
     ("params", "got"),
     [
