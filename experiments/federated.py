@@ -4,7 +4,7 @@ r"""Run a federation with Flower; compare counted bits with the bytes sent.
     python -m experiments.federated --quick      few examples and rounds, to try the installation
     python -m experiments.federated --algorithm laq two_laq -b 4 8 --rounds 200
     python -m experiments.federated --transport deployment --workers 3 --rounds 5
-        a SuperLink and three SuperNodes with TLS on this machine, started and stopped here
+        a SuperLink and three nodes with TLS on this machine, started and stopped here
     python -m experiments.federated --transport deployment --superlink HOST:PORT \
         --root-certificates ca.crt               on a federation that is already running
 
@@ -239,12 +239,11 @@ def print_report(folder: Path, console: Console) -> None:
     if table["wire_up"].null_count() < len(table):
         exchanges = pl.col("workers") * pl.col("rounds_end")
         sizes = {
-            f"{name} {way}": pl.col(f"{column}_{way}") / exchanges
+            f"{title} {way}": pl.col(f"{column}_{way}") / (1e3 if title == "wire" else 1e3 * exchanges)
             for way in ("up", "down")
-            for name, column in {"body": "payload", "message": "bytes"}.items()
+            for title, column in {"body": "payload", "message": "bytes", "wire": "wire"}.items()
         }
-        wire = {f"wire {way}": pl.col(f"wire_{way}") for way in ("up", "down")}
-        tables["bytes of a worker and round"] = table.select(*labels, **sizes, **wire)
+        tables["kB of a worker and round"] = table.select(*labels, **sizes)
     same = (table["bits_up_end"] == 8 * table["payload_up"]).all()
     results.report_result(console, folder, tables, [] if same else ["the counted bits differ from the bits sent"])
 

@@ -53,7 +53,8 @@ class PointSpec:
 
     def client_part(self) -> "PointSpec":
         """Return the description without what concerns the server alone."""
-        return PointSpec(self.choice, self.padded_window, self.authors_rule, self.rows, 0, 0.0, programs=self.programs)
+        choice = self.choice | {"point": 0}  # its number among the points of a command
+        return PointSpec(choice, self.padded_window, self.authors_rule, self.rows, 0, 0.0, programs=self.programs)
 
     def build_point(self) -> SweepPoint:
         """Build the point with its data."""
