@@ -1,15 +1,22 @@
-"""Certificates and keys for a federation of several machines.
+r"""Certificates, keys and nodes for a federation of several machines, and a Flower app to start from.
 
     python -m experiments.deployment keys DIR --server-names NAME ADDRESS --workers 2    for a SuperLink there
     python -m experiments.deployment register DIR --superlink HOST:PORT                  admit the nodes of these keys
+    python -m experiments.deployment node --superlink HOST:PORT --root-certificates ca.crt --key node-0 \
+        --worker 0 --workers 2                                                           run worker 0 until the run ends
+    python -m experiments.deployment new-app DIR                                         a Flower app for `flwr run`
 
-A SuperLink accepts nodes with registered keys only; `experiments.federated` runs on it.
+A SuperLink accepts nodes with registered keys only; `experiments.federated` runs on it. A node works on the problem,
+data and algorithms of its own command line: give it those of the server's command. `node --help` lists the options.
 """
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.console import Console
 
 from experiments.federation import local
 from experiments.harness import cli
@@ -22,13 +29,15 @@ def keys(folder: Folder, /, server_names: ServerNames, workers: int, days: int =
     """Write the certificates of a SuperLink and the keys of its nodes.
 
     Args:
-        folder: New folder; copy node-m and ca.crt to the machine of worker m.
+        folder: New folder; copy node-m and ca.crt to the machine of worker m. It also gets nginx.conf, a proxy for the
+            SuperLink.
         server_names: Host names and addresses of the SuperLink.
         workers: Number of nodes M.
         days: Days until the SuperLink's certificate expires.
     """
     folder.mkdir(parents=True)
-    local.write_certificates(folder, server_names, days)
+    local.write_certificates(folder, dict.fromkeys([*server_names, "localhost", "127.0.0.1"]), days)
+    shutil.copy(local.PROXY_CONFIG, folder)
     for worker in range(workers):
         local.write_node_key(folder, worker)
     print(*sorted(path.name for path in folder.iterdir()))
@@ -41,13 +50,32 @@ def register(folder: Folder, /, superlink: str) -> None:
         folder: Folder that `keys` wrote.
         superlink: HOST:PORT of the SuperLink.
     """
-    with local.temporary_flower_home(folder, local.SuperLinkConfig()) as flwr:
-        local.write_connection_config(flwr, superlink, folder / "ca.crt")
-        for path in sorted(folder.glob("node-*.pub")):
-            flwr.command("supernode", "register", str(path), "laqjax")
-            print(f"{path.name} is registered")
+    local.register_nodes(sorted(folder.glob("node-*.pub")), superlink, folder / "ca.crt", Console())
+
+
+def node(words: Sequence[str]) -> None:
+    """Run the node of a worker."""
+    from experiments.federation import node as long_lived
+    from experiments.harness import grid
+
+    long_lived.run(grid.parse_settings(long_lived.Settings, words, long_lived.__doc__))
+
+
+def new_app(folder: Folder, /) -> None:
+    """Write a Flower app that uses laqjax; its README.md tells how to run it.
+
+    Args:
+        folder: New folder.
+    """
+    shutil.copytree(
+        Path(__file__).with_name("examples") / "flower_app", folder, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    print(f"{folder} is written: read {folder / 'README.md'}")
 
 
 if __name__ == "__main__":
     with cli.command_line() as given:
-        cli.parse_cli({"keys": keys, "register": register}, given, __doc__, answers=False)
+        if given[:1] == ["node"]:
+            node(given[1:])
+        else:
+            cli.parse_cli({"keys": keys, "register": register, "new-app": new_app}, given, __doc__, answers=False)

@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 import polars as pl
 from rich.console import Console
 
-from experiments.federation import local
 from experiments.figures import drawing
 from experiments.harness import cli, grid, results, storage
 from experiments.harness.results import NetworkModel, PointHistory
@@ -32,16 +31,41 @@ from experiments.harness.runner import SweepPoint
 from laqjax import check_number
 
 try:
-    from experiments.federation.flower_apps import PointSpec, make_client_app, stats_to_json
+    from experiments.federation import local
+    from experiments.federation.flower_apps import PointSpec, make_client_app, make_specs, stats_to_row
     from laqjax.federation import FederatedServer
     from laqjax.federation.testing import InProcessGrid
 except ImportError as error:
     words = f"{error}: this command needs Flower, pip install 'laqjax[experiments,flower]'"
     raise (cli.exit_with_message(2, f"error: {words}") if __name__ == "__main__" else ImportError(words)) from None
 
+LOST = {"missed": "absent", "rejected": "rejected"}  # column -> field of the facts
 BYTE_FIELDS = ("payload_up", "payload_down", "bytes_up", "bytes_down")
-FIELDS = (*BYTE_FIELDS, "answered", "sent", "bits_up", "gradients", "compute", "pack")  # [rounds, M]
-FIELDS += ("loss", "bits_down", "transfer", "decode")  # [rounds]
+FIELDS = (
+    *BYTE_FIELDS,
+    "answered",
+    "absent",
+    "rejected",
+    "sent",
+    "bits_up",
+    "gradients",
+    "compute",
+    "pack",
+)  # [rounds, M]
+FIELDS += ("loss", "bits_down", "transfer", "decode", "ended")  # [rounds]
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What the server does about workers that do not answer, or that send absurd numbers."""
+
+    min_replies: int | None = None
+    """Replies after which a round waits for no more. By default it waits for all workers; only then are the results
+    those of a run in one process."""
+    outlier_factor: float = 1e3
+    """A message is rejected if its largest number exceeds this many times the median of the workers' largest."""
+    release_worker: Annotated[tuple[int, ...], cli.variadic_option("M")] = ()
+    """Workers whose node has been replaced by one with another key."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +80,7 @@ class Settings:
     """Rounds of each point."""
     deadline: float = 300.0
     """Seconds that a round waits for replies; later workers count as silent."""
+    server: ServerOptions = ServerOptions()
     goal: grid.TargetOptions = grid.TargetOptions()
     link: NetworkModel = NetworkModel()
     network: local.SuperLinkConfig = local.SuperLinkConfig()
@@ -77,24 +102,27 @@ def run(settings: Settings) -> Path:
         settings = replace(settings, rounds=min(settings.rounds, 6), out=out)
     check_number("rounds", settings.rounds, np.int32, minimum=1)
     settings.link.check()
+    server = {"min_replies": settings.server.min_replies, "outlier_factor": settings.server.outlier_factor}
+    server |= {"release_workers": settings.server.release_worker}
     rows = 200 if settings.quick else None
-    choices = list(grid.iter_settings(settings.axes, settings.data))
-    width = grid.max_history_length(choices, settings.axes)
+    limits = settings.rounds, settings.deadline
+    specs = make_specs(settings.axes, settings.data, settings.authors_rule, rows, *limits)
+    width, choices = specs[0].padded_window, [spec.choice for spec in specs]
     points = grid.build_points(choices, width, settings.authors_rule, rows)  # refuses wrong settings before any work
-    specs = [
-        PointSpec(choice, width, settings.authors_rule, rows, settings.rounds, settings.deadline) for choice in choices
-    ]
-    with storage.lock_results_dir(settings.out, grid.settings_identity(settings, experiment="federated")):
+    specs = [replace(spec, server=server) for spec in specs]
+    same = replace(settings, network=local.SuperLinkConfig(), server=replace(settings.server, release_worker=()))
+    with storage.lock_results_dir(settings.out, grid.settings_identity(same, experiment="federated")):
         paths = [settings.out / "facts" / f"{i}.json" for i in range(len(specs))]  # a stopped command resumes from them
-        missing = {path: spec for path, spec in zip(paths, specs, strict=True) if not path.exists()}
+        missing = {i: spec for i, spec in enumerate(specs) if not paths[i].exists()}
         workers = max(len(point.case.shards.weight) for point in points)
         with open_transport(settings, workers, console) if missing else nullcontext() as flwr:
-            for path, spec in missing.items():
+            for i, spec in missing.items():
                 with console.status(f"{spec.choice['algorithm']}, {spec.rounds} rounds"):
-                    storage.write_json(path, run_with_flower(spec, flwr, console) if flwr else run_in_process(spec))
+                    storage.write_json(paths[i], flwr.run(spec, i) if flwr else run_in_process(spec))
         write_tables(settings, points, [storage.read_json(path) for path in paths])
         storage.write_json(settings.out / "run.json", storage.provenance())
         print_report(settings.out, console)
+        check_workers(settings, [storage.read_json(path) for path in paths])
     return settings.out
 
 
@@ -110,19 +138,29 @@ def run_in_process(spec: PointSpec) -> dict[str, Any]:
     """Run a point in this process and return the stats of its rounds."""
     point = spec.build_point()
     workers = InProcessGrid(make_client_app(spec), range(point.algorithm.num_workers))
-    server = FederatedServer(point.algorithm, point.initial_params(), jax.random.key(point.seed))
-    begin = time.perf_counter()
-    rounds = list(server.run(workers, spec.rounds))
-    wall = time.perf_counter() - begin
-    for stats in rounds:  # the workers run one after another: the wait counts all of them, not the slowest alone
+    key = jax.random.key(point.seed)
+    server = FederatedServer(point.algorithm, point.initial_params(), key, **spec.server)
+    begin, rows = time.perf_counter(), []
+    for stats in server.run(workers, spec.rounds):
+        # the workers run one after another: the wait counts all of them, not the slowest alone
         stats.transfer += float((stats.compute + stats.pack).max() - (stats.compute + stats.pack).sum())
-    return stats_to_json(rounds) | {"wall": wall}
+        rows.append(stats_to_row(stats))
+    wall = time.perf_counter() - begin
+    return {name: [row[name] for row in rows] for name in rows[0]} | {"wall": wall}
 
 
-def run_with_flower(spec: PointSpec, flwr: local.FlowerCli, console: Console) -> dict[str, Any]:
-    """Run a point as a run of Flower and return the stats of its rounds."""
-    spec = replace(spec, facts=str(flwr.folder / "facts.json"), programs=str(flwr.folder / "programs"))
-    return flwr.run(spec.to_hex_json(), Path(spec.facts), console)
+def check_workers(settings: Settings, found: Sequence[dict[str, Any]]) -> None:
+    """Raise ConnectionError if workers were missing or rejected, so that the command ends with exit code 1."""
+    lost = []
+    for i, facts in enumerate(found):
+        missed, rejected = (np.count_nonzero(facts[name], axis=0) for name in ("absent", "rejected"))
+        if settings.server.min_replies is not None:  # slow workers may then miss rounds, but not the last three
+            missed = missed * (np.asarray(facts["absent"])[-1] >= 3)
+        for worker in np.flatnonzero(missed + rejected):
+            count = f"missed {missed[worker]} and was rejected in {rejected[worker]} of {len(facts['loss'])} rounds"
+            lost.append(f"point {i}: worker {worker} {count}")
+    if lost:
+        raise ConnectionError(f"{'; '.join(lost)}: the results are not those of a run with all workers; see the log")
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------
@@ -170,6 +208,11 @@ def measurement_columns(arrays: dict[str, np.ndarray], facts: dict[str, Any]) ->
     found |= {f"heads_{way}": found[f"bytes_{way}"] - found[f"payload_{way}"] for way in ("up", "down")}
     found |= {f"{name}_ms": 1e3 * float(np.median(arrays[name].max(axis=1))) for name in ("compute", "pack")}
     found |= {f"{name}_ms": 1e3 * float(np.median(arrays[name])) for name in ("transfer", "decode")}
+    seconds = np.diff(arrays["ended"])
+    found |= {"round_ms": 1e3 * float(np.median(seconds)) if len(seconds) else None}
+    found |= {name: int(np.count_nonzero(arrays[kind])) or None for name, kind in LOST.items()}
+    worker_rounds = arrays["sent"].size - facts.get("resumed", 0) * arrays["sent"].shape[1]
+    found |= {f"wire_{way}": facts["wire"][way] / worker_rounds if "wire" in facts else None for way in ("up", "down")}
     traffic = facts.get("run", {}).get("network-traffic", {})  # as the SuperLink counts it
     found |= {f"superlink_{way}": traffic.get(f"{way}-bytes") for way in ("inbound", "outbound")}
     return {name: pl.lit(value) for name, value in (found | {"answered": float(arrays["answered"].mean())}).items()}
@@ -184,12 +227,24 @@ def print_report(folder: Path, console: Console) -> None:
     # the SuperLink also counts its own requests
     mega = {"Mbit billed": "bits_up_end", "MB of it": "payload_up", "MB up": "bytes_up", "MB down": "bytes_down", "counted": "superlink_inbound"}  # fmt: skip
     millions = {name: pl.col(column) / 1e6 for name, column in mega.items()}
-    shown = table.select(*labels, pl.col("uploads_end").alias("uploads"), **millions, loss=pl.col("final_loss"))
-    times = {name: pl.col(f"{name}_ms") for name in ("compute", "pack", "transfer", "decode")}
+    lost = {name: pl.col(name) for name in LOST}
+    shown = table.select(*labels, pl.col("uploads_end").alias("uploads"), **millions, **lost, loss=pl.col("final_loss"))
+    times = {name: pl.col(f"{name}_ms") for name in ("round", "compute", "pack", "transfer", "decode")}
     tables = {
         f"{table['rounds_end'].max()} rounds": shown,
-        "median milliseconds of a round: the slowest worker, the transfer, the server": table.select(*labels, **times),
+        "median milliseconds of a round: all of it, the slowest worker, the transfer, the server": table.select(
+            *labels, **times
+        ),
     }
+    if table["wire_up"].null_count() < len(table):
+        exchanges = pl.col("workers") * pl.col("rounds_end")
+        sizes = {
+            f"{name} {way}": pl.col(f"{column}_{way}") / exchanges
+            for way in ("up", "down")
+            for name, column in {"body": "payload", "message": "bytes"}.items()
+        }
+        wire = {f"wire {way}": pl.col(f"wire_{way}") for way in ("up", "down")}
+        tables["bytes of a worker and round"] = table.select(*labels, **sizes, **wire)
     same = (table["bits_up_end"] == 8 * table["payload_up"]).all()
     results.report_result(console, folder, tables, [] if same else ["the counted bits differ from the bits sent"])
 

@@ -32,7 +32,8 @@ Read the modules in this order:
 - `oracles`: loss and gradient of a worker, from a function that returns the losses of n examples. `samplers`: minibatches.
 - `_engine`: runs, sweeps, collectives and checkpoints.
 - `sharding`, `distributed`: many devices, and many processes.
-- `aggregation`: `lazy_aggregate`, an optax transformation for an existing training loop.
+- `aggregation`, `local_training`: `lazy_aggregate` and `diloco_optimizer`, optax transformations for an existing
+  training loop.
 - `problems`, `partition`, `theory`: the losses of the papers, data partitions, and admissible learning rates.
 - `federation`: workers and server as Flower apps; it needs the extra `[flower]`.
 """
@@ -43,6 +44,7 @@ from laqjax import (
     compressors,
     distributed,
     downlinks,
+    local_training,
     memories,
     oracles,
     partition,
@@ -59,6 +61,7 @@ from laqjax._engine.checkpoint import RunCheckpointer
 from laqjax._engine.loop import DivergenceError, RunResult, concatenate_infos, run, stream
 from laqjax._engine.sweep import max_batch_size, select_points, stack_algorithms, stream_sweep, sweep
 from laqjax.aggregation import lazy_aggregate
+from laqjax.local_training import diloco_optimizer
 from laqjax.partition import partition_data
 from laqjax.types import AlgorithmState, RoundInfo, Shards
 
@@ -78,9 +81,11 @@ __all__ = [
     "check_number",
     "compressors",
     "concatenate_infos",
+    "diloco_optimizer",
     "distributed",
     "downlinks",
     "lazy_aggregate",
+    "local_training",
     "max_batch_size",
     "memories",
     "oracles",

@@ -7,9 +7,9 @@ that returns the given gradient, and a server that passes the direction on to th
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,9 +25,29 @@ from laqjax._core import cpu_layouts
 from laqjax._core.round import Algorithm, worker_step
 from laqjax._core.validation import check_number, suggest
 from laqjax._engine import collectives
+from laqjax._engine.split_parameters import (
+    ParameterLayout,
+    SplitVector,
+    check_spec_tree,
+    is_split_vector,
+    join_specs,
+    make_layout,
+    make_specs,
+    match_specs,
+)
 from laqjax.algorithms import _shared, laq
 from laqjax.compressors import blockwise
-from laqjax.types import AlgorithmState, OracleResult, RoundKeys, Shards, _count_bits, register_dataclass, static_field
+from laqjax.memories import ErrorFeedback
+from laqjax.types import (
+    AlgorithmState,
+    OracleResult,
+    RoundKeys,
+    Shards,
+    _count_bits,
+    _norms_over,
+    register_dataclass,
+    static_field,
+)
 
 __all__ = ["LazyAggregateState", "lazy_aggregate", "partition_specs"]
 
@@ -37,10 +57,11 @@ class LazyAggregateState(NamedTuple):
 
     Attributes:
         algorithm_state: state of the algorithm, without params and optimizer. Its workers [M, ...] are spread over the
-            axis; all else is the same on every device.
-        sent: [M], whether each device sent a message in the last update.
-        bytes_up: [M], bytes of each device's message as a server would receive it; 0 without a message.
-        bytes_received: bytes that the collective moved to each device; 0 in an update without a message.
+            axis; all else is the same on every device. With `param_specs`, each vector is a tree like the parameters.
+        sent: [M], whether each worker sent a message in the last update.
+        bytes_up: [M], bytes of each worker's message as a server would receive it; 0 without a message. Leaves that
+            `skip_small` averages are counted in every update.
+        bytes_received: bytes that the collectives moved to each device; without a message, only those of the averages.
         total_uploads: number of messages since `init`.
     """
 
@@ -54,6 +75,23 @@ class LazyAggregateState(NamedTuple):
     def bits_up(self) -> Int[np.ndarray, " M"]:
         """Return the bits of each device's message in int64, on the host; see `laqjax.RoundInfo`."""
         return _count_bits("bits_up", self.bytes_up)
+
+    def _make_specs(self, axis: str, lead: tuple[str, ...], param_specs: Any) -> "LazyAggregateState":
+        """Return the partition specs of this state; see `partition_specs`."""
+
+        def make(lead: tuple[str, ...], node: Any) -> Any:
+            if not is_split_vector(node):
+                return P(*lead)
+            if not match_specs(param_specs, node.tree):
+                raise ValueError(
+                    f"param_specs = {param_specs!r} for a state of lazy_aggregate(param_specs=...): must be one "
+                    "PartitionSpec for each leaf of the parameters, as lazy_aggregate was given"
+                )
+            return SplitVector(join_specs(lead, param_specs, node.tree))
+
+        whole = jax.tree.map(partial(make, lead), self, is_leaf=is_split_vector)
+        workers = jax.tree.map(partial(make, (*lead, axis)), self.algorithm_state.workers, is_leaf=is_split_vector)
+        return whole._replace(algorithm_state=whole.algorithm_state._replace(workers=workers))
 
 
 @register_dataclass
@@ -98,14 +136,18 @@ def lazy_aggregate(
     collective: str = "all_gather",
     mean: bool = True,
     seed: int = 0,
+    param_specs: Any = None,
+    skip_small: int = 0,
+    memory_dtype: Any = None,
     **settings: Any,
 ) -> optax.GradientTransformation:
     """Create a gradient transformation that replaces `lax.pmean` of gradients over a mesh axis.
 
     Args:
         axis: mesh axis of the `jax.shard_map(..., check_vma=False)` in which `update` is called. With `check_vma=True`,
-            JAX sums the gradients of replicated parameters before `update`. The mesh may have further axes over which
-            the compiler splits the parameters (`axis_names={axis}`); messages are then packed in silent rounds too.
+            JAX sums the gradients of replicated parameters before `update`. The mesh may have further axes. Either the
+            compiler splits the parameters over them (`axis_names={axis}`); messages are then packed in silent rounds
+            too. Or these axes are manual, and `param_specs` tells how they split the parameters.
         num_workers: number of devices M along that axis, one worker each.
         algorithm: function of `laqjax.algorithms` whose method needs no gradients other than those it is given.
         quantizer_blocks: None: one radius for the whole message. "leaf": one radius for each leaf of the parameters.
@@ -113,6 +155,14 @@ def lazy_aggregate(
         collective: "all_gather", "all_to_all" or "all_reduce", see `laqjax.sharding`.
         mean: True: the direction is the mean over the devices. False: the sum, as in the papers.
         seed: seed of random compressors.
+        param_specs: pytree of `PartitionSpec`, for parameters that further manual axes of the mesh split. The devices of
+            a worker decide alike, from the norms of all its parts, and each one sends the message of its part along
+            `axis`. A grid has one radius for all parts. Any other compressor takes the part of each device as a block,
+            with draws of its own. Leaves that the same axes split form one block, and the gradient of a leaf must be the
+            same on all devices along an axis that does not split it. None: parameters are whole on every device.
+        skip_small: leaves of fewer numbers are averaged in full precision in every step, outside of rule and memory.
+        memory_dtype: dtype in which the workers keep the error of error feedback, such as bfloat16; None: that of the
+            algorithm. Other memories are refused, since a server holds the same numbers.
         **settings: arguments of `algorithm`, such as bits, xi, window, max_silence. `lr` and `optimizer` are not
             allowed: the lazy rules compare with the direction itself, not with the steps that later transformations
             make of it (see `rules.History`).
@@ -126,7 +176,8 @@ def lazy_aggregate(
     Raises:
         ValueError: an argument is wrong. `update` raises it when it is traced in these cases: the method needs other
             gradients; the axis has another size or is not bound by an enclosing `jax.shard_map`; `check_vma` is True;
-            the state is not placed by `partition_specs`; or the method may deadlock beside an axis of the compiler.
+            the state is not placed by `partition_specs`; `param_specs` does not fit; or the method may deadlock beside an
+            axis of the compiler.
 
     Example:
         >>> import jax.numpy as jnp, optax, laqjax
@@ -138,46 +189,85 @@ def lazy_aggregate(
     check_number("num_workers", num_workers, np.int32, minimum=1)
     _check_arguments(algorithm, settings, quantizer_blocks)
     collectives.check_collective(collective)
+    skip_small = int(check_number("skip_small", skip_small, np.int32, minimum=0))
+    if param_specs is not None:
+        check_spec_tree(param_specs, axis)
+        if quantizer_blocks not in (None, "leaf"):
+            raise ValueError(f"quantizer_blocks = {quantizer_blocks!r} with param_specs: must be None or 'leaf'")
 
-    def build(sizes: list[int], dtype: Any) -> Algorithm:
+    def build(size: int, dtype: Any) -> Algorithm:
         server: Any = {"lr": 1.0, "num_workers": num_workers, "optimizer": _PASS_DIRECTION}
-        alg = algorithm(_PrecomputedGradient(sum(sizes), dtype), **server, **settings)
-        if quantizer_blocks is None:
-            return alg
-        blocks: Any = sizes if quantizer_blocks == "leaf" else quantizer_blocks
-        return dataclasses.replace(alg, compressor=blockwise(alg.compressor, blocks))
+        return algorithm(_PrecomputedGradient(size, dtype), **server, **settings)
 
     # report wrong settings in this call, not in `init`; p is large, since a method may derive k from p
-    build([10**6], np.dtype(np.float32))
+    _check_memory_dtype(memory_dtype, build(10**6, np.dtype(np.float32)))
 
-    def make_algorithm(params: Any) -> Algorithm:
+    def make_algorithm(params: Any, on_device: bool) -> tuple[Algorithm, ParameterLayout]:
+        layout = make_layout(params, param_specs, skip_small, on_device=on_device)
         leaves = jax.tree.leaves(params)
         dtype = np.dtype(np.float64 if any(leaf.dtype == np.float64 for leaf in leaves) else np.float32)
-        return build([math.prod(leaf.shape) for leaf in leaves], dtype)
+        alg = build(sum(layout.sizes), dtype)
+        if param_specs is not None:
+            compressor = layout.split_compressor(alg.compressor, per_leaf=quantizer_blocks == "leaf")
+        elif quantizer_blocks is not None:
+            blocks: Any = layout.sizes if quantizer_blocks == "leaf" else quantizer_blocks
+            compressor = blockwise(alg.compressor, blocks)
+        else:
+            return alg, layout
+        return dataclasses.replace(alg, compressor=compressor), layout
+
+    def store(alg: Algorithm, layout: ParameterLayout, state: AlgorithmState) -> AlgorithmState:
+        if memory_dtype is not None:
+            state = _cast_memory(state, memory_dtype)
+        if param_specs is None:
+            return state
+        return jax.tree.map(lambda vector, a: layout.split(a) if vector else a, _find_vectors(alg, build), state)
+
+    def load(alg: Algorithm, layout: ParameterLayout, state: AlgorithmState) -> AlgorithmState:
+        if param_specs is not None:
+            state = jax.tree.map(
+                lambda node: layout.join(node) if is_split_vector(node) else node, state, is_leaf=is_split_vector
+            )
+        return state if memory_dtype is None else _cast_memory(state, alg.oracle.dtype)
+
+    def initialize(params: Any, on_device: bool) -> LazyAggregateState:
+        alg, layout = make_algorithm(params, on_device)
+        state = store(alg, layout, alg.init(layout.select(params, layout.compressed))._replace(params=None))
+        nothing = jnp.zeros((num_workers,), jnp.int32)
+        return LazyAggregateState(state, nothing > 0, nothing, jnp.int32(0), jnp.int32(0))
 
     def init(params: Any) -> LazyAggregateState:
-        alg = make_algorithm(params)
-        state = alg.init(params)
-        nothing = jnp.zeros((num_workers,), jnp.int32)
-        return LazyAggregateState(state._replace(params=None), nothing > 0, nothing, jnp.int32(0), jnp.int32(0))
+        return initialize(params, on_device=False)
 
     def update(gradients: Any, state: LazyAggregateState, params: Any = None) -> tuple[Any, LazyAggregateState]:
         if params is None:
             raise ValueError("lazy_aggregate's update with params = None: must be the parameters")
-        _check_axis(axis, num_workers)
-        _check_state(state, jax.eval_shape(init, params))
-        alg = make_algorithm(params)
-        here, how = alg.oracle.ravel(params), collectives.resolve_collective(collective, alg, axis)
-        shards = Shards(alg.oracle.ravel(gradients)[None], None, jnp.ones((1, 1), alg.oracle.dtype))
-        before, key = state.algorithm_state._replace(params=here), jax.random.key(seed)
-        _check_branches(alg, before, shards, key)
-        after, info = alg.step(before, shards, key, worker_batch_size=1, collective=how)
+        _check_axis("lazy_aggregate", axis, num_workers)
+        alg, layout = make_algorithm(params, on_device=True)
+        expected = jax.eval_shape(lambda params: initialize(params, on_device=True), params)
+        _check_state(state, expected, param_specs is not None)
+        here = alg.oracle.ravel(layout.select(params, layout.compressed))
+        how = collectives.resolve_collective(collective, alg, axis)
+        given = layout.select(gradients, layout.compressed)
+        shards = Shards(alg.oracle.ravel(given)[None], None, jnp.ones((1, 1), alg.oracle.dtype))
+        before = load(alg, layout, state.algorithm_state)._replace(params=here)
+        key = jax.random.key(seed)
+        with _norms_over(layout.segments if layout.mesh_axes else None):
+            _check_branches(alg, before, shards, key)
+            after, info = alg.step(before, shards, key, worker_batch_size=1, collective=how)
         direction = after.optimizer_state / num_workers if mean else after.optimizer_state
         received = jnp.where(jnp.any(info.sent), how.bytes_received(alg, num_workers), 0).astype(jnp.int32)
         uploads = state.total_uploads + jnp.sum(info.sent, dtype=jnp.int32)
-        rest = after._replace(params=None, optimizer_state=())
-        kept = LazyAggregateState(rest, info.sent, info.bytes_up, received, uploads)
-        return _unravel_like(direction, gradients), kept
+        rest = store(alg, layout, after._replace(params=None, optimizer_state=()))
+        bytes_up = jax.lax.psum(info.bytes_up, layout.mesh_axes) if layout.mesh_axes else info.bytes_up
+        directions, averages = _unravel_like(direction, given), layout.select(gradients, layout.averaged)
+        if averages:
+            vector = alg.oracle.ravel(averages)
+            averages = _unravel_like((jax.lax.pmean if mean else jax.lax.psum)(vector, axis), averages)
+            received += collectives.ring_bytes(vector, num_workers)
+            bytes_up += layout.num_averaged * vector.dtype.itemsize
+        kept = LazyAggregateState(rest, info.sent, bytes_up, received, uploads)
+        return layout.merge(directions, averages), kept
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
@@ -191,35 +281,68 @@ def _unshard(leaf: Any) -> Any:
     return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, P())) if any(sharding.spec) else leaf
 
 
-def _unravel_like(vector: Float[Array, " p"], tree: Any) -> Any:
-    """Convert a vector to a pytree with the shapes and dtypes of another."""
-    leaves, structure = jax.tree.flatten(tree)
+def _unravel_like(vector: Float[Array, " p"], leaves: list[Any]) -> list[Any]:
+    """Convert a vector to arrays with the shapes and dtypes of others."""
     parts = jnp.split(vector, np.cumsum([leaf.size for leaf in leaves])[:-1])
-    return jax.tree.unflatten(
-        structure, [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
-    )
+    return [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
 
 
-def partition_specs(state: Any, axis: str) -> Any:
-    """Return the partition specs of an optimizer state that contains a `LazyAggregateState`.
+def _cast_memory(state: AlgorithmState, dtype: Any) -> AlgorithmState:
+    """Return the state with the memories of the workers in another dtype."""
+    memory = jax.tree.map(lambda a: a.astype(dtype), state.workers.memory_state)
+    return state._replace(workers=state.workers._replace(memory_state=memory))
+
+
+def _find_vectors(alg: Algorithm, build: Callable[[int, Any], Algorithm]) -> AlgorithmState:
+    """Return which arrays of a state are vectors [..., p]: those whose last axis grows with p."""
+
+    def init(size: int) -> AlgorithmState:
+        one = build(size, alg.oracle.dtype)
+        return one.init(jnp.zeros(size, alg.oracle.dtype))._replace(params=None, optimizer_state=())
+
+    here, longer = (jax.eval_shape(lambda size=size: init(size)) for size in (alg.oracle.size, alg.oracle.size + 1))
+    return jax.tree.map(lambda a, b: a.shape != b.shape, here, longer)
+
+
+def partition_specs(state: Any, axis: str, param_specs: Any = None) -> Any:
+    """Return the partition specs of an optimizer state that contains the state of `lazy_aggregate`.
 
     Args:
         state: state from `tx.init(params)`, or its shapes from `jax.eval_shape`.
-        axis: mesh axis that `lazy_aggregate` was given.
+        axis: mesh axis that `lazy_aggregate` or `diloco_optimizer` was given.
+        param_specs: the argument of that name, if it was given. Other parts of the state with the structure of the
+            parameters, such as the moments of Adam, get the same specs.
 
     Returns:
         The specs for `in_specs` and `out_specs` of `jax.shard_map`, and for placing a restored state on the mesh. The
-        states of the workers are split over the axis; all else is the same on every device.
+        states of the workers are split over the axis; all else is the same on every device along it.
+
+    Raises:
+        ValueError: `diloco_optimizer` is not the last transformation of a chain, or another one is around it; or
+            `optax.apply_if_finite` is around `lazy_aggregate`.
     """
+    last = state
+    while type(last) is tuple and last:  # the state of `optax.chain`
+        last = last[-1]
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: hasattr(node, "_must_be_last"))
+    if any(hasattr(node, "_must_be_last") and node is not last for node in nodes):
+        raise ValueError(
+            "diloco_optimizer before or inside another transformation: must be the last one of optax.chain, with none "
+            "around it, such as optax.apply_if_finite, since all devices must set the same parameters in the same step"
+        )
+    for node in _find(optax.ApplyIfFiniteState, state):
+        if _find(LazyAggregateState, node):
+            raise ValueError(
+                "optax.apply_if_finite around lazy_aggregate: must be behind it in optax.chain, since a device that finds its "
+                "own gradient not finite would skip the exchange, and the others would wait for it forever"
+            )
+    return make_specs(state, axis, (), param_specs)
 
-    def make_specs(node: Any) -> Any:
-        if not isinstance(node, LazyAggregateState):
-            return P()
-        whole = jax.tree.map(lambda leaf: P(), node)
-        workers = jax.tree.map(lambda leaf: P(axis), node.algorithm_state.workers)
-        return whole._replace(algorithm_state=whole.algorithm_state._replace(workers=workers))
 
-    return jax.tree.map(make_specs, state, is_leaf=lambda node: isinstance(node, LazyAggregateState))
+def _find(kind: type, tree: Any) -> list[Any]:
+    """Return the nodes of a class."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
 
 
 # ---- checks of arguments ------------------------------------------------------------------------------------------
@@ -261,31 +384,54 @@ def _check_arguments(algorithm: Any, settings: dict[str, Any], quantizer_blocks:
         )
 
 
-def _check_axis(axis: Any, num_workers: int) -> None:
+def _check_axis(caller: str, axis: Any, num_workers: int) -> None:
     """Raise ValueError unless the caller is in `jax.shard_map(..., check_vma=False)` over this axis of this size."""
     try:
         devices = jax.lax.axis_size(axis)
     except NameError:
         raise ValueError(
-            f"lazy_aggregate on the axis '{axis}', which is not bound here: must be called inside "
+            f"{caller} on the axis '{axis}', which is not bound here: must be called inside "
             f"jax.shard_map(..., axis_names={{'{axis}'}}, check_vma=False), on a mesh with this axis"
         ) from None
     if devices != num_workers:
         raise ValueError(
-            f"lazy_aggregate of num_workers = {num_workers} on the axis '{axis}' of {devices} devices: must be one "
+            f"{caller} of num_workers = {num_workers} on the axis '{axis}' of {devices} devices: must be one "
             "worker for each device"
         )
     kind = jax.typeof(jax.lax.axis_index(axis))
     varying = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # JAX 0.8 | 0.10
     if varying:
         raise ValueError(
-            "lazy_aggregate inside jax.shard_map with check_vma=True, its default: must be check_vma=False, since JAX otherwise "
+            f"{caller} inside jax.shard_map with check_vma=True, its default: must be check_vma=False, since JAX otherwise "
             "sums the gradients of replicated parameters, and every device gets the same gradient"
         )
 
 
-def _check_state(state: LazyAggregateState, expected: LazyAggregateState) -> None:
+def _check_memory_dtype(dtype: Any, alg: Algorithm) -> None:
+    """Raise ValueError unless `dtype` is None, or a floating dtype for an algorithm with error feedback."""
+    if dtype is None:
+        return
+    if not isinstance(alg.memory, ErrorFeedback):
+        raise ValueError(
+            f"memory_dtype = {dtype!r} with the memory {type(alg.memory).__name__}: must be None, since worker and server "
+            "would no longer hold the same numbers; only error feedback (algorithms.topk_ef) may round its memory"
+        )
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(f"memory_dtype = {dtype!r}: must be a floating dtype, such as jnp.bfloat16, or None")
+
+
+def _check_state(state: LazyAggregateState, expected: LazyAggregateState, is_split: bool) -> None:
     """Raise ValueError unless each device holds the state of one worker, with the shapes that `init` gives."""
+    how = (
+        "split as param_specs says; pass param_specs to partition_specs, and the same specs as in_specs of the parameters"
+        if is_split
+        else "whole on every device; use axis_names={axis} of jax.shard_map and leave the axes that split the parameters to "
+        "the compiler, or pass param_specs"
+    )
     for leaf in jax.tree.leaves(state.algorithm_state.workers):
         if np.shape(leaf)[:1] != (1,):
             raise ValueError(
@@ -304,8 +450,7 @@ def _check_state(state: LazyAggregateState, expected: LazyAggregateState) -> Non
         if np.shape(leaf) != needed.shape:
             raise ValueError(
                 f"lazy_aggregate with an array {list(np.shape(leaf))} in its state where these parameters need "
-                f"{list(needed.shape)}: must be the state of init with the same parameters, whole on every device; use "
-                "axis_names={axis} of jax.shard_map, and leave the axes that split the parameters to the compiler"
+                f"{list(needed.shape)}: must be the state of init with the same parameters, {how}"
             )
 
 

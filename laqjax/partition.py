@@ -1,7 +1,7 @@
-"""Partition a data set into the shards of M workers, evenly, by label, or in unequal sizes."""
+"""Shards of M workers: from one data set, evenly, by label or in unequal sizes, or from partitions that exist already."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from laqjax._core.validation import suggest
 from laqjax.types import Shards
 
-__all__ = ["partition_data"]
+__all__ = ["partition_data", "shards_from_partitions"]
 
 
 def partition_data(x: Any, y: Any, num_workers: int, scheme: str, seed: int = 0) -> Shards:
@@ -70,6 +70,78 @@ def partition_data(x: Any, y: Any, num_workers: int, scheme: str, seed: int = 0)
     known = "contiguous, shuffled, sorted, dirichlet:ALPHA or unequal:RATIO"
     close = suggest(scheme.partition(":")[0], ("contiguous", "shuffled", "sorted", "dirichlet", "unequal"))
     raise ValueError(f"scheme = {scheme!r}: must be {known}{close}")
+
+
+def shards_from_partitions(
+    partitions: Sequence[Any], x: str | Sequence[str] = "image", y: str | Sequence[str] = "label"
+) -> Shards:
+    """Convert the partitions of M workers into shards.
+
+    A partition is one of these:
+
+    - an object with `with_format("numpy")`, such as the `datasets.Dataset` from `load_partition` of `flwr-datasets`
+    - a mapping from names to columns, each a sequence with one entry for each sample
+    - a list of rows, each a mapping from names to values
+
+    Args:
+        partitions: one partition for each worker; a worker of a federation gives `[partition]`, its own.
+        x: name of the column with the inputs, or several names. Several names make `x` a dictionary of arrays.
+        y: name of the column with the targets, likewise.
+
+    Returns:
+        x [M, N, ...], y [M, N, ...] and weight [M, N] as from `partition_data`, in the dtypes of the columns.
+
+    Raises:
+        ValueError: there is no partition, a partition has no rows or lacks a column, or the rows of a column differ in
+            shape or dtype.
+
+    Example:
+        >>> import laqjax
+        >>> rows = [{"image": [0.0, 1.0], "label": 1}, {"image": [2.0, 3.0], "label": 0}]
+        >>> laqjax.partition.shards_from_partitions([rows, rows[:1]]).weight.tolist()
+        [[1.0, 1.0], [1.0, 0.0]]
+    """
+    names = {name: None for part in (x, y) for name in ([part] if isinstance(part, str) else part)}
+    columns = [_read_columns(partition, tuple(names), f"partition {i}") for i, partition in enumerate(partitions)]
+    if not columns:
+        raise ValueError("partitions of length 0: must be one partition for each worker")
+    joined = {name: _concatenate(name, [column[name] for column in columns]) for name in names}
+    ends = np.cumsum([len(column[next(iter(names))]) for column in columns])
+    inputs, targets = (joined[part] if isinstance(part, str) else {n: joined[n] for n in part} for part in (x, y))
+    return _pad_shards(inputs, targets, np.split(np.arange(ends[-1]), ends[:-1]))
+
+
+def _read_columns(partition: Any, names: tuple[str, ...], label: str) -> dict[str, np.ndarray]:
+    """Return the named columns of a partition as arrays of one length."""
+    if hasattr(partition, "with_format"):
+        partition = partition.with_format("numpy")[:]
+    is_mapping = isinstance(partition, Mapping)
+    known = list(partition) if is_mapping else list(partition[0] if len(partition) else {})
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"{label} with the columns {known}: must have {missing} and a row; give its names as x and y")
+    try:
+        values = {name: partition[name] if is_mapping else [row[name] for row in partition] for name in names}
+        columns = {
+            name: column if isinstance(column, np.ndarray) else np.stack([np.asarray(value) for value in column])
+            for name, column in values.items()
+        }
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{label} ({error}): must have a row, and rows of one shape with the same columns") from None
+    lengths, kinds = {len(column) for column in columns.values()}, {column.dtype.kind for column in columns.values()}
+    if len(lengths) != 1 or 0 in lengths or kinds - set("biuf"):
+        about = {name: f"{column.dtype}{list(column.shape)}" for name, column in columns.items()}
+        raise ValueError(f"{label} with {about}: must be numbers, with one entry in each column for each row")
+    return columns
+
+
+def _concatenate(name: str, parts: list[np.ndarray]) -> np.ndarray:
+    """Concatenate the columns of all workers, which must agree in shape and dtype."""
+    if len({(part.shape[1:], part.dtype) for part in parts}) != 1:
+        about = sorted({f"{part.dtype}{list(part.shape[1:])}" for part in parts})
+        raise ValueError(
+            f"column {name!r} with rows {', '.join(about)}: must be of one shape and dtype in all partitions"
+        )
+    return np.concatenate(parts)
 
 
 def _require_labels(y: Any, scheme: str) -> np.ndarray:

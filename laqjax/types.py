@@ -100,7 +100,10 @@ Example:
            [48, 48]])
 """
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -197,18 +200,45 @@ def register_dataclass(cls: type[_T]) -> type[_T]:
     return cls
 
 
-# Rules, compressors and the round compute norms of vectors [p] with these two functions, so that a sharded model can
-# replace them here. The mean in `Sign` and the l2 term of the oracle are not norms of this kind.
+# Rules, compressors and the round compute norms of vectors [p] with these two functions. Where mesh axes split the
+# parameters, the devices hold parts of these vectors, and add up the norms of their parts. The mean in `Sign` and the l2
+# term of the oracle are not norms of this kind.
+
+_SEGMENTS: ContextVar[Any] = ContextVar("segments", default=None)
+
+
+@contextmanager
+def _norms_over(segments: Any) -> Iterator[None]:
+    """Compute norms of vectors whose parts are on many devices, while a function is traced inside `jax.shard_map`.
+
+    Args:
+        segments: (size on this device, mesh axes that split it) of consecutive parts of the vectors. None: the vectors
+            are whole on this device.
+    """
+    token = _SEGMENTS.set(segments)
+    try:
+        yield
+    finally:
+        _SEGMENTS.reset(token)
+
+
+def _reduce_segments(v: Array, reduce: Any, across: Any, join: Any) -> Array:
+    """Reduce each segment of a vector, then over the devices that hold its parts, then the segments."""
+    segments = _SEGMENTS.get()
+    if segments is None:
+        return reduce(v)
+    parts = zip(jnp.split(v, np.cumsum([size for size, _ in segments])[:-1]), segments, strict=True)
+    return functools.reduce(join, [across(reduce(part), axes) if axes else reduce(part) for part, (_, axes) in parts])
 
 
 def squared_norm(v: Float[Array, " p"]) -> Float[Array, ""]:
     """Return the squared Euclidean norm of a vector [p]."""
-    return jnp.sum(v * v)
+    return _reduce_segments(v * v, jnp.sum, jax.lax.psum, jnp.add)
 
 
 def max_abs(v: Float[Array, " p"]) -> Float[Array, ""]:
     """Return the largest absolute value of a vector [p]."""
-    return jnp.max(jnp.abs(v))
+    return _reduce_segments(jnp.abs(v), jnp.max, jax.lax.pmax, jnp.maximum)
 
 
 def _count_bits(name: str, size: Any) -> np.ndarray:

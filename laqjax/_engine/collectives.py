@@ -107,11 +107,8 @@ class AllReduce:
         return lax.psum(messages, self.axis)
 
     def bytes_received(self, alg: Any, devices: int) -> int:
-        """Return the bytes that each device receives in `reduce`, with one worker per device.
-
-        The count is that of a ring all-reduce: a reduce-scatter followed by an all-gather.
-        """
-        return 2 * alg.oracle.size * alg.oracle.dtype.itemsize * (devices - 1) // devices
+        """Return the bytes that each device receives in `reduce`, with one worker per device."""
+        return ring_bytes(jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype), devices)
 
 
 @dataclass(frozen=True)
@@ -210,6 +207,16 @@ class AllToAll(AllGather):
         length = WORD_BITS * math.ceil(alg.oracle.size / (WORD_BITS * devices))
         words = num_message_words(alg, length, self.widths)
         return (4 * words + length * alg.oracle.dtype.itemsize) * (devices - 1)
+
+
+def ring_bytes(like: Any, devices: int) -> int:
+    """Return the bytes that each device receives in a ring all-reduce: a reduce-scatter followed by an all-gather.
+
+    Args:
+        like: array or struct with the shape and dtype of the sum.
+        devices: number of devices.
+    """
+    return 2 * like.size * like.dtype.itemsize * (devices - 1) // devices
 
 
 def all_reduce(alg: Any, axis: str = "workers") -> AllReduce:

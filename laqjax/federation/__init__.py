@@ -32,5 +32,15 @@ deadline of a few rounds. It waits for no answer to a hello message, and for no 
 
 from laqjax.federation._client import FederatedClient, client_app
 from laqjax.federation._server import FederatedServer, RoundStats, server_app
+from laqjax.federation._strategy import LazyStrategy, arrays_to_params, params_to_arrays
 
-__all__ = ["FederatedClient", "FederatedServer", "RoundStats", "client_app", "server_app"]
+__all__ = [
+    "FederatedClient",
+    "FederatedServer",
+    "LazyStrategy",
+    "RoundStats",
+    "arrays_to_params",
+    "client_app",
+    "params_to_arrays",
+    "server_app",
+]

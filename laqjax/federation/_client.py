@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as SerializedRecordDict
 from jaxtyping import Array, PRNGKeyArray
@@ -169,8 +170,9 @@ class FederatedClient:
         self._alg = replace(alg, rule=ForcedUpload(alg.rule, False))
         full = replace(alg, rule=ForcedUpload(alg.rule, True), compressor=identity())
         self._full = full if alg.memory.is_persistent else self._alg
-        self._rule, self._down = alg.rule, _protocol.down_compressor(alg)
-        self._scheme = _protocol.short_digest(_protocol.scheme_digests(alg))
+        self._rule, self._down, self._num_workers = alg.rule, _protocol.down_compressor(alg), alg.num_workers
+        self._digests = _protocol.scheme_digests(alg)
+        self._scheme = _protocol.short_digest(self._digests)
         # a dictionary of loaded shards instead of functools.cache, because Ray copies apps
         self._load_shard, self._shards = load_shard, {}
         self._state_dir = state_dir
@@ -187,7 +189,7 @@ class FederatedClient:
             ValueError: the message has another form, or is addressed to another worker than this node's `partition-id`.
         """
         down, parts = _protocol.parse_message(_protocol.BroadcastHeader, message)
-        worker = int(context.node_config["partition-id"])
+        worker = _get_worker(context, self._num_workers)
         if down.worker != worker:
             raise ValueError(f"broadcast to worker {down.worker}: must be to worker {worker}, the node's partition-id")
         run = _protocol.short_digest(self._scheme, down.key).hex()
@@ -227,6 +229,16 @@ class FederatedClient:
         head = blank._replace(kind=kind, base=base[0], base_digest=base[1], digest=last[1] if sent else bytes(8))
         head = head._replace(size=size if sent else 0, gradients=gradients, loss=loss, compute=times[0], pack=times[1])
         return Message(_protocol.make_record(head, body=body), reply_to=message)
+
+    def greet(self, message: Message, context: Context) -> Message:
+        """Answer a hello message: say which worker this node is.
+
+        Raises:
+            ValueError: the node's config lacks `partition-id`, or its `num-partitions` is not the number of workers.
+        """
+        worker = _get_worker(context, self._num_workers)
+        hello = ConfigRecord({"worker": worker, "scheme": self._digests})
+        return Message(RecordDict({_protocol.RECORD_KEY: hello}), reply_to=message)
 
     def _get_shard(self, worker: int) -> Shards:
         """Return the data of a worker on the device; load it on the first call."""
@@ -305,35 +317,62 @@ def _check_worker_shard(alg: Algorithm, shards: Shards) -> Shards:
     return shards
 
 
+def _get_worker(context: Context, num_workers: int) -> int:
+    """Return the worker of a node: its `partition-id`."""
+    config = context.node_config
+    if "partition-id" not in config or int(config.get("num-partitions", num_workers)) != num_workers:
+        raise ValueError(
+            f"node config {dict(config)}: must have partition-id, and num-partitions = {num_workers}, the number of "
+            "workers; set both in --node-config of flower-supernode, or num-supernodes of the simulation"
+        )
+    return int(config["partition-id"])
+
+
 def client_app(
-    alg: Algorithm,
-    load_shard: Callable[[int], Shards],
+    alg: Algorithm | Callable[[Context], FederatedClient],
+    load_shard: Callable[[int], Shards] | None = None,
     *,
+    mods: list[Mod] | None = None,
     compilation_cache_dir: str | Path | None = None,
     state_dir: str | Path | None = None,
 ) -> ClientApp:
     """Build the Flower ClientApp of a worker.
 
     Args:
-        alg: the algorithm; it must be the same as the server's.
+        alg: the algorithm; it must be the same as the server's. Or a function `client_fn(context)` that returns a
+            `FederatedClient`, for an app with settings in `context.run_config`; it is called once per node and process.
         load_shard: function from the worker's id to its data, `Shards` of one worker ([1, N, ...]). The id is the
-            node's `partition-id`.
+            node's `partition-id`. None with a `client_fn`.
+        mods: Flower's mods for all functions of the app.
         compilation_cache_dir: folder for compiled programs. Flower's processes end after each message; without this
             folder each of them compiles again.
         state_dir: folder for the worker's state, one file for each run. With it a run that continues after the node or
-            the SuperLink was killed has the results of an undisturbed run; without it the worker makes a full upload.
+            the SuperLink was killed has the results of an undisturbed run; without it the worker makes a full upload. A
+            `client_fn` gives it to `FederatedClient` itself.
 
     Returns:
-        The app. Each node stores its worker's state in its context.
+        The app, on which `@app.evaluate()` registers an evaluation. Each node stores its worker's state in its context.
     """
     _protocol.enable_compilation_cache(compilation_cache_dir)
-    app, client = ClientApp(), FederatedClient(alg, load_shard, state_dir=state_dir)
-    app.train()(client)
+    app, clients = ClientApp(mods=mods), {}
+    if load_shard is None:
+        client_fn: Any = alg
+    else:
+        client: Any = FederatedClient(alg, load_shard, state_dir=state_dir)  # pyright: ignore[reportArgumentType]
+        client_fn = lambda context: client  # noqa: E731
+
+    def get_client(context: Context) -> FederatedClient:
+        node = context.run_id, context.node_id
+        if node not in clients:
+            clients[node] = client_fn(context)
+        return clients[node]
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return get_client(context)(message, context)
 
     @app.query()
     def greet(message: Message, context: Context) -> Message:
-        worker = int(context.node_config["partition-id"])
-        hello = ConfigRecord({"worker": worker, "scheme": _protocol.scheme_digests(alg)})
-        return Message(RecordDict({_protocol.RECORD_KEY: hello}), reply_to=message)
+        return get_client(context).greet(message, context)
 
     return app

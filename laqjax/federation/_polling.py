@@ -29,9 +29,8 @@ class ReplyPoller:
 
     def send(self, grid: Grid, messages: Sequence[Message]) -> None:
         """Send messages, and begin to pull their replies."""
-        now = time.monotonic()
+        pushed, now = set(grid.push_messages(messages)) if messages else set(), time.monotonic()
         self._pending = {name: entry for name, entry in self._pending.items() if entry[1] > now}
-        pushed = set(grid.push_messages(messages)) if messages else set()
         sent = {name: message for message in messages if (name := message.metadata.message_id) in pushed}
         ends = {name: now + message.metadata.ttl for name, message in sent.items()}
         self._pending |= {name: (message.metadata.dst_node_id, ends[name]) for name, message in sent.items()}
@@ -62,7 +61,7 @@ class ReplyPoller:
     def _poll(self, grid: Grid, name: str, message: Message, end: float) -> None:
         """Pull the reply to one message until it has arrived or the message expires."""
         began = now = time.monotonic()
-        while name in self._pending and now < end and not self._pull(grid, name, message):
+        while not self._pull(grid, name, message) and name in self._pending and now < end:
             interval = min(max((now - began) / 10, MIN_POLL_INTERVAL), MAX_POLL_INTERVAL)
             time.sleep(max(interval, len(self._pending) / MAX_PULL_RATE))
             now = time.monotonic()

@@ -351,14 +351,16 @@ class FederatedServer:
         self.alg, self._key, self._key_bytes = alg, key, np.asarray(jax.random.key_data(key)).tobytes()
         if (size := len(self._key_bytes)) != 8:
             raise ValueError(f"key of {size} bytes: must be jax.random.key(seed) of JAX's default kind")
-        self._timeout, self._checkpoint_path, self._outlier_factor = round_timeout, checkpoint_path, outlier_factor
+        self._timeout = float(check_number("round_timeout", round_timeout, np.float64, above=0))
+        self._outlier_factor = float(check_number("outlier_factor", outlier_factor, np.float64, above=0))
+        self._checkpoint_path = checkpoint_path
         self._max_rejections = int(check_number("max_rejections", max_rejections, np.int32, minimum=1))
         digests = _protocol.scheme_digests(alg)
         self._scheme, self._session = _protocol.short_digest(digests), time.time_ns()
         self._identity = digests + self._key_bytes
         state = alg.init(params)
         self.state: AlgorithmState = state._replace(workers=None)  # pyright: ignore[reportArgumentType]
-        memories: list[Any] = [jnp.zeros_like(state.params) if alg.memory.is_persistent else None] * alg.num_workers
+        memories: list[Any] = [jnp.zeros_like(state.params) if alg.memory.is_persistent else None] * most
         self._workers = WorkerRecords(
             state.workers.rule_state, memories, [_protocol.NO_UPLOAD] * most, [b""] * most, {}
         )

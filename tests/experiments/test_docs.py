@@ -141,15 +141,15 @@ jax.tree.map(np.testing.assert_array_equal, state, jax.device_get(alone))
 
 @pytest.mark.distributed
 def test_many_devices(tmp_path: Path) -> None:
-    """The examples of docs/mesh.md and docs/lazy_aggregate.md on four devices: the first example's run of one device, and a message of each device."""
+    """The examples of docs/mesh.md, lazy_aggregate.md and diloco.md on four devices: the first example's run of one device, and a message of each device."""
     script = tmp_path / "script.py"
     first = block("own.md", "datasets.load").replace("rounds=200", "rounds=5") + "alone = out.state\n"
     mesh, lazy = block("mesh.md", "laqjax.sharding.make_mesh"), block("lazy_aggregate.md", "lazy_aggregate")
-    script.write_text(first + mesh + ON_FOUR_DEVICES + lazy)
+    script.write_text(first + mesh + ON_FOUR_DEVICES + lazy + block("diloco.md", "diloco_optimizer"))
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, script], env=os.environ | flags, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert "[ True  True  True  True]" in ran.stdout
+    assert ran.stdout.count("[ True  True  True  True]") == 2
 
 
 def test_a_federation(used: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,9 +168,46 @@ def test_a_federation(used: dict[str, Any], tmp_path: Path, monkeypatch: pytest.
     assert Path("results/server.npz").exists()
 
 
+@pytest.fixture
+def as_a_user() -> Iterator[None]:
+    """JAX's own promotion of dtypes and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_a_strategy_for_flower() -> None:
+    pytest.importorskip("flwr")
+    names: dict[str, Any] = {}
+    exec(block("flower.md", "LazyStrategy(").replace("num_rounds=10", "num_rounds=3").replace("[10]", "[3]"), names)
+    result = names["result"]
+    losses = [metrics["train_loss"] for metrics in result.train_metrics_clientapp.values()]
+    assert losses == sorted(losses, reverse=True)
+    assert result.evaluate_metrics_clientapp.keys() == {1, 2, 3}
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_a_worker_with_state(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("flwr")
+    code = block("flower.md", "class Scaffold")
+    exec(code, {})
+    fedavg, scaffold = map(float, capsys.readouterr().out.split())
+    assert f"{fedavg:.2f} away" in code
+    assert scaffold < 1e-4
+
+
 def test_no_other_python_stands_in_the_texts() -> None:
     written = {name: len(re.findall(r"```python\n", text)) for name, text in TEXTS.items()}
-    ran = {"README.md": 1, "start.md": 1, "own.md": 4, "mesh.md": 1, "lazy_aggregate.md": 1, "federation.md": 1}
+    ran = {
+        "README.md": 1,
+        "start.md": 1,
+        "own.md": 4,
+        "mesh.md": 1,
+        "lazy_aggregate.md": 1,
+        "diloco.md": 1,
+        "federation.md": 1,
+        "flower.md": 2,
+    }
     assert {name: number for name, number in written.items() if number} == ran
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 CASE, OUT, DEVICES = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
@@ -15,6 +15,8 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+import orbax.checkpoint  # noqa: E402
+import pytest  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
@@ -23,11 +25,13 @@ from laqjax import (  # noqa: E402
     algorithms,
     compressors,
     distributed,
+    local_training,
     partition,
     problems,
     sharding,
 )
 from laqjax._engine import loop  # noqa: E402
+from laqjax._engine.split_parameters import SplitCompressor  # noqa: E402
 from laqjax.samplers import BlockSampler  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -283,6 +287,299 @@ def beside() -> None:
             compare(f"beside-{collective}-{kind.name}", {"sent": alone["sent"]}, split)
 
 
+class Regression(NamedTuple):
+    """Least squares of four workers, in float64 and NumPy."""
+
+    x: Any
+    y: Any
+    params: Any
+
+    def gradient(self, params: Any, worker: Any) -> Any:
+        rest = self.x[worker] @ params["w"] + params["b"][None] - self.y[worker]
+        return {"b": 2 * rest.sum(axis=0) / rest.size, "w": 2 * self.x[worker].T @ rest / rest.size}
+
+
+def make_regression() -> Regression:
+    jax.config.update("jax_enable_x64", True)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(4, 16, 8)), rng.normal(size=(4, 16, 6))
+    return Regression(x, y, {"b": np.zeros(6), "w": rng.normal(size=(8, 6))})
+
+
+def adamw(params: Any, moments: Any, grad: Any, step: int, lr: float = 1e-2) -> Any:
+    """One step of AdamW on vectors, with the defaults of optax."""
+    first, second = 0.9 * moments[0] + 0.1 * grad, 0.999 * moments[1] + 0.001 * grad**2
+    scaled = first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+    return params - lr * (scaled + 1e-4 * params), (first, second)
+
+
+def laq_mean(deltas: Any, state: Any, bits: int, xi: float, window: int = 10) -> Any:
+    """One round of LAQ on vectors [M, p]: the mean direction and who sent, with a history of directions."""
+    memory, errors, history, margin = state
+    innovation = deltas - memory
+    step = 2 * np.abs(innovation).max(axis=1, keepdims=True) / (2**bits - 1)
+    coded = step * (np.floor(innovation / step + 2 ** (bits - 1)) - (2**bits - 1) / 2)
+    error = ((innovation - coded) ** 2).sum(axis=1)
+    threshold = xi / window * sum(history[-window:]) / len(deltas) ** 2 + 3 * (error + errors)
+    change = (coded**2).sum(axis=1)
+    sent = (change >= threshold) | (not history)
+    margin = min(margin, *np.abs(change - threshold)) if history else margin
+    memory = np.where(sent[:, None], memory + coded, memory)
+    total = memory.sum(axis=0)
+    return total / len(deltas), sent, (memory, np.where(sent, error, errors), [*history, (total**2).sum()], margin)
+
+
+def diloco_reference(problem: Regression, steps: int, sync_every: int, bits: int | None, xi: float) -> Any:
+    """DiLoCo in NumPy: the parameters of every worker after each step, the outer model, and who sent."""
+    start = np.concatenate([problem.params["b"], problem.params["w"].ravel()])
+    outer, trace, here = start, np.zeros(54), [start] * 4
+    moments: Any = [(np.zeros(54), np.zeros(54))] * 4
+    state: Any = np.zeros((4, 54)), np.zeros(4), [], np.inf
+    sent, all_params = [], []
+    for step in range(1, steps + 1):
+        for worker in range(4):
+            tree = {"b": here[worker][:6], "w": here[worker][6:].reshape(8, 6)}
+            grad = problem.gradient(tree, worker)
+            vector = np.concatenate([grad["b"], grad["w"].ravel()])
+            here[worker], moments[worker] = adamw(here[worker], moments[worker], vector, step)
+        if step % sync_every == 0:
+            deltas = outer - np.stack(here)
+            mean, who, state = laq_mean(deltas, state, bits, xi) if bits else (deltas.mean(axis=0), [True] * 4, state)
+            trace = mean + 0.9 * trace
+            outer = outer - 0.7 * (mean + 0.9 * trace)
+            here = [outer] * 4
+            sent.append(who)
+        all_params.append(np.stack(here))
+    assert state[-1] > 1e-9  # a difference of who sent is no tie
+    return np.stack(all_params), outer, np.array(sent)
+
+
+def flat(params: Any) -> Any:
+    """Parameters with the axis of the workers as vectors [M, p]."""
+    return np.concatenate([np.asarray(leaf).reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(params)], axis=1)
+
+
+def local_loop(problem: Regression, tx: Any, along: Any) -> Any:
+    """A compiled step of a loop with local training, its arguments, and where they are placed."""
+    params = local_training.replicate(problem.params, 4)
+    specs = laqjax.aggregation.partition_specs(jax.eval_shape(tx.init, params), "data")
+    split = P("data")
+    places = jax.tree.map(lambda spec: NamedSharding(along, spec), ({"b": split, "w": split}, specs))
+
+    def step(params: Any, state: Any, x: Any, y: Any) -> Any:
+        grad = Regression(x, y, None).gradient(jax.tree.map(lambda a: a[0], params), 0)
+        updates, state = tx.update(jax.tree.map(lambda a: a[None], grad), state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.shard_map(
+        step, mesh=along, in_specs=(split, specs, split, split), out_specs=(split, specs), check_vma=False
+    )
+    return jax.jit(step), *jax.device_put((params, tx.init(params)), places), places
+
+
+def diloco() -> None:
+    """Local training in a loop of one's own is DiLoCo in NumPy; an interrupted loop goes on from its state."""
+    problem = make_regression()
+    along = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    data = jax.device_put((problem.x, problem.y), NamedSharding(along, P("data")))
+    common: Any = {"axis": "data", "num_workers": 4}
+
+    def train(tx: Any, steps: int) -> Any:
+        step, params, state, places = local_loop(problem, tx, along)
+        seen, states = [], []
+        for _ in range(steps):
+            params, state = step(params, state, *data)
+            seen.append(flat(params))
+            states.append(state)
+        return np.stack(seen), states, (step, params, places)
+
+    # one step of plain SGD between synchronizations is data-parallel training
+    tx = laqjax.diloco_optimizer(optax.sgd(1.0), sync_every=1, algorithm=algorithms.gd, **common)
+    seen, _, _ = train(tx, 5)
+    plain, server = problem.params, optax.sgd(0.7, momentum=0.9, nesterov=True)
+    outer_state = server.init(plain)
+    for row in seen:
+        grads = [problem.gradient(plain, worker) for worker in range(4)]
+        mean = jax.tree.map(lambda *leaves: sum(leaves) / 4, *grads)
+        updates, outer_state = server.update(mean, outer_state, plain)
+        plain = jax.tree.map(np.asarray, optax.apply_updates(plain, updates))
+        expected = np.concatenate([plain["b"], plain["w"].ravel()])
+        np.testing.assert_allclose(row, np.stack([expected] * 4), rtol=1e-12, atol=1e-14)
+
+    for bits, xi in ((None, 0.0), (4, 0.1)):
+        sends: Any = {"algorithm": algorithms.gd} if bits is None else {"bits": bits, "xi": xi}
+        tx = optax.chain(optax.identity(), laqjax.diloco_optimizer(optax.adamw(1e-2), sync_every=3, **sends, **common))
+        seen, states, (step, _, places) = train(tx, 31)
+        expected, outer, sent = diloco_reference(problem, 31, 3, bits, xi)
+        np.testing.assert_allclose(seen, expected, rtol=1e-12, atol=1e-12)
+        collapsed = local_training.collapse(states[-1])
+        np.testing.assert_allclose(np.concatenate([collapsed["b"], np.ravel(collapsed["w"])]), outer, rtol=1e-12)
+        masks = np.stack([state[-1].aggregate_state.sent for state in states])
+        np.testing.assert_array_equal(masks[2::3], sent)
+        assert not masks[0::3].any()
+        assert not masks[1::3].any()
+        size = 54 * 8 if bits is None else 8 + 27
+        up = np.stack([state[-1].aggregate_state.bytes_up for state in states])
+        np.testing.assert_array_equal(up, masks * size)
+        for k in range(2, 31, 3):  # set, not added: bit for bit the outer model on every device
+            model = local_training.collapse(states[k])
+            vector = np.concatenate([model["b"], np.ravel(model["w"])])
+            np.testing.assert_array_equal(seen[k], np.stack([vector] * 4))
+    assert 0.2 < sent.mean() < 0.95, sent.mean()
+
+    kept = unflat(seen[9]), states[9]  # between two synchronizations
+    store = orbax.checkpoint.StandardCheckpointer()
+    store.save(OUT / "checkpoint", kept)
+    store.wait_until_finished()
+    like = jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), kept, places[:2])
+    params, state = store.restore(OUT / "checkpoint", like)
+    for k in range(10, 31):
+        params, state = step(params, state, *data)
+        np.testing.assert_array_equal(flat(params), seen[k])
+    (OUT / "diloco").write_text("")
+
+
+def split(more: bool = False) -> None:
+    """Parameters that a second manual axis splits, and steps in which one of two workers sends; `more` methods."""
+    problem = make_regression()
+    kind, devices = jax.sharding.AxisType.Auto, jax.devices()
+    whole = jax.make_mesh((2,), ("data",), (kind,), devices=devices[:2])
+    both = jax.make_mesh((2, 2), ("data", "model"), (kind, kind))
+    param_specs = {"b": P(), "w": P(None, "model")}
+    scales = np.array([[1, 1], [9, 1], [1, 1], [1, 9], [1, 1], [1, 1], [1, 3], [3, 1]], np.float64)
+
+    def train(make: Any, parts: bool = False, is_split: bool = False, locally: bool = False, **options: Any) -> Any:
+        """Final parameters, who sent what in each step, and the state.
+
+        The parameters are whole, two halves of "w" (`parts`), or split over the axis "model" (`is_split`); each worker
+        has its own with local training.
+        """
+        params, specs_of_params = problem.params, jax.tree.map(lambda leaf: P(), problem.params)
+        if parts:
+            params = {"b": params["b"], "w0": params["w"][:, :3], "w1": params["w"][:, 3:]}
+            specs_of_params = jax.tree.map(lambda leaf: P(), params)
+        if is_split:
+            specs_of_params = param_specs
+            options = options | {"param_specs": param_specs}
+        tx, along = make(**options), both if is_split else whole
+        if locally:
+            params = local_training.replicate(params, 2)
+            specs_of_params = jax.tree.map(lambda spec: P("data", *spec), specs_of_params)
+        specs = laqjax.aggregation.partition_specs(
+            jax.eval_shape(tx.init, params), "data", param_specs if is_split else None
+        )
+
+        def gradient(params: Any, x: Any, y: Any) -> Any:
+            b, w = params["b"], jax.numpy.concatenate([params["w0"], params["w1"]], axis=1) if parts else params["w"]
+            if is_split:
+                b = jax.lax.dynamic_slice(b, (3 * jax.lax.axis_index("model"),), (3,))
+            rest = 2 * (x @ w + b[None] - y) / (16 * 6)
+            grad = {"b": rest.sum(axis=0), "w": x.T @ rest}
+            if is_split:
+                grad["b"] = jax.lax.all_gather(grad["b"], "model", tiled=True)
+            return {"b": grad["b"], "w0": grad["w"][:, :3], "w1": grad["w"][:, 3:]} if parts else grad
+
+        def step(params: Any, state: Any, x: Any, y: Any, scale: Any) -> Any:
+            mine = jax.tree.map(lambda a: a[0], params) if locally else params
+            grad = jax.tree.map(lambda a: a * scale[0], gradient(mine, x[0], y[0]))
+            grad = jax.tree.map(lambda a: a[None], grad) if locally else grad
+            updates, state = tx.update(grad, state, params)
+            return optax.apply_updates(params, updates), state
+
+        rows = P("data", None, "model") if is_split else P("data")
+        step = jax.shard_map(
+            step,
+            mesh=along,
+            in_specs=(specs_of_params, specs, P("data"), rows, P("data")),
+            out_specs=(specs_of_params, specs),
+            check_vma=False,
+        )
+        places = jax.tree.map(lambda spec: NamedSharding(along, spec), (specs_of_params, specs))
+        params, state = jax.device_put((params, tx.init(params)), places)
+        data = jax.device_put(problem.x[:2], NamedSharding(along, P("data")))
+        targets = jax.device_put(problem.y[:2], NamedSharding(along, rows))
+        step, seen = jax.jit(step, out_shardings=places), []
+        for scale in scales:
+            params, state = step(params, state, data, targets, jax.device_put(scale, NamedSharding(along, P("data"))))
+            here = lazy_state(state)
+            seen.append((np.asarray(here.sent), here.bits_up, int(here.bytes_received)))
+        for copy in params["b"].addressable_shards:  # the same on all devices of a worker
+            np.testing.assert_array_equal(copy.data, params["b"][copy.index])
+        params = jax.device_get(params)
+        if parts:
+            params = {"b": params["b"], "w": np.concatenate([params["w0"], params["w1"]], axis=1)}
+        return params, np.stack([sent for sent, _, _ in seen]), np.stack([bits for _, bits, _ in seen]), state
+
+    def lazy_state(state: Any) -> Any:
+        return state.aggregate_state if isinstance(state, local_training.DilocoState) else state[0]
+
+    def lazily(method: Any, **settings: Any) -> Any:
+        return lambda **options: optax.chain(
+            laqjax.lazy_aggregate("data", 2, method, **settings, **options), optax.sgd(0.05, momentum=0.5)
+        )
+
+    def compare_runs(name: str, one: Any, two: Any) -> None:
+        for leaf in one[0]:
+            np.testing.assert_allclose(two[0][leaf], one[0][leaf], rtol=1e-9, atol=1e-9, err_msg=name)
+        states = [lazy_state(run[-1]).algorithm_state for run in (one, two)]
+        norms = [jax.tree.leaves((state.rule_state, state.workers.rule_state)) for state in states]
+        for mine, other in zip(*norms, strict=True):  # of directions and of errors
+            np.testing.assert_allclose(other, mine, rtol=1e-9, err_msg=name)
+        compare(name, {"sent": one[1], "bits": one[2]}, {"sent": two[1], "bits": two[2]})
+
+    laq = lazily(algorithms.laq, bits=4)
+    alone = train(laq)
+    assert {(True, False), (False, True), (False, False)} <= {(bool(a), bool(b)) for a, b in alone[1]}
+    placed = {name: NamedSharding(both, spec) for name, spec in {"b": P(), "w": P("model")}.items()}
+    otherwise = jax.device_put(problem.params, placed)
+    with pytest.raises(ValueError, match="that is placed by"):
+        laq(param_specs=param_specs).init(otherwise)
+    for collective in ("all_to_all", "all_reduce") if more else ("all_gather",):
+        here = train(laq, is_split=True, collective=collective)
+        compare_runs(f"laq-{collective}", alone, here)
+        memory = here[-1][0].algorithm_state.workers.memory_state.tree["w"]
+        assert memory.shape == (2, 8, 6)
+        assert memory.sharding.spec == P("data", None, "model")
+    methods = {
+        "leaf": lazily(algorithms.laq, bits=4, quantizer_blocks="leaf"),
+        "lag": lazily(algorithms.lag_wk),
+        "small": lazily(algorithms.laq, bits=4, skip_small=7),
+    }
+    for name, make in methods.items() if more else [("qgd", lazily(algorithms.qgd, bits=3))]:
+        compare_runs(name, train(make), train(make, is_split=True))
+    if more:
+        train(lazily(algorithms.qsgd, levels=3), is_split=True)
+        draws = SplitCompressor(compressors.qsgd(3), (((40, ()),), ((40, ("model",)),)), ("model",))
+        keys = laqjax.types.RoundKeys(KEY, KEY, KEY, jax.numpy.int32(1), jax.numpy.int32(0))
+
+        def draw(target: Any) -> Any:
+            payload = draws.encode(target, keys)
+            return [payload[block]["level"] for block in "01"]
+
+        draw = jax.shard_map(draw, mesh=both, in_specs=P(), out_specs=P("model"), check_vma=False)
+        (first, same), (part, other) = ((level[:40], level[40:]) for level in draw(np.ones(80)))
+        np.testing.assert_array_equal(first, same)  # a leaf that is not split
+        assert not np.array_equal(part, other)
+        return
+    ef21 = lazily(algorithms.ef21, compressor=compressors.top_k(3))
+    compare_runs("ef21", train(ef21, parts=True, quantizer_blocks="leaf"), train(ef21, is_split=True))
+
+    def local(**options: Any) -> Any:
+        common: Any = {"axis": "data", "num_workers": 2, "sync_every": 2, "bits": 4, "xi": 0.1}
+        return laqjax.diloco_optimizer(optax.adamw(1e-2), **common, **options)
+
+    one, two = train(local, locally=True), train(local, locally=True, is_split=True)
+    compare_runs("diloco", one, two)
+    model = local_training.collapse(two[-1])
+    for name, leaf in two[0].items():
+        np.testing.assert_array_equal(leaf, np.stack([model[name]] * 2))
+
+
+def unflat(rows: Any) -> Any:
+    """Vectors [M, p] as parameters with the axis of the workers."""
+    return {"b": rows[:, :6], "w": rows[:, 6:].reshape(-1, 8, 6)}
+
+
 def resumed() -> None:
     """A long run with checkpoints, to be killed; `PACE` seconds between chunks."""
     shards, oracle = data(6, 50), problems.Softmax(784, 10).oracle()
@@ -329,6 +626,9 @@ if __name__ == "__main__":
         "family": family,
         "lazy": lazy,
         "beside": beside,
+        "diloco": diloco,
+        "split": split,
+        "split_more": lambda: split(more=True),
         "resumed": resumed,
         "disagree": disagree,
     }

@@ -36,7 +36,7 @@ def command(case: str, out: Path, devices: int, *process: int) -> list[str]:
 def on_devices(case: str, out: Path, devices: int, **env: str) -> dict[str, str]:
     """What one process with so many devices leaves, file by file."""
     subprocess.run(command(case, out, devices), check=True, cwd=ROOT, env=os.environ | env, timeout=600)
-    return {path.name: path.read_text() for path in out.iterdir()}
+    return {path.name: path.read_text() for path in out.iterdir() if path.is_file()}
 
 
 def on_processes(case: str, out: Path, **env: str) -> list[subprocess.Popen[str]]:
@@ -82,6 +82,21 @@ def test_parameters_split_over_a_second_axis_do_not_deadlock(tmp_path: Path) -> 
     results = on_devices("beside", tmp_path, 4)
     assert len(results) == 4
     assert set(results.values()) == {""}, results
+
+
+def test_parameters_split_over_a_manual_axis_are_whole_ones(tmp_path: Path) -> None:
+    results = on_devices("split", tmp_path, 4)
+    assert results == dict.fromkeys(("laq-all_gather", "qgd", "ef21", "diloco"), "")
+
+
+@pytest.mark.distributed
+def test_more_methods_with_split_parameters(tmp_path: Path) -> None:
+    results = on_devices("split_more", tmp_path, 4, **OPTIMIZED)
+    assert results == dict.fromkeys(("laq-all_to_all", "laq-all_reduce", "leaf", "lag", "small"), "")
+
+
+def test_local_training_in_a_loop_of_ones_own_is_diloco(tmp_path: Path) -> None:
+    assert set(on_devices("diloco", tmp_path, 4)) == {"diloco"}
 
 
 @pytest.mark.distributed

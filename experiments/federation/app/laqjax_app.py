@@ -1,7 +1,6 @@
 """Flower app that runs a point of `experiments.federated`."""
 
-from experiments.federation.flower_apps import make_apps
+from experiments.federation import flower_apps
 
-both = make_apps()
-server = both[0]  # Flower looks for these names in plain assignments
-client = both[1]
+server = flower_apps.server  # Flower looks for these names in plain assignments
+client = flower_apps.client

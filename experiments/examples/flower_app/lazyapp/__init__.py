@@ -1,0 +1,1 @@
+"""lazyapp: A Flower / laqjax app."""
