@@ -88,8 +88,8 @@ class Algorithm:
         rule: upload rule.
         memory: memory of workers and server.
         lr: learning rate on the sum over workers: a number, or a schedule, that is, a function of the round.
-        num_workers: M.
         optimizer: function of the learning rate that returns the optax transformation of the server, a pytree.
+        num_workers: M.
         sampler: minibatches. None: every worker uses its whole shard.
         downlink: transmission of the model to the workers.
     """
@@ -99,8 +99,8 @@ class Algorithm:
     rule: UploadRule
     memory: Memory
     lr: Any
-    num_workers: int = static_field()
     optimizer: Callable[[Any], optax.GradientTransformation]
+    num_workers: int = static_field()
     sampler: Sampler | None = None
     downlink: Downlink = FullModelDownlink()
 

@@ -563,7 +563,8 @@ def test_values_by_name_are_those_of_the_library() -> None:
         for optimizer in ("sgd", "adam:0.8:0.9")
     }
     assert sorted(map(len, runner.group_by_structure(made))) == [2, 2, 4, 4]
-    plain, adam = made[0].algorithm, made[2].algorithm
+    algs: list[Any] = [point.algorithm for point in made]
+    plain, adam = algs[0], algs[2]
     assert plain.optimizer.func is optax.sgd
     assert plain.sampler == laqjax.samplers.ShuffleSampler(5)
     direction = jnp.array([1.0, -2.0])
@@ -577,7 +578,8 @@ def test_inner_optimizers_and_local_schedules_have_names() -> None:
     words = ["--set", "inner", "adamw", "sgd:0.9", "--set", "local_lr", "0.1", "cosine:0.1:40", "cosine:0.2:40"]
     made = chosen("--algorithm", "diloco", *words)
     assert sorted(map(len, runner.group_by_structure(made))) == [1, 1, 2, 2]
-    plain, scheduled = made[0].algorithm.oracle, made[1].algorithm.oracle
+    oracles: list[Any] = [point.algorithm.oracle for point in made]
+    plain, scheduled = oracles[:2]
     assert plain.optimizer.func is optax.adamw
     assert plain.lr == np.float32(0.1)
     np.testing.assert_allclose(scheduled.learning_rate_at(jnp.int32(20)), 0.05, rtol=1e-6)

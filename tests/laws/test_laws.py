@@ -34,7 +34,7 @@ MANY = parametrize_rows()
 # local optimizers with a state
 KINDS = ["laq", "iag_random", "two_laq", "ef21_p", "dasha_mvr", "marina", "cada2", "fedlaq", "diloco_ef"]
 FEW = parametrize_rows(KINDS)
-SWEPT = parametrize_rows(["two_laq", "dasha_mvr", "diloco_ef"])
+SWEPT = parametrize_rows(["two_laq", "dasha_mvr"])
 
 
 def both(dtype: str, *more: Any) -> list[Any]:

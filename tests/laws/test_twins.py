@@ -231,3 +231,18 @@ def test_the_default_lr_averages_the_local_models(toy64: Toy) -> None:
     for k in (0, 5):
         total = sum(falling(3 * k + t) for t in range(3))
         np.testing.assert_allclose(alg.learning_rate_at(jnp.int32(k)), total / 2, rtol=1e-12)
+
+
+def test_scaffold_sends_two_vectors_down_unless_one_suffices(toy64: Toy) -> None:
+    given: dict[str, Any] = dict(num_workers=4, num_local_steps=2, local_lr=0.1)
+    sizes = {}
+    for name, more in {
+        "all": {},
+        "some": dict(num_participants=4),
+        "momentum": dict(optimizer=partial(optax.sgd, momentum=0.9)),
+        "schedule": dict(local_lr=falling),
+    }.items():
+        alg = algorithms.scaffold(toy64.oracle, **given | more)
+        sent = alg.downlink.broadcast(None, toy64.theta0, toy64.theta0, lambda d, x: (d, ()), keys_of(0, 4))
+        sizes[name] = int(sent.bytes) // toy64.theta0.nbytes
+    assert sizes == {"all": 1, "some": 2, "momentum": 2, "schedule": 2}

@@ -1,5 +1,6 @@
 """The oracle against `jax.grad` of the plain loss of the whole shard, without tiles, padding or flat vectors."""
 
+import dataclasses
 import re
 import warnings
 from functools import partial
@@ -14,9 +15,9 @@ import pytest
 from flax import linen, nnx
 
 import laqjax
-from laqjax import Shards, oracles, samplers
+from laqjax import Shards, oracles, samplers, types
 from laqjax._core import cpu_layouts
-from tests.support import KEY, Toy, softmax_loss
+from tests.support import KEY, Toy, keys_of, softmax_loss
 
 pytestmark = pytest.mark.core
 
@@ -165,6 +166,17 @@ def test_one_plain_local_step_is_the_plain_oracle(toy: Toy) -> None:
     shards = jax.tree.map(jnp.asarray, toy.shards)
     evaluate = jax.jit(lambda given: given(toy.theta0, shards, jnp.int32(1), rows))
     jax.tree.map(np.testing.assert_array_equal, evaluate(local), evaluate(toy.oracle))
+
+
+def test_a_local_schedule_reads_the_round_and_not_that_of_the_draws(toy: Toy) -> None:
+    """They differ in a federation, where a worker that lost its state draws as in round 0."""
+    local = oracles.with_local_steps(toy.oracle, 1, lambda step: 0.1 * (step + 1))
+    local = dataclasses.replace(local, returns_difference=True)
+    nothing: Any = None
+    context = types.RoundContext(toy.theta0, keys_of(0, 1), nothing, 4, nothing, round=jnp.int32(4))
+    shards = jax.tree.map(jnp.asarray, toy.shards)
+    change = jax.jit(lambda local: local.evaluate(toy.theta0, shards, None, None, context).grad)(local)
+    np.testing.assert_allclose(change, 0.5 * tiled(toy.oracle, toy.theta0, toy.shards, np.int32(1))[1], atol=1e-6)
 
 
 def test_an_inner_optimizer_sees_the_pytree(toy: Toy) -> None:

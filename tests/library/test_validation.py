@@ -162,7 +162,8 @@ LOCAL_STEPS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("wrong", "message"), LOCAL_STEPS)
 def test_local_steps(wrong: dict[str, Any], message: str, toy: Toy) -> None:
-    refused(lambda: oracles.with_local_steps(toy.oracle, **dict(steps=2, lr=0.1) | wrong), message)
+    given: dict[str, Any] = dict(steps=2, lr=0.1) | wrong
+    refused(lambda: oracles.with_local_steps(toy.oracle, **given), message)
 
 
 def test_local_steps_need_an_oracle_without_a_state(toy: Toy) -> None:
@@ -177,19 +178,15 @@ def test_local_steps_need_an_oracle_without_a_state(toy: Toy) -> None:
     refused(lambda: laqjax.run(alg, toy.theta0, toy.shards, 3, KEY), message)
 
 
+MADE = laqjax.compressors
+WRONG: Any = 4
 SCHEMES: list[tuple[Callable[[], Any], str]] = [
-    (lambda: laqjax.compressors.chunked_top_k(1, 1), "chunk = 1: must be a whole number >= 2"),
-    (lambda: laqjax.compressors.chunked_top_k(4, 5), "k = 5: must be a whole number >= 1 and <= 4"),
-    (lambda: laqjax.compressors.statistical_grid(9), "bits = 9: must be a whole number >= 1 and <= 8"),
-    (lambda: laqjax.compressors.statistical_grid(2, 0), "sigmas = 0: must be a finite number > 0"),
-    (
-        lambda: laqjax.compressors.quantized_values(laqjax.compressors.grid(2), laqjax.compressors.grid(2)),
-        "must be top_k, rand_k or chunked_top_k",
-    ),
-    (
-        lambda: laqjax.compressors.quantized_values(laqjax.compressors.top_k(2), 4),
-        "compressor = 4: must be a compressor",
-    ),  # pyright: ignore[reportArgumentType]
+    (lambda: MADE.chunked_top_k(1, 1), "chunk = 1: must be a whole number >= 2"),
+    (lambda: MADE.chunked_top_k(4, 5), "k = 5: must be a whole number >= 1 and <= 4"),
+    (lambda: MADE.statistical_grid(9), "bits = 9: must be a whole number >= 1 and <= 8"),
+    (lambda: MADE.statistical_grid(2, 0), "sigmas = 0: must be a finite number > 0"),
+    (lambda: MADE.quantized_values(MADE.grid(2), MADE.grid(2)), "must be top_k, rand_k or chunked_top_k"),
+    (lambda: MADE.quantized_values(MADE.top_k(2), WRONG), "compressor = 4: must be a compressor"),
 ]
 
 
