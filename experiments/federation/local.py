@@ -160,7 +160,9 @@ class FlowerCli:
         state = self.wait_for_run(run, folder)
         rows = read_rounds(folder / "facts.jsonl")
         if state["status"] != "finished:completed" or len(rows) != spec.rounds:
-            raise ChildProcessError(f"run {run} is {state['status']}: see {folder}.log and the logs in {self.folder}")
+            raise ChildProcessError(
+                f"run {run} is {state['status']}: see the logs in {self.folder}, {folder.name}.log first"
+            )
         self.console.print(f"run {run}: {state['status']}")
         found = {"wall": time.monotonic() - begin, "run": state, "resumed": done}
         found |= {"wire": self.wire.count_since(before)} if self.wire else {}

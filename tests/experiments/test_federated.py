@@ -287,11 +287,12 @@ def test_the_proxy_counts_bytes_and_requests() -> None:
         with socket.create_connection(("127.0.0.1", counter.port)) as client:
             peer = service.accept()[0]
             with peer:
-                for size in (10, 300):
-                    client.sendall(bytes(size))
-                    assert len(peer.recv(1000)) == size
-                    peer.sendall(bytes(2 * size))
-                    assert len(client.recv(1000)) == 2 * size
+                for parts in ([4, 6], [300]):  # a request in two parts, then one
+                    for size in parts:
+                        client.sendall(bytes(size))
+                        assert len(peer.recv(1000)) == size
+                    peer.sendall(bytes(2 * sum(parts)))
+                    assert len(client.recv(1000)) == 2 * sum(parts)
         assert counter.count_since({}) == {"up": 310, "down": 620, "requests": 2}
         assert counter.count_since({"up": 10, "down": 20, "requests": 1}) == {"up": 300, "down": 600, "requests": 1}
 
