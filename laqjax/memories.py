@@ -69,12 +69,12 @@ class Innovation:
         h_m += damping d_m
 
     h_m begins at zero, and worker and server update it alike. It is the worker state; the server's aggregate is the sum
-    of all h_m. LAG, LAQ and EF21 have damping = scaling = 1, and DIANA has scaling = 1. The general case is EF-BV
-    (Condat, Yi, Richtarik 2022).
+    of all h_m. LAG, LAQ and EF21 have damping = scaling = 1, and DIANA has scaling = 1. SCAFFOLD has damping = 1, and
+    scaling = M / S for S participants. The general case is EF-BV (Condat, Yi, Richtarik 2022).
 
     Attributes:
         damping: share of d_m that is added to h_m, in (0, 1].
-        scaling: share of d_m that enters the direction of the same round, in (0, 1].
+        scaling: share of d_m that enters the direction of the same round, > 0; above 1 in SCAFFOLD alone.
         snap_when_lossless: whether coordinates that are compressed without loss are stored as g_m, instead of
             h_m + (g_m - h_m).
     """

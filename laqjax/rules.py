@@ -137,7 +137,7 @@ class Cyclic(BaseUploadRule):
     server_selects = True
 
     def is_selected(self, shared_state, worker_state, context):
-        return context.keys.worker == context.keys.round % context.num_workers
+        return context.keys.worker == context.round % context.num_workers
 
 
 @register_dataclass
@@ -416,6 +416,10 @@ class MaxSilence(BaseUploadRule):
     def renews_in_silence(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.rule.renews_in_silence
 
+    @property
+    def can_skip(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.rule.can_skip
+
     def init(self, params):
         shared, own = self.rule.init(params)
         return shared, (jnp.asarray(self.initial_silence), own)
@@ -488,6 +492,9 @@ class PartialParticipation(BaseUploadRule):
         return self.rule.update(shared_state, step)
 
 
+HISTORY_KINDS = "step", "direction", "absolute"
+
+
 # ---- factories, which check their arguments ---------------------------------------------------------------------
 
 
@@ -517,8 +524,10 @@ def make_history(
         The history, with xi padded by zeros to [padded_window].
 
     Raises:
-        ValueError: a number is out of its range, or `rescale_short_history` is not a bool.
+        ValueError: a number is out of its range, `rescale_short_history` is not a bool, or `kind` is unknown.
     """
+    if kind not in HISTORY_KINDS:
+        raise ValueError(f"kind = {kind!r}: must be one of {HISTORY_KINDS}")
     window = int(check_number("window", window, np.int32, minimum=1))
     length = window if padded_window is None else padded_window
     length = int(check_number("padded_window", length, np.int32, minimum=window))

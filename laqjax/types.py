@@ -286,7 +286,8 @@ class RoundKeys(NamedTuple):
             `shared_key`.
         shared_key: key of this round, the same for all workers, `fold_in(fold_in(run_key, round), M)`.
         run_key: key of the whole run.
-        round: number of the round, counted from 0.
+        round: round of the random draws, counted from 0: the number of the round, or 0 where a worker of a federation
+            that lost its state starts anew.
         worker: number of the worker, 0 to M - 1. M for the server.
         shard_index: index of this worker's shard in the arrays of `Shards` on this device. None: it equals `worker`.
     """
@@ -321,7 +322,8 @@ def shared_bernoulli(keys: RoundKeys, probability: Float[Array | np.ndarray, ""]
 class RoundContext:
     """Information that is available before a worker computes its gradient.
 
-    A server that selects workers has the same information. In a federation, its `gradient_at` returns zeros.
+    A server that selects workers has the same information. In a federation, its `gradient_at` returns zeros, and its
+    `memory_state` is None.
 
     Attributes:
         params: model of the workers in this round, [p].
@@ -716,7 +718,9 @@ class Collective(Protocol):
     """Summation of the messages of workers that are distributed over devices, so that every device gets the sum.
 
     The methods are called inside `jax.shard_map`, and see the workers of their device. `laqjax.sharding` contains the
-    collectives. Without a mesh, `Algorithm.step` uses one that moves nothing.
+    collectives. Without a mesh, `Algorithm.step` uses one that moves nothing. A collective of your own must be hashable.
+    For `sweep` it must also be a dataclass with the field `vmap_axis`, and for `lazy_aggregate` it must have the method
+    `bytes_received`, as `laqjax.sharding.AllGather` has them.
     """
 
     @property

@@ -115,7 +115,7 @@ def ef21_p(
     """EF21-P with EF21: h_m += C(g_m(w) - h_m), x -= lr sum_m h_m, w += C_down(x - w).
 
     The uplink is EF21, and the downlink is EF21-P. The workers hold the model w. `alg.params(state)` is w, and
-    `state.downlink` is the server's own model x.
+    `state.downlink_state` is the server's own model x.
 
     Reference: Gruntkowska, Tyurin, Richtarik, "EF21-P and friends", ICML 2023.
 

@@ -224,8 +224,8 @@ def scaffold(
     u_m - c_m. The server adds it to its sum of all c_m, and theta -= lr (sum_m c_m + (M / S) sum (u_m - c_m)). Here c_m
     are the vectors before the round, and the second sum is over the S participants.
 
-    Down, one model per worker is counted if all workers participate, the server is plain SGD and `lr` is a number: the
-    workers then compute c from two models in a row. Otherwise two vectors are counted, the model and c.
+    Down, one broadcast of the model is counted if all workers participate, the server is plain SGD and `lr` is a
+    number: the workers then compute c from two models in a row. Otherwise the model and c are counted.
 
     Reference: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh, ICML 2020, Algorithm 1.
 
@@ -261,12 +261,12 @@ def scaffold(
     """
     local, server_lr, rule = make_local_oracle(oracle, num_workers, num_local_steps, local_lr, lr, None)
     count, rule = make_participation(num_workers, num_participants)
-    numbers: Any = (np.asarray(each, oracle_dtype(oracle)) for each in (1, num_workers / count))
+    damping, scaling = np.asarray([1, num_workers / count], oracle_dtype(oracle))
     is_model_enough = num_participants is None and optimizer is optax.sgd and not callable(server_lr)
     server = {"lr": server_lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     downlink = FullModelDownlink(1 if is_model_enough else 2)
     local = dataclasses.replace(local, has_control_variates=True)
-    return assemble(local, identity(), rule, Innovation(*numbers), downlink=downlink, **server)
+    return assemble(local, identity(), rule, Innovation(damping, scaling), downlink=downlink, **server)
 
 
 def fedadam(

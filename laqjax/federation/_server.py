@@ -114,11 +114,9 @@ def _select_workers(alg: Algorithm, state: AlgorithmState, own: Any, key: PRNGKe
     def select(worker: Array, own: Any, sent: Array) -> tuple[Array, Any]:
         nothing, zero = jnp.zeros_like(state.params), jnp.zeros((), state.params.dtype)
         keys = RoundKeys(*worker_keys(alg, key, state.round, worker), key, state.round, worker)
-        now = RoundContext(
-            state.params, keys, alg.learning_rate_at(state.round), alg.num_workers, lambda *_, **__: nothing
-        )
-        known: dict[str, Any] = vars(now)
-        evidence = UploadContext(**known, grad=nothing, target=nothing, decoded=nothing, target_sq=zero, decoded_sq=zero, error_sq=zero)  # fmt: skip
+        lr, known = alg.learning_rate_at(state.round), {"round": state.round, "aggregate": state.aggregate}
+        now = RoundContext(state.params, keys, lr, alg.num_workers, lambda *_, **__: nothing, **known)
+        evidence = UploadContext(**vars(now), grad=nothing, target=nothing, decoded=nothing, target_sq=zero, decoded_sq=zero, error_sq=zero)  # fmt: skip
         decision = alg.rule.should_send(state.rule_state, own, evidence)
         after = jax.tree.map(lambda a, b: jnp.where(sent, a, b), decision.if_sent, decision.if_silent)
         return alg.rule.is_selected(state.rule_state, own, now), after

@@ -124,6 +124,9 @@ def test_patience_may_be_zero_but_not_less() -> None:
     rule = _shared.make_lazy_rule(rules.make_history(0.8, 10, np.float32), rules.InnovationChange())
     rules.limit_silence(rule, 0)
     refused(lambda: rules.limit_silence(rule, -1), "max_silence = -1: must be a whole number >= 0")
+    assert rules.limit_silence(rule, 3).can_skip
+    assert not rules.limit_silence(rules.Always(), 3).can_skip
+    refused(lambda: rules.make_history(0.8, 3, np.float32, kind="stpe"), "kind = 'stpe': must be one of ('step', ")
 
 
 ORACLE: list[tuple[dict[str, Any], str]] = [
