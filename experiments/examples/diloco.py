@@ -56,6 +56,8 @@ class Settings:
     """Momentum of DiLoCo's outer optimizer. 0.9, as in the paper, is slower in so few steps."""
     xi: float = 0.1
     """Threshold of lazy DiLoCo."""
+    max_silence: int = 2
+    """Silent synchronizations of lazy DiLoCo in a row, at most."""
     seeds: int = 1
     """Number of seeds of the parameters and of the order of the data."""
     out: Path = Path("results/diloco")
@@ -64,9 +66,10 @@ class Settings:
     """Take 10 steps, to try the installation."""
 
 
-def error_feedback(oracle, *, compressor, decay=1.0, **server):
+def error_feedback(oracle, *, compressor, decay=1.0, **server: Any):
     """Return the method whose workers send a compressed vector and add what was lost to the next one."""
-    memory = laqjax.memories.ErrorFeedback(np.float32(decay))
+    kept: Any = np.float32(decay)
+    memory = laqjax.memories.ErrorFeedback(kept)
     return laqjax.assemble(oracle, compressor, laqjax.rules.Always(), memory, **server)
 
 
@@ -84,7 +87,7 @@ def make_optimizer(name: str, period: int, settings: Settings) -> tuple[optax.Gr
     nesterov = optax.sgd(0.7, momentum=settings.momentum, nesterov=True)
     ways: dict[str, Any] = {
         LOW_BIT[0]: {"algorithm": error_feedback, "compressor": grid(4), "quantizer_blocks": "leaf"},
-        LOW_BIT[1]: {"bits": 4, "xi": settings.xi, "max_silence": 5, "quantizer_blocks": "leaf"},
+        LOW_BIT[1]: {"bits": 4, "xi": settings.xi, "max_silence": settings.max_silence, "quantizer_blocks": "leaf"},
         LOW_BIT[2]: {"algorithm": error_feedback, "compressor": values, "decay": 0.95, "outer": optax.sgd(1.0)},
     }
     sends = {"outer": nesterov} | ways.get(name, {"algorithm": gd, "collective": "all_reduce"})
@@ -159,7 +162,7 @@ def run(settings: Settings) -> None:
 
         curves = [read_or_train(EVERY_STEP[0])]
         curves += [read_or_train(f"DiLoCo, H = {period}", period) for period in PERIODS]
-        ends = [one.filter(pl.col("step") == pl.col("step").max())["loss"].mean() for one in curves[1:]]
+        ends = [one.filter(pl.col("step") == pl.col("step").max())["loss"].to_numpy().mean() for one in curves[1:]]
         best = PERIODS[int(np.argmin(ends))]
         curves += [read_or_train(name, best) for name in LOW_BIT] + [read_or_train(EVERY_STEP[1])]
         report(pl.concat(curves), best, out, console)

@@ -191,7 +191,7 @@ def to_spec(figure: Figure, titled: bool = False) -> dict[str, Any]:
     chart = figure.chart
     if titled:
         chart = chart if isinstance(chart, alt.ConcatChart) else alt.concat(chart)
-        note = {"subtitle": textwrap.wrap(figure.note, 110)} if figure.note else {}
+        note: Any = {"subtitle": textwrap.wrap(figure.note, 110)} if figure.note else {}
         chart = chart.properties(title=alt.Title(textwrap.wrap(figure.title, 90) or "", **note))
     spec = chart.to_dict(validate=False) | {"config": CONFIG, "background": "white", "padding": 8}
     del spec["$schema"]  # an address, which nothing needs
