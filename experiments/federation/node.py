@@ -59,8 +59,8 @@ class Settings:
     """Private key of this node, whose public key is registered with the SuperLink."""
     worker: int = 0
     """Id m of this node's worker."""
-    folder: Path = Path("results/node")
-    """Folder for the state of the worker and compiled programs."""
+    folder: Path | None = None
+    """Folder for the state of the worker and compiled programs; by default results/node-M for worker M."""
     app: Annotated[str, tyro.conf.arg(metavar="MODULE:ATTRIBUTE")] = ""
     """ClientApp to run instead of the problems and algorithms of this command line."""
     keep_running: bool = False
@@ -80,16 +80,17 @@ def run(settings: Settings) -> None:
     check_flower_version()
     if not settings.superlink or settings.key is None:
         raise ValueError("a node needs --superlink HOST:PORT and --key FILE: give both")
+    folder = settings.folder or Path(f"results/node-{settings.worker}")
     app = (
         load_app(settings.app)
         if settings.app
-        else flower_apps.make_own_client(make_specs(settings), settings.folder / "programs")
+        else flower_apps.make_own_client(make_specs(settings), folder / "programs")
     )
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
     log.setLevel(logging.INFO)
     workers = settings.data.workers[0]
     config: Any = {"partition-id": settings.worker, "num-partitions": workers}
-    node = Node(app, settings.app or "points", config, settings.folder)
+    node = Node(app, settings.app or "points", config, folder)
     from experiments.federation import fleet  # imports what only the tested versions have
 
     connect = partial(fleet.connect, settings.superlink, settings.root_certificates, settings.key)
@@ -98,7 +99,7 @@ def run(settings: Settings) -> None:
         try:
             return serve(node, connect, settings.keep_running)
         except httpx.HTTPStatusError as error:
-            problem = f"the SuperLink refuses this node ({error}): register its public key; trying again"
+            problem = f"the SuperLink refuses this node ({error}): register its public key, or wait half a minute after a node with this key was killed; trying again"
         except (httpx.HTTPError, OSError) as error:
             problem = f"no connection to the SuperLink ({error}): trying again"
         if problem != told:

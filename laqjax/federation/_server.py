@@ -27,6 +27,7 @@ from laqjax.federation._roster import Rejection, Roster, make_hello_messages
 from laqjax.types import AlgorithmState, RoundContext, RoundKeys, ServerResult, UploadContext
 
 log = logging.getLogger(__name__)
+WAITING_NOTICE = 5.0  # seconds without the workers before the first round, after which the log says so
 
 
 @dataclass
@@ -469,13 +470,17 @@ class FederatedServer:
 
     def _wait_for_workers(self, grid: Grid, workers: int, max_missed_rounds: int) -> None:
         """Wait until `workers` workers are registered, for at most `max_missed_rounds` deadlines."""
-        end = time.monotonic() + max_missed_rounds * self._timeout
+        began, told = time.monotonic(), -1
         while len(self._roster.nodes) < workers:
             stats = RoundStats.empty(int(self.state.round), self.alg.num_workers)
             admission = self._exchange(grid, np.zeros(self.alg.num_workers, bool), stats)
             _log_rejections(admission, admission.rejections)
             if (came := len(self._roster.nodes)) < workers:
-                if time.monotonic() > end:
+                waited = time.monotonic() - began
+                if waited > WAITING_NOTICE and came != told:
+                    log.warning("%s of %s workers are registered: waiting for the others", came, workers)
+                    told = came
+                if waited > max_missed_rounds * self._timeout:
                     raise RuntimeError(f"{came} workers registered: must be {workers}; check that their nodes run")
                 time.sleep(min(0.2, self._timeout))
 

@@ -56,7 +56,7 @@ def load_data(partition_id: int, *, is_test: bool = False) -> laqjax.Shards:
 
 def load_server_data() -> laqjax.Shards:
     """Return the rows on which the server evaluates."""
-    return laqjax.partition.shards_from_partitions([draw_rows(1, np.full(3, 1 / 3))], x="x", y="y")
+    return laqjax.partition.shards_from_partitions([draw_rows(1, np.full(NUM_CLASSES, 1 / NUM_CLASSES))], x="x", y="y")
 
 
 def evaluate(params: Any, data: laqjax.Shards) -> tuple[float, float, int]:
