@@ -7,7 +7,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 COMMANDS = ["sweep", "tune", "compare", "federated", "reproduce", "scaling", "bench", "plots", "report", "deployment"]
-EXAMPLES = ["examples.data_parallel", "examples.multihost"]
+EXAMPLES = ["examples.data_parallel", "examples.diloco", "examples.multihost"]
 INTRO = """LAQ and its family: experiments on one machine or many. Three first commands:
 
     python -m experiments reproduce laq-logistic    the paper's table, 5 minutes on 2 cores

@@ -1,4 +1,4 @@
-"""Train a small language model on 4 devices with DiLoCo, and compare what eight methods send.
+"""Train a small language model with DiLoCo on 4 devices; compare eight methods.
 
 The devices are forced ones on a CPU. Each has its own topics of Python's help texts, see `language_model.py`.
 
@@ -140,7 +140,7 @@ def train(name: str, period: int, seed: int, settings: Settings, console: Consol
     return pl.DataFrame(found, columns, orient="row").with_columns(name=pl.lit(name), seed=seed)
 
 
-def run(settings: Settings) -> None:
+def main(settings: Settings) -> None:
     """Train with all methods; write the curves, a table and a figure."""
     for name in ("steps", "batch", "seeds"):
         check_number(name, getattr(settings, name), np.int32, minimum=1)
@@ -201,4 +201,4 @@ def report(curves: pl.DataFrame, best: int, out: Path, console: Console) -> None
 
 if __name__ == "__main__":
     with cli.command_line() as given:
-        run(cli.parse_cli(Settings, given, __doc__))
+        main(cli.parse_cli(Settings, given, __doc__))

@@ -215,7 +215,7 @@ def test_the_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*diloco.EVERY_STEP, *diloco.LOW_BIT, "DiLoCo, H = 10"):
         assert isinstance(diloco.make_optimizer(name, 10, diloco.Settings())[0], optax.GradientTransformation)
     with pytest.raises(ValueError, match="seeds = 0: must be a whole number >= 1"):
-        diloco.run(diloco.Settings(seeds=0))
+        diloco.main(diloco.Settings(seeds=0))
 
 
 @pytest.mark.long

@@ -417,7 +417,10 @@ def test_a_loss_that_averages_is_named(tmp_path: Path) -> None:
         (["--shard", "1/99"], "must be at most 36 shards for 36 points"),
         (["--num-random", "0"], "num_random = 0: must be a whole number"),
         (["--algorithm", "lac"], "algorithm = 'lac': must be FILE.py:factory or one of "),
-        (["--algorithm", "ef21", "--set", "compressor", "tip_k:3"], "compressor = 'tip_k:3': must be one of grid:BITS"),
+        (
+            ["--algorithm", "ef21", "--set", "compressor", "tip_k:3"],
+            "compressor = 'tip_k:3': must be one of chunked_top_k:CHUNK:K, grid:BITS",
+        ),
         (["--problem", "softmaxx"], "problem = 'softmaxx' on synthetic-logistic: must be"),
         (["--target", "1", "2"], "the largest first"),
         (["--rounds", "0"], "rounds = 0: must be"),
