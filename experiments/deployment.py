@@ -1,4 +1,4 @@
-r"""Certificates, keys and nodes for a federation of several machines, and a Flower app to start from.
+r"""Set up a federation of several machines: certificates, keys, nodes; a Flower app to start from.
 
     python -m experiments.deployment keys DIR --server-names NAME ADDRESS --workers 2    for a SuperLink there
     python -m experiments.deployment register DIR --superlink HOST:PORT                  admit the nodes of these keys
