@@ -1,4 +1,4 @@
-r"""Set up a federation of several machines: certificates, keys, nodes; a Flower app to start from.
+r"""Set up a federation of several machines: certificates, keys, nodes; an app.
 
     python -m experiments.deployment keys DIR --server-names NAME ADDRESS --workers 2    for a SuperLink there
     python -m experiments.deployment register DIR --superlink HOST:PORT                  admit the nodes of these keys
