@@ -2,7 +2,7 @@
 
 The devices are forced ones on a CPU. Each has its own topics of Python's help texts, see `language_model.py`.
 
-    python -m experiments.examples.diloco              one seed, 15 minutes on two cores
+    python -m experiments.examples.diloco              one seed, a quarter of an hour on two cores
     python -m experiments.examples.diloco --seeds 3    three seeds
     python -m experiments.examples.diloco --quick      a few steps, to try the installation
 
