@@ -162,6 +162,20 @@ def wire_workload(_: laqjax.Shards, form: str) -> Workload:
     return repeat(calls[form], 50)
 
 
+def federation_workload(shards: laqjax.Shards) -> Workload:
+    """Create a workload of federation rounds in one process: LAQ, one image a worker, so that gradients cost nothing."""
+    from laqjax import federation  # here: optional
+    from laqjax.federation.testing import InProcessGrid
+
+    few, problem = jax.tree.map(lambda array: np.asarray(array)[:, :1], shards), laqjax.problems.Softmax(784, CLASSES)
+    alg = laqjax.algorithms.laq(problem.oracle(), lr=0.02, num_workers=len(few.x), bits=BITS["softmax"])
+    client = federation.client_app(alg, lambda m: jax.tree.map(lambda array: array[m : m + 1], few))
+    server = federation.FederatedServer(alg, problem.init_params(0), jax.random.key(0))
+    nodes = InProcessGrid(client, range(alg.num_workers))
+    next(server.run(nodes, 1))  # registers the workers
+    return Workload(lambda: [server.run_round(nodes) for _ in range(40)], 40)
+
+
 # ---- baselines ------------------------------------------------------------------------------------------------------
 
 
@@ -298,5 +312,6 @@ WORKLOAD_GROUPS: dict[str, dict[str, Callable[[laqjax.Shards], Workload]]] = {
         "saved": partial(checkpoint_workload, every=100),
     },
     "message": {f"message-{form}": partial(wire_workload, form=form) for form in ("pack", "read")},
+    "federation": {"federation-round": federation_workload},
     "network-sweep": {"network-sweep-8": partial(sweep_workload, kind="network", points=8, rounds=2)},
 }

@@ -190,16 +190,17 @@ def shared_history(alg: Algorithm, rule_state: Any, aggregate: Any) -> tuple[Any
 
 
 def make_broadcast(
-    head: BroadcastHeader, params: Array, history: tuple[Any, Any], known: int | None, change: bytes
+    head: BroadcastHeader, model: bytes, history: bytes, known: int | None, change: bytes, *, has_steps: bool
 ) -> tuple[RecordDict, int]:
     """Build the content of the broadcast to one worker, with only the parts that the worker lacks.
 
     Args:
         head: the header; this function sets its fields `model` and `history`.
-        params: model of the server, [p].
-        history: result of `shared_history`. It has no delta if it contains the aggregate.
+        model: model of the server.
+        history: result of `shared_history`.
         known: round whose model the worker is known to have; None if unknown.
         change: message with the last model change; empty if the server broadcasts the whole model.
+        has_steps: whether the worker can compute the history from its last one and the server's last step.
 
     Returns:
         The content, and the size of its body in bytes.
@@ -209,11 +210,10 @@ def make_broadcast(
     is_near = known == head.round - 1
     head = head._replace(
         model=MODEL_DELTA if is_near and change else MODEL_FULL,
-        history=MODEL_DELTA if is_near and history[1] is None else MODEL_FULL,
+        history=MODEL_DELTA if is_near and has_steps else MODEL_FULL,
     )
-    body = change if head.model == MODEL_DELTA else tree_to_bytes(params)
-    shared = tree_to_bytes(history) if head.history == MODEL_FULL else b""
-    return make_record(head, body=body, history=shared), len(body)
+    body = change if head.model == MODEL_DELTA else model
+    return make_record(head, body=body, history=history if head.history == MODEL_FULL else b""), len(body)
 
 
 def parse_message(kind: Any, message: Message) -> tuple[Any, dict[str, Any]]:

@@ -155,7 +155,7 @@ def _apply_replies(
         The new state, and the change of the model.
     """
     uploads = {worker: reply for worker, reply in answered.items() if reply.decoded is not None}
-    total, memories = jnp.zeros_like(state.params), workers.memories
+    total, memories = np.zeros(state.params.shape, state.params.dtype), workers.memories
     again = [m for m, reply in uploads.items() if reply.header.kind == _protocol.REPLY_FULL and memories[m] is not None]
     if again:  # a full upload replaces the worker's part of the aggregate
         for worker in again:
@@ -440,13 +440,16 @@ class FederatedServer:
         messages: dict[int, Message] = {}
         skipped = self._roster.skipped_nodes(self._poller.waiting_nodes())
         history = _protocol.shared_history(self.alg, self.state.rule_state, self.state.aggregate)
-        digest = _protocol.short_digest(_protocol.tree_to_bytes((self.state.params, history)))
+        model, shared = _protocol.tree_to_bytes(self.state.params), _protocol.tree_to_bytes(history)
+        digest = _protocol.short_digest(model, shared)
         for node, worker in self._roster.nodes.items():
             if selected[worker] and node not in skipped:
                 about = *self._workers.accepted[worker], digest, self._key_bytes, *self._change[1:]
                 head = _protocol.BroadcastHeader(self._session, stats.round, worker, 0, 0, *about)
                 known = self._roster.model_rounds[worker]
-                content, size = _protocol.make_broadcast(head, self.state.params, history, known, self._change.body)
+                content, size = _protocol.make_broadcast(
+                    head, model, shared, known, self._change.body, has_steps=history[1] is None
+                )
                 # the ttl lets Flower drop an expired broadcast, so that a slow node does not build up a backlog
                 message = Message(content, node, MessageType.TRAIN, group_id=str(stats.round), ttl=self._timeout)
                 stats.bytes_down[worker], stats.payload_down[worker] = _protocol.serialized_size(message), size

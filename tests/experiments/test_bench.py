@@ -53,6 +53,14 @@ def test_plain_is_the_gradient_without_l2(shards):
     np.testing.assert_allclose(grads["weight"], expected, atol=1e-6)
 
 
+def test_federation_rounds(shards):
+    pytest.importorskip("flwr")
+    workload = speed.WORKLOAD_GROUPS["federation"]["federation-round"](shards)
+    results = workload.call()
+    assert [stats.round for stats in results] == [*range(1, 1 + workload.rounds)]
+    assert all(stats.answered.all() for stats in results)
+
+
 def test_race_and_report(shards):
     racers = {name: speed.WORKLOAD_GROUPS["softmax"][name](shards) for name in ("laq", "gd")}
     racers["gemm"] = workloads.repeat(lambda: jax.numpy.ones(3), 2, flops=1e6)
