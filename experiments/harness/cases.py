@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 from jaxtyping import Array
 
 import laqjax
@@ -184,6 +183,8 @@ def solve_optimum(problem: Problem, shards: laqjax.Shards, folder: Path | None =
 
     If `folder` is given, the result is kept there under a hash of problem and data.
     """
+    import scipy.optimize  # here: half a second
+
     # float64 for this solve only; the flag is thread-local, so that it does not change a float32 run around it
     with jax.enable_x64(True):
         data = jax.tree.map(np.asarray, shards)

@@ -12,6 +12,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -36,7 +37,7 @@ from flwr.common.serde import message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
 from experiments import deployment, federated, plots
-from experiments.federation import flower_apps, local, wire
+from experiments.federation import flower_apps, local, warm, wire
 from experiments.federation import node as long_lived
 from experiments.federation.flower_apps import PointSpec
 from experiments.federation.node import Node, answer_messages
@@ -439,6 +440,41 @@ def test_another_process_under_the_same_pid_is_left_alone(monkeypatch: pytest.Mo
         assert parent.returncode == -signal.SIGTERM
         assert other.poll() is None
         other.kill()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_process_of_a_message_asks_the_warm_process(tmp_path: Path, monkeypatch: Any, fails: bool) -> None:
+    def handle(message: Message, context: Context) -> Message:
+        if fails:
+            raise ValueError("no data")
+        context.state["counter"] = ConfigRecord({"calls": 1})
+        return Message(RecordDict({"about": ConfigRecord({"plan": context.run_config["plan"]})}), reply_to=message)
+
+    monkeypatch.setattr(flower_apps, "handle_message", handle)
+    monkeypatch.setattr(warm.sys, "argv", ["/somewhere/flwr-clientapp"])
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    path = tmp_path / f"warm-{os.getppid()}"
+    path.write_text("1 00")  # of a warm process that was killed
+    starts: list[Any] = []
+
+    def start(words: list[str], **_: Any) -> SimpleNamespace:
+        starts.append(words)
+        threading.Thread(target=warm.serve, args=(path, os.getpid()), daemon=True).start()
+        return SimpleNamespace(poll=lambda: None)
+
+    monkeypatch.setattr(warm.subprocess, "Popen", start)
+    for _ in range(2):
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+        context = Context(1, 5, {}, RecordDict(), {"plan": "laq"})
+        reply = warm.handle_message(Message(RecordDict(), 5, "train"), context)
+        assert reply.has_error() == fails
+        if fails:
+            assert reply.error.reason == "ValueError: no data"
+        else:
+            assert reply.content["about"]["plan"] == "laq"
+            assert context.state["counter"]["calls"] == 1
+    assert len(starts) == 1  # and the second message found it
+    assert path.stat().st_mode & 0o077 == 0
 
 
 def test_processes_find_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
