@@ -21,13 +21,13 @@ checkpoint. It then starts again with one full upload: the uncompressed vector. 
 contribution to the aggregate by this vector.
 
 Late replies. The server rejects a reply that belongs to another round, and a second reply from the same worker.
-Delayed, duplicated and reordered messages therefore change nothing. A worker that misses the deadline counts as silent.
+Delayed, duplicated and reordered messages therefore change nothing. A worker that misses the deadline is absent: it counts as silent.
 
 Nodes. The server greets each new node with a hello message. The answer holds the worker id (the node's `partition-id`)
 and digests of the settings, which must be those of the server. The id then belongs to the public key of the node.
 
 Waiting. The server pulls each reply in a thread of its own, so that a node that stalls costs the others nothing but the
-deadline of a few rounds. It waits for no answer to a hello message, and for no worker that missed some rounds in a row.
+deadline of a few rounds. It waits for no answer to a hello message, and for no worker that was absent in some rounds in a row.
 """
 
 from laqjax.federation._client import FederatedClient, client_app

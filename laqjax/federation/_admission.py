@@ -92,9 +92,9 @@ class Admission:
     roster: table of the nodes; answers to hello messages add to it.
     expected: node id -> values that its reply must have, for all registered nodes.
     asked: id of a broadcast of this round -> its worker.
-    taken: accepted replies of workers in sync, by worker.
+    accepted: accepted replies of workers in sync, by worker.
     rejections: rejected messages.
-    answered: workers that replied to a broadcast of this round, even if the reply was rejected.
+    replied: workers that replied to a broadcast of this round, even if the reply was rejected.
     late: workers that replied to a broadcast of an earlier round.
     bytes_up: size of the replies of each worker as Flower serializes them, rejected ones included.
     seconds: time spent in validation.
@@ -105,9 +105,9 @@ class Admission:
     roster: Roster
     expected: dict[int, ExpectedReply]
     asked: dict[str, int]
-    taken: dict[int, AcceptedReply] = field(default_factory=dict)
+    accepted: dict[int, AcceptedReply] = field(default_factory=dict)
     rejections: list[Rejection] = field(default_factory=list)
-    answered: set[int] = field(default_factory=set)
+    replied: set[int] = field(default_factory=set)
     late: set[int] = field(default_factory=set)
     bytes_up: Counter[int] = field(default_factory=Counter)
     seconds: float = 0.0
@@ -115,15 +115,15 @@ class Admission:
     def receive(self, poller: ReplyPoller, min_replies: int, timeout: float) -> None:
         """Receive replies until none is waited for or the deadline is over, and then those that have arrived by then.
 
-        Nothing is waited for once `min_replies` are accepted. Absent workers are waited for only if all are absent.
+        Nothing is waited for once `min_replies` are accepted. Unawaited workers are waited for only if there are no others.
         """
         end, remaining = time.monotonic() + timeout, timeout
         asked = set(self.asked.values())
-        awaited = asked - self.roster.absent_workers() or asked
+        awaited = asked - self.roster.unawaited_workers() or asked
         while remaining > 0:
             waiting = poller.waiting_nodes()
             due = {reply.worker for node, reply in self.expected.items() if reply.is_due and node in waiting}
-            must_wait = due & awaited and len(self.taken) < min_replies
+            must_wait = due & awaited and len(self.accepted) < min_replies
             remaining = max(end - time.monotonic(), 0.0) if must_wait else 0.0
             for reply in poller.receive(remaining):
                 self.admit(reply)
@@ -131,7 +131,7 @@ class Admission:
     def rejected_workers(self) -> set[int]:
         """Return the workers that replied to a broadcast of this round, but without a valid reply."""
         due = {reply.worker for reply in self.expected.values() if reply.is_due}
-        return self.answered & due
+        return self.replied & due
 
     def admit(self, reply: Message) -> None:
         """Validate one reply; whatever it holds, only this reply is rejected."""
@@ -145,7 +145,7 @@ class Admission:
         elif result is not None:
             self.expected[node] = self.expected[node]._replace(is_due=False)
             if result.header.kind != _protocol.REPLY_OUT_OF_SYNC:
-                self.taken[result.header.worker] = result
+                self.accepted[result.header.worker] = result
         self.seconds += time.perf_counter() - began
 
     def _check(self, reply: Message) -> AcceptedReply | Rejection | None:
@@ -156,7 +156,7 @@ class Admission:
         if reply.metadata.message_type == MessageType.QUERY:
             return register_node(self.roster, reply)
         if (worker := self.asked.get(reply.metadata.reply_to_message_id)) is not None:
-            self.answered.add(worker)
+            self.replied.add(worker)
         elif expected is not None:
             self.late.add(expected.worker)
         return validate_reply(self.alg, self.params, reply, expected)

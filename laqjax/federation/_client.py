@@ -198,10 +198,9 @@ class FederatedClient:
             read_context(path, context)
         kept = load_state(context, self._likes)
         known = self._resolve_broadcast(down, parts, kept)
-        about = down.session, down.round, worker, _protocol.REPLY_OUT_OF_SYNC, *_protocol.UNKNOWN_UPLOAD
-        blank = _protocol.ReplyHeader(*about, bytes(8), self._scheme, 0, 0, 0.0, 0.0, 0.0)
+        out_of_sync = _protocol.ReplyHeader(down.session, down.round, worker, scheme=self._scheme)
         if known is None:
-            return Message(_protocol.make_record(blank), reply_to=message)
+            return Message(_protocol.make_record(out_of_sync), reply_to=message)
         params, history = known
         before, base = self._select_base_state(down, kept, params)
         fresh = base == _protocol.UNKNOWN_UPLOAD  # then run as in round 0, where every method starts
@@ -222,12 +221,21 @@ class FederatedClient:
         last = _protocol.upload_id(body, down.round, base) if sent else base
         upload = _protocol.REPLY_FULL if fresh and self._alg.memory.is_persistent else _protocol.REPLY_UPLOAD
         kind = upload if sent else _protocol.REPLY_SILENT
-        times = computed - began, time.perf_counter() - computed
+        packed = time.perf_counter()
         save_state(context, ClientState(down.session, down.round, base, last, params, history, before, after))
         if path is not None:
             write_context(path, context)
-        head = blank._replace(kind=kind, base=base[0], base_digest=base[1], digest=last[1] if sent else bytes(8))
-        head = head._replace(size=size if sent else 0, gradients=gradients, loss=loss, compute=times[0], pack=times[1])
+        head = out_of_sync._replace(
+            kind=kind,
+            base=base[0],
+            base_digest=base[1],
+            digest=last[1] if sent else bytes(8),
+            size=size if sent else 0,
+            gradients=gradients,
+            loss=loss,
+            compute=computed - began,
+            pack=packed - computed,
+        )
         return Message(_protocol.make_record(head, body=body), reply_to=message)
 
     def greet(self, message: Message, context: Context) -> Message:

@@ -56,16 +56,16 @@ class ReplyHeader(NamedTuple):
     session: int
     round: int
     worker: int
-    kind: int  # REPLY_SILENT, REPLY_UPLOAD, REPLY_FULL or REPLY_OUT_OF_SYNC
-    base: int  # round of the upload that the worker's memory includes
-    base_digest: bytes  # digest of that upload
-    digest: bytes  # digest of this upload; zeros if the worker is silent
-    scheme: bytes  # digest of the settings that client and server must share
-    size: int  # message size in bytes, as the library counts it
-    gradients: int  # gradient evaluations in this round
-    loss: float
-    compute: float  # seconds for the worker's step
-    pack: float  # seconds for packing the message into bytes
+    kind: int = REPLY_OUT_OF_SYNC  # or REPLY_SILENT, REPLY_UPLOAD or REPLY_FULL
+    base: int = UNKNOWN_UPLOAD[0]  # round of the upload that the worker's memory includes
+    base_digest: bytes = UNKNOWN_UPLOAD[1]  # digest of that upload
+    digest: bytes = bytes(8)  # digest of this upload; zeros if the worker is silent
+    scheme: bytes = b""  # digest of the settings that client and server must share
+    size: int = 0  # message size in bytes, as the library counts it
+    gradients: int = 0  # gradient evaluations in this round
+    loss: float = 0.0
+    compute: float = 0.0  # seconds for the worker's step
+    pack: float = 0.0  # seconds for packing the message into bytes
 
 
 HEADER_DIGEST_BYTES = 4  # length of the header's digest, which follows the header

@@ -32,13 +32,13 @@ class Roster:
     scheme: digests of the server's settings.
     owners: key of the node that owns each worker id, as `hash_node_key` returns it; b"" if none does.
     uses_keys: whether the nodes have keys of their own.
-    max_absent_rounds: rounds in a row that a worker may miss before it is absent.
+    max_absent_rounds: rounds in a row in which a worker may be absent before the server waits for it no more.
     nodes: node id -> worker.
     keys: key of each node that is there and has one.
     greeted: node id -> id of the hello message that it has not answered yet.
-    refused_until: rejected node -> time from which it may get a hello message again.
+    rejected_until: rejected node -> time from which it may get a hello message again.
     model_rounds: worker -> round whose model it is known to have; None if unknown.
-    missed: rounds in a row that each worker has missed.
+    absent: rounds in a row in which each worker was absent: it did not answer the broadcast.
     rejected: rounds in a row in which the reply of each worker was rejected.
     """
 
@@ -50,38 +50,38 @@ class Roster:
     nodes: dict[int, int] = field(default_factory=dict)
     keys: dict[int, bytes] = field(default_factory=dict)
     greeted: dict[int, str] = field(default_factory=dict)
-    refused_until: dict[int, float] = field(default_factory=dict)
+    rejected_until: dict[int, float] = field(default_factory=dict)
     model_rounds: dict[int, int | None] = field(default_factory=dict)
-    missed: Counter[int] = field(default_factory=Counter)
+    absent: Counter[int] = field(default_factory=Counter)
     rejected: Counter[int] = field(default_factory=Counter)
 
-    def absent_workers(self) -> set[int]:
+    def unawaited_workers(self) -> set[int]:
         """Return the workers that the server does not wait for."""
-        return {worker for worker, missed in self.missed.items() if missed >= self.max_absent_rounds}
+        return {worker for worker, count in self.absent.items() if count >= self.max_absent_rounds}
 
     def skipped_nodes(self, waiting: Container[int]) -> set[int]:
-        """Return the nodes that get no broadcast: those of absent workers with an older one that has not expired.
+        """Return the nodes that get no broadcast: those of unawaited workers whose last one has not expired.
 
-        If all workers are absent, each of them gets a broadcast.
+        If the server waits for no worker, each of them gets a broadcast.
         """
-        absent = self.absent_workers()
-        skipped = {node for node, worker in self.nodes.items() if worker in absent and node in waiting}
-        return set() if absent.issuperset(self.nodes.values()) else skipped
+        unawaited = self.unawaited_workers()
+        skipped = {node for node, worker in self.nodes.items() if worker in unawaited and node in waiting}
+        return set() if unawaited.issuperset(self.nodes.values()) else skipped
 
-    def count_missed(self, selected: Iterable[int], answered: Container[int], late: Container[int]) -> list[int]:
-        """Count the round for the selected workers that missed it, and return those that became absent with it.
+    def count_absent(self, selected: Iterable[int], replied: Container[int], late: Container[int]) -> list[int]:
+        """Count the round for the selected workers that were absent, and return those that the server waits for no more.
 
-        A worker whose late answer to an earlier round arrived is waited for in the next round.
+        The server waits in the next round for a worker whose late reply to an earlier round arrived.
         """
-        before = self.absent_workers()
+        before = self.unawaited_workers()
         for worker in selected:
-            missed = 0 if worker in answered else self.missed[worker] + 1
-            self.missed[worker] = min(missed, self.max_absent_rounds - 1) if worker in late else missed
-        return sorted(self.absent_workers() - before)
+            count = 0 if worker in replied else self.absent[worker] + 1
+            self.absent[worker] = min(count, self.max_absent_rounds - 1) if worker in late else count
+        return sorted(self.unawaited_workers() - before)
 
-    def count_rejected(self, answered: Iterable[int], rejected: Container[int]) -> None:
+    def count_rejected(self, replied: Iterable[int], rejected: Container[int]) -> None:
         """Count the round for the workers whose reply was rejected; an accepted reply ends the count."""
-        for worker in answered:
+        for worker in replied:
             self.rejected[worker] = self.rejected[worker] + 1 if worker in rejected else 0
 
 
@@ -107,10 +107,10 @@ def make_hello_messages(
     roster.keys = {node.node_id: hash_node_key(node.public_key) if roster.uses_keys else b"" for node in nodes}
     there, now = roster.keys.keys(), time.monotonic()
     if roster.nodes.keys() - there:  # a rejected node may now take the id of a lost one
-        roster.refused_until.clear()
+        roster.rejected_until.clear()
     roster.nodes = {node: worker for node, worker in roster.nodes.items() if node in there}
     new = [node for node in sorted(there - roster.nodes.keys()) if node not in waiting]
-    new = [node for node in new if roster.refused_until.get(node, now) <= now]
+    new = [node for node in new if roster.rejected_until.get(node, now) <= now]
     return [Message(RecordDict(), node, MessageType.QUERY, ttl=timeout) for node in new]
 
 
@@ -131,7 +131,7 @@ def register_node(roster: Roster, reply: Message) -> Rejection | None:
         return None
     if roster.greeted.pop(node, None) != metadata.reply_to_message_id:
         return Rejection(node, "answer to no hello message: must be one answer to each hello message")
-    roster.refused_until[node] = time.monotonic() + RETRY_INTERVAL
+    roster.rejected_until[node] = time.monotonic() + RETRY_INTERVAL
     if parts := differing_parts(scheme if isinstance(scheme, bytes) else b"", roster.scheme):
         return Rejection(node, f"other settings of {', '.join(parts)}: must be those of the server")
     worker = roster.owners.index(key) if key and key in roster.owners else claimed
@@ -145,5 +145,5 @@ def register_node(roster: Roster, reply: Message) -> Rejection | None:
         log.warning("node %s claims worker %.20r: its key owns worker %s, and it stays that", node, claimed, assigned)
     roster.nodes[node], roster.owners[assigned] = assigned, key
     roster.model_rounds[assigned] = None
-    del roster.refused_until[node]
+    del roster.rejected_until[node]
     return None

@@ -39,13 +39,12 @@ class RoundStats:
     """
 
     round: int
-    loss: float  # mean over the workers that answered; NaN if none did
+    loss: float  # mean over the workers whose reply was accepted; NaN without one
     bits_down: int  # as the library counts them (`info.bits_down`)
-    answered: np.ndarray  # bool: the worker is in sync and its reply was accepted
+    accepted: np.ndarray  # bool: the worker is in sync and its reply was accepted
     sent: np.ndarray  # bool: the accepted reply holds a message
     bits_up: np.ndarray  # as the library counts them (`info.bits_up`)
     gradients: np.ndarray  # gradient evaluations
-    payload_up: np.ndarray  # message bodies without headers
     payload_down: np.ndarray  # model bodies without headers
     bytes_up: np.ndarray  # replies as Flower serializes them, rejected ones included
     bytes_down: np.ndarray  # broadcasts as Flower serializes them
@@ -53,26 +52,17 @@ class RoundStats:
     pack: np.ndarray  # packing the message into bytes, as the worker reports it
     transfer: float  # waiting for replies, less the work of the slowest worker
     decode: float  # checking the replies and the server's step
-    refused: int  # rejected replies, answers to hello messages included
-    absent: np.ndarray  # rounds in a row that the worker has missed, this one included
+    rejections: int  # rejected messages, answers to hello messages included
+    absent: np.ndarray  # rounds in a row in which the worker did not reply, this one included
     rejected: np.ndarray  # rounds in a row in which the reply of the worker was rejected, this one included
 
     @classmethod
     def empty(cls, round: int, workers: int) -> "RoundStats":
         """Create the stats of a round without broadcasts or replies."""
-        zeros = lambda kind: np.zeros(workers, kind)  # noqa: E731
-        arrays: Any = [zeros(kind) for kind in (*[bool] * 2, *[np.int64] * 6, *[np.float64] * 2)]
-        return cls(
-            round,
-            np.nan,
-            0,
-            *arrays,
-            transfer=0.0,
-            decode=0.0,
-            refused=0,
-            absent=zeros(np.int64),
-            rejected=zeros(np.int64),
-        )
+        arrays = [name for name, kind in cls.__annotations__.items() if kind is np.ndarray]
+        dtypes = {"accepted": bool, "sent": bool, "compute": float, "pack": float}
+        zeros: Any = {name: np.zeros(workers, dtypes.get(name, np.int64)) for name in arrays}
+        return cls(round=round, loss=np.nan, bits_down=0, transfer=0.0, decode=0.0, rejections=0, **zeros)
 
 
 @jax.jit
@@ -138,7 +128,7 @@ def _apply_replies(
     key: PRNGKeyArray,
     state: AlgorithmState,
     workers: WorkerRecords,
-    answered: dict[int, AcceptedReply],
+    accepted: dict[int, AcceptedReply],
     stats: RoundStats,
 ) -> tuple[AlgorithmState, ModelChange]:
     """Add up the accepted messages in worker order, and make the server's step from their sum.
@@ -148,13 +138,13 @@ def _apply_replies(
         key: PRNG key of the run.
         state: state of the server.
         workers: records of the workers; this function updates them.
-        answered: accepted replies, sorted by worker.
+        accepted: accepted replies, sorted by worker.
         stats: stats of the round; this function sets `bits_down`.
 
     Returns:
         The new state, and the change of the model.
     """
-    uploads = {worker: reply for worker, reply in answered.items() if reply.decoded is not None}
+    uploads = {worker: reply for worker, reply in accepted.items() if reply.decoded is not None}
     total, memories = np.zeros(state.params.shape, state.params.dtype), workers.memories
     again = [m for m, reply in uploads.items() if reply.header.kind == _protocol.REPLY_FULL and memories[m] is not None]
     if again:  # a full upload replaces the worker's part of the aggregate
@@ -183,7 +173,7 @@ class RoundResult(NamedTuple):
     state: AlgorithmState
     change: ModelChange
     workers: WorkerRecords
-    answered: dict[int, AcceptedReply]  # replies that the round uses
+    accepted: dict[int, AcceptedReply]  # replies that the round uses
     rejections: dict[int, Rejection]  # messages that it does not use, by worker
 
 
@@ -192,7 +182,7 @@ def _compute_finite_round(
     key: PRNGKeyArray,
     state: AlgorithmState,
     workers: WorkerRecords,
-    answered: dict[int, AcceptedReply],
+    accepted: dict[int, AcceptedReply],
     stats: RoundStats,
 ) -> RoundResult:
     """Apply the replies; leave out the largest messages, at most half, with which the model or its step overflows.
@@ -200,19 +190,19 @@ def _compute_finite_round(
     Raises:
         RuntimeError: the model or its step is not finite without these messages either.
     """
-    answered, rejections = dict(answered), {}
-    uploads = sorted((m for m in answered if answered[m].decoded is not None), key=lambda m: answered[m].magnitude)
+    accepted, rejections = dict(accepted), {}
+    uploads = sorted((m for m in accepted if accepted[m].decoded is not None), key=lambda m: accepted[m].magnitude)
     for _ in range(1 + (len(uploads) + 1) // 2):
         records = replace(workers, memories=list(workers.memories), accepted=list(workers.accepted))
-        after, change = _apply_replies(alg, key, state, records, answered, stats)
+        after, change = _apply_replies(alg, key, state, records, accepted, stats)
         if np.isfinite([change.direction_sq, change.step_sq]).all() and np.isfinite(np.asarray(after.params)).all():
-            sizes = {worker: reply.magnitude for worker, reply in answered.items() if reply.decoded is not None}
+            sizes = {worker: reply.magnitude for worker, reply in accepted.items() if reply.decoded is not None}
             records.max_magnitudes = sizes | {
                 worker: max(size, sizes.get(worker, 0.0)) for worker, size in workers.max_magnitudes.items()
             }
-            return RoundResult(after, change, records, answered, rejections)
+            return RoundResult(after, change, records, accepted, rejections)
         if uploads:
-            reply = answered.pop(worker := uploads.pop())
+            reply = accepted.pop(worker := uploads.pop())
             reason = f"largest absolute value = {reply.magnitude:.3g}: must keep the model and its step finite"
             rejections[worker] = Rejection(reply.node, reason)
     raise RuntimeError(
@@ -221,15 +211,14 @@ def _compute_finite_round(
     )
 
 
-def _fill_stats(stats: RoundStats, answered: dict[int, AcceptedReply]) -> None:
+def _fill_stats(stats: RoundStats, accepted: dict[int, AcceptedReply]) -> None:
     """Fill the stats of a round from the accepted replies."""
-    for worker, (_, up, decoded, _) in answered.items():
-        stats.answered[worker], stats.sent[worker] = True, decoded is not None
+    for worker, (_, up, decoded, _) in accepted.items():
+        stats.accepted[worker], stats.sent[worker] = True, decoded is not None
         stats.bits_up[worker], stats.gradients[worker] = 8 * up.size, up.gradients
-        stats.payload_up[worker] = up.size
         stats.compute[worker], stats.pack[worker] = up.compute, up.pack
-    if answered:
-        stats.loss = float(np.mean([reply.header.loss for reply in answered.values()]))
+    if accepted:
+        stats.loss = float(np.mean([reply.header.loss for reply in accepted.values()]))
     stats.transfer = max(stats.transfer - float((stats.compute + stats.pack).max()), 0.0)
 
 
@@ -246,7 +235,7 @@ def _log_rejections(admission: Admission, rejections: Iterable[Rejection]) -> No
     for node, reason in rejections:
         worker = admission.expected[node].worker if node in admission.expected else "?"
         text = "".join(char if char.isprintable() else "?" for char in reason[:220])
-        log.warning("worker %s (node %s) refused: %s", worker, node, text)
+        log.warning("worker %s (node %s) rejected: %s", worker, node, text)
 
 
 def _report_workers(
@@ -271,15 +260,17 @@ def _report_workers(
         The workers that were rejected in `max_rejections` rounds in a row.
     """
     _log_rejections(admission, [*admission.rejections, *rejections.values()])
-    for worker in roster.count_missed(selected, admission.answered, admission.late):
-        log.warning("worker %s missed %s rounds: the server no longer waits for it", worker, roster.missed[worker])
-    roster.count_rejected(admission.answered, admission.rejected_workers() | rejections.keys())
+    for worker in roster.count_absent(selected, admission.replied, admission.late):
+        log.warning(
+            "worker %s was absent in %s rounds: the server no longer waits for it", worker, roster.absent[worker]
+        )
+    roster.count_rejected(admission.replied, admission.rejected_workers() | rejections.keys())
     excluded = {worker for worker, count in roster.rejected.items() if count == max_rejections}
     for worker in sorted(excluded):
         advice = "it has no part in the run; see the reasons above; raise outlier_factor if its messages are only large"
-        log.warning("worker %s was refused in %s rounds in a row: %s", worker, max_rejections, advice)
-    stats.refused = len(admission.rejections) + len(rejections)
-    for name, counts in ("absent", roster.missed), ("rejected", roster.rejected), ("bytes_up", admission.bytes_up):
+        log.warning("worker %s was rejected in %s rounds in a row: %s", worker, max_rejections, advice)
+    stats.rejections = len(admission.rejections) + len(rejections)
+    for name, counts in ("absent", roster.absent), ("rejected", roster.rejected), ("bytes_up", admission.bytes_up):
         getattr(stats, name)[:] = [counts[worker] for worker in roster.workers]
     return excluded
 
@@ -326,8 +317,8 @@ class FederatedServer:
             round_timeout: seconds that a round waits for replies.
             min_replies: number of accepted replies after which a round waits for no more. None: all selected workers;
                 only then are the results those of a simulation.
-            max_absent_rounds: number of rounds in a row that a worker may miss. After them the server does not wait
-                for it, but still sends it broadcasts, and waits for it again once it answers.
+            max_absent_rounds: number of rounds in a row in which a worker may be absent. After them the server does not wait
+                for it, but still sends it broadcasts, and waits for it again once it replies.
             checkpoint_path: file that is written after every round. If it exists, the server resumes from it.
             outlier_factor: a message is rejected if its largest absolute value exceeds this many times the median of
                 the workers' largest values so far. With fewer than three workers there is no such limit, because
@@ -337,7 +328,9 @@ class FederatedServer:
             authenticated_nodes: whether a worker id belongs to the first node that claimed it, by its public key, also
                 while that node is away and after a restart of the server. False for nodes without node authentication,
                 whose keys change at each start: an id then belongs to a node while it is there.
-            release_workers: worker ids that another node may take over; its worker starts with one full upload.
+            release_workers: worker ids that another node may take over; its worker starts with one full upload. The
+                checkpoint holds releases and new owners from the next complete round on: give a release again to a
+                server that is restarted before that.
 
         Raises:
             ValueError: the checkpoint is damaged, has another format or belongs to another algorithm, the key is
@@ -376,7 +369,7 @@ class FederatedServer:
         self._roster = Roster(range(most), digests, self._workers.owners, authenticated_nodes, max_absent_rounds)
 
     def run(
-        self, grid: Grid, rounds: int, *, workers: int | None = None, max_missed_rounds: int = 10
+        self, grid: Grid, rounds: int, *, workers: int | None = None, max_empty_rounds: int = 10
     ) -> Iterator[RoundStats]:
         """Run rounds until the state has completed `rounds` of them, counted from round 0.
 
@@ -384,51 +377,51 @@ class FederatedServer:
             grid: the Flower grid.
             rounds: total number of rounds, rounds before a checkpoint included.
             workers: number of workers to wait for before the first round (None: all).
-            max_missed_rounds: number of deadlines without an answer after which the run fails.
+            max_empty_rounds: number of deadlines without a valid reply after which the run fails.
 
         Yields:
             The stats of each round, as soon as it is complete.
 
         Raises:
-            RuntimeError: too few workers registered, or no worker answered, for `max_missed_rounds` deadlines.
+            RuntimeError: too few workers registered, or no valid reply arrived, for `max_empty_rounds` deadlines.
         """
-        self._wait_for_workers(grid, self.alg.num_workers if workers is None else workers, max_missed_rounds)
-        missed = 0
+        self._wait_for_workers(grid, self.alg.num_workers if workers is None else workers, max_empty_rounds)
+        empty = 0
         while (round := int(self.state.round)) < rounds:
             stats = self.run_round(grid)
             if stats is not None:
-                missed = 0
+                empty = 0
                 yield stats
-            elif (missed := missed + 1) >= max_missed_rounds:
-                raise RuntimeError(f"no valid reply in round {round} after {max_missed_rounds} attempts; see the log")
+            elif (empty := empty + 1) >= max_empty_rounds:
+                raise RuntimeError(f"no valid reply in round {round} after {max_empty_rounds} attempts; see the log")
 
     def run_round(self, grid: Grid) -> RoundStats | None:
         """Run one round.
 
         Returns:
-            The stats of the round. None if no selected worker answered, and either all workers were selected or no
-            node is registered. In that case the state is unchanged, and the next call repeats the round.
+            The stats of the round. None if no reply was accepted, and either all workers were selected or no node is
+            registered. In that case the state is unchanged, and the next call repeats the round.
         """
         roster, stats = self._roster, RoundStats.empty(int(self.state.round), self.alg.num_workers)
         selected = _find_selected(self.alg, self._key, self.state, self._workers.rule_states)
         admission = self._exchange(grid, selected, stats)
         began = time.perf_counter()
-        taken, can_skip = dict(sorted(admission.taken.items())), bool(roster.nodes) and not selected.all()
-        rejections = find_outliers(taken, self._workers.max_magnitudes, self._outlier_factor)
-        answered = {worker: reply for worker, reply in taken.items() if worker not in rejections}
+        valid, can_skip = dict(sorted(admission.accepted.items())), bool(roster.nodes) and not selected.all()
+        rejections = find_outliers(valid, self._workers.max_magnitudes, self._outlier_factor)
+        accepted = {worker: reply for worker, reply in valid.items() if worker not in rejections}
         result = None
-        if answered or can_skip:
-            result = _compute_finite_round(self.alg, self._key, self.state, self._workers, answered, stats)
-            answered, rejections = result.answered, rejections | result.rejections
+        if accepted or can_skip:
+            result = _compute_finite_round(self.alg, self._key, self.state, self._workers, accepted, stats)
+            accepted, rejections = result.accepted, rejections | result.rejections
         self.excluded_workers |= _report_workers(
             roster, np.flatnonzero(selected).tolist(), admission, rejections, self._max_rejections, stats
         )
         for worker in admission.asked.values():
-            roster.model_rounds[worker] = stats.round if worker in answered else None
-        if result is None or not (answered or can_skip):
+            roster.model_rounds[worker] = stats.round if worker in accepted else None
+        if result is None or not (accepted or can_skip):
             return None
         self.state, self._change, self._workers = result[:3]
-        _fill_stats(stats, answered)
+        _fill_stats(stats, accepted)
         jax.block_until_ready(self.state)
         stats.decode += time.perf_counter() - began
         if self._checkpoint_path is not None:
@@ -471,8 +464,8 @@ class FederatedServer:
         stats.transfer, stats.decode = time.perf_counter() - began - admission.seconds, admission.seconds
         return admission
 
-    def _wait_for_workers(self, grid: Grid, workers: int, max_missed_rounds: int) -> None:
-        """Wait until `workers` workers are registered, for at most `max_missed_rounds` deadlines."""
+    def _wait_for_workers(self, grid: Grid, workers: int, max_empty_rounds: int) -> None:
+        """Wait until `workers` workers are registered, for at most `max_empty_rounds` deadlines."""
         began, told = time.monotonic(), -1
         while len(self._roster.nodes) < workers:
             stats = RoundStats.empty(int(self.state.round), self.alg.num_workers)
@@ -483,7 +476,7 @@ class FederatedServer:
                 if waited > WAITING_NOTICE and came != told:
                     log.warning("%s of %s workers are registered: waiting for the others", came, workers)
                     told = came
-                if waited > max_missed_rounds * self._timeout:
+                if waited > max_empty_rounds * self._timeout:
                     raise RuntimeError(f"{came} workers registered: must be {workers}; check that their nodes run")
                 time.sleep(min(0.2, self._timeout))
 
@@ -500,7 +493,7 @@ def server_app(
     *,
     on_round: Callable[[RoundStats, FederatedServer], None] | None = None,
     workers: int | None = None,
-    max_missed_rounds: int = 10,
+    max_empty_rounds: int = 10,
     compilation_cache_dir: str | Path | None = None,
     **options: Any,
 ) -> ServerApp:
@@ -513,7 +506,7 @@ def server_app(
         rounds: total number of rounds, rounds before a checkpoint included.
         on_round: function called after each round with its stats and the server.
         workers: number of workers to wait for before the first round (None: all).
-        max_missed_rounds: number of deadlines without an answer after which the run fails.
+        max_empty_rounds: number of deadlines without a valid reply after which the run fails.
         compilation_cache_dir: folder for compiled programs.
         **options: further arguments of `FederatedServer`: `round_timeout`, `min_replies`, `max_absent_rounds`,
             `checkpoint_path`, `outlier_factor`, `max_rejections`, `authenticated_nodes`, `release_workers`.
@@ -527,7 +520,7 @@ def server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         server = FederatedServer(alg, params, key, **options)
-        for stats in server.run(grid, rounds, workers=workers, max_missed_rounds=max_missed_rounds):
+        for stats in server.run(grid, rounds, workers=workers, max_empty_rounds=max_empty_rounds):
             if on_round is not None:
                 on_round(stats, server)
 

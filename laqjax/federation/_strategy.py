@@ -58,13 +58,13 @@ def _summarize(stats: RoundStats) -> MetricRecord:
     """Return what a round cost as Flower's metrics."""
     return MetricRecord({
         "train_loss": stats.loss,
-        "workers": int(stats.answered.sum()),
+        "workers": int(stats.accepted.sum()),
         "uploads": int(stats.sent.sum()),
         "bits-up": int(stats.bits_up.sum()),
         "bits-down": stats.bits_down,
         "bytes-up": int(stats.bytes_up.sum()),
         "bytes-down": int(stats.bytes_down.sum()),
-        "refused": stats.refused,
+        "rejections": stats.rejections,
     })  # fmt: skip
 
 
@@ -90,7 +90,7 @@ class LazyStrategy(Strategy):
     """Flower strategy that trains with an algorithm of this library, in a ServerApp of your own.
 
     It takes the place of Flower's `FedAvg`; the clients run `client_app`. `start` drives a `FederatedServer`, so that
-    protocol, deadlines, refusals and checkpoint are those of `server_app`, and silent clients are no failures. Each
+    protocol, deadlines, rejections and checkpoint are those of `server_app`, and silent clients are no failures. Each
     round is one line in Flower's log.
 
     server: the server of the last `start`.
@@ -108,7 +108,7 @@ class LazyStrategy(Strategy):
         weighted_by_key: str = "num-examples",
         evaluate_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] = aggregate_metricrecords,
         workers: int | None = None,
-        max_missed_rounds: int = 10,
+        max_empty_rounds: int = 10,
         **options: Any,
     ) -> None:
         """Initialize the strategy.
@@ -123,12 +123,12 @@ class LazyStrategy(Strategy):
             evaluate_metrics_aggr_fn: function from the clients' replies and `weighted_by_key` to the metrics of a
                 round.
             workers: number of workers to wait for before the first round (None: all).
-            max_missed_rounds: number of deadlines without an answer after which the run fails.
+            max_empty_rounds: number of deadlines without a valid reply after which the run fails.
             **options: further arguments of `FederatedServer`, such as `checkpoint_path` and `min_replies`.
                 `round_timeout` is the argument `timeout` of `start`.
         """
         self._setup: tuple[Any, ...] = alg, params, key
-        self._options, self._run_options = options, {"workers": workers, "max_missed_rounds": max_missed_rounds}
+        self._options, self._run_options = options, {"workers": workers, "max_empty_rounds": max_empty_rounds}
         self.fraction_evaluate, self.weighted_by_key = fraction_evaluate, weighted_by_key
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn
         self._timeout, self._unanswered = 60.0, Counter[int]()  # evaluations in a row without a reply, by node
@@ -162,7 +162,7 @@ class LazyStrategy(Strategy):
         Raises:
             ValueError: `train_config` is not empty, `initial_arrays` has other names than the parameters, or an
                 argument of the server is not valid.
-            RuntimeError: too few workers registered, or no worker answered, for `max_missed_rounds` deadlines.
+            RuntimeError: too few workers registered, or no valid reply arrived, for `max_empty_rounds` deadlines.
         """
         if train_config:
             raise ValueError(f"train_config = {dict(train_config)}: must be empty; put settings in the run config")
@@ -214,9 +214,9 @@ class LazyStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """Return the messages of an evaluation, to a random share of the nodes that did not miss the last round."""
+        """Return the messages of an evaluation, to a random share of the nodes that were not absent in the last round."""
         roster = self.server._roster
-        nodes = sorted(node for node, worker in roster.nodes.items() if not roster.missed[worker])
+        nodes = sorted(node for node, worker in roster.nodes.items() if not roster.absent[worker])
         nodes = [node for node in nodes if self._unanswered[node] < MAX_UNANSWERED]
         chosen = random.Random(server_round).sample(nodes, math.ceil(self.fraction_evaluate * len(nodes)))
         about = ConfigRecord({**config, "server-round": server_round})
@@ -231,8 +231,8 @@ class LazyStrategy(Strategy):
             try:
                 _check_evaluation(reply, self.weighted_by_key)
                 valid[node] = reply.content
-            except Exception as error:  # whatever a reply holds, only this reply is refused
-                log.warning("evaluation by node %s refused: %s", node, _clean(str(error), 220))
+            except Exception as error:  # whatever a reply holds, only this reply is rejected
+                log.warning("evaluation by node %s rejected: %s", node, _clean(str(error), 220))
         names = {node: frozenset(next(iter(content.metric_records.values()))) for node, content in valid.items()}
         for usual, _ in Counter(names.values()).most_common(1):
             contents = [content for node, content in valid.items() if names[node] == usual]

@@ -58,7 +58,7 @@ def test_federation_rounds(shards):
     workload = speed.WORKLOAD_GROUPS["federation"]["federation-round"](shards)
     results = workload.call()
     assert [stats.round for stats in results] == [*range(1, 1 + workload.rounds)]
-    assert all(stats.answered.all() for stats in results)
+    assert all(stats.accepted.all() for stats in results)
 
 
 def test_race_and_report(shards):

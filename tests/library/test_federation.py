@@ -76,7 +76,7 @@ def test_it_is_the_simulation(name: str, options: dict[str, Any], toy: Toy) -> N
     np.testing.assert_array_equal(column(stats, "bits_down"), out.info.bits_down)
     np.testing.assert_array_equal(column(stats, "gradients"), out.info.extra["gradients"])
     np.testing.assert_allclose(server.state.params, out.state.params, rtol=1e-4, atol=1e-6)
-    if alg.num_workers == column(stats, "answered").sum() / len(stats):  # else the mean is over those that were asked
+    if alg.num_workers == column(stats, "accepted").sum() / len(stats):  # else the mean is over those that were asked
         np.testing.assert_allclose(column(stats, "loss"), out.info.loss, rtol=1e-5)
 
 
@@ -89,7 +89,7 @@ def test_the_reference_problem(mnist: laqjax.Shards) -> None:
     oracle = laqjax.oracles.from_loss(softmax_loss, params, l2=reference.AUTHORS_L2)
     alg = algorithms.laq(oracle, num_workers=10, **reference.AUTHORS)
     stats, _, grid = federated(alg, theta0, mnist, 60)
-    sent, payload = column(stats, "sent"), column(stats, "payload_up")
+    sent, payload = column(stats, "sent"), column(stats, "bits_up") // 8
     np.testing.assert_array_equal(sent, out.info.sent)
     np.testing.assert_array_equal(sent[:50], GOLDEN["sent"][:50])
     np.testing.assert_allclose(column(stats, "loss"), out.info.loss, rtol=0, atol=1e-6)
@@ -455,7 +455,7 @@ def test_a_restart_of_everything_goes_on_from_the_checkpoint(
     server = _server.FederatedServer(alg, toy.theta0, KEY, checkpoint_path=path)
     stats = list(server.run(grid, 12))
     np.testing.assert_array_equal(column(stats, "round"), np.arange(6, 12))
-    assert column(stats, "answered").all()
+    assert column(stats, "accepted").all()
     np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
     if states == "kept":
         straight, calm, _ = federated(alg, toy.theta0, toy.shards, 12)
@@ -507,8 +507,8 @@ def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:
     _, server, grid = federated(alg, toy.theta0, toy.shards, 6)
     grid.contexts[102].state = RecordDict()
     first, second, third = (server.run_round(grid) for _ in range(3))
-    assert not first.answered[2]  # it has no model to begin with
-    assert first.answered.sum() == 3
+    assert not first.accepted[2]  # it has no model to begin with
+    assert first.accepted.sum() == 3
     assert second.bits_up[2] == 32 * 63
     assert third.bits_up[2] in (0, 32 + 3 * 63 + 3)
     np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
@@ -554,9 +554,9 @@ def test_a_worker_that_joins_late(toy: Toy) -> None:
     stats = list(server.run(grid, 5, workers=3))
     grid.join(3)
     stats += list(server.run(grid, 10, workers=3))
-    assert not column(stats, "answered")[:6, 3].any()  # greeted in round 5
+    assert not column(stats, "accepted")[:6, 3].any()  # greeted in round 5
     assert column(stats, "sent")[6, 3]
-    assert column(stats, "answered")[6:, 3].all()
+    assert column(stats, "accepted")[6:, 3].all()
     np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
 
 
@@ -571,12 +571,12 @@ def test_a_round_without_an_answer_comes_again(toy: Toy) -> None:
     assert server.run_round(grid) is None
     assert server.state is before
     with pytest.raises(RuntimeError, match="no valid reply in round 3 after 2 attempts"):
-        list(server.run(grid, 9, max_missed_rounds=2))
+        list(server.run(grid, 9, max_empty_rounds=2))
     weather.plan = {}
     assert [stats.round for stats in server.run(grid, 5)] == [3, 4]
     empty = InProcessGrid(_client.client_app(alg, loader(toy.shards)), [])
     with pytest.raises(RuntimeError, match="0 workers registered: must be 4"):
-        list(_server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.01).run(empty, 1, max_missed_rounds=1))
+        list(_server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.01).run(empty, 1, max_empty_rounds=1))
 
 
 # ---- nodes that do not answer -------------------------------------------------------------------------------------
@@ -632,7 +632,7 @@ def blocking(toy: Toy) -> Iterator[Callable[..., tuple[BlockingGrid, _server.Fed
         alg = algorithms.qgd(toy.oracle, bits=3, **RULE)
         grid = BlockingGrid(_client.client_app(alg, loader(toy.shards)), range(4))
         servers.append(server := _server.FederatedServer(alg, toy.theta0, KEY, **options))
-        assert column(list(server.run(grid, 2)), "answered").all()
+        assert column(list(server.run(grid, 2)), "accepted").all()
         server._timeout = timeout
         return grid, server
 
@@ -652,26 +652,26 @@ def test_a_node_that_does_not_answer_costs_a_deadline_and_then_nothing(fault: st
     for missed in (1, 2):  # the deadline ends the wait
         stats = server.run_round(grid)
         assert stats is not None
-        assert list(stats.answered) == [True, True, False, True]
+        assert list(stats.accepted) == [True, True, False, True]
         assert list(stats.absent) == [0, 0, missed, 0]
     assert [line.getMessage() for line in caplog.records] == [
-        "worker 2 missed 2 rounds: the server no longer waits for it"
+        "worker 2 was absent in 2 rounds: the server no longer waits for it"
     ]
     server._timeout = NEVER
     for _ in range(3):  # nothing waits for it
         stats = server.run_round(grid)
         assert stats is not None
-        assert list(stats.answered) == [True, True, False, True]
+        assert list(stats.accepted) == [True, True, False, True]
     # while its last broadcast may still be answered, it gets no other
     assert sum(reply.metadata.src_node_id == 102 for reply in grid.pending_replies) == 3
     gate.set()
     grid.lazy.clear()
     grid.gates.clear()
-    while (stats := server.run_round(grid)) and not stats.answered[2]:
+    while (stats := server.run_round(grid)) and not stats.accepted[2]:
         pass  # a late answer is enough to be waited for again
     stats = server.run_round(grid)
     assert stats is not None
-    assert stats.answered.all()
+    assert stats.accepted.all()
     assert not stats.absent.any()
     np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
 
@@ -682,18 +682,18 @@ def test_a_round_goes_on_when_enough_have_answered(blocking: Any) -> None:
     for _ in range(3):
         stats = server.run_round(grid)
         assert stats is not None
-        assert list(stats.answered) == [True, True, False, True]
+        assert list(stats.accepted) == [True, True, False, True]
 
 
 def test_a_slow_worker_that_comes_back_is_waited_for(blocking: Any) -> None:
     """It would never answer in the time of the others."""
     grid, server = blocking(1.0, max_absent_rounds=1)
     grid.lazy = {102}
-    assert not server.run_round(grid).answered[2]
+    assert not server.run_round(grid).accepted[2]
     server._timeout = NEVER
     grid.lazy, grid.delays = set(), {102: 0.3}
     late = 0
-    while not server.run_round(grid).answered[2]:
+    while not server.run_round(grid).accepted[2]:
         late += 1
         assert late < 1000
         time.sleep(0.002)
@@ -705,9 +705,10 @@ def test_a_reply_that_cannot_be_pulled_is_refused(blocking: Any, caplog: Any) ->
     grid.broken = {102}
     stats = server.run_round(grid)
     assert stats is not None
-    assert list(stats.answered) == [True, True, False, True]
+    assert list(stats.accepted) == [True, True, False, True]
     assert (
-        "worker 2 (node 102) refused: the client app failed: reply cannot be pulled: ValueError: damaged" in caplog.text
+        "worker 2 (node 102) rejected: the client app failed: reply cannot be pulled: ValueError: damaged"
+        in caplog.text
     )
 
 
@@ -719,7 +720,7 @@ def test_an_error_of_flower_itself_is_no_answer(blocking: Any, caplog: Any) -> N
     ]
     stats = server.run_round(grid)
     assert stats is not None
-    assert list(stats.answered) == [True, True, False, True]
+    assert list(stats.accepted) == [True, True, False, True]
     assert list(stats.absent) == [0, 0, 1, 0]
     assert not caplog.records
 
@@ -732,11 +733,11 @@ def test_a_greeting_holds_up_no_round(blocking: Any) -> None:
     for _ in range(2):
         stats = server.run_round(grid)
         assert stats is not None
-        assert list(stats.answered) == [True, True, False, True]
+        assert list(stats.accepted) == [True, True, False, True]
     hellos = [m for m in grid.pending_replies if m.metadata.src_node_id == 500]
     assert len(hellos) == 1  # it is not greeted again before the first greeting expires
     grid.lazy.clear()
-    while not stats.answered[2]:  # pyright: ignore[reportPossiblyUnboundVariable, reportOptionalMemberAccess]
+    while not stats.accepted[2]:  # pyright: ignore[reportPossiblyUnboundVariable, reportOptionalMemberAccess]
         stats = server.run_round(grid)
     assert server._roster.nodes[500] == 2
 
@@ -892,12 +893,12 @@ def test_what_is_hostile_is_refused(name: str, toy: Toy, caplog: Any) -> None:
         caplog.clear()
         stats = server.run_round(grid)
         assert stats is not None
-        assert list(stats.answered) == [True, False, True, True]
+        assert list(stats.accepted) == [True, False, True, True]
         assert stats.sent[2:].all()
         if fault is up:
             lines = [line.getMessage() for line in caplog.records]
-            assert len(lines) == stats.refused == 1
-            assert "refused: " in lines[0]
+            assert len(lines) == stats.rejections == 1
+            assert "rejected: " in lines[0]
             assert len(lines[0]) <= 300
             assert lines[0].isprintable()
             assert "node " in lines[0]
@@ -906,7 +907,7 @@ def test_what_is_hostile_is_refused(name: str, toy: Toy, caplog: Any) -> None:
     np.testing.assert_array_equal(servers[0].state.aggregate, servers[1].state.aggregate)
     at_work.clear()
     server, grid = servers[1], grid  # pyright: ignore[reportPossiblyUnboundVariable]
-    assert server.run_round(grid).answered.all()
+    assert server.run_round(grid).accepted.all()
 
 
 def scaled(reply: Message, value: float) -> Message:
@@ -935,8 +936,8 @@ def test_the_first_message_is_no_measure_of_the_others(toy: Toy) -> None:
         return [message] if len(seen) > 4 else []
 
     stats, _, _ = attacked(toy, 4, up)
-    np.testing.assert_array_equal(column(stats, "answered"), [[True, False, False, False], *[[True] * 4] * 2])
-    assert not column(stats, "refused").any()
+    np.testing.assert_array_equal(column(stats, "accepted"), [[True, False, False, False], *[[True] * 4] * 2])
+    assert not column(stats, "rejections").any()
 
 
 def test_the_bound_of_a_message(toy: Toy) -> None:
@@ -965,15 +966,15 @@ def test_of_two_workers_a_huge_message_stops_neither_the_run_nor_a_restart(
 
     options: Any = dict(checkpoint_path=tmp_path / "state.npz", max_rejections=2)
     stats, server, _ = attacked(toy, 2, up, **options)
-    np.testing.assert_array_equal(column(stats, "answered"), [[True, False]] * 3)
+    np.testing.assert_array_equal(column(stats, "accepted"), [[True, False]] * 3)
     np.testing.assert_array_equal(column(stats, "rejected"), [[0, 1], [0, 2], [0, 3]])
     assert server.excluded_workers == {1}
     said = [line.getMessage() for line in caplog.records]
     assert sum("largest absolute value = 1e+30: must keep the model and its step finite" in line for line in said) == 3
-    assert sum("worker 1 was refused in 2 rounds in a row" in line for line in said) == 1
+    assert sum("worker 1 was rejected in 2 rounds in a row" in line for line in said) == 1
     assert np.all(np.isfinite(np.asarray(server.state.params)))
     again, server, _ = attacked(toy, 2, lambda message: [message], rounds=6, **options)  # it is honest now
-    assert column(again, "answered")[1:].all()
+    assert column(again, "accepted")[1:].all()
     assert not server.excluded_workers
 
 
@@ -1001,10 +1002,10 @@ def test_an_honest_worker_with_large_features_is_not_refused_in_silence(toy: Toy
     stats, server, _ = attacked(larger, 4, honest, outlier_factor=20.0, max_rejections=3)
     np.testing.assert_array_equal(column(stats, "rejected")[:, 3], [1, 2, 3])
     assert server.excluded_workers == {3}
-    assert "worker 3 was refused in 3 rounds in a row" in caplog.text
+    assert "worker 3 was rejected in 3 rounds in a row" in caplog.text
     assert "raise outlier_factor" in caplog.text
     stats, server, _ = attacked(larger, 4, honest)  # with the default
-    assert column(stats, "answered").all()
+    assert column(stats, "accepted").all()
     assert not server.excluded_workers
 
 
@@ -1041,7 +1042,7 @@ def test_a_worker_believes_no_forged_acknowledgement(toy: Toy) -> None:
     for _ in range(3):
         stats = server.run_round(grid)
         assert stats is not None
-        assert stats.answered.all()
+        assert stats.accepted.all()
     np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
 
 
@@ -1053,7 +1054,7 @@ def test_a_node_that_says_it_is_somebody_else(toy: Toy, caplog: Any) -> None:
     server = _server.FederatedServer(alg, toy.theta0, KEY)
     stats = list(server.run(grid, 3))
     assert sorted(server._roster.nodes) == [100, 101, 102, 103]
-    assert column(stats, "answered").all()
+    assert column(stats, "accepted").all()
     said = [line.getMessage() for line in caplog.records]
     assert len(said) == 2
     assert "worker = 1: must be in range(0, 4), and not registered already" in said[0]
@@ -1072,10 +1073,10 @@ def test_a_node_that_fails_to_say_who_it_is_is_asked_again(toy: Toy, caplog: Any
     alg = algorithms.gd(toy.oracle, **RULE)
     grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(4), uplink_fault=up)
     server = _server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.01)
-    assert list(server.run(grid, 0, max_missed_rounds=1000)) == []
+    assert list(server.run(grid, 0, max_empty_rounds=1000)) == []
     assert sorted(server._roster.nodes) == [100, 101, 102, 103]
     assert [line.getMessage() for line in caplog.records] == [
-        "worker ? (node 101) refused: the client app failed: out of memory"
+        "worker ? (node 101) rejected: the client app failed: out of memory"
     ] * 2
 
 
@@ -1086,25 +1087,25 @@ def test_a_worker_belongs_to_the_key_of_its_node(tmp_path: Path, toy: Toy, caplo
     server, grid = _server.FederatedServer(alg, toy.theta0, KEY, **options), InProcessGrid(app, [])
     for worker in range(4):
         grid.join(worker, public_key=key_of(worker))
-    assert column(list(server.run(grid, 2)), "answered").all()
+    assert column(list(server.run(grid, 2)), "accepted").all()
     grid.leave(101)
     grid.join(1, node=501, public_key=key_of(77))  # it takes the place of the lost worker
     stats = [server.run_round(grid) for _ in range(2)]
-    assert not column(stats, "answered")[:, 1].any()
+    assert not column(stats, "accepted")[:, 1].any()
     assert "worker = 1: must be another, because the key of another node owns it" in caplog.text
     server = _server.FederatedServer(alg, toy.theta0, KEY, **options)  # not after a restart of the server either
-    assert not column(list(server.run(grid, 6, workers=3)), "answered")[:, 1].any()
+    assert not column(list(server.run(grid, 6, workers=3)), "accepted")[:, 1].any()
     grid.leave(501)
     grid.join(1, node=601, public_key=key_of(1))  # its owner comes back
     stats = [server.run_round(grid) for _ in range(3)]
-    assert stats[-1].answered.all()  # pyright: ignore[reportOptionalMemberAccess]
+    assert stats[-1].accepted.all()  # pyright: ignore[reportOptionalMemberAccess]
 
     grid.leave(601)
     grid.join(3, node=701, public_key=key_of(1))  # with the data of another worker
     caplog.clear()
     stats = [server.run_round(grid) for _ in range(3)]
     assert server._roster.nodes[701] == 1
-    np.testing.assert_array_equal(column(stats, "answered"), [[True, False, True, True]] * 3)
+    np.testing.assert_array_equal(column(stats, "accepted"), [[True, False, True, True]] * 3)
     assert "node 701 claims worker 3: its key owns worker 1" in caplog.text
     assert "broadcast to worker 1: must be to worker 3, the node's partition-id" in caplog.text
     np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
@@ -1123,7 +1124,7 @@ def test_a_replacement_of_a_released_worker_begins_with_a_full_upload(tmp_path: 
     grid.contexts[501].state = state  # even if it has the state of the old one
     server = _server.FederatedServer(alg, toy.theta0, KEY, release_workers=[1], **options)
     stats = list(server.run(grid, 5))
-    assert column(stats, "answered").all()
+    assert column(stats, "accepted").all()
     np.testing.assert_array_equal(column(stats, "bits_up")[:, 1], [32 * 63, 32 + 3 * 63 + 3])
     assert server._workers.owners[1] == _roster.hash_node_key(key_of(77))
     np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
@@ -1143,7 +1144,7 @@ def test_without_authentication_a_worker_belongs_to_a_node_while_it_is_there(tmp
                 grid.leave(100 + worker)
             grid.join(worker, public_key=key_of(10 * start + worker))
         server = _server.FederatedServer(alg, toy.theta0, KEY, **options)
-        assert column(list(server.run(grid, 2 + 2 * start)), "answered").all()
+        assert column(list(server.run(grid, 2 + 2 * start)), "accepted").all()
 
 
 def test_an_answer_to_no_greeting_registers_nobody(toy: Toy, caplog: Any) -> None:
@@ -1178,7 +1179,7 @@ def test_a_hello_message_with_anything_in_it_ends_no_run(toy: Toy) -> None:
     server = _server.FederatedServer(alg, toy.theta0, KEY)
     while odd:
         list(server.run(grid, int(server.state.round) + 1, workers=3))
-        server._roster.refused_until.clear()
+        server._roster.rejected_until.clear()
         odd.pop()
     list(server.run(grid, int(server.state.round) + 1, workers=3))
     assert server._roster.nodes == {100: 0, 101: 1, 102: 2}
@@ -1216,7 +1217,7 @@ def test_a_client_with_other_settings_is_refused(name: str, toy: Toy, caplog: An
     other = algorithms.laq(toy.oracle, **options | OTHERS[name])
     grid = InProcessGrid(_client.client_app(other, loader(toy.shards)), [2])
     with pytest.raises(RuntimeError, match="0 workers registered: must be 4"):
-        list(server.run(grid, 1, max_missed_rounds=1))
+        list(server.run(grid, 1, max_empty_rounds=1))
     assert re.search(f"other settings of (rule, )?{name.split()[0]}: must be those of the server", caplog.text)
 
 
