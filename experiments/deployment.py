@@ -11,7 +11,6 @@ data and algorithms of its own command line: give it those of the server's comma
 """
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -53,8 +52,8 @@ def register(folder: Folder, /, superlink: str) -> None:
     local.register_nodes(sorted(folder.glob("node-*.pub")), superlink, folder / "ca.crt", Console())
 
 
-def node(words: Sequence[str]) -> None:
-    """Run the node of a worker."""
+def node(words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="...")] = (), /) -> None:
+    """Run the node of a worker; `node --help` lists its options."""
     from experiments.federation import node as long_lived
     from experiments.harness import grid
 
@@ -73,9 +72,11 @@ def new_app(folder: Folder, /) -> None:
     print(f"{folder} is written: read {folder / 'README.md'}")
 
 
+COMMANDS = {"keys": keys, "register": register, "node": node, "new-app": new_app}
+
 if __name__ == "__main__":
     with cli.command_line() as given:
         if given[:1] == ["node"]:
-            node(given[1:])
+            node(tuple(given[1:]))  # it parses its own options
         else:
-            cli.parse_cli({"keys": keys, "register": register, "new-app": new_app}, given, __doc__, answers=False)
+            cli.parse_cli(COMMANDS, given, __doc__, answers=False)

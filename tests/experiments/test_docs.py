@@ -184,6 +184,8 @@ def test_a_strategy_for_flower() -> None:
     losses = [metrics["train_loss"] for metrics in result.train_metrics_clientapp.values()]
     assert losses == sorted(losses, reverse=True)
     assert result.evaluate_metrics_clientapp.keys() == {1, 2, 3}
+    exec(block("flower.md", "with_local_steps("), names)
+    assert names["alg"].oracle.num_local_steps == 5
 
 
 @pytest.mark.usefixtures("as_a_user")
@@ -206,7 +208,7 @@ def test_no_other_python_stands_in_the_texts() -> None:
         "lazy_aggregate.md": 1,
         "diloco.md": 1,
         "federation.md": 1,
-        "flower.md": 2,
+        "flower.md": 3,
     }
     assert {name: number for name, number in written.items() if number} == ran
 

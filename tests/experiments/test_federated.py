@@ -478,6 +478,12 @@ def test_the_process_of_a_message_asks_the_warm_process(tmp_path: Path, monkeypa
     assert path.stat().st_mode & 0o077 == 0
 
 
+def test_the_help_of_deployment_lists_all_commands(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse_cli(deployment.COMMANDS, ["--help"], deployment.__doc__, answers=False)
+    assert f"{{{','.join(deployment.COMMANDS)}}}" in capsys.readouterr().out
+
+
 def test_processes_find_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower's commands are started anywhere, and the experiments are not installed."""
     monkeypatch.delenv("PYTHONPATH", raising=False)

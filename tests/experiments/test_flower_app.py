@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -34,9 +35,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_app_trains(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(_protocol, "enable_compilation_cache", lambda folder: None)  # it is one for the whole process
     client, server = (importlib.import_module(f"lazyapp.{name}") for name in ("client_app", "server_app"))
     config = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
@@ -49,13 +55,16 @@ def test_the_app_trains(
         server.app(grid, Context(1, 1, {}, RecordDict(), config))
     lines = [line for line in caplog.messages if line.startswith("[ROUND")]
     assert [line.split("]")[0] for line in lines] == [f"[ROUND {round}/15" for round in range(16)]
-    accuracies = [
-        float(value) for name in ("eval_acc", "accuracy") for value in re.findall(rf"{name} (\S+)\b", lines[-1])
-    ]
+    accuracies = [float(value) for value in re.findall(r"eval_acc (\S+)\b", lines[-1])]
     assert len(accuracies) == 2
     assert min(accuracies) > 0.8
     assert 2 <= sum(int(value) for value in re.findall(r"uploads (\d+)", "".join(lines))) < 15  # of 30
-    assert "'eval_acc'" in capsys.readouterr().out  # the result is printed
+    printed = capsys.readouterr().out
+    assert "'eval_acc'" in printed  # the result
+    path = Path(re.search(r"The final model is in (\S+)", printed)[1])  # pyright: ignore[reportOptionalSubscript]
+    assert path.is_relative_to(tmp_path)
+    with np.load(path) as file:
+        assert {name: array.shape for name, array in file.items()} == {"bias": (3,), "weight": (20, 3)}
 
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's

@@ -1,7 +1,5 @@
 """lazyapp: A Flower / laqjax app."""
 
-from pathlib import Path
-
 from flwr.app import Context, Message, MetricRecord, RecordDict
 
 from laqjax.federation import FederatedClient, arrays_to_params, client_app
@@ -14,7 +12,7 @@ def client_fn(context: Context) -> FederatedClient:
 
 
 # Flower ClientApp with the train function of laqjax; `mods=[...]` takes Flower's mods
-app = client_app(client_fn, compilation_cache_dir=Path.home() / ".cache" / "lazyapp")
+app = client_app(client_fn, compilation_cache_dir=task.FOLDER)
 
 
 @app.evaluate()

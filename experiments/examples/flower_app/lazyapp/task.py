@@ -1,5 +1,6 @@
 """lazyapp: model, data and algorithm."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import optax
 
 import laqjax
 
+FOLDER = Path.home() / ".cache" / "lazyapp"  # of compiled programs, and of the final model
 NUM_FEATURES, NUM_CLASSES, NUM_ROWS = 20, 3, 300
 
 
