@@ -3,7 +3,7 @@
 import functools
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,12 +76,11 @@ class ClientState(NamedTuple):
     after: WorkerState  # this worker after that round
 
 
-CLIENT_STATE_FORMAT = 1  # raise it when the header or the parts change
+CLIENT_STATE_FORMAT = 2  # raise it when the header or the arrays change
 CLIENT_STATE_HEADER = struct.Struct("<iQii8si8s")
-CLIENT_STATE_PARTS = ("params", "history", "before", "after")
 
 
-def load_state(context: Context, likes: Sequence[Any]) -> ClientState | None:
+def load_state(context: Context, likes: tuple[Any, ...]) -> ClientState | None:
     """Load the worker's state from the node's context.
 
     Args:
@@ -95,8 +94,7 @@ def load_state(context: Context, likes: Sequence[Any]) -> ClientState | None:
     try:
         parts: dict[str, Any] = dict(found) if isinstance(found, ConfigRecord) else {}
         number, session, round, base, digest, last, last_digest = CLIENT_STATE_HEADER.unpack(parts["head"])
-        pairs = zip(CLIENT_STATE_PARTS, likes, strict=True)
-        arrays = [_protocol.tree_from_bytes(parts[name], like) for name, like in pairs]
+        arrays = _protocol.tree_from_bytes(parts["arrays"], likes)
     except (KeyError, TypeError, ValueError, struct.error):
         return None
     state = ClientState(session, round, (base, digest), (last, last_digest), *arrays)
@@ -106,8 +104,8 @@ def load_state(context: Context, likes: Sequence[Any]) -> ClientState | None:
 def save_state(context: Context, kept: ClientState) -> None:
     """Save the worker's state in the node's context."""
     head = CLIENT_STATE_HEADER.pack(CLIENT_STATE_FORMAT, kept.session, kept.round, *kept.base, *kept.last)
-    parts = {name: _protocol.tree_to_bytes(getattr(kept, name)) for name in CLIENT_STATE_PARTS}
-    context.state[_protocol.RECORD_KEY] = ConfigRecord({"head": head, **parts})
+    arrays = _protocol.tree_to_bytes((kept.params, kept.history, kept.before, kept.after))
+    context.state[_protocol.RECORD_KEY] = ConfigRecord({"head": head, "arrays": arrays})
 
 
 def read_context(path: Path, context: Context) -> None:

@@ -305,7 +305,7 @@ class Federated(RuleBasedStateMachine):
                 context.state = old.get(context.node_id, RecordDict())
             elif _protocol.RECORD_KEY in context.state:
                 parts = dict(context.state.config_records[_protocol.RECORD_KEY])
-                parts["before"] = parts["before"][:-1]  # pyright: ignore[reportIndexIssue]
+                parts["arrays"] = parts["arrays"][:-1]  # pyright: ignore[reportIndexIssue]
                 context.state = RecordDict({_protocol.RECORD_KEY: ConfigRecord(parts)})
 
     @rule(node=nodes, with_state=st.booleans(), change=st.sampled_from(["node", "key", "claim"]), age=st.integers(0, 3))
@@ -497,7 +497,7 @@ def test_a_client_state_of_another_format_is_ignored(toy: Toy) -> None:
     assert kept is not None
     assert kept[:4] == (1, 4, upload, upload)
     parts = context.state.config_records[_protocol.RECORD_KEY]
-    parts["head"] = b"\2" + parts["head"][1:]  # pyright: ignore[reportIndexIssue, reportOperatorIssue]
+    parts["head"] = b"\1" + parts["head"][1:]  # pyright: ignore[reportIndexIssue, reportOperatorIssue]
     assert _client.load_state(context, client._likes) is None
 
 
