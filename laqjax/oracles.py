@@ -606,13 +606,13 @@ def with_local_steps(
     check_bool("keep_optimizer_state", keep_optimizer_state)
     strength = check_number("proximal", proximal, dtype, minimum=0)
     local = LocalStepsOracle(
-        oracle,
-        None if is_ready else as_schedule(lr, dtype, "local_lr"),
-        None if optimizer is optax.sgd else as_optimizer_factory(optimizer, dtype, "inner optimizer"),
-        strength if strength > 0 else None,
-        int(check_number("num_local_steps", steps, np.int32, minimum=1)),
-        bool(keep_optimizer_state),
-        is_ready,
+        oracle=oracle,
+        lr=None if is_ready else as_schedule(lr, dtype, "local_lr"),
+        optimizer=None if optimizer is optax.sgd else as_optimizer_factory(optimizer, dtype, "inner optimizer"),
+        proximal=strength if strength > 0 else None,
+        num_local_steps=int(check_number("num_local_steps", steps, np.int32, minimum=1)),
+        keep_optimizer_state=bool(keep_optimizer_state),
+        returns_difference=is_ready,
     )
     params = jax.ShapeDtypeStruct((oracle.size,), dtype)
     if jax.tree.leaves(jax.eval_shape(get_declaration(oracle, StatefulOracle, "init_state"), params)):
