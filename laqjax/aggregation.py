@@ -362,9 +362,15 @@ def _check_arguments(algorithm: Any, settings: dict[str, Any], quantizer_blocks:
             "transformations make the steps; use optax.chain(lazy_aggregate(...), optax.sgd(lr))"
         )
     names = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    is_open = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if "optimizer" not in names and not is_open:
+        raise ValueError(
+            f"algorithm = {name}, which takes no optimizer: must be a method that takes one, such as laq, since the following "
+            "transformations make the steps"
+        )
     others = [known for known in names if known not in own | {"num_workers"}]
     unknown = [given for given in settings if given not in names]
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+    if unknown and not is_open:
         hint = suggest(unknown[0], [*others, "quantizer_blocks", "collective", "mean", "seed"])
         raise ValueError(f"lazy_aggregate({unknown[0]}=...) with {name}: must be one of {', '.join(others)}{hint}")
     for parameter in parameters:

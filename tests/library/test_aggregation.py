@@ -54,6 +54,11 @@ TOP = compressors.top_k(3)
             {},
             "lazy_aggregate with ef21 but without compressor: must be given, for example compressor=",
         ),
+        (
+            algorithms.fedadam,
+            {},
+            "algorithm = fedadam, which takes no optimizer: must be a method that takes one, such as",
+        ),
         ("laq", {}, "algorithm = 'laq': must be a function, such as laqjax.algorithms.laq"),
         ("ef21", {}, "such as laqjax.algorithms.ef21"),
         (None, {}, "algorithm = None: must be a function"),
