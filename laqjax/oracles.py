@@ -446,6 +446,11 @@ class LocalStepsOracle:
         with jax.numpy_dtype_promotion("standard"):  # schedules combine the integer step with floats
             return jnp.asarray(self.lr(step), self.dtype)
 
+    @property
+    def local_schedule(self) -> Any:
+        """Return the learning rate as a function of the local step; None if it is constant, or the optimizer's own."""
+        return jax.tree_util.Partial(LocalStepsOracle.learning_rate_at, self) if callable(self.lr) else None
+
     def total_learning_rate_at(self, round: Int[Array, ""]) -> Float[Any, ""]:
         """Return the sum of the step sizes of a round."""
         if not callable(self.lr):

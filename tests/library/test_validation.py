@@ -411,6 +411,34 @@ def test_every_point_has_its_schedule(toy: Toy) -> None:
     )
 
 
+def test_a_local_schedule_gives_steps(toy: Toy) -> None:
+    """It is read in steps, 2 a round, also from a later round and for each point of a sweep."""
+    schedule = jax.tree_util.Partial(lambda lr, step: lr * (100.0 - step), 0.01)
+    given: dict[str, Any] = dict(num_workers=4, num_local_steps=2)
+    alg, other = (
+        algorithms.diloco(toy.oracle, local_lr=jax.tree_util.Partial(schedule.func, lr), **given)
+        for lr in (0.01, -0.01)
+    )
+    message = "learning rate of the local steps = -0.01 in step 101: must be finite and >= 0 in every step"
+    fedavg = algorithms.fedavg(toy.oracle, local_lr=schedule, **given)
+    for call in [
+        *every_start(alg, toy.theta0, toy.shards, rounds=51),
+        lambda: validation.check_schedule(fedavg, 0, 51),
+    ]:
+        refused(call, message)
+    validation.check_schedule(alg, 0, 50)
+    validation.check_schedule(alg, 40, 10)
+    late = alg.init(toy.theta0)._replace(round=jnp.int32(45))
+    for call in every_start(alg, late, toy.shards, rounds=6)[:2]:
+        refused(call, message)
+    refused(
+        lambda: laqjax.sweep(
+            laqjax.stack_algorithms([alg, other]), toy.theta0, toy.shards, 3, jax.random.split(KEY, 2)
+        ),
+        "learning rate of the local steps = -1 in step 0",
+    )
+
+
 def test_a_schedule_may_end_at_zero(toy: Toy) -> None:
     validation.check_schedule(algorithms.gd(toy.oracle, lr=optax.cosine_decay_schedule(0.1, 99), num_workers=4), 0, 100)
     late = algorithms.gd(toy.oracle, lr=optax.linear_schedule(0.1, -0.1, 100), num_workers=4)
