@@ -149,24 +149,27 @@ def test_the_oracle(wrong: dict[str, Any], message: str) -> None:
 READY = "that is a transformation: must be None, since the transformation has its own step size"
 GRADIENT = "must be a transformation that needs the gradients, its state and the parameters only, such as optax.adamw"
 LOCAL_STEPS: list[tuple[dict[str, Any], str]] = [
-    (dict(steps=0), "num_local_steps = 0: must be a whole number >= 1"),
-    (dict(lr=0), "local_lr = 0: must be a finite number > 0"),
-    (dict(lr=None), "local_lr = None: must be a finite number > 0"),
+    (dict(steps=0), "steps = 0: must be a whole number >= 1"),
+    (dict(lr=0), "lr = 0: must be a finite number > 0"),
+    (dict(lr=None), "lr = None: must be a finite number > 0"),
     (dict(proximal=-1), "proximal = -1: must be a finite number >= 0"),
     (dict(keep_optimizer_state="no"), "keep_optimizer_state = 'no': must be True or False"),
-    (dict(optimizer="adam"), "inner optimizer = 'adam': must be a function of the learning rate"),
-    (dict(optimizer=optax.adamw(0.1)), f"local_lr = 0.1 with an optimizer {READY}"),
+    (dict(optimizer="adam"), "optimizer = 'adam': must be a function of the learning rate"),
+    (dict(optimizer=optax.adamw(0.1)), f"lr = 0.1 with an optimizer {READY}"),
     (dict(optimizer=optax.polyak_sgd), "missing 1 required keyword-only argument: 'value')"),
     (dict(optimizer=optax.polyak_sgd), GRADIENT),
     (dict(optimizer=optax.lbfgs(), lr=None), GRADIENT),
-    (dict(optimizer=jax.tree_util.Partial(optax.sgd, momentum=0.9, nesterov=True)), "inner optimizer = Partial("),
+    (dict(optimizer=jax.tree_util.Partial(optax.sgd, momentum=0.9, nesterov=True)), "optimizer = Partial("),
 ]
 
 
 @pytest.mark.parametrize(("wrong", "message"), LOCAL_STEPS)
 def test_local_steps(wrong: dict[str, Any], message: str, toy: Toy) -> None:
+    """The error begins with the argument that was given."""
     given: dict[str, Any] = dict(steps=2, lr=0.1) | wrong
     refused(lambda: oracles.with_local_steps(toy.oracle, **given), message)
+    with pytest.raises(ValueError, match=f"^({'|'.join(given)}) = "):
+        oracles.with_local_steps(toy.oracle, **given)
 
 
 def test_local_steps_need_an_oracle_without_a_state(toy: Toy) -> None:
@@ -202,6 +205,12 @@ def test_numbers_of_local_methods(toy: Toy) -> None:
     given: dict[str, Any] = dict(num_workers=4, num_local_steps=2, local_lr=0.1)
     for name, wrong, message in (
         ("diloco", dict(decay=1.5), "decay = 1.5: must be a finite number >= 0 and <= 1"),
+        ("diloco", dict(local_lr=None), "local_lr = None: must be a finite number > 0"),
+        ("lazy_diloco", dict(inner="adam"), "inner = 'adam': must be a function of the learning rate"),
+        ("sparse_loco", dict(inner=optax.adam(0.1)), f"local_lr = 0.1 with an optimizer {READY}"),
+        ("diloco", dict(inner=optax.polyak_sgd), "inner = <function polyak_sgd"),
+        ("fedavg", dict(num_local_steps=0), "num_local_steps = 0: must be a whole number >= 1"),
+        ("scaffold", dict(local_lr=0), "local_lr = 0: must be a finite number > 0"),
         ("fedadam", dict(tau=0), "tau = 0: must be a finite number > 0"),
         ("fedyogi", dict(b2=2), "b2 = 2: must be a finite number >= 0 and <= 1"),
         ("scaffold", dict(num_participants=5), "count = 5: must be a whole number >= 1 and <= 4"),
