@@ -288,6 +288,8 @@ def test_local_training_keeps_the_axis_of_the_workers() -> None:
     params, state = locally()
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, WORKERS)
     assert jax.tree.map(jnp.shape, local_training.collapse(state)) == jax.tree.map(jnp.shape, PARAMS)
+    model = WORKERS | {"activation": None}  # as `equinox.partition` leaves it
+    assert locally(params=model)[0]["activation"] is None
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), WORKERS)
     assert {leaf.dtype for leaf in jax.tree.leaves(locally(params=half)[0])} == {np.dtype(jnp.bfloat16)}
 
