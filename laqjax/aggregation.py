@@ -145,9 +145,9 @@ def lazy_aggregate(
 
     Args:
         axis: mesh axis of the `jax.shard_map(..., check_vma=False)` in which `update` is called. With `check_vma=True`,
-            JAX sums the gradients of replicated parameters before `update`. The mesh may have further axes. Either the
-            compiler splits the parameters over them (`axis_names={axis}`); messages are then packed in silent rounds
-            too. Or these axes are manual, and `param_specs` tells how they split the parameters.
+            JAX sums the gradients of replicated parameters before `update`. The mesh may have further axes. The compiler
+            splits the parameters over those that `axis_names` leaves out; messages are then packed in silent rounds too.
+            Other axes are manual, and `param_specs` tells how they split the parameters.
         num_workers: number of devices M along that axis, one worker each.
         algorithm: function of `laqjax.algorithms` whose method needs no gradients other than those it is given.
         quantizer_blocks: None: one radius for the whole message. "leaf": one radius for each leaf of the parameters.
