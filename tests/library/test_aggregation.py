@@ -71,6 +71,7 @@ TOP = compressors.top_k(3)
         ),
         (algorithms.laq, {"skip_small": -1}, "skip_small = -1: must be a whole number >= 0"),
         (algorithms.laq, {"memory_dtype": jnp.bfloat16}, "with the memory Innovation: must be None, since worker and"),
+        (algorithms.qsgd, {"memory_dtype": jnp.bfloat16}, "with the memory NoMemory: must be None, since worker and"),
         (algorithms.topk_ef, {"k": 3, "memory_dtype": "int8"}, "memory_dtype = 'int8': must be a floating dtype"),
         (algorithms.topk_ef, {"k": 3, "memory_dtype": "half a byte"}, "must be a floating dtype, such as jnp.bfloat16"),
     ],
