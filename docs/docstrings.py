@@ -22,7 +22,7 @@ XI = (
     "Weights xi_d >= 0 of the last D model steps in the threshold. One number is the sum of D equal weights. An array "
     "[window] holds the weights themselves, newest step first."
 )
-C = "Weight >= 0 of the threshold (c / D) sum_d motion_d of the LASG and CADA papers. `lr` and M do not change it."
+C = "Weight >= 0 of the threshold (c / window) sum_d motion_d of the LASG and CADA papers. `lr` and M do not change it."
 OPTIMIZER = (
     "Server optimizer: a function from the learning rate to an optax transformation, such as `optax.adam`, or a "
     "transformation. A transformation uses its own learning rate instead of `lr`."

@@ -28,8 +28,9 @@ Read the modules in this order:
 - `types`: states, messages, and the protocols of the parts.
 - `_core/round`: one round of the workers and the server.
 - `memories`, `rules`, `compressors`, `downlinks`: the parts. `_core/wire_format` counts the bits of a message.
-- `algorithms`: the named methods, each assembled from parts.
-- `oracles`: loss and gradient of a worker, from a function that returns the losses of n examples. `samplers`: minibatches.
+- `algorithms`: the named methods, each assembled from parts. `optimizers`: server optimizers that optax lacks.
+- `oracles`: loss and gradient of a worker, from a function that returns the losses of n examples. `samplers`:
+  minibatches.
 - `_engine`: runs, sweeps, collectives and checkpoints.
 - `sharding`, `distributed`: many devices, and many processes.
 - `aggregation`, `local_training`: `lazy_aggregate` and `diloco_optimizer`, optax transformations for an existing
@@ -46,6 +47,7 @@ from laqjax import (
     downlinks,
     local_training,
     memories,
+    optimizers,
     oracles,
     partition,
     problems,
@@ -88,6 +90,7 @@ __all__ = [
     "local_training",
     "max_batch_size",
     "memories",
+    "optimizers",
     "oracles",
     "partition",
     "partition_data",

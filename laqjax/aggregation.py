@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from laqjax import algorithms
 from laqjax._core import cpu_layouts
+from laqjax._core.norms import norms_over
 from laqjax._core.round import Algorithm, worker_step
 from laqjax._core.validation import check_number, suggest
 from laqjax._engine import collectives
@@ -44,7 +45,6 @@ from laqjax.types import (
     RoundKeys,
     Shards,
     _count_bits,
-    _norms_over,
     register_dataclass,
     static_field,
 )
@@ -115,9 +115,9 @@ class _PrecomputedGradient:
     def validate(self, shards: Shards) -> None:
         """Accept all shards."""
 
-    def __call__(self, params: Any, shards: Shards, worker: Any, examples: Any = None) -> OracleResult:
+    def __call__(self, params: Any, shards: Shards, shard: Any, examples: Any = None) -> OracleResult:
         """Return a loss of 0 and the given gradient."""
-        return OracleResult(jnp.zeros((), self.dtype), shards.x[worker])
+        return OracleResult(jnp.zeros((), self.dtype), shards.x[shard])
 
 
 # optimizer of the server: it leaves the model unchanged and keeps the direction in its state, where `update` reads it
@@ -155,11 +155,11 @@ def lazy_aggregate(
         collective: "all_gather", "all_to_all" or "all_reduce", see `laqjax.sharding`.
         mean: True: the direction is the mean over the devices. False: the sum, as in the papers.
         seed: seed of random compressors.
-        param_specs: pytree of `PartitionSpec`, for parameters that further manual axes of the mesh split. The devices of
-            a worker decide alike, from the norms of all its parts, and each one sends the message of its part along
+        param_specs: pytree of `PartitionSpec`, for parameters that further manual axes of the mesh split. The devices
+            of a worker decide alike, from the norms of all its parts, and each one sends the message of its part along
             `axis`. A grid has one radius for all parts. Any other compressor takes the part of each device as a block,
-            with draws of its own. Leaves that the same axes split form one block, and the gradient of a leaf must be the
-            same on all devices along an axis that does not split it. None: parameters are whole on every device.
+            with draws of its own. Leaves that the same axes split form one block, and the gradient of a leaf must be
+            the same on all devices along an axis that does not split it. None: parameters are whole on every device.
         skip_small: leaves of fewer numbers are averaged in full precision in every step, outside of rule and memory.
         memory_dtype: dtype in which the workers keep the error of error feedback, such as bfloat16; None: that of the
             algorithm. Other memories are refused, since a server holds the same numbers.
@@ -176,8 +176,8 @@ def lazy_aggregate(
     Raises:
         ValueError: an argument is wrong. `update` raises it when it is traced in these cases: the method needs other
             gradients; the axis has another size or is not bound by an enclosing `jax.shard_map`; `check_vma` is True;
-            the state is not placed by `partition_specs`; `param_specs` does not fit; or the method may deadlock beside an
-            axis of the compiler.
+            the state is not placed by `partition_specs`; `param_specs` does not fit; or the method may deadlock beside
+            an axis of the compiler.
 
     Example:
         >>> import jax.numpy as jnp, optax, laqjax
@@ -252,7 +252,7 @@ def lazy_aggregate(
         shards = Shards(alg.oracle.ravel(given)[None], None, jnp.ones((1, 1), alg.oracle.dtype))
         before = load(alg, layout, state.algorithm_state)._replace(params=here)
         key = jax.random.key(seed)
-        with _norms_over(layout.segments if layout.mesh_axes else None):
+        with norms_over(layout.segments if layout.mesh_axes else None):
             _check_branches(alg, before, shards, key)
             after, info = alg.step(before, shards, key, worker_batch_size=1, collective=how)
         direction = after.optimizer_state / num_workers if mean else after.optimizer_state

@@ -1,7 +1,7 @@
 """Compressors, which turn a vector of p numbers into a short message and back.
 
-A compressor implements `laqjax.types.Compressor`, and declares the members of `laqjax.types.CompressorTraits` that hold.
-Its methods are pure functions that JAX can trace:
+A compressor implements `laqjax.types.Compressor`, and declares the members of `laqjax.types.CompressorTraits` that
+hold. Its methods are pure functions that JAX can trace:
 
 - `encode(target, keys) -> payload` compresses the vector `target` [p]. The payload is a dictionary of arrays.
 - `decode(payload, like) -> [p]` returns the vector that the receiver reconstructs.

@@ -17,6 +17,7 @@ from laqjax._core.validation import check_implements, check_number
 from laqjax._engine.split_parameters import make_specs
 from laqjax.aggregation import LazyAggregateState, _check_axis, _find, lazy_aggregate
 from laqjax.algorithms import laq
+from laqjax.optimizers import nesterov
 from laqjax.types import register_dataclass
 
 __all__ = ["DilocoState", "ParameterUpdate", "collapse", "diloco_optimizer", "replicate"]
@@ -67,7 +68,7 @@ class ParameterUpdate:
         return jnp.where(self.replaces.reshape(-1, *[1] * (self.value.ndim - 1)), self.value, params + self.value)
 
 
-_NESTEROV = optax.sgd(0.7, momentum=0.9, nesterov=True)
+_NESTEROV = nesterov(0.7)
 
 
 def diloco_optimizer(

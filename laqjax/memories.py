@@ -2,8 +2,8 @@
 
     NoMemory, Innovation, MarinaMemory, VrMarinaMemory, MomentumMemory, DashaMemory, ErrorFeedback, MomentumCorrection
 
-- `compression_target` returns the vector to compress, and the worker state if the worker stays silent.
-- `update` takes that worker state, and returns the worker state if the worker sends.
+- `compression_target` returns the vector to compress, and the next memory state if the worker stays silent.
+- `update` takes that state, and returns the next memory state if the worker sends.
 - `update_aggregate` returns the direction for the optimizer, and the next aggregate of the server. The aggregate is
   None unless `is_persistent` is True.
 
@@ -49,10 +49,10 @@ class NoMemory:
     def init(self, params):
         return None
 
-    def compression_target(self, worker_state, grad, context):
+    def compression_target(self, memory_state, grad, context):
         return grad, None
 
-    def update(self, worker_state, grad, target, decoded):
+    def update(self, memory_state, grad, target, decoded):
         return None
 
     def update_aggregate(self, aggregate, total):
@@ -68,7 +68,7 @@ class Innovation:
         direction = sum_m (h_m + scaling d_m)
         h_m += damping d_m
 
-    h_m begins at zero, and worker and server update it alike. It is the worker state; the server's aggregate is the sum
+    h_m begins at zero, and worker and server update it alike. It is the memory state; the server's aggregate is the sum
     of all h_m. LAG, LAQ and EF21 have damping = scaling = 1, and DIANA has scaling = 1. SCAFFOLD has damping = 1, and
     scaling = M / S for S participants. The general case is EF-BV (Condat, Yi, Richtarik 2022).
 
@@ -87,11 +87,11 @@ class Innovation:
     def init(self, params):
         return jnp.zeros_like(params)
 
-    def compression_target(self, worker_state, grad, context):
-        return grad - worker_state, worker_state
+    def compression_target(self, memory_state, grad, context):
+        return grad - memory_state, memory_state
 
-    def update(self, worker_state, grad, target, decoded):
-        moved = worker_state + self.damping * decoded
+    def update(self, memory_state, grad, target, decoded):
+        moved = memory_state + self.damping * decoded
         return jnp.where(decoded == target, grad, moved) if self.snap_when_lossless else moved
 
     def update_aggregate(self, aggregate, total):
@@ -101,7 +101,8 @@ class Innovation:
 class _EstimateMemory:
     """Base class for memories whose server adds the messages of each round to its aggregate.
 
-    The first entry of a worker state is the estimate, to which the worker adds the messages that it sends. The aggregate is the sum of the workers' estimates, and is the direction for the optimizer.
+    The first entry of a memory state is the estimate, to which the worker adds the messages that it sends. The
+    aggregate is the sum of the workers' estimates, and is the direction for the optimizer.
     """
 
     is_persistent = True
@@ -110,8 +111,8 @@ class _EstimateMemory:
         """Return zeros [p] for the estimate and for a second vector: the gradient or model of the round before."""
         return jnp.zeros_like(params), jnp.zeros_like(params)
 
-    def update(self, worker_state, grad, target, decoded):
-        return worker_state[0] + decoded, *worker_state[1:]
+    def update(self, memory_state, grad, target, decoded):
+        return memory_state[0] + decoded, *memory_state[1:]
 
     def update_aggregate(self, aggregate, total):
         return aggregate + total, aggregate + total
@@ -125,7 +126,7 @@ class MarinaMemory(_EstimateMemory):
     - h_m = g_m where the shared Bernoulli variable is True, which includes round 0
     - h_m += C(g_m - last g_m) in all other rounds
 
-    The worker state is (h_m, last g_m). Combine it with `compressors.bernoulli_full` of the same probability, which
+    The memory state is (h_m, last g_m). Combine it with `compressors.bernoulli_full` of the same probability, which
     sends uncompressed vectors where the shared Bernoulli variable is True.
 
     Attributes:
@@ -134,8 +135,8 @@ class MarinaMemory(_EstimateMemory):
 
     probability: Float[Array, ""]
 
-    def compression_target(self, worker_state, grad, context):
-        estimate, last = worker_state
+    def compression_target(self, memory_state, grad, context):
+        estimate, last = memory_state
         coin = shared_bernoulli(context.keys, self.probability)
         return grad - jnp.where(coin, estimate, last), (estimate, grad)
 
@@ -148,7 +149,7 @@ class VrMarinaMemory(_EstimateMemory):
     - h_m = gradient of the full shard where the shared Bernoulli variable is True, which includes round 0
     - h_m += C(g_m(theta) - g_m(last theta)) in all other rounds, with both gradients on the same examples
 
-    The worker state is (h_m, last theta). Combine it with `compressors.bernoulli_full` of the same probability.
+    The memory state is (h_m, last theta). Combine it with `compressors.bernoulli_full` of the same probability.
 
     Attributes:
         probability: probability that the shared Bernoulli variable is True, in (0, 1].
@@ -156,8 +157,8 @@ class VrMarinaMemory(_EstimateMemory):
 
     probability: Float[Array, ""]
 
-    def compression_target(self, worker_state, grad, context):
-        estimate, last = worker_state
+    def compression_target(self, memory_state, grad, context):
+        estimate, last = memory_state
         coin = shared_bernoulli(context.keys, self.probability)
         full = context.gradient_at(context.params, full=True, when=coin)
         there = context.gradient_at(last, when=~coin)
@@ -172,7 +173,7 @@ class MomentumMemory(_EstimateMemory):
         v_m = (1 - eta) v_m + eta g_m    (v_m = g_m in the first round)
         h_m += C(v_m - h_m)
 
-    The worker state is (h_m, v_m, whether v_m has a value).
+    The memory state is (h_m, v_m, whether v_m has a value).
 
     Attributes:
         eta: weight of the newest gradient, in (0, 1].
@@ -183,8 +184,8 @@ class MomentumMemory(_EstimateMemory):
     def init(self, params):
         return (*super().init(params), jnp.asarray(False))
 
-    def compression_target(self, worker_state, grad, context):
-        estimate, average, begun = worker_state
+    def compression_target(self, memory_state, grad, context):
+        estimate, average, begun = memory_state
         average = jnp.where(begun, (1 - self.eta) * average + self.eta * grad, grad)
         return average - estimate, (estimate, average, jnp.asarray(True))
 
@@ -199,7 +200,7 @@ class DashaMemory(_EstimateMemory):
     - DASHA, and the first round of DASHA-MVR: h_m = g_m
     - DASHA-MVR: h_m = g_m + (1 - b)(last h_m - g_m(last theta)), with both gradients on the same examples
 
-    The worker state of DASHA is (estimate_m, h_m). DASHA-MVR adds the last theta, and whether there was one.
+    The memory state of DASHA is (estimate_m, h_m). DASHA-MVR adds the last theta, and whether there was one.
 
     Attributes:
         estimate_momentum: a, in (0, 1].
@@ -213,8 +214,8 @@ class DashaMemory(_EstimateMemory):
         past = () if self.mvr_momentum is None else (params, jnp.asarray(False))
         return (*super().init(params), *past)
 
-    def compression_target(self, worker_state, grad, context):
-        estimate, last, *past = worker_state
+    def compression_target(self, memory_state, grad, context):
+        estimate, last, *past = memory_state
         new = grad
         if self.mvr_momentum is not None:
             correction = (1 - self.mvr_momentum) * (last - context.gradient_at(past[0], when=past[1]))
@@ -231,7 +232,7 @@ class ErrorFeedback:
         target_m = decay e_m + g_m
         e_m = target_m - C(target_m)
 
-    The worker state is e_m, which begins at zero. A worker that is not selected keeps it undecayed. The direction is
+    The memory state is e_m, which begins at zero. A worker that is not selected keeps it undecayed. The direction is
     the sum of the messages of the round.
 
     Attributes:
@@ -244,10 +245,10 @@ class ErrorFeedback:
     def init(self, params):
         return jnp.zeros_like(params)
 
-    def compression_target(self, worker_state, grad, context):
-        return (worker_state if self.decay is None else self.decay * worker_state) + grad, worker_state
+    def compression_target(self, memory_state, grad, context):
+        return (memory_state if self.decay is None else self.decay * memory_state) + grad, memory_state
 
-    def update(self, worker_state, grad, target, decoded):
+    def update(self, memory_state, grad, target, decoded):
         return target - decoded
 
     def update_aggregate(self, aggregate, total):
@@ -263,7 +264,7 @@ class MomentumCorrection:
         v_m += u_m
         v_m -= C(v_m), and u_m = 0 in the coordinates that were sent
 
-    The message is C(v_m), and the worker state is (u_m, v_m). The direction is the sum of the messages of the round.
+    The message is C(v_m), and the memory state is (u_m, v_m). The direction is the sum of the messages of the round.
 
     Attributes:
         momentum: in [0, 1].
@@ -275,12 +276,12 @@ class MomentumCorrection:
     def init(self, params):
         return jnp.zeros_like(params), jnp.zeros_like(params)
 
-    def compression_target(self, worker_state, grad, context):
-        velocity = self.momentum * worker_state[0] + grad
-        return worker_state[1] + velocity, (velocity, worker_state[1] + velocity)
+    def compression_target(self, memory_state, grad, context):
+        velocity = self.momentum * memory_state[0] + grad
+        return memory_state[1] + velocity, (velocity, memory_state[1] + velocity)
 
-    def update(self, worker_state, grad, target, decoded):
-        return jnp.where(decoded == 0, worker_state[0], 0), target - decoded
+    def update(self, memory_state, grad, target, decoded):
+        return jnp.where(decoded == 0, memory_state[0], 0), target - decoded
 
     def update_aggregate(self, aggregate, total):
         return total, None

@@ -29,7 +29,7 @@ from laqjax._core.validation import (
     check_minibatch,
     check_number,
     check_oracle_result,
-    check_type,
+    check_shards_type,
     get_declaration,
     oracle_dtype,
     suggest,
@@ -116,7 +116,7 @@ class PytreeLayout:
 @register_dataclass
 @dataclass(frozen=True)
 class TiledOracle:
-    """Oracle that reads a shard in tiles: `oracle(params, shards, worker)` -> loss, gradient. Build it with `from_loss`.
+    """Oracle that reads a shard in tiles: `oracle(params, shards, shard)` -> loss, gradient. Build it with `from_loss`.
 
     Attributes:
         l2: weight of (l2 / 2) ||params||^2.
@@ -180,7 +180,7 @@ class TiledOracle:
         self,
         params: Float[Array, " p"],
         shards: Shards,
-        worker: Int[Array, ""],
+        shard: Int[Array, ""],
         examples: ExampleSelection | None = None,
     ) -> OracleResult:
         """Compute the loss and the gradient of one worker at `params`.
@@ -190,7 +190,7 @@ class TiledOracle:
         Args:
             params: the model, [p].
             shards: the data, arrays [M, N, ...].
-            worker: index of the worker's shard in `shards`.
+            shard: index of the worker's shard in `shards`, `RoundKeys.shard`.
             examples: the minibatch, from which loss and gradient are estimated; None for the whole shard.
 
         Returns:
@@ -200,7 +200,7 @@ class TiledOracle:
         size = examples.size if examples else shards.weight.shape[1]
 
         def sum_examples(start: Any, count: int) -> tuple[Array, Array, Any]:
-            x, y, weight = jax.tree.map(lambda a: _slice_examples(a, worker, examples, start, count), shards)
+            x, y, weight = jax.tree.map(lambda a: _slice_examples(a, shard, examples, start, count), shards)
             weight = weight.astype(self.dtype)
             value_and_grad = jax.value_and_grad(lambda tree, x, y: jnp.vdot(self._losses(tree, x, y), weight))
             if self.use_cpu_layouts and jax.default_backend() == "cpu":
@@ -215,7 +215,7 @@ class TiledOracle:
             loss, grad = loss / weight, grad / weight
         # scaled to the sum of the whole shard, so that l2 keeps its relative weight
         if self.reduction == "sum" and examples:
-            whole_shard = jnp.sum(shards.weight[worker]).astype(self.dtype)
+            whole_shard = jnp.sum(shards.weight[shard]).astype(self.dtype)
             loss, grad = loss * whole_shard, grad * whole_shard
         return OracleResult(loss + self.l2 / 2 * jnp.sum(params * params), grad + self.l2 * params)
 
@@ -225,7 +225,7 @@ class TiledOracle:
         The loss is traced, but not run. If it has a method `check_shards`, as a `laqjax.problems.Problem` has, this
         method is called first.
         """
-        check_type(shards)
+        check_shards_type(shards)
         own = getattr(self.loss_fn, "check_shards", None)
         if callable(own):
             own(shards)
@@ -282,12 +282,12 @@ def _example_structs(shards: Shards, count: int) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape[2:]), a.dtype), (shards.x, shards.y))
 
 
-def _slice_examples(a: Any, worker: Any, examples: ExampleSelection | None, start: Any, count: int) -> Array:
-    """Slice `count` examples from `start` on, out of the worker's shard or out of the selected `examples` of it."""
+def _slice_examples(a: Any, shard: Any, examples: ExampleSelection | None, start: Any, count: int) -> Array:
+    """Slice `count` examples from `start` on, out of a shard or out of the selected `examples` of it."""
     if examples and examples.index is not None:
-        return a[worker, jax.lax.dynamic_slice(examples.index, (start,), (count,))]
+        return a[shard, jax.lax.dynamic_slice(examples.index, (start,), (count,))]
     first = start if examples is None else start + examples.start
-    at = [jnp.asarray(i, jnp.int32) for i in (worker, first, *(0,) * (a.ndim - 2))]
+    at = [jnp.asarray(i, jnp.int32) for i in (shard, first, *(0,) * (a.ndim - 2))]
     return jax.lax.dynamic_slice(a, at, (1, count, *a.shape[2:]))[0]
 
 
@@ -330,15 +330,16 @@ def from_loss(
         tile: examples read at a time. None: about 4 MiB per tile on the CPU; 1 GiB for all workers on GPU and TPU.
         precision: precision of the matrix products. "highest" is true float32 on every device. A lower precision
             changes trajectories on GPU and TPU.
-        use_cpu_layouts: on the CPU, rewrite gradients with transposed convolutions and products so that XLA uses its fast
-            kernels inside loops. False: gradients as JAX gives them, equal up to rounding and often slower.
+        use_cpu_layouts: on the CPU, rewrite gradients with transposed convolutions and products so that XLA uses its
+            fast kernels inside loops. False: gradients as JAX gives them, equal up to rounding and often slower.
 
     Returns:
-        `oracle(params [p], shards, worker)`, which returns loss and gradient [p], with the methods `ravel` and `unravel`.
+        `oracle(params [p], shards, shard)`, which returns loss and gradient [p], with the methods `ravel` and
+        `unravel`.
 
     Raises:
-        ValueError: `reduction` is not "mean" or "sum", l2 < 0, tile < 1, `use_cpu_layouts` is not a bool, or `params` has
-            mixed or non-floating dtypes.
+        ValueError: `reduction` is not "mean" or "sum", l2 < 0, tile < 1, `use_cpu_layouts` is not a bool, or `params`
+            has mixed or non-floating dtypes.
 
     Example:
         >>> import jax.numpy as jnp, laqjax
@@ -462,7 +463,7 @@ class LocalStepsOracle:
         self,
         params: Float[Array, " p"],
         shards: Shards,
-        worker: Int[Array, ""],
+        shard: Int[Array, ""],
         examples: ExampleSelection | None = None,
     ) -> OracleResult:
         """Train locally as in round 0: with a new optimizer state and without control variates.
@@ -470,7 +471,7 @@ class LocalStepsOracle:
         Args:
             params: the model, [p], from which the local steps start.
             shards: the data, arrays [M, N, ...].
-            worker: index of the worker's shard in `shards`.
+            shard: index of the worker's shard in `shards`, `RoundKeys.shard`.
             examples: the minibatch, split into one part for each local step; None for the whole shard in every step.
 
         Returns:
@@ -481,7 +482,7 @@ class LocalStepsOracle:
             ValueError: the size of the minibatch is not a multiple of `num_local_steps`, or the inner oracle cannot be
                 evaluated at other models than that of the round.
         """
-        return self._train(params, shards, worker, examples, self.init_state(params), jnp.int32(0), None)
+        return self._train(params, shards, shard, examples, self.init_state(params), jnp.int32(0), None)
 
     def evaluate(
         self, params: Float[Array, " p"], shards: Shards, examples: Any, state: Any, context: RoundContext
@@ -493,7 +494,7 @@ class LocalStepsOracle:
         return self._train(params, shards, context.keys.shard, examples, state, context.round, correction)
 
     def _train(
-        self, params: Array, shards: Shards, worker: Any, examples: Any, state: Any, round: Any, correction: Any
+        self, params: Array, shards: Shards, shard: Any, examples: Any, state: Any, round: Any, correction: Any
     ) -> OracleResult:
         """Train locally from the optimizer state `state`, with `correction` [p] added to each gradient unless None."""
         check_evaluates_anywhere(self.oracle)
@@ -502,7 +503,7 @@ class LocalStepsOracle:
 
         def evaluate(local: Any, t: Any) -> OracleResult:
             part = examples.slice(t, examples.size // self.num_local_steps) if examples else None
-            return check_oracle_result(self.oracle, self.oracle(local, shards, worker, part))
+            return check_oracle_result(self.oracle, self.oracle(local, shards, shard, part))
 
         def move(local: Any, grad: Any, optimizer_state: Any, t: Any) -> Any:
             if self.proximal is not None:

@@ -58,7 +58,7 @@ class BaseUploadRule:
     a pytree of arrays, or None.
 
     Attributes:
-        can_skip: whether the last upload of a worker stays in use while it sends nothing, selected or not.
+        can_skip: whether a worker may skip uploads, because the server keeps using its last one.
         server_selects: whether the server selects some workers only. The others neither receive the model nor compute.
         renews_in_silence: whether the state of a selected worker may change in a silent round, apart from a count of
             silent rounds. The library does not read it; the laws of the tests do.
@@ -200,7 +200,7 @@ class History:
     - "direction": motion_d is the squared norm of the optimizer's input. The threshold is sum_d xi_d motion_d / M^2.
       Used for other optimizers, and for any learning rate schedule.
     - "absolute": motion_d is the squared norm of the model step. The threshold is sum_d xi_d motion_d. Used for LASG
-      and CADA, where xi_d = c / D.
+      and CADA, where xi_d = c / window.
 
     For SGD with a constant learning rate, "step" and "direction" agree up to rounding. Momentum makes the model steps
     1 / (1 - momentum) times as long, and the steps of Adam have another scale. With "step", the rule would then skip
@@ -233,7 +233,7 @@ class History:
         Returns:
             The threshold, a scalar.
         """
-        k, size = context.keys.round, motion.shape[0]
+        k, size = context.round, motion.shape[0]
         newest_first = motion[(k - 1 - jnp.arange(size, dtype=jnp.int32)) % size]
         short = self.window / jnp.clip(k, 1, self.window)
         scale = jnp.where(self.rescale_short_history, short, 1).astype(self.xi.dtype)

@@ -33,8 +33,8 @@ def lyapunov(loss: Any, motion: Float[Any, "*rounds window"], xi: Float[Any, " w
 
         V(k+1) <= V(k) - (lr / 2) ||grad f||^2 + lr M sum_m (4 error_sq_m + 3 last_error_sq_m).
 
-    Here error_sq_m is the squared quantization error of worker m in round k, and last_error_sq_m that of its last upload
-    before round k.
+    Here error_sq_m is the squared quantization error of worker m in round k, and last_error_sq_m that of its last
+    upload before round k.
 
     Args:
         loss: f, one number or one for each round [rounds].

@@ -8,7 +8,7 @@ Each worker:
 
 1. `sampler(keys, shards)` selects the examples of the minibatch. Without a sampler the whole shard is used.
 2. `rule.is_selected(...)` decides whether the worker participates in the round.
-3. `oracle(params, shards, worker, examples)` computes the loss and the gradient [p]. An oracle with a state for each
+3. `oracle(params, shards, shard, examples)` computes the loss and the gradient [p]. An oracle with a state for each
    worker has `evaluate` instead (`StatefulOracle`).
 4. `memory.compression_target(...)` turns the gradient into the vector [p] that is compressed.
 5. `compressor.encode(...)` builds the message; `compressor.decode(...)` is the vector [p] that the server will read
@@ -77,11 +77,11 @@ Example:
     ...     def init(self, params):
     ...         return jnp.zeros_like(params)  # h of one worker
     ...
-    ...     def compression_target(self, worker_state, grad, context):
-    ...         return grad - worker_state, worker_state  # the vector to compress, and h if the worker stays silent
+    ...     def compression_target(self, memory_state, grad, context):
+    ...         return grad - memory_state, memory_state  # the vector to compress, and h if the worker stays silent
     ...
-    ...     def update(self, worker_state, grad, target, decoded):
-    ...         return worker_state + decoded  # h if the worker sends
+    ...     def update(self, memory_state, grad, target, decoded):
+    ...         return memory_state + decoded  # h if the worker sends
     ...
     ...     def update_aggregate(self, aggregate, total):
     ...         return aggregate + total, aggregate + total  # the direction of the optimizer, and the sum of all h
@@ -100,10 +100,7 @@ Example:
            [48, 48]])
 """
 
-import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -112,6 +109,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from laqjax._core.norms import max_abs, squared_norm
 
 __all__ = [
     "AlgorithmState",
@@ -199,47 +198,6 @@ def register_dataclass(cls: type[_T]) -> type[_T]:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
-
-
-# Rules, compressors and the round compute norms of vectors [p] with these two functions. Where mesh axes split the
-# parameters, the devices hold parts of these vectors, and add up the norms of their parts. The mean in `Sign` and the l2
-# term of the oracle are not norms of this kind.
-
-_SEGMENTS: ContextVar[Any] = ContextVar("segments", default=None)
-
-
-@contextmanager
-def _norms_over(segments: Any) -> Iterator[None]:
-    """Compute norms of vectors whose parts are on many devices, while a function is traced inside `jax.shard_map`.
-
-    Args:
-        segments: (size on this device, mesh axes that split it) of consecutive parts of the vectors. None: the vectors
-            are whole on this device.
-    """
-    token = _SEGMENTS.set(segments)
-    try:
-        yield
-    finally:
-        _SEGMENTS.reset(token)
-
-
-def _reduce_segments(v: Array, reduce: Any, across: Any, join: Any) -> Array:
-    """Reduce each segment of a vector, then over the devices that hold its parts, then the segments."""
-    segments = _SEGMENTS.get()
-    if segments is None:
-        return reduce(v)
-    parts = zip(jnp.split(v, np.cumsum([size for size, _ in segments])[:-1]), segments, strict=True)
-    return functools.reduce(join, [across(reduce(part), axes) if axes else reduce(part) for part, (_, axes) in parts])
-
-
-def squared_norm(v: Float[Array, " p"]) -> Float[Array, ""]:
-    """Return the squared Euclidean norm of a vector [p]."""
-    return _reduce_segments(v * v, jnp.sum, jax.lax.psum, jnp.add)
-
-
-def max_abs(v: Float[Array, " p"]) -> Float[Array, ""]:
-    """Return the largest absolute value of a vector [p]."""
-    return _reduce_segments(jnp.abs(v), jnp.max, jax.lax.pmax, jnp.maximum)
 
 
 def _count_bits(name: str, size: Any) -> np.ndarray:
@@ -346,16 +304,16 @@ class RoundContext:
     lr: Float[Array, ""]
     num_workers: int
     gradient_at: Callable[..., Float[Array, " p"]]
-    round: Any = field(default=None, kw_only=True)
+    round: Int[Array, ""] = field(kw_only=True)
     memory_state: Any = field(default=None, kw_only=True)
     aggregate: Any = field(default=None, kw_only=True)
 
     def squared_norm(self, v: Float[Array, " p"]) -> Float[Array, ""]:
-        """Return the squared Euclidean norm of a vector [p]; see `laqjax.types.squared_norm`."""
+        """Return the squared Euclidean norm of a vector [p]; `laqjax.types.squared_norm` is for use without a context."""
         return squared_norm(v)
 
     def max_abs(self, v: Float[Array, " p"]) -> Float[Array, ""]:
-        """Return the largest absolute value of a vector [p]; see `laqjax.types.max_abs`."""
+        """Return the largest absolute value of a vector [p]; `laqjax.types.max_abs` is for use without a context."""
         return max_abs(v)
 
 
@@ -448,7 +406,8 @@ class AlgorithmState(NamedTuple):
     Attributes:
         params: model of the workers as a flat vector, [p]; `alg.params(state)` returns it as a pytree.
         round: number of the next round.
-        aggregate: sum over the workers of the vectors that the server holds for them, [p]. None if the memory is not persistent.
+        aggregate: sum over the workers of the vectors that the server holds for them, [p]. None if the memory is not
+            persistent.
         optimizer_state: state of the optax transformation of the server.
         rule_state: state that the upload rule shares with all workers, such as a history or a snapshot of the model.
         downlink_state: state of the downlink on the server.
@@ -631,13 +590,13 @@ class Oracle(Protocol):
         """
         ...
 
-    def __call__(self, params: Any, shards: Shards, worker: Any, examples: Any = None) -> OracleResult:
+    def __call__(self, params: Any, shards: Shards, shard: Any, examples: Any = None) -> OracleResult:
         """Compute the loss and the gradient of one worker.
 
         Args:
             params: model, [p].
             shards: data of all workers, or on a mesh of the workers of this device.
-            worker: index of the worker's shard in the arrays of `shards`, an integer scalar (`RoundKeys.shard`).
+            shard: index of the worker's shard in the arrays of `shards`, an integer scalar (`RoundKeys.shard`).
             examples: minibatch, a `laqjax.samplers.ExampleSelection`. None: the whole shard.
 
         Returns:
@@ -724,9 +683,9 @@ class Collective(Protocol):
     """Summation of the messages of workers that are distributed over devices, so that every device gets the sum.
 
     The methods are called inside `jax.shard_map`, and see the workers of their device. `laqjax.sharding` contains the
-    collectives. Without a mesh, `Algorithm.step` uses one that moves nothing. A collective of your own must be hashable.
-    For `sweep` it must also be a dataclass with the field `vmap_axis`, and for `lazy_aggregate` it must have the method
-    `bytes_received`, as `laqjax.sharding.AllGather` has them.
+    collectives. Without a mesh, `Algorithm.step` uses one that moves nothing. A collective of your own must be
+    hashable. For `sweep` it must also be a dataclass with the field `vmap_axis`, and for `lazy_aggregate` it must have
+    the method `bytes_received`, as `laqjax.sharding.AllGather` has them.
     """
 
     @property
@@ -896,9 +855,10 @@ class UploadRule(Protocol):
 
     @property
     def can_skip(self) -> bool:
-        """Return whether the last upload of a worker stays in use while it sends nothing, selected or not.
+        """Return whether a worker may skip uploads, because the server keeps using its last one.
 
-        Such a rule needs a persistent memory, else `assemble` raises ValueError.
+        Such a rule needs a persistent memory, else `assemble` raises ValueError. It is False if every selected worker
+        sends, and the server uses only the messages of the round.
         """
         ...
 
@@ -998,32 +958,32 @@ class Memory(Protocol):
         ...
 
     def compression_target(
-        self, worker_state: Any, grad: Float[Array, " p"], context: RoundContext
+        self, memory_state: Any, grad: Float[Array, " p"], context: RoundContext
     ) -> tuple[Float[Array, " p"], Any]:
         """Return the vector that is compressed.
 
         Args:
-            worker_state: memory of the worker.
+            memory_state: memory of the worker.
             grad: gradient of the worker, [p].
             context: model, keys and learning rate, and gradients at other models through `context.gradient_at`.
 
         Returns:
             The target [p], and the worker's next memory if it is selected and stays silent. A worker that is not
-            selected keeps `worker_state`.
+            selected keeps `memory_state`.
         """
         ...
 
-    def update(self, worker_state: Any, grad: Any, target: Any, decoded: Float[Array, " p"]) -> Any:
+    def update(self, memory_state: Any, grad: Any, target: Any, decoded: Float[Array, " p"]) -> Any:
         """Return the next memory of a worker that sends.
 
         Args:
-            worker_state: the second result of `compression_target`.
+            memory_state: the second result of `compression_target`.
             grad: gradient of the worker, [p].
             target: vector that was compressed, [p].
             decoded: vector that the server reads from the message, [p].
 
         Returns:
-            The next memory, with the same structure as `worker_state`.
+            The next memory, with the same structure as `memory_state`.
         """
         ...
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-from laqjax import algorithms, check_number, compressors, samplers
+from laqjax import check_number, compressors, optimizers, samplers
 
 # arguments of algorithms that follow from an option
 SUPPLIED = {"oracle": "--problem", "num_workers": "--workers", "padded_window": "--window", "smoothness": "--dataset"}
@@ -34,7 +34,7 @@ OPTIMIZERS = {  # the names after the colons are keyword arguments
     "adagrad": optax.adagrad,
     "adam[:B1:B2]": optax.adam,
     "adamw[:WEIGHT_DECAY]": optax.adamw,
-    "amsgrad": algorithms.amsgrad,
+    "amsgrad": optimizers.amsgrad,
     "lion[:B1:B2]": optax.lion,
     "nesterov:MOMENTUM": partial(optax.sgd, nesterov=True),
     "rmsprop[:DECAY]": optax.rmsprop,

@@ -3,7 +3,7 @@
 Each worker:
 
     selected = rule.is_selected(...)
-    loss, grad = oracle(params, shards, worker, examples)
+    loss, grad = oracle(params, shards, shard, examples)
     target = memory.compression_target(grad)
     message = compressor.encode(target)
     sent = selected and rule.should_send(...)
@@ -401,8 +401,8 @@ def worker_step(
         keys: PRNG keys, round number and worker number.
 
     Returns:
-        The next state of the worker, its message, and its metrics by name, those of `WORKER_METRICS`. "grad" is [p], the
-        others are scalars.
+        The next state of the worker, its message, and its metrics by name, those of `WORKER_METRICS`. "grad" is [p],
+        the others are scalars.
     """
     examples = alg.sampler(keys, shards) if alg.sampler else None
     counted: list[Any] = [1]  # gradients of this round; `gradient_at` appends to it while it is traced

@@ -357,7 +357,7 @@ def check_run_inputs(alg: Any, params: Any, shards: Shards, num_slots: int = 0) 
     alg.oracle.validate(shards)
 
 
-def check_type(shards: Any) -> None:
+def check_shards_type(shards: Any) -> None:
     """Raise ValueError unless `shards` is an instance of `Shards`; a plain tuple is rejected."""
     if not isinstance(shards, Shards):
         raise ValueError(
@@ -374,7 +374,7 @@ def check_shards(shards: Shards, num_workers: int, num_slots: int = 0) -> None:
         num_workers: the number of workers M that `shards` must have.
         num_slots: another number of workers that is allowed: that with padding workers; 0 for none.
     """
-    check_type(shards)
+    check_shards_type(shards)
     for name, tree in zip(Shards._fields, shards, strict=True):
         for array in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, list)):
             if not hasattr(array, "dtype"):

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from laqjax import distributed, sharding
+from laqjax._engine import placement, processes
 
 FORMAT = 1  # of a folder of checkpoints; a change of its files or of a state's leaves gets the next number
 MAX_TO_KEEP = 2  # a second one, since the newest may be damaged
@@ -65,14 +65,14 @@ class RunCheckpointer:
         self.folder, self.warn, me = Path(folder).absolute(), warn, jax.process_index()
         self.leads, self.shared = single_process or me == 0, not single_process and jax.process_count() > 1
         one = {"primary_host": me, "active_processes": {me}, "barrier_sync_key_prefix": f"process-{me}"}
-        processes = orbax.options.MultiprocessingOptions(**(one if single_process else {}))
+        together = orbax.options.MultiprocessingOptions(**(one if single_process else {}))
         # orbax waits for its folder-creating thread under a name that all processes of JAX share
         threads = orbax.options.AsyncOptions(create_directories_asynchronously=not single_process)
-        self.writer = orbax.StandardCheckpointer(async_options=threads, multiprocessing_options=processes)
+        self.writer = orbax.StandardCheckpointer(async_options=threads, multiprocessing_options=together)
         self.remover = ThreadPoolExecutor(1)
         logging.getLogger("absl").addFilter(_drop_orbax_merge_warning)
         path = self.folder / "run.json"
-        mine = {"format": FORMAT} | {name: distributed.fingerprint(value) for name, value in contents.items()}
+        mine = {"format": FORMAT} | {name: processes.fingerprint(value) for name, value in contents.items()}
         _check_folder(self.folder, mine)
         self._wait("looked at")  # all processes check the folder before process 0 writes to it
         for part in self.folder.glob("*.orbax-checkpoint-tmp*") if self.leads else ():  # left by a killed process
@@ -222,8 +222,8 @@ def _restore_shardings(like: Any, shapes: list[Any], mesh: Mesh | None) -> list[
     if mesh is None:
         return [SingleDeviceSharding(jax.local_devices()[0])] * len(shapes)
     own = [False] * len(jax.tree.leaves(like[:-1])) + [True] * len(jax.tree.leaves(like.workers))
-    devices = mesh.shape.get(sharding.WORKER_AXIS, 1)
-    split, whole = sharding.partition_spec(mesh, sharding.WORKER_AXIS), PartitionSpec()
+    devices = mesh.shape.get(placement.WORKER_AXIS, 1)
+    split, whole = placement.partition_spec(mesh, placement.WORKER_AXIS), PartitionSpec()
     return [
         NamedSharding(mesh, split if worker and shape.shape[0] % devices == 0 else whole)
         for worker, shape in zip(own, shapes, strict=True)

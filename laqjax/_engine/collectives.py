@@ -13,9 +13,9 @@ A collective is an argument of `Algorithm.step`. In a round with an upload:
 
 All three begin with an all-gather of a few words: the loss, the upload decision and the bytes of each worker. They skip
 the rest entirely in rounds without an upload. Shapes are static, so a round with one upload moves the slots of all
-workers. The layout of some messages is known at run time only: a b chosen for each message, a shared Bernoulli variable,
-a bitmap. Such a message moves in decoded form, and so does that of a compressor which does not declare a static layout
-(`laqjax.types.CompressorTraits`).
+workers. The layout of some messages is known at run time only: a b chosen for each message, a shared Bernoulli
+variable, a bitmap. Such a message moves in decoded form, and so does that of a compressor which does not declare a
+static layout (`laqjax.types.CompressorTraits`).
 """
 
 import math

@@ -17,10 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from laqjax import distributed, sharding
 from laqjax._core.round import Algorithm
 from laqjax._core.validation import check_keys, check_not_traced, check_number, check_run_inputs, check_schedule
-from laqjax._engine import collectives
+from laqjax._engine import collectives, placement, processes
 from laqjax._engine.checkpoint import RunCheckpointer
 from laqjax.types import AlgorithmState, Collective, RoundInfo, Shards
 
@@ -132,7 +131,7 @@ def run(
         params = begin.params if isinstance(begin, AlgorithmState) else begin
         done, state, arrays = saved.restore_latest(jax.eval_shape(alg.init, params), rounds, mesh)
         if state is not None:
-            infos, begin = [RoundInfo(**arrays)], state if mesh else sharding.resize_workers(state, alg.num_workers)
+            infos, begin = [RoundInfo(**arrays)], state if mesh else placement.resize_workers(state, alg.num_workers)
     written = done
     try:
         options: Any = {"metrics": metrics, "chunk_size": chunk_size, "worker_batch_size": worker_batch_size}
@@ -199,7 +198,7 @@ def stream(
     rounds, chunk_size, names = check_loop_arguments(rounds, chunk_size, metrics, worker_batch_size, collective)
     check_keys("key", key, ())
     params = start.params if isinstance(start, AlgorithmState) else alg.oracle.ravel(start)
-    check_run_inputs(alg, params, shards, sharding.num_worker_slots(mesh, alg.num_workers))
+    check_run_inputs(alg, params, shards, placement.num_worker_slots(mesh, alg.num_workers))
     check_schedule(alg, int(start.round) if isinstance(start, AlgorithmState) else 0, rounds)
     at_once = worker_batch_size or alg.default_worker_batch_size(shards)
     options: Any = {"length": chunk_size, "metrics": names, "worker_batch_size": at_once}
@@ -208,16 +207,16 @@ def stream(
         state = copy_state(start if isinstance(start, AlgorithmState) else alg.init(params), alg.init, params)
         shards = jax.tree.map(jnp.asarray, shards)
     else:
-        distributed.assert_same_on_all_processes("algorithm, start, data or key", alg, start, shards, key)
+        processes.assert_same_on_all_processes("algorithm, start, data or key", alg, start, shards, key)
         options["collective"] = collectives.resolve_collective(collective, alg)
         state, shards = shard_inputs(alg, start, params, shards, mesh)
-        alg, key = sharding.device_put_global((alg, key), mesh, P())
+        alg, key = placement.device_put_global((alg, key), mesh, P())
     first = int(state.round)
     for done in range(0, rounds, chunk_size):
         count = min(chunk_size, rounds - done)
         if mesh is not None:  # moves no data; with another sharding the chunk would be compiled again
-            state = sharding.shard_state(state, mesh)
-        with distributed.translate_lost_process_errors():
+            state = placement.shard_state(state, mesh)
+        with processes.translate_lost_process_errors():
             state, info = run_chunk(alg, state, shards, key, np.int32(count), mesh=mesh, **options)
             info = truncate_info(info, count)
         if not np.all(np.isfinite(info.loss)):
@@ -288,17 +287,17 @@ def shard_inputs(alg: Algorithm, start: Any, params: Any, shards: Shards, mesh: 
     Raises:
         ValueError: `start` is a state whose shapes or dtypes do not fit the algorithm.
     """
-    slots, specs = sharding.num_worker_slots(mesh, alg.num_workers), sharding.state_partition_specs(mesh)
+    slots, specs = placement.num_worker_slots(mesh, alg.num_workers), placement.state_partition_specs(mesh)
     if isinstance(start, AlgorithmState):
-        unpadded = jax.eval_shape(partial(sharding.resize_workers, num_slots=alg.num_workers), start)
+        unpadded = jax.eval_shape(partial(placement.resize_workers, num_slots=alg.num_workers), start)
         check_state(unpadded, jax.eval_shape(alg.init, params))
-        placed = sharding.shard_state(sharding.resize_workers(start, slots), mesh)
+        placed = placement.shard_state(placement.resize_workers(start, slots), mesh)
         state = jax.jit(partial(jax.tree.map, jnp.copy))(placed)  # a chunk donates its input state
     else:
         at = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda node: isinstance(node, P))
-        init = jax.jit(lambda alg, params: sharding.resize_workers(alg.init(params), slots), out_shardings=at)
+        init = jax.jit(lambda alg, params: placement.resize_workers(alg.init(params), slots), out_shardings=at)
         state = init(alg, params)
-    return state, sharding.device_put_global(sharding.pad_workers(shards, slots), mesh, specs.workers)
+    return state, placement.device_put_global(placement.pad_workers(shards, slots), mesh, specs.workers)
 
 
 @partial(
@@ -326,7 +325,7 @@ def run_chunk(
         return fori_rounds(partial(alg.step, shards=shards, key=key, **options), state, count, length)
 
     if mesh is not None:
-        specs = sharding.state_partition_specs(mesh)
+        specs = placement.state_partition_specs(mesh)
         in_specs = P(), specs, specs.workers, P(), P()
         run_rounds = jax.shard_map(run_rounds, mesh=mesh, in_specs=in_specs, out_specs=(specs, P()), check_vma=False)
     return run_rounds(alg, state, shards, key, count)

@@ -19,9 +19,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool
 
+from laqjax._core.norms import norms_over
 from laqjax._core.validation import get_declaration
 from laqjax.compressors import Grid, Identity
-from laqjax.types import Compressor, CompressorTraits, _norms_over, register_dataclass, static_field
+from laqjax.types import Compressor, CompressorTraits, register_dataclass, static_field
 
 Segment = tuple[int, tuple[str, ...]]  # numbers on this device, and the mesh axes that split them
 
@@ -145,7 +146,7 @@ class SplitCompressor:
         for i, (block, segments) in enumerate(zip(self._split(target), self.blocks, strict=True)):
             axes = segments[0][1]
             key = jax.random.fold_in(own[i], lax.axis_index(axes)) if axes else own[i]
-            with _norms_over(segments if isinstance(self.compressor, Grid) else None):
+            with norms_over(segments if isinstance(self.compressor, Grid) else None):
                 payload[str(i)] = self.compressor.encode(block, keys._replace(worker_key=key))
         return payload
 

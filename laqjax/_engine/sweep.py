@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Key
 
-from laqjax import distributed, sharding
 from laqjax._core.round import Algorithm
 from laqjax._core.validation import (
     check_keys,
@@ -27,7 +26,7 @@ from laqjax._core.validation import (
     check_schedule,
     get_declaration,
 )
-from laqjax._engine import collectives
+from laqjax._engine import collectives, placement, processes
 from laqjax._engine.loop import (
     DEFAULT_CHUNK_SIZE,
     RunResult,
@@ -141,7 +140,7 @@ def sweep(
     check_loop_arguments(rounds, chunk_size, metrics, worker_batch_size, collective)
     mesh = make_sweep_mesh() if mesh is None else mesh
     points, params = check_sweep(algs, start, shards, rounds, keys, mesh)
-    devices = mesh.shape.get(sharding.SWEEP_AXIS, 1)
+    devices = mesh.shape.get(placement.SWEEP_AXIS, 1)
     if batch_size is None:
         batch_size = max_batch_size(select_points(algs, 0), shards, memory_limit, devices=devices)
     batch_size = min(int(check_number("batch_size", batch_size, np.int32, minimum=1)), -(-points // devices) * devices)
@@ -208,37 +207,37 @@ def stream_sweep(
     rounds, chunk_size, names = check_loop_arguments(rounds, chunk_size, metrics, worker_batch_size, collective)
     mesh = make_sweep_mesh() if mesh is None else mesh
     points, params = check_sweep(algs, start, shards, rounds, keys, mesh)
-    one, devices = select_points(algs, 0), mesh.shape.get(sharding.SWEEP_AXIS, 1)
-    slots = sharding.num_worker_slots(mesh, one.num_workers)
+    one, devices = select_points(algs, 0), mesh.shape.get(placement.SWEEP_AXIS, 1)
+    slots = placement.num_worker_slots(mesh, one.num_workers)
     if points % devices:
         raise ValueError(f"{points} points on {devices} devices: must be a multiple; fill up with copies of a point")
     begin = partial(jax.vmap(Algorithm.init), algs)
     state = copy_state(start if isinstance(start, AlgorithmState) else begin(params), begin, params)
     if mesh.is_multi_process:  # processes with separate meshes may run different sweeps
-        distributed.assert_same_on_all_processes("algorithms, start, data or keys", algs, state, shards, keys)
+        processes.assert_same_on_all_processes("algorithms, start, data or keys", algs, state, shards, keys)
     # each chunk gets its state with these shardings, which moves no data: with others it would be compiled again
-    specs = sharding.state_partition_specs(mesh, sharding.SWEEP_AXIS)
-    algs, keys = sharding.device_put_global((algs, keys), mesh, specs.params)
-    shards = sharding.device_put_global(
-        sharding.pad_workers(shards, slots), mesh, sharding.partition_spec(mesh, sharding.WORKER_AXIS)
+    specs = placement.state_partition_specs(mesh, placement.SWEEP_AXIS)
+    algs, keys = placement.device_put_global((algs, keys), mesh, specs.params)
+    shards = placement.device_put_global(
+        placement.pad_workers(shards, slots), mesh, placement.partition_spec(mesh, placement.WORKER_AXIS)
     )
     at_once = worker_batch_size or one.default_worker_batch_size(shards)
     options: Any = {"length": chunk_size, "metrics": names, "worker_batch_size": at_once}
-    if sharding.WORKER_AXIS in mesh.axis_names:
+    if placement.WORKER_AXIS in mesh.axis_names:
         options["collective"] = collectives.resolve_collective(collective, algs)
-    state = sharding.resize_workers(state, slots, axis=1)
+    state = placement.resize_workers(state, slots, axis=1)
     for done in range(0, rounds, chunk_size):
         count = min(chunk_size, rounds - done)
-        state = sharding.shard_state(state, mesh, sharding.SWEEP_AXIS)
-        with distributed.translate_lost_process_errors():
+        state = placement.shard_state(state, mesh, placement.SWEEP_AXIS)
+        with processes.translate_lost_process_errors():
             state, info = run_sweep_chunk(algs, state, shards, keys, np.int32(count), mesh=mesh, **options)
-            info = truncate_info(sharding.to_host(info), count)
+            info = truncate_info(placement.to_host(info), count)
         yield RunResult(info, state)
 
 
 def make_sweep_mesh() -> Mesh:
     """Create a mesh with all devices along the axis of points."""
-    return jax.make_mesh((jax.device_count(),), (sharding.SWEEP_AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.make_mesh((jax.device_count(),), (placement.SWEEP_AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def check_sweep(algs: Algorithm, start: Any, shards: Shards, rounds: int, keys: Any, mesh: Mesh) -> tuple[int, Any]:
@@ -259,8 +258,8 @@ def check_sweep(algs: Algorithm, start: Any, shards: Shards, rounds: int, keys: 
     if params.shape[0] != points:
         raise ValueError(f"start of {params.shape[0]} points: must be {points} points, as in the stack of algorithms")
     one = select_points(algs, 0)
-    check_run_inputs(one, params[0], shards, sharding.num_worker_slots(mesh, one.num_workers))
-    first = int(np.max(sharding.to_host(start.round))) if isinstance(start, AlgorithmState) else 0
+    check_run_inputs(one, params[0], shards, placement.num_worker_slots(mesh, one.num_workers))
+    first = int(np.max(placement.to_host(start.round))) if isinstance(start, AlgorithmState) else 0
     check_schedule(algs, first, rounds, points=True)
     return points, params
 
@@ -367,12 +366,12 @@ def run_sweep_chunk(
         state, info = jax.lax.map(run_point, (algs, state, keys))
         return state, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), info)
 
-    specs = sharding.state_partition_specs(mesh, sharding.SWEEP_AXIS)
+    specs = placement.state_partition_specs(mesh, placement.SWEEP_AXIS)
     split = jax.shard_map(
         run_serially if get_declaration(algs.oracle, OracleHints, "prefers_sequential")(shards) else run_together,
         mesh=mesh,
-        in_specs=(specs.params, specs, sharding.partition_spec(mesh, sharding.WORKER_AXIS), specs.params, P()),
-        out_specs=(specs, sharding.partition_spec(mesh, None, sharding.SWEEP_AXIS)),
+        in_specs=(specs.params, specs, placement.partition_spec(mesh, placement.WORKER_AXIS), specs.params, P()),
+        out_specs=(specs, placement.partition_spec(mesh, None, placement.SWEEP_AXIS)),
         check_vma=False,
     )
     return split(algs, state, shards, keys, count)

@@ -13,12 +13,11 @@ from laqjax.algorithms._compressed import dasha, diana, ef21, ef21_p, ef21_sgdm,
 from laqjax.algorithms._diloco import diloco, lazy_diloco, sparse_loco
 from laqjax.algorithms._lag import clag, lag_ps, lag_wk
 from laqjax.algorithms._laq import laq, laq_adaptive, slaq, two_laq
-from laqjax.algorithms._lasg_cada import amsgrad, cada1, cada2, lasg_ps, lasg_wk1, lasg_wk2
+from laqjax.algorithms._lasg_cada import cada1, cada2, lasg_ps, lasg_wk1, lasg_wk2
 from laqjax.algorithms._local import fedadam, fedavg, fedlaq, fedpaq, fedyogi, scaffold
 from laqjax.algorithms._stochastic import dgc, ef_sign_sgd, qsgd, sign_sgd, ssgd, terngrad, topk_ef
 
 __all__ = [
-    "amsgrad",
     "cada1",
     "cada2",
     "clag",

@@ -9,12 +9,8 @@ from laqjax._core.validation import check_number, oracle_dtype
 from laqjax.algorithms._shared import make_difference_oracle, make_innovation_rule, make_participation
 from laqjax.compressors import chunked_top_k, grid, identity, quantized_values
 from laqjax.memories import ErrorFeedback, NoMemory, make_innovation_memory
+from laqjax.optimizers import nesterov
 from laqjax.types import Compressor, Memory, Oracle, Sampler
-
-
-def nesterov(lr: Any) -> optax.GradientTransformation:
-    """Return SGD with Nesterov momentum 0.9, the outer optimizer of DiLoCo."""
-    return optax.sgd(lr, momentum=0.9, nesterov=True)
 
 
 def diloco(
@@ -35,8 +31,8 @@ def diloco(
     """DiLoCo: theta = Nesterov(theta, sum_m d_m), with d_m = theta - theta_m after local steps of AdamW.
 
     With a compressor C, worker m sends C(decay e_m + d_m), and e_m is what the compression lost: the error feedback of
-    MuLoCo and SparseLoCo. MuLoCo's C is `laqjax.compressors.statistical_grid(bits)`. Unlike its program, the mean of the
-    messages is not quantized again, and the outer learning rate is not applied to d_m.
+    MuLoCo and SparseLoCo. MuLoCo's C is `laqjax.compressors.statistical_grid(bits)`. Unlike its program, the mean of
+    the messages is not quantized again, and the outer learning rate is not applied to d_m.
 
     Reference: Douillard et al., "DiLoCo: Distributed low-communication training of language models", 2023, Algorithm 1;
     Therien et al., "MuLoCo", 2025.

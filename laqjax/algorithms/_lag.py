@@ -99,11 +99,11 @@ def lag_ps(
 ) -> Algorithm:
     """Server-side LAG (LAG-PS): h_m = g_m iff L_m^2 ||theta - theta_hat_m||^2 >= threshold, theta -= lr sum_m h_m.
 
-    The threshold is sum_d xi_d motion_d / (lr^2 M^2), or (c / D) sum_d motion_d if `c` is given. The server selects the
-    workers that send. theta_hat_m is the model of worker m's last upload, and motion_d is the squared norm of the d-th
-    newest model step. A worker that is not selected neither receives the model nor computes a gradient. The downlink
-    bits and the metric "gradients" count that. LAG does not limit the silence of a worker: `max_silence=None` is the
-    original method.
+    The threshold is sum_d xi_d motion_d / (lr^2 M^2), or (c / window) sum_d motion_d if `c` is given. The server
+    selects the workers that send. theta_hat_m is the model of worker m's last upload, and motion_d is the squared norm
+    of the d-th newest model step. A worker that is not selected neither receives the model nor computes a gradient. The
+    downlink bits and the metric "gradients" count that. LAG does not limit the silence of a worker: `max_silence=None`
+    is the original method.
 
     Reference: Chen, Giannakis, Sun, Yin, "LAG: lazily aggregated gradient for communication-efficient distributed
     learning", NeurIPS 2018, eq. (15b).
@@ -116,8 +116,8 @@ def lag_ps(
         smoothness: Smoothness constant L_m >= 0 of every worker's loss f_m, an array [M].
         xi: Weights xi_d >= 0 of the last D model steps in the threshold. One number is the sum of D equal weights. An
             array [window] holds the weights themselves, newest step first. None: 0.8, or unused if `c` is given.
-        c: Weight >= 0 of the threshold (c / D) sum_d motion_d of the LASG and CADA papers. `lr` and M do not change it.
-            It replaces `xi`, so give one of them only. None: the threshold uses `xi`.
+        c: Weight >= 0 of the threshold (c / window) sum_d motion_d of the LASG and CADA papers. `lr` and M do not
+            change it. It replaces `xi`, so give one of them only. None: the threshold uses `xi`.
         window: Number D of past rounds whose model steps enter the threshold, at least 1.
         max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
         rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,

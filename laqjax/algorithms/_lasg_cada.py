@@ -11,6 +11,7 @@ from laqjax.algorithms._lag import lag_ps
 from laqjax.algorithms._shared import history_from_xi_or_c, history_kind, make_lazy_rule, with_max_silence
 from laqjax.compressors import identity
 from laqjax.memories import make_innovation_memory
+from laqjax.optimizers import amsgrad
 from laqjax.rules import SnapshotChange, StaleModelChange
 from laqjax.types import Oracle, Sampler
 
@@ -36,11 +37,11 @@ def lasg_wk1(
     Both gradients use the same examples. The snapshot is the model of the last round that is a multiple of `period`.
     The step is theta -= lr sum_m h_m.
 
-    The threshold is sum_d xi_d motion_d / (lr^2 M^2), or (c / D) sum_d motion_d if `c` is given. motion_d is the
+    The threshold is sum_d xi_d motion_d / (lr^2 M^2), or (c / window) sum_d motion_d if `c` is given. motion_d is the
     squared norm of the d-th newest model step, see `laqjax.rules.History`.
 
-    In the notation of the paper, `period` = D, `max_silence` = D - 1 (its staleness tau counts from 1), `window` = d_max
-    and `c` = c. D above is `window`.
+    In the notation of the paper, `period` = D, `max_silence` = D - 1 (its staleness tau counts from 1), `window` =
+    d_max and `c` = c.
 
     Reference: eq. (7) of Chen, Sun, Yin, "Communication-adaptive stochastic gradient methods for distributed learning",
     2020.
@@ -53,8 +54,8 @@ def lasg_wk1(
         period: Number of rounds from one snapshot of the model to the next, at least 1.
         xi: Weights xi_d >= 0 of the last D model steps in the threshold. One number is the sum of D equal weights. An
             array [window] holds the weights themselves, newest step first. None: 0.8, or unused if `c` is given.
-        c: Weight >= 0 of the threshold (c / D) sum_d motion_d of the LASG and CADA papers. `lr` and M do not change it.
-            It replaces `xi`, so give one of them only. None: the threshold uses `xi`.
+        c: Weight >= 0 of the threshold (c / window) sum_d motion_d of the LASG and CADA papers. `lr` and M do not
+            change it. It replaces `xi`, so give one of them only. None: the threshold uses `xi`.
         window: Number D of past rounds whose model steps enter the threshold, at least 1.
         max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
         rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,
@@ -110,10 +111,10 @@ def lasg_wk2(
 
     theta_hat_m is the model of worker m's last upload, and both gradients use the same examples.
 
-    The threshold is sum_d xi_d motion_d / (lr^2 M^2), or (c / D) sum_d motion_d if `c` is given. motion_d is the
+    The threshold is sum_d xi_d motion_d / (lr^2 M^2), or (c / window) sum_d motion_d if `c` is given. motion_d is the
     squared norm of the d-th newest model step, see `laqjax.rules.History`.
 
-    In the notation of the paper, `max_silence` = D - 1, `window` = d_max and `c` = c. D above is `window`.
+    In the notation of the paper, `max_silence` = D - 1, `window` = d_max and `c` = c.
 
     Reference: eq. (10) of Chen, Sun, Yin, "Communication-adaptive stochastic gradient methods for distributed
     learning", 2020.
@@ -125,8 +126,8 @@ def lasg_wk2(
         num_workers: Number M of workers, at least 1.
         xi: Weights xi_d >= 0 of the last D model steps in the threshold. One number is the sum of D equal weights. An
             array [window] holds the weights themselves, newest step first. None: 0.8, or unused if `c` is given.
-        c: Weight >= 0 of the threshold (c / D) sum_d motion_d of the LASG and CADA papers. `lr` and M do not change it.
-            It replaces `xi`, so give one of them only. None: the threshold uses `xi`.
+        c: Weight >= 0 of the threshold (c / window) sum_d motion_d of the LASG and CADA papers. `lr` and M do not
+            change it. It replaces `xi`, so give one of them only. None: the threshold uses `xi`.
         window: Number D of past rounds whose model steps enter the threshold, at least 1.
         max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
         rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,
@@ -182,7 +183,7 @@ def lasg_ps(
 
     It is `lag_ps` on minibatches, with the same threshold.
 
-    In the notation of the paper, `max_silence` = D - 1 and `window` = d_max. D above is `window`.
+    In the notation of the paper, `max_silence` = D - 1 and `window` = d_max.
 
     Reference: Chen, Sun, Yin, "Communication-adaptive stochastic gradient methods for distributed learning", 2020.
 
@@ -194,8 +195,8 @@ def lasg_ps(
         smoothness: Smoothness constant L_m >= 0 of every worker's loss f_m, an array [M].
         xi: Weights xi_d >= 0 of the last D model steps in the threshold. One number is the sum of D equal weights. An
             array [window] holds the weights themselves, newest step first. None: 0.8, or unused if `c` is given.
-        c: Weight >= 0 of the threshold (c / D) sum_d motion_d of the LASG and CADA papers. `lr` and M do not change it.
-            It replaces `xi`, so give one of them only. None: the threshold uses `xi`.
+        c: Weight >= 0 of the threshold (c / window) sum_d motion_d of the LASG and CADA papers. `lr` and M do not
+            change it. It replaces `xi`, so give one of them only. None: the threshold uses `xi`.
         window: Number D of past rounds whose model steps enter the threshold, at least 1.
         max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
         rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,
@@ -235,20 +236,6 @@ def lasg_ps(
     return lag_ps(oracle, smoothness=smoothness, padded_window=padded_window, **knobs, **server)
 
 
-def amsgrad(lr: Any) -> optax.GradientTransformation:
-    """Build AMSGrad as published, without bias correction: the server optimizer of CADA.
-
-    Reference: Reddi, Kale, Kumar 2018.
-
-    Args:
-        lr: Learning rate, a number or an optax schedule.
-
-    Returns:
-        An optax transformation.
-    """
-    return optax.amsgrad(lr, bias_correction_mu=False, bias_correction_nu=False)
-
-
 def cada1(
     oracle: Oracle,
     *,
@@ -264,7 +251,7 @@ def cada1(
     optimizer: Any = amsgrad,
     sampler: Sampler | None = None,
 ) -> Algorithm:
-    """CADA1: h_m = g_m iff ||d_m - last sent d_m||^2 >= (c / D) sum_d motion_d, theta by AMSGrad.
+    """CADA1: h_m = g_m iff ||d_m - last sent d_m||^2 >= (c / window) sum_d motion_d, theta by AMSGrad.
 
     AMSGrad gets sum_m h_m. The change d_m = g_m(theta) - g_m(snapshot) is that of `lasg_wk1`. motion_d is the squared
     norm of the d-th newest model step.
@@ -278,7 +265,8 @@ def cada1(
         lr: Learning rate > 0, or an optax schedule (a function of the round). The step acts on the SUM of the workers'
             vectors, not on their mean. With SGD, divide a learning rate that is meant for the mean by M.
         num_workers: Number M of workers, at least 1.
-        c: Weight >= 0 of the threshold (c / D) sum_d motion_d of the LASG and CADA papers. `lr` and M do not change it.
+        c: Weight >= 0 of the threshold (c / window) sum_d motion_d of the LASG and CADA papers. `lr` and M do not
+            change it.
         period: Number of rounds from one snapshot of the model to the next, at least 1.
         window: Number D of past rounds whose model steps enter the threshold, at least 1.
         max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
@@ -327,12 +315,12 @@ def cada2(
     optimizer: Any = amsgrad,
     sampler: Sampler | None = None,
 ) -> Algorithm:
-    """CADA2: h_m = g_m iff ||g_m(theta) - g_m(theta_hat_m)||^2 >= (c / D) sum_d motion_d, theta by AMSGrad.
+    """CADA2: h_m = g_m iff ||g_m(theta) - g_m(theta_hat_m)||^2 >= (c / window) sum_d motion_d, theta by AMSGrad.
 
     AMSGrad gets sum_m h_m. theta_hat_m is the model of worker m's last upload. Both gradients use the same examples, as
     in `lasg_wk2`. motion_d is the squared norm of the d-th newest model step. With c = 0 the method is AMSGrad.
 
-    In the notation of the paper, `max_silence` = D - 1 and `window` = d_max. D above is `window`.
+    In the notation of the paper, `max_silence` = D - 1 and `window` = d_max.
 
     Reference: Chen, Guo, Sun, Yin, AISTATS 2021, eq. (10).
 
@@ -341,7 +329,8 @@ def cada2(
         lr: Learning rate > 0, or an optax schedule (a function of the round). The step acts on the SUM of the workers'
             vectors, not on their mean. With SGD, divide a learning rate that is meant for the mean by M.
         num_workers: Number M of workers, at least 1.
-        c: Weight >= 0 of the threshold (c / D) sum_d motion_d of the LASG and CADA papers. `lr` and M do not change it.
+        c: Weight >= 0 of the threshold (c / window) sum_d motion_d of the LASG and CADA papers. `lr` and M do not
+            change it.
         window: Number D of past rounds whose model steps enter the threshold, at least 1.
         max_silence: Number C of consecutive silent rounds after which a worker must send, at least 1 (None: no limit).
         rescale_short_history: If True, scale the weights by window / max(round, 1) until `window` rounds have passed,

@@ -12,9 +12,10 @@ from laqjax import compressors
 from laqjax._core.round import Algorithm, assemble
 from laqjax._core.validation import check_number, oracle_dtype
 from laqjax.algorithms._shared import (
+    averaging_lr,
     make_difference_oracle,
     make_innovation_rule,
-    make_local_oracle,
+    make_local_steps,
     make_participation,
 )
 from laqjax.compressors import grid, identity
@@ -73,7 +74,9 @@ def fedavg(
         >>> laqjax.algorithms.fedavg(oracle, num_workers=4, num_local_steps=2, local_lr=0.1).num_workers
         4
     """
-    local, lr, rule = make_local_oracle(oracle, num_workers, num_local_steps, local_lr, lr, num_participants)
+    local = make_local_steps(oracle, num_local_steps, local_lr)
+    count, rule = make_participation(num_workers, num_participants)
+    lr = averaging_lr(local, count) if lr is None else lr
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(local, identity(), rule, NoMemory(), **server)
 
@@ -127,7 +130,9 @@ def fedpaq(
         >>> laqjax.algorithms.fedpaq(oracle, num_workers=4, num_local_steps=2, local_lr=0.1).num_workers
         4
     """
-    local, lr, rule = make_local_oracle(oracle, num_workers, num_local_steps, local_lr, lr, num_participants)
+    local = make_local_steps(oracle, num_local_steps, local_lr)
+    count, rule = make_participation(num_workers, num_participants)
+    lr = averaging_lr(local, count) if lr is None else lr
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     return assemble(local, compressors.qsgd(levels), rule, NoMemory(), **server)
 
@@ -197,7 +202,8 @@ def fedlaq(
         >>> laqjax.algorithms.fedlaq(oracle, num_workers=4, num_local_steps=2, local_lr=0.1).num_workers
         4
     """
-    local, lr, _ = make_local_oracle(oracle, num_workers, num_local_steps, local_lr, lr, None)
+    local = make_local_steps(oracle, num_local_steps, local_lr)
+    lr = averaging_lr(local, num_workers) if lr is None else lr
     rule: UploadRule = make_innovation_rule(
         oracle, lr, optimizer, xi, window, max_silence, rescale_short_history, force_first_upload, padded_window
     )
@@ -220,9 +226,9 @@ def scaffold(
 ) -> Algorithm:
     """SCAFFOLD: FedAvg whose local steps are y -= local_lr (grad f_m(y) - c_m + c), with c the mean of all c_m.
 
-    The new c_m is the mean u_m of the worker's local gradients, as in option II of the paper. A worker sends one vector,
-    u_m - c_m. The server adds it to its sum of all c_m, and theta -= lr (sum_m c_m + (M / S) sum (u_m - c_m)). Here c_m
-    are the vectors before the round, and the second sum is over the S participants.
+    The new c_m is the mean u_m of the worker's local gradients, as in option II of the paper. A worker sends one
+    vector, u_m - c_m. The server adds it to its sum of all c_m, and theta -= lr (sum_m c_m + (M / S) sum (u_m - c_m)).
+    Here c_m are the vectors before the round, and the second sum is over the S participants.
 
     Down, one broadcast of the model is counted if all workers participate, the server is plain SGD and `lr` is a
     number: the workers then compute c from two models in a row. Otherwise the model and c are counted.
@@ -259,11 +265,12 @@ def scaffold(
         >>> laqjax.algorithms.scaffold(oracle, num_workers=4, num_local_steps=2, local_lr=0.1).num_workers
         4
     """
-    local, server_lr, rule = make_local_oracle(oracle, num_workers, num_local_steps, local_lr, lr, None)
+    local = make_local_steps(oracle, num_local_steps, local_lr)
+    lr = averaging_lr(local, num_workers) if lr is None else lr
     count, rule = make_participation(num_workers, num_participants)
     damping, scaling = np.asarray([1, num_workers / count], oracle_dtype(oracle))
-    is_model_enough = num_participants is None and optimizer is optax.sgd and not callable(server_lr)
-    server = {"lr": server_lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
+    is_model_enough = num_participants is None and optimizer is optax.sgd and not callable(lr)
+    server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
     downlink = FullModelDownlink(1 if is_model_enough else 2)
     local = dataclasses.replace(local, has_control_variates=True)
     return assemble(local, identity(), rule, Innovation(damping, scaling), downlink=downlink, **server)

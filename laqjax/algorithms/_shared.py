@@ -128,23 +128,11 @@ def make_local_steps(
     return _make_local_steps(oracle, num_local_steps, local_lr, inner, 0.0, keep_optimizer_state, names)
 
 
-def make_local_oracle(
-    oracle: Oracle, num_workers: int, num_local_steps: int, local_lr: Any, lr: Any, num_participants: int | None
-) -> tuple[LocalStepsOracle, Any, UploadRule]:
-    """Build the parts that the methods with plain local gradient steps share.
-
-    Returns:
-        The oracle of local steps, the server's lr, and the rule that selects the participating workers. If `lr` is
-        None, the server's lr makes the new model the average of the participants' local models.
-
-    Raises:
-        ValueError: a number is out of its range, or `oracle` is not an oracle.
-    """
-    local = make_local_steps(oracle, num_local_steps, local_lr)
-    count, rule = make_participation(num_workers, num_participants)
-    if lr is None:
-        lr = Partial(_mean_total_lr, local, count) if callable(local.lr) else float(local.lr) * num_local_steps / count
-    return local, lr, rule
+def averaging_lr(local: LocalStepsOracle, count: int) -> Any:
+    """Return the server's lr that makes the new model the average of the local models of `count` participants."""
+    if callable(local.lr):
+        return Partial(_mean_total_lr, local, count)
+    return float(local.lr) * local.num_local_steps / count
 
 
 def _mean_total_lr(local: LocalStepsOracle, count: Any, round: Any) -> Any:

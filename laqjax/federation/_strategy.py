@@ -120,7 +120,8 @@ class LazyStrategy(Strategy):
             fraction_evaluate: share of the nodes that evaluate the model after each round. Each of them receives the
                 whole model once more, as "arrays", and a "config" with "server-round". 0: no federated evaluation.
             weighted_by_key: name of the metric that weights the clients' metrics.
-            evaluate_metrics_aggr_fn: function from the clients' replies and `weighted_by_key` to the metrics of a round.
+            evaluate_metrics_aggr_fn: function from the clients' replies and `weighted_by_key` to the metrics of a
+                round.
             workers: number of workers to wait for before the first round (None: all).
             max_missed_rounds: number of deadlines without an answer after which the run fails.
             **options: further arguments of `FederatedServer`, such as `checkpoint_path` and `min_replies`.
@@ -151,7 +152,8 @@ class LazyStrategy(Strategy):
             timeout: seconds that a round, and an evaluation, waits for replies.
             train_config: must be None or empty, because clients read their settings from `context.run_config`.
             evaluate_config: config for `@app.evaluate()` of the clients.
-            evaluate_fn: function of the round and the model, called on the server before the first round and after each.
+            evaluate_fn: function of the round and the model, called on the server before the first round and after
+                each.
 
         Returns:
             The final model, and by round, counted from 1: the costs and the loss, the clients' metrics, and those of

@@ -212,6 +212,7 @@ def test_half_the_errors_is_between_the_rule_and_none() -> None:
         num_workers=2,
         gradient_at=lambda *given, **more: zeros,
         grad=zeros,
+        round=jnp.int32(0),
         target=zeros,
         decoded=zeros,
         target_sq=jnp.float32(5),

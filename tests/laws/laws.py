@@ -92,7 +92,12 @@ def check_billed_bits(alg: Algorithm, problem: Toy) -> None:
             keys, grad = keys_of(k, m), info.extra["grad"][0, m]
             memory = jax.tree.map(lambda leaf: leaf[m], before.memory_state)  # noqa: B023
             now: Any = types.RoundContext(
-                state_before.params, keys, alg.learning_rate_at(k), 4, gradient_at=partial(looked, alg, problem, keys)
+                state_before.params,
+                keys,
+                alg.learning_rate_at(k),
+                4,
+                partial(looked, alg, problem, keys),
+                round=keys.round,
             )
             target = jnp.asarray(alg.memory.compression_target(memory, grad, now)[0])
             payload = alg.compressor.encode(target, keys)

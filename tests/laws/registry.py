@@ -59,7 +59,7 @@ def draw_participants(num_workers: int, rounds: int, count: int) -> np.ndarray:
 
     def draw(round: Any, worker: Any) -> Any:
         keys: Any = keys_of(round, worker, num_workers)
-        return rule.is_participating(types.RoundContext(nothing, keys, nothing, num_workers, nothing))  # pyright: ignore[reportArgumentType]
+        return rule.is_participating(types.RoundContext(nothing, keys, nothing, num_workers, nothing, round=round))  # pyright: ignore[reportArgumentType]
 
     each_worker = jax.vmap(draw, (None, 0))
     return np.asarray(jax.jit(jax.vmap(each_worker, (0, None)))(np.arange(rounds), np.arange(num_workers)))

@@ -161,7 +161,7 @@ def test_adaptive_laq_of_one_choice_is_laq(quadratic: Toy) -> None:
 @pytest.mark.parametrize("name", ["cada1", "cada2"])
 def test_cada_of_c_zero_is_amsgrad(name: str, quadratic: Toy) -> None:
     cada = make(name, quadratic, c=0, sampler=None)
-    info = same(cada, make("gd", quadratic, optimizer=algorithms.amsgrad), quadratic)
+    info = same(cada, make("gd", quadratic, optimizer=laqjax.optimizers.amsgrad), quadratic)
     first, second, most = (np.zeros(5) for _ in range(3))
     for grad, now, after in zip(info.extra["grad"], info.extra["params"], info.extra["params"][1:], strict=False):
         total = grad.sum(axis=0)

@@ -54,7 +54,7 @@ def column(stats: Any, name: str) -> np.ndarray:
 # ---- the same run as the simulation ------------------------------------------------------------------------------
 
 RULE: dict[str, Any] = dict(lr=0.05, num_workers=4)
-ADAM: Any = dict(optimizer=algorithms.amsgrad)
+ADAM: Any = dict(optimizer=laqjax.optimizers.amsgrad)
 # in `make test` members with parts of their own: rules of the worker and of the server, a downlink, a shared draw, a snapshot,
 # an oracle that reads the aggregate, an oracle with a state; participation
 QUICK = ["two_laq", "lag_ps", "lasg_wk1", "scaffold", "diloco_ef"]
@@ -1222,7 +1222,9 @@ def test_a_client_with_other_settings_is_refused(name: str, toy: Toy, caplog: An
 
 def test_a_client_may_have_another_optimizer_and_oracle(toy: Toy) -> None:
     alg = algorithms.laq(toy.oracle, bits=3, **RULE)
-    other = replace(alg, optimizer=algorithms.amsgrad, oracle=laqjax.oracles.with_local_steps(toy.oracle, 2, 0.1))
+    other = replace(
+        alg, optimizer=laqjax.optimizers.amsgrad, oracle=laqjax.oracles.with_local_steps(toy.oracle, 2, 0.1)
+    )
     assert _protocol.scheme_digests(alg) == _protocol.scheme_digests(other)
 
 

@@ -44,7 +44,7 @@ RULES: list[Any] = [
 def make_context(**changed: Any) -> types.UploadContext:
     """The context of a worker whose message is its gradient."""
     known: dict[str, Any] = dict(
-        params=VECTOR, keys=KEYS, lr=jnp.float32(0.1), num_workers=WORKERS, gradient_at=lambda params, **_: params,
+        params=VECTOR, keys=KEYS, round=KEYS.round, lr=jnp.float32(0.1), num_workers=WORKERS, gradient_at=lambda params, **_: params,
         grad=2 * VECTOR, target=2 * VECTOR, decoded=2 * VECTOR,
         target_sq=jnp.float32(220), decoded_sq=jnp.float32(220), error_sq=jnp.float32(0),
     )  # fmt: skip
@@ -132,8 +132,8 @@ class OwnOracle:
     def validate(self, shards: Any) -> None:
         self.inner.validate(shards)
 
-    def __call__(self, params: Any, shards: Any, worker: Any, rows: Any = None) -> Any:
-        return self.convert(self.inner(params, shards, worker, rows))
+    def __call__(self, params: Any, shards: Any, shard: Any, rows: Any = None) -> Any:
+        return self.convert(self.inner(params, shards, shard, rows))
 
 
 def evaluate(oracle: Any, toy: Toy) -> Any:
@@ -313,5 +313,5 @@ def test_other_models_are_refused_where_the_oracle_has_the_current_one_only(toy:
 class WholeShard(memories.NoMemory):
     """A memory that asks for the gradient of the whole shard at the model of the round."""
 
-    def compression_target(self, worker_state: Any, grad: Any, context: Any) -> Any:
+    def compression_target(self, memory_state: Any, grad: Any, context: Any) -> Any:
         return context.gradient_at(context.params, full=True), None
