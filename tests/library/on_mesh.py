@@ -589,15 +589,18 @@ def unflat(rows: Any) -> Any:
     return {"b": rows[:, :6], "w": rows[:, 6:].reshape(-1, 8, 6)}
 
 
-def resumed() -> None:
-    """A long run with checkpoints, to be killed; `PACE` seconds between chunks."""
+def resumed(locally: bool = False) -> None:
+    """A long run with checkpoints, to be killed; `PACE` seconds between chunks. It is of LAQ, or of DiLoCo (`locally`)."""
     shards, oracle = data(6, 50), problems.Softmax(784, 10).oracle()
     alg, everywhere = algorithms.laq(oracle, lr=0.02, num_workers=6), sharding.make_mesh()
+    if locally:
+        alg = algorithms.diloco(oracle, num_workers=6, num_local_steps=2, local_lr=1e-3)
     pace = float(os.environ.get("PACE", "0"))
-    begun = loop.truncate_info
+    begun, computed = loop.truncate_info, []
 
     def head(info: Any, rounds: int) -> Any:
         time.sleep(pace)
+        computed.append(rounds)
         return begun(info, rounds)
 
     loop.truncate_info = head
@@ -614,8 +617,11 @@ def resumed() -> None:
     if jax.process_index() == 0:
         print("whole", flush=True)
     kept = facts(out, 6)
+    if locally:  # AdamW of all workers has made every step
+        np.testing.assert_array_equal(sharding.unpad_state(out.state, 6).workers.oracle_state[0].count, [400] * 6)
     if jax.process_index() == 0:
         np.savez(OUT / "resumed.npz", **kept)  # pyright: ignore[reportArgumentType]
+        (OUT / "computed").write_text(str(sum(computed)))
 
 
 def disagree() -> None:
@@ -639,6 +645,7 @@ if __name__ == "__main__":
         "split": split,
         "split_more": lambda: split(more=True),
         "resumed": resumed,
+        "resumed_locally": lambda: resumed(locally=True),
         "disagree": disagree,
     }
     cases[CASE]()
