@@ -39,8 +39,10 @@ from laqjax._engine.split_parameters import (
 from laqjax.algorithms import _shared, laq
 from laqjax.compressors import blockwise
 from laqjax.memories import ErrorFeedback
+from laqjax.rules import History
 from laqjax.types import (
     AlgorithmState,
+    Collective,
     OracleResult,
     RoundKeys,
     Shards,
@@ -133,7 +135,7 @@ def lazy_aggregate(
     algorithm: Callable[..., Algorithm] = laq,
     *,
     quantizer_blocks: str | Sequence[int] | None = None,
-    collective: str = "all_gather",
+    collective: str | Collective = "all_gather",
     mean: bool = True,
     seed: int = 0,
     param_specs: Any = None,
@@ -152,7 +154,7 @@ def lazy_aggregate(
         algorithm: function of `laqjax.algorithms` whose method needs no gradients other than those it is given.
         quantizer_blocks: None: one radius for the whole message. "leaf": one radius for each leaf of the parameters.
             Sequence of sizes: one radius for each of these consecutive blocks, which add up to p.
-        collective: "all_gather", "all_to_all" or "all_reduce", see `laqjax.sharding`.
+        collective: "all_gather", "all_to_all" or "all_reduce", or one of your own, see `laqjax.types.Collective`.
         mean: True: the direction is the mean over the devices. False: the sum, as in the papers.
         seed: seed of random compressors.
         param_specs: pytree of `PartitionSpec`, for parameters that further manual axes of the mesh split. The devices
@@ -200,7 +202,9 @@ def lazy_aggregate(
         return algorithm(_PrecomputedGradient(size, dtype), **server, **settings)
 
     # report wrong settings in this call, not in `init`; p is large, since a method may derive k from p
-    _check_memory_dtype(memory_dtype, build(10**6, np.dtype(np.float32)))
+    example = build(10**6, np.dtype(np.float32))
+    _check_memory_dtype(memory_dtype, example)
+    _check_history(example)
 
     def make_algorithm(params: Any, on_device: bool) -> tuple[Algorithm, ParameterLayout]:
         layout = make_layout(params, param_specs, skip_small, on_device=on_device)
@@ -346,6 +350,16 @@ def _find(kind: type, tree: Any) -> list[Any]:
 
 
 # ---- checks of arguments ------------------------------------------------------------------------------------------
+
+
+def _check_history(alg: Algorithm) -> None:
+    """Raise ValueError if the rule has a history of model steps, which are all zero in `lazy_aggregate`."""
+    for history in _find(History, alg.rule):
+        if history.kind != "direction":
+            raise ValueError(
+                f"lazy_aggregate with a history of kind {history.kind!r}, such as `c` gives it: must be of kind "
+                "'direction', since later transformations make the steps of the model; use `xi`"
+            )
 
 
 def _check_arguments(algorithm: Any, settings: dict[str, Any], quantizer_blocks: Any) -> None:

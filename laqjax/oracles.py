@@ -626,13 +626,13 @@ def _make_local_steps(
     check_bool("keep_optimizer_state", keep_optimizer_state)
     strength = check_number("proximal", proximal, dtype, minimum=0)
     local = LocalStepsOracle(
-        oracle,
-        None if is_ready else as_schedule(lr, dtype, lr_name),
-        None if optimizer is optax.sgd else as_optimizer_factory(optimizer, dtype, optimizer_name),
-        strength if strength > 0 else None,
-        int(check_number(steps_name, steps, np.int32, minimum=1)),
-        bool(keep_optimizer_state),
-        is_ready,
+        oracle=oracle,
+        lr=None if is_ready else as_schedule(lr, dtype, lr_name),
+        optimizer=None if optimizer is optax.sgd else as_optimizer_factory(optimizer, dtype, optimizer_name),
+        proximal=strength if strength > 0 else None,
+        num_local_steps=int(check_number(steps_name, steps, np.int32, minimum=1)),
+        keep_optimizer_state=bool(keep_optimizer_state),
+        returns_difference=is_ready,
     )
     params = jax.ShapeDtypeStruct((oracle.size,), dtype)
     if jax.tree.leaves(jax.eval_shape(get_declaration(oracle, StatefulOracle, "init_state"), params)):

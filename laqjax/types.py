@@ -786,7 +786,8 @@ class Compressor(Protocol):
         """Compress a vector.
 
         Args:
-            target: vector to compress, [p]. Compute its norms with `squared_norm` and `max_abs` of this module.
+            target: vector to compress, [p]. On a mesh that splits the parameters, it is the part on this device. Only
+                in `laqjax.compressors.Grid`, the functions `squared_norm` and `max_abs` then include the other parts.
             keys: PRNG keys. `worker_key` gives each worker its own draws, `shared_key` gives all workers the same
                 draws.
 
@@ -831,6 +832,7 @@ class CompressorTraits(Protocol):
 
     Attributes:
         is_coordinatewise: whether a coordinate is decoded from its own numbers, and from numbers of the whole message.
+            It is read together with a static layout only.
             Each entry of the payload is then a scalar or has one number for each coordinate. `collective="all_to_all"`
             needs this to exchange parts of packed messages.
         has_static_layout: whether shapes and widths of the fields are the same for all messages, and no field has a
@@ -854,11 +856,11 @@ class UploadRule(Protocol):
     """
 
     @property
-    def can_skip(self) -> bool:
-        """Return whether a worker may skip uploads, because the server keeps using its last one.
+    def needs_persistent_memory(self) -> bool:
+        """Return whether the server must keep the last uploads of workers that send nothing.
 
-        Such a rule needs a persistent memory, else `assemble` raises ValueError. It is False if every selected worker
-        sends, and the server uses only the messages of the round.
+        `assemble` raises ValueError if it is True and the memory is not persistent. It may be False if every selected
+        worker sends, and the server uses the messages of the round only.
         """
         ...
 
@@ -867,15 +869,8 @@ class UploadRule(Protocol):
         """Return whether the server selects only some workers in a round.
 
         The others neither receive the model nor compute. The downlink is then counted as one message to each selected
-        worker, and it must send the full model.
-        """
-        ...
-
-    @property
-    def renews_in_silence(self) -> bool:
-        """Return whether a selected worker may change its state in silence, apart from a count of silent rounds.
-
-        The library does not read it; the laws that tests check for every rule do.
+        worker, and it must send the full model. If it is False, all workers are selected, and a federation does not
+        call `is_selected`.
         """
         ...
 
@@ -989,6 +984,9 @@ class Memory(Protocol):
 
     def update_aggregate(self, aggregate: Any, total: Float[Array, " p"]) -> tuple[Float[Array, " p"], Any]:
         """Compute the direction of the server from the messages of a round.
+
+        The next aggregate must be additive over workers: a federation also keeps the share of each worker, and updates
+        it by this method from zeros and the messages of this worker alone.
 
         Args:
             aggregate: aggregate of the server, [p]; zeros before round 0. None if the memory is not persistent.

@@ -217,7 +217,7 @@ def check_evaluates_anywhere(oracle: Any) -> None:
     """Raise ValueError if an oracle declares that it has gradients at the model of the round only."""
     if not get_declaration(oracle, OracleHints, "evaluates_anywhere"):
         raise ValueError(
-            "a method that needs gradients at other models (MARINA on minibatches, LASG, CADA), with the oracle "
+            "a method that needs gradients at other models (MARINA and DASHA on minibatches, LASG, CADA, local steps), with the oracle "
             f"{type(oracle).__name__}, which has those at the current model only: must be a method that needs no others, "
             "such as laq, lag_wk, ef21, diana"
         )

@@ -69,6 +69,7 @@ TOP = compressors.top_k(3)
             {"param_specs": SPECS, "quantizer_blocks": (54,)},
             "quantizer_blocks = (54,) with param_specs: must be None or 'leaf'",
         ),
+        (algorithms.lag_ps, {"smoothness": np.ones(4), "c": 0.1}, "with a history of kind 'absolute', such as `c`"),
         (algorithms.laq, {"skip_small": -1}, "skip_small = -1: must be a whole number >= 0"),
         (algorithms.laq, {"memory_dtype": jnp.bfloat16}, "with the memory Innovation: must be None, since worker and"),
         (algorithms.qsgd, {"memory_dtype": jnp.bfloat16}, "with the memory NoMemory: must be None, since worker and"),

@@ -184,7 +184,7 @@ def distances(name: str, rounds: int) -> tuple[np.ndarray, laqjax.RoundInfo]:
 def test_it_converges_at_its_own_step(name: str, x64: None) -> None:
     far, info = distances(name, 2000)
     assert far[-1] < 1e-10
-    assert info.sent.all() == (not member(name).rule.can_skip)
+    assert info.sent.all() == (not member(name).rule.needs_persistent_memory)
 
 
 NEAR = {  # root mean square distance of rounds 500 to 1000, its mean over 8 keys; how far one key may be from it

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import laqjax
-from laqjax import algorithms, oracles, rules
+from laqjax import algorithms, compressors, memories, oracles, rules
 from laqjax._core import validation
 from laqjax.algorithms import _shared
 from tests.laws.registry import named_algorithms
@@ -124,9 +124,35 @@ def test_patience_may_be_zero_but_not_less() -> None:
     rule = _shared.make_lazy_rule(rules.make_history(0.8, 10, np.float32), rules.InnovationChange())
     rules.limit_silence(rule, 0)
     refused(lambda: rules.limit_silence(rule, -1), "max_silence = -1: must be a whole number >= 0")
-    assert rules.limit_silence(rule, 3).can_skip
-    assert not rules.limit_silence(rules.Always(), 3).can_skip
+    assert rules.limit_silence(rule, 3).needs_persistent_memory
+    assert not rules.limit_silence(rules.Always(), 3).needs_persistent_memory
     refused(lambda: rules.make_history(0.8, 3, np.float32, kind="stpe"), "kind = 'stpe': must be one of ('step', ")
+
+
+class OddWorkers(rules.BaseUploadRule):
+    """A rule that defines `is_selected` and no more."""
+
+    def is_selected(self, shared_state: Any, worker_state: Any, context: Any) -> Any:
+        return context.keys.worker % 2 == 1
+
+
+class HalfARule:
+    """A rule that lacks two declarations."""
+
+    init = is_selected = should_send = update = None
+
+    def __init__(self) -> None:
+        self.init = self.is_selected = self.should_send = self.update = lambda *given: None
+
+
+def test_a_rule_that_selects_is_known_to_select(toy: Toy) -> None:
+    """A federation calls `is_selected` of no other rule."""
+    assert OddWorkers().server_selects
+    assert rules.limit_silence(OddWorkers(), 3).server_selects
+    assert not rules.Always().server_selects
+    assert not rules.limit_silence(rules.Always(), 3).server_selects
+    parts: Any = toy.oracle, compressors.identity(), HalfARule(), memories.make_innovation_memory(toy.oracle)
+    refused(lambda: laqjax.assemble(*parts, lr=0.1, num_workers=4), "rule HalfARule without needs_persistent_memory: ")
 
 
 ORACLE: list[tuple[dict[str, Any], str]] = [
