@@ -147,9 +147,9 @@ def lazy_aggregate(
 
     Args:
         axis: mesh axis of the `jax.shard_map(..., check_vma=False)` in which `update` is called. With `check_vma=True`,
-            JAX sums the gradients of replicated parameters before `update`. The mesh may have further axes. Either the
-            compiler splits the parameters over them (`axis_names={axis}`); messages are then packed in silent rounds
-            too. Or these axes are manual, and `param_specs` tells how they split the parameters.
+            JAX sums the gradients of replicated parameters before `update`. The mesh may have further axes. The compiler
+            splits the parameters over those that `axis_names` leaves out; messages are then packed in silent rounds too.
+            Other axes are manual, and `param_specs` tells how they split the parameters.
         num_workers: number of devices M along that axis, one worker each.
         algorithm: function of `laqjax.algorithms` whose method needs no gradients other than those it is given.
         quantizer_blocks: None: one radius for the whole message. "leaf": one radius for each leaf of the parameters.
@@ -376,9 +376,15 @@ def _check_arguments(algorithm: Any, settings: dict[str, Any], quantizer_blocks:
             "transformations make the steps; use optax.chain(lazy_aggregate(...), optax.sgd(lr))"
         )
     names = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    is_open = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if "optimizer" not in names and not is_open:
+        raise ValueError(
+            f"algorithm = {name}, which takes no optimizer: must be a method that takes one, such as laq, since the following "
+            "transformations make the steps"
+        )
     others = [known for known in names if known not in own | {"num_workers"}]
     unknown = [given for given in settings if given not in names]
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+    if unknown and not is_open:
         hint = suggest(unknown[0], [*others, "quantizer_blocks", "collective", "mean", "seed"])
         raise ValueError(f"lazy_aggregate({unknown[0]}=...) with {name}: must be one of {', '.join(others)}{hint}")
     for parameter in parameters:

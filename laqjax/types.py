@@ -120,6 +120,7 @@ __all__ = [
     "CompressorTraits",
     "Decision",
     "Downlink",
+    "DownlinkTraits",
     "Memory",
     "Oracle",
     "OracleHints",
@@ -612,10 +613,15 @@ class OracleHints(Protocol):
         evaluates_anywhere: whether the oracle can be evaluated at any model. If it is False, methods that ask for
             gradients at other models than that of the round, or for local steps, are refused.
         reads_aggregate: whether the oracle reads `RoundContext.aggregate`. A federation then broadcasts the aggregate.
+        num_local_steps: number of equal parts into which the oracle splits a minibatch, one for each local step.
+        local_schedule: learning rate of the local steps, a `jax.tree_util.Partial` of the step round * num_local_steps
+            + t. A run checks that it is finite and >= 0. None: no schedule.
     """
 
     evaluates_anywhere: bool = True
     reads_aggregate: bool = False
+    num_local_steps: int = 1
+    local_schedule: Any = None
 
     def activation_bytes(self, shards: Shards) -> int:
         """Estimate the memory in bytes that one gradient needs in addition to the parameters and the gradient.
@@ -993,8 +999,22 @@ class Memory(Protocol):
 
 
 @runtime_checkable
+class DownlinkTraits(Protocol):
+    """Optional declaration of a downlink. If the downlink lacks it, it has the value given here.
+
+    Attributes:
+        num_vectors: number of vectors [p] in the message to a worker.
+    """
+
+    num_vectors: int = 1
+
+
+@runtime_checkable
 class Downlink(Protocol):
-    """Transmission of the model from the server to the workers; see `laqjax.downlinks`."""
+    """Transmission of the model from the server to the workers; see `laqjax.downlinks`.
+
+    A downlink may also declare the member of `DownlinkTraits`.
+    """
 
     def init(self, params: Float[Array, " p"]) -> Any:
         """Create the state of the downlink on the server before round 0.

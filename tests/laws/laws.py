@@ -10,6 +10,7 @@ import numpy as np
 import laqjax
 from laqjax import Algorithm, Shards, downlinks, rules, types
 from laqjax._core import wire_format
+from laqjax._core.validation import get_declaration
 from tests.support import CHUNK, KEY, RECORD, Toy, identical, keys_of, run
 
 
@@ -105,7 +106,7 @@ def check_billed_bits(alg: Algorithm, problem: Toy) -> None:
             assert info.bits_up[0, m] == (8 * len(data) if info.sent[0, m] else 0)
             back = wire_format.from_bytes(alg.compressor, data, target)
             identical(np.asarray(back), np.asarray(alg.compressor.decode(payload, target)))
-        down = 8 * problem.theta0.nbytes * getattr(alg.downlink, "num_vectors", 1)
+        down = 8 * problem.theta0.nbytes * get_declaration(alg.downlink, types.DownlinkTraits, "num_vectors")
         if isinstance(
             alg.downlink, downlinks.CompressedStep | downlinks.CompressedModel | downlinks.CompressedDirection
         ):
