@@ -12,9 +12,9 @@ paper | code | shape | meaning
 --- | --- | --- | ---
 theta | params | [p] | model as a flat vector
 grad f_m | grad | [p] | gradient of worker m
-Q_m(theta_hat) | memory | [p] | vector that the server holds for worker m
-delta Q_m | innovation | [p] | compressed change of this round, as the server decodes it
-R_m | radius | | max-norm of grad - memory
+Q_m(theta_hat) | memory_state | [p] | vector that the server holds for worker m; some memories keep further vectors
+delta Q_m | decoded | [p] | compressed change of this round, as the server decodes it
+R_m | radius | | max-norm of grad - memory_state
 b | bits | | bits per coordinate
 eps_m | error_sq | | squared quantization error; last_error_sq is that of the last upload
 norm(dtheta)^2 | motion | [window] | last D squared steps of the model
@@ -22,6 +22,9 @@ xi_d, D | xi, window | | weights and length of this history
 t_m, t_bar | silence, max_silence | | rounds since the last upload, and their bound C
 nabla | aggregate | [p] | sum of the memories of all workers, on the server
 alpha | lr | | learning rate
+
+Public are the names in `__all__` of this package, of its modules without an underscore, and of `laqjax.federation` and
+`laqjax.federation.testing`. Everything in `_core`, `_engine` and other modules with an underscore is private.
 
 Read the modules in this order:
 

@@ -39,8 +39,10 @@ from laqjax._engine.split_parameters import (
 from laqjax.algorithms import _shared, laq
 from laqjax.compressors import blockwise
 from laqjax.memories import ErrorFeedback
+from laqjax.rules import History
 from laqjax.types import (
     AlgorithmState,
+    Collective,
     OracleResult,
     RoundKeys,
     Shards,
@@ -133,7 +135,7 @@ def lazy_aggregate(
     algorithm: Callable[..., Algorithm] = laq,
     *,
     quantizer_blocks: str | Sequence[int] | None = None,
-    collective: str = "all_gather",
+    collective: str | Collective = "all_gather",
     mean: bool = True,
     seed: int = 0,
     param_specs: Any = None,
@@ -145,14 +147,14 @@ def lazy_aggregate(
 
     Args:
         axis: mesh axis of the `jax.shard_map(..., check_vma=False)` in which `update` is called. With `check_vma=True`,
-            JAX sums the gradients of replicated parameters before `update`. The mesh may have further axes. Either the
-            compiler splits the parameters over them (`axis_names={axis}`); messages are then packed in silent rounds
-            too. Or these axes are manual, and `param_specs` tells how they split the parameters.
+            JAX sums the gradients of replicated parameters before `update`. The mesh may have further axes. The compiler
+            splits the parameters over those that `axis_names` leaves out; messages are then packed in silent rounds too.
+            Other axes are manual, and `param_specs` tells how they split the parameters.
         num_workers: number of devices M along that axis, one worker each.
         algorithm: function of `laqjax.algorithms` whose method needs no gradients other than those it is given.
         quantizer_blocks: None: one radius for the whole message. "leaf": one radius for each leaf of the parameters.
             Sequence of sizes: one radius for each of these consecutive blocks, which add up to p.
-        collective: "all_gather", "all_to_all" or "all_reduce", see `laqjax.sharding`.
+        collective: "all_gather", "all_to_all" or "all_reduce", or one of your own, see `laqjax.types.Collective`.
         mean: True: the direction is the mean over the devices. False: the sum, as in the papers.
         seed: seed of random compressors.
         param_specs: pytree of `PartitionSpec`, for parameters that further manual axes of the mesh split. The devices
@@ -200,7 +202,9 @@ def lazy_aggregate(
         return algorithm(_PrecomputedGradient(size, dtype), **server, **settings)
 
     # report wrong settings in this call, not in `init`; p is large, since a method may derive k from p
-    _check_memory_dtype(memory_dtype, build(10**6, np.dtype(np.float32)))
+    example = build(10**6, np.dtype(np.float32))
+    _check_memory_dtype(memory_dtype, example)
+    _check_history(example)
 
     def make_algorithm(params: Any, on_device: bool) -> tuple[Algorithm, ParameterLayout]:
         layout = make_layout(params, param_specs, skip_small, on_device=on_device)
@@ -348,6 +352,16 @@ def _find(kind: type, tree: Any) -> list[Any]:
 # ---- checks of arguments ------------------------------------------------------------------------------------------
 
 
+def _check_history(alg: Algorithm) -> None:
+    """Raise ValueError if the rule has a history of model steps, which are all zero in `lazy_aggregate`."""
+    for history in _find(History, alg.rule):
+        if history.kind != "direction":
+            raise ValueError(
+                f"lazy_aggregate with a history of kind {history.kind!r}, such as `c` gives it: must be of kind "
+                "'direction', since later transformations make the steps of the model; use `xi`"
+            )
+
+
 def _check_arguments(algorithm: Any, settings: dict[str, Any], quantizer_blocks: Any) -> None:
     """Raise ValueError unless `algorithm` can be called with these settings and `quantizer_blocks` is valid."""
     if not callable(algorithm):
@@ -362,9 +376,15 @@ def _check_arguments(algorithm: Any, settings: dict[str, Any], quantizer_blocks:
             "transformations make the steps; use optax.chain(lazy_aggregate(...), optax.sgd(lr))"
         )
     names = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    is_open = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if "optimizer" not in names and not is_open:
+        raise ValueError(
+            f"algorithm = {name}, which takes no optimizer: must be a method that takes one, such as laq, since the following "
+            "transformations make the steps"
+        )
     others = [known for known in names if known not in own | {"num_workers"}]
     unknown = [given for given in settings if given not in names]
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+    if unknown and not is_open:
         hint = suggest(unknown[0], [*others, "quantizer_blocks", "collective", "mean", "seed"])
         raise ValueError(f"lazy_aggregate({unknown[0]}=...) with {name}: must be one of {', '.join(others)}{hint}")
     for parameter in parameters:

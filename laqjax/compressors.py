@@ -257,7 +257,8 @@ class Sign:
     positive; with error feedback the error memory corrects it.
 
     In the unscaled form, one bit cannot encode the paper's sign(0) = 0. A zero coordinate therefore alternates between
-    positive and negative, over rounds and over workers. Its contributions cancel in the long run.
+    positive and negative, over rounds and over workers (the server counts as worker M). Its contributions cancel in the
+    long run.
 
     Attributes:
         scaled: whether the signs are multiplied by the mean of |target|; static.

@@ -50,7 +50,7 @@ class DilocoState(NamedTuple):
 @register_dataclass
 @dataclass(frozen=True)
 class ParameterUpdate:
-    """Update of one leaf of the parameters, which `optax.apply_updates` applies.
+    """Update of one leaf of the parameters, which `optax.apply_updates` applies, but not `equinox.apply_updates`.
 
     A sum of floats cannot set a number exactly. After a synchronization, `params + update` is therefore `value` itself.
 

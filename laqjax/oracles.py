@@ -447,6 +447,11 @@ class LocalStepsOracle:
         with jax.numpy_dtype_promotion("standard"):  # schedules combine the integer step with floats
             return jnp.asarray(self.lr(step), self.dtype)
 
+    @property
+    def local_schedule(self) -> Any:
+        """Return the learning rate as a function of the local step; None if it is constant, or the optimizer's own."""
+        return jax.tree_util.Partial(LocalStepsOracle.learning_rate_at, self) if callable(self.lr) else None
+
     def total_learning_rate_at(self, round: Int[Array, ""]) -> Float[Any, ""]:
         """Return the sum of the step sizes of a round."""
         if not callable(self.lr):
@@ -596,23 +601,38 @@ def with_local_steps(
         >>> laqjax.oracles.with_local_steps(oracle, 10, 1e-3, optimizer=optax.adamw).num_local_steps
         10
     """
+    names = "steps", "lr", "optimizer"
+    return _make_local_steps(oracle, steps, lr, optimizer, proximal, keep_optimizer_state, names)
+
+
+def _make_local_steps(
+    oracle: Oracle,
+    steps: Any,
+    lr: Any,
+    optimizer: Any,
+    proximal: Any,
+    keep_optimizer_state: Any,
+    names: tuple[str, str, str],
+) -> LocalStepsOracle:
+    """Build the oracle of `with_local_steps`; `names` are those of steps, lr and optimizer in error messages."""
     dtype = oracle_dtype(oracle)
+    steps_name, lr_name, optimizer_name = names
     is_ready = isinstance(optimizer, optax.GradientTransformation)
     if is_ready and lr is not None:
         raise ValueError(
-            f"local_lr = {lr!r} with an optimizer that is a transformation: must be None, since the transformation has "
-            "its own step size; give a function of the step size, such as optax.adamw, to use local_lr"
+            f"{lr_name} = {lr!r} with an optimizer that is a transformation: must be None, since the transformation has "
+            f"its own step size; give a function of the step size, such as optax.adamw, to use {lr_name}"
         )
     check_bool("keep_optimizer_state", keep_optimizer_state)
     strength = check_number("proximal", proximal, dtype, minimum=0)
     local = LocalStepsOracle(
-        oracle,
-        None if is_ready else as_schedule(lr, dtype, "local_lr"),
-        None if optimizer is optax.sgd else as_optimizer_factory(optimizer, dtype, "inner optimizer"),
-        strength if strength > 0 else None,
-        int(check_number("num_local_steps", steps, np.int32, minimum=1)),
-        bool(keep_optimizer_state),
-        is_ready,
+        oracle=oracle,
+        lr=None if is_ready else as_schedule(lr, dtype, lr_name),
+        optimizer=None if optimizer is optax.sgd else as_optimizer_factory(optimizer, dtype, optimizer_name),
+        proximal=strength if strength > 0 else None,
+        num_local_steps=int(check_number(steps_name, steps, np.int32, minimum=1)),
+        keep_optimizer_state=bool(keep_optimizer_state),
+        returns_difference=is_ready,
     )
     params = jax.ShapeDtypeStruct((oracle.size,), dtype)
     if jax.tree.leaves(jax.eval_shape(get_declaration(oracle, StatefulOracle, "init_state"), params)):
@@ -621,11 +641,11 @@ def with_local_steps(
             "oracles.from_loss gives it"
         )
     if local.optimizer is not None:
-        _check_inner_optimizer(local, params, optimizer)
+        _check_inner_optimizer(local, params, f"{optimizer_name} = {optimizer!r}")
     return local
 
 
-def _check_inner_optimizer(local: LocalStepsOracle, params: jax.ShapeDtypeStruct, given: Any) -> None:
+def _check_inner_optimizer(local: LocalStepsOracle, params: jax.ShapeDtypeStruct, given: str) -> None:
     """Raise ValueError unless the optimizer needs gradients, state and parameters only, and its state keeps its form."""
 
     def step(local: LocalStepsOracle, params: Array) -> Any:
@@ -640,6 +660,6 @@ def _check_inner_optimizer(local: LocalStepsOracle, params: jax.ShapeDtypeStruct
         before, after = jax.eval_shape(step, local, params)
     except Exception as error:  # optimizers raise many types
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"inner optimizer = {given!r}, which failed ({reason}): {allowed}") from error
+        raise ValueError(f"{given}, which failed ({reason}): {allowed}") from error
     if before != after:
-        raise ValueError(f"inner optimizer = {given!r}, whose state changes from {before} to {after}: {allowed}")
+        raise ValueError(f"{given}, whose state changes from {before} to {after}: {allowed}")

@@ -11,8 +11,9 @@ their numbers.
 A rule has two states. All workers read the same shared state. Each worker also has a worker state of its own.
 
 To write a rule, derive a frozen dataclass from `BaseUploadRule`, decorate it with `types.register_dataclass` and define
-`should_send`. Define `init` if the rule has a state, and `update` if its shared state changes. The page docs/own.md has
-an example of a rule with a worker state.
+`should_send`. Define `init` if the rule has a state, `update` if its shared state changes, and `is_selected` if the
+server selects the workers that take part in a round. Set `needs_persistent_memory = False` if every worker always
+sends. The page docs/own.md has an example of a rule with a worker state.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from laqjax import types
-from laqjax._core.validation import check_bool, check_nonnegative_array, check_number
+from laqjax._core.validation import check_bool, check_nonnegative_array, check_number, get_declaration
 from laqjax.types import Decision, RoundContext, ServerStep, UploadContext, register_dataclass, static_field
 
 __all__ = [
@@ -58,15 +59,19 @@ class BaseUploadRule:
     a pytree of arrays, or None.
 
     Attributes:
-        can_skip: whether a worker may skip uploads, because the server keeps using its last one.
-        server_selects: whether the server selects some workers only. The others neither receive the model nor compute.
+        needs_persistent_memory: whether the server must keep the last uploads of workers that send nothing. A rule that
+            always sends may set it to False.
         renews_in_silence: whether the state of a selected worker may change in a silent round, apart from a count of
             silent rounds. The library does not read it; the laws of the tests do.
     """
 
-    can_skip = True
-    server_selects = False
+    needs_persistent_memory = True
     renews_in_silence = False
+
+    @property
+    def server_selects(self) -> bool:
+        """Return whether the server selects only some workers: whether the class defines `is_selected`."""
+        return type(self).is_selected is not BaseUploadRule.is_selected
 
     def init(self, params: Float[Array, " p"]) -> tuple[Any, Any]:
         """Return the shared state and the worker state before round 0.
@@ -126,15 +131,13 @@ class BaseUploadRule:
 class Always(BaseUploadRule):
     """Upload rule by which every worker sends in every round."""
 
-    can_skip = False
+    needs_persistent_memory = False
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class Cyclic(BaseUploadRule):
     """Upload rule by which the server selects worker (round mod M) (cyclic IAG, Blatt et al. 2007)."""
-
-    server_selects = True
 
     def is_selected(self, shared_state, worker_state, context):
         return context.keys.worker == context.round % context.num_workers
@@ -152,7 +155,6 @@ class SampleOneWorker(BaseUploadRule):
     """
 
     probability: Float[Array, " M"]
-    server_selects = True
 
     def is_selected(self, shared_state, worker_state, context):
         draw = jax.random.uniform(context.keys.shared_key, (), self.probability.dtype)
@@ -371,7 +373,6 @@ class ServerLazyRule(BaseUploadRule):
 
     history: History
     smoothness: Float[Array, " M"]
-    server_selects = True
 
     def init(self, params):
         return self.history.init(), params
@@ -414,11 +415,11 @@ class MaxSilence(BaseUploadRule):
 
     @property
     def renews_in_silence(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.rule.renews_in_silence
+        return get_declaration(self.rule, BaseUploadRule, "renews_in_silence")
 
     @property
-    def can_skip(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.rule.can_skip
+    def needs_persistent_memory(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.rule.needs_persistent_memory
 
     def init(self, params):
         shared, own = self.rule.init(params)
@@ -457,15 +458,14 @@ class PartialParticipation(BaseUploadRule):
 
     rule: types.UploadRule
     count: Int[Array, ""]
-    server_selects = True
 
     @property
-    def can_skip(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.rule.can_skip
+    def needs_persistent_memory(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.rule.needs_persistent_memory
 
     @property
     def renews_in_silence(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.rule.renews_in_silence
+        return get_declaration(self.rule, BaseUploadRule, "renews_in_silence")
 
     def is_participating(self, context: RoundContext) -> Bool[Array, ""]:
         """Return whether this worker has one of the `count` smallest of M shared uniform draws."""
@@ -492,7 +492,7 @@ class PartialParticipation(BaseUploadRule):
         return self.rule.update(shared_state, step)
 
 
-HISTORY_KINDS = "step", "direction", "absolute"
+_HISTORY_KINDS = "step", "direction", "absolute"
 
 
 # ---- factories, which check their arguments ---------------------------------------------------------------------
@@ -526,8 +526,8 @@ def make_history(
     Raises:
         ValueError: a number is out of its range, `rescale_short_history` is not a bool, or `kind` is unknown.
     """
-    if kind not in HISTORY_KINDS:
-        raise ValueError(f"kind = {kind!r}: must be one of {HISTORY_KINDS}")
+    if kind not in _HISTORY_KINDS:
+        raise ValueError(f"kind = {kind!r}: must be one of {_HISTORY_KINDS}")
     window = int(check_number("window", window, np.int32, minimum=1))
     length = window if padded_window is None else padded_window
     length = int(check_number("padded_window", length, np.int32, minimum=window))

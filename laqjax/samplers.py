@@ -90,9 +90,9 @@ class ShuffleSampler:
         return ExampleSelection(self.size, index=jax.lax.dynamic_slice(order, (first,), (self.size,)))
 
 
-def _num_valid_examples(shards: Shards, worker: Any) -> Int[Array, ""]:
-    """Return the number of examples of a worker that are not padding (padding comes at the end of a shard)."""
-    return jnp.sum(shards.weight[worker] > 0, dtype=jnp.int32)
+def _num_valid_examples(shards: Shards, shard: Any) -> Int[Array, ""]:
+    """Return the number of examples of a shard that are not padding (padding comes at the end of a shard)."""
+    return jnp.sum(shards.weight[shard] > 0, dtype=jnp.int32)
 
 
 def _sampling_key(key: PRNGKeyArray) -> PRNGKeyArray:

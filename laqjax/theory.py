@@ -1,4 +1,4 @@
-"""Theoretical step sizes and Lyapunov functions, for default learning rates and for property tests.
+"""Theoretical step sizes and Lyapunov functions of the papers, to choose learning rates and to test convergence.
 
 Step sizes are for f = sum_m f_m and theta -= lr sum_m (...), the convention of the lazy methods. Step sizes of theorems
 for the mean of the f_m are divided by M. L is the smoothness constant of f, and L_m that of f_m. `laqjax.problems`

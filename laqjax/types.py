@@ -120,6 +120,7 @@ __all__ = [
     "CompressorTraits",
     "Decision",
     "Downlink",
+    "DownlinkTraits",
     "Memory",
     "Oracle",
     "OracleHints",
@@ -612,10 +613,15 @@ class OracleHints(Protocol):
         evaluates_anywhere: whether the oracle can be evaluated at any model. If it is False, methods that ask for
             gradients at other models than that of the round, or for local steps, are refused.
         reads_aggregate: whether the oracle reads `RoundContext.aggregate`. A federation then broadcasts the aggregate.
+        num_local_steps: number of equal parts into which the oracle splits a minibatch, one for each local step.
+        local_schedule: learning rate of the local steps, a `jax.tree_util.Partial` of the step round * num_local_steps
+            + t. A run checks that it is finite and >= 0. None: no schedule.
     """
 
     evaluates_anywhere: bool = True
     reads_aggregate: bool = False
+    num_local_steps: int = 1
+    local_schedule: Any = None
 
     def activation_bytes(self, shards: Shards) -> int:
         """Estimate the memory in bytes that one gradient needs in addition to the parameters and the gradient.
@@ -780,7 +786,8 @@ class Compressor(Protocol):
         """Compress a vector.
 
         Args:
-            target: vector to compress, [p]. Compute its norms with `squared_norm` and `max_abs` of this module.
+            target: vector to compress, [p]. On a mesh that splits the parameters, it is the part on this device. Only
+                in `laqjax.compressors.Grid`, the functions `squared_norm` and `max_abs` then include the other parts.
             keys: PRNG keys. `worker_key` gives each worker its own draws, `shared_key` gives all workers the same
                 draws.
 
@@ -825,6 +832,7 @@ class CompressorTraits(Protocol):
 
     Attributes:
         is_coordinatewise: whether a coordinate is decoded from its own numbers, and from numbers of the whole message.
+            It is read together with a static layout only.
             Each entry of the payload is then a scalar or has one number for each coordinate. `collective="all_to_all"`
             needs this to exchange parts of packed messages.
         has_static_layout: whether shapes and widths of the fields are the same for all messages, and no field has a
@@ -848,11 +856,11 @@ class UploadRule(Protocol):
     """
 
     @property
-    def can_skip(self) -> bool:
-        """Return whether a worker may skip uploads, because the server keeps using its last one.
+    def needs_persistent_memory(self) -> bool:
+        """Return whether the server must keep the last uploads of workers that send nothing.
 
-        Such a rule needs a persistent memory, else `assemble` raises ValueError. It is False if every selected worker
-        sends, and the server uses only the messages of the round.
+        `assemble` raises ValueError if it is True and the memory is not persistent. It may be False if every selected
+        worker sends, and the server uses the messages of the round only.
         """
         ...
 
@@ -861,15 +869,8 @@ class UploadRule(Protocol):
         """Return whether the server selects only some workers in a round.
 
         The others neither receive the model nor compute. The downlink is then counted as one message to each selected
-        worker, and it must send the full model.
-        """
-        ...
-
-    @property
-    def renews_in_silence(self) -> bool:
-        """Return whether a selected worker may change its state in silence, apart from a count of silent rounds.
-
-        The library does not read it; the laws that tests check for every rule do.
+        worker, and it must send the full model. If it is False, all workers are selected, and a federation does not
+        call `is_selected`.
         """
         ...
 
@@ -984,6 +985,9 @@ class Memory(Protocol):
     def update_aggregate(self, aggregate: Any, total: Float[Array, " p"]) -> tuple[Float[Array, " p"], Any]:
         """Compute the direction of the server from the messages of a round.
 
+        The next aggregate must be additive over workers: a federation also keeps the share of each worker, and updates
+        it by this method from zeros and the messages of this worker alone.
+
         Args:
             aggregate: aggregate of the server, [p]; zeros before round 0. None if the memory is not persistent.
             total: sum of the decoded messages of all senders, [p].
@@ -995,8 +999,22 @@ class Memory(Protocol):
 
 
 @runtime_checkable
+class DownlinkTraits(Protocol):
+    """Optional declaration of a downlink. If the downlink lacks it, it has the value given here.
+
+    Attributes:
+        num_vectors: number of vectors [p] in the message to a worker.
+    """
+
+    num_vectors: int = 1
+
+
+@runtime_checkable
 class Downlink(Protocol):
-    """Transmission of the model from the server to the workers; see `laqjax.downlinks`."""
+    """Transmission of the model from the server to the workers; see `laqjax.downlinks`.
+
+    A downlink may also declare the member of `DownlinkTraits`.
+    """
 
     def init(self, params: Float[Array, " p"]) -> Any:
         """Create the state of the downlink on the server before round 0.

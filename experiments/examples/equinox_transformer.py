@@ -1,4 +1,4 @@
-"""An equinox transformer that learns to copy: after a separator, the tokens before it. Data, model and problem of one's own:
+"""An equinox transformer that learns to copy: after a separator, the tokens before it. Data, model and problem of your own:
 
     python -m experiments.sweep --problem experiments/examples/equinox_transformer.py:make --dataset experiments/examples/equinox_transformer.py:load \\
         --partition unequal:4 -b 2 4 8 -C 10 100 --lr 0.05 --target-accuracy 0.5 --out results/tokens

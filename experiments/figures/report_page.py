@@ -17,7 +17,7 @@ import vl_convert
 from experiments.figures import drawing, ranking, style
 from experiments.harness import results, storage
 
-SHOWN = {  # the tables that stand on the page, with their captions
+SHOWN = {  # the tables of the page, with their captions
     "sweep": {"summary": "Settings"},
     "methods": {"table": "The table of the command", "summary": "Methods"},
     "federated": {"summary": "Settings", "points": "Points: what was billed, and what was observed"},
@@ -57,7 +57,7 @@ def read(folder: Path) -> ResultFolder:
     kind, tables = drawing.read_tables(folder)
     asked = storage.read_identity(folder) if (folder / "identity.json").exists() else {}
     asked.pop("experiment", None)
-    if asked.get("target_accuracy"):  # it replaces the targets of the loss, whose default stands in the file
+    if asked.get("target_accuracy"):  # it replaces the targets of the loss, whose default is in the file
         asked.pop("target", None)
     run = folder / ("best.json" if kind == "tune" else "run.json")
     section = ResultFolder(folder, kind, asked, storage.read_json(run) if run.exists() else {}, tables)
@@ -166,7 +166,7 @@ def select_columns(table: pl.DataFrame) -> pl.DataFrame:
         costs = [f"{c}_{t}{end}" for t in results.target_labels(table)[::-1] for c in COSTS for end in ("", "_ci95")]
         names = [*results.setting_columns(table), "seeds", "reached", "diverged", *costs, "final_loss", "accuracy"]
         table = table.sort(costs[0], nulls_last=True, maintain_order=True)
-    elif "heads_up" in names:  # the points of a federation, whose costs stand in its summary
+    elif "heads_up" in names:  # the points of a federation, whose costs are in its summary
         names = [name for name in names if not COST_OF.fullmatch(name)]
     elif "cheapest in" in names:  # of a comparison: its bits are a cost, not the b of a setting
         table = table.rename({n: n.replace("bits", "bits up + down", 1) for n in names if re.match("bits( |_ci|$)", n)})
@@ -177,7 +177,7 @@ def select_columns(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def column_title(name: str) -> str:
-    """Return the title of a column in words."""
+    """Return the title of a column."""
     if found := COST_OF.fullmatch(name):
         what = {"bits": "bits up + down", "seconds": "simulated seconds"}.get(found[1], found[1])
         where = "at the end" if found[2] == "end" else f"to {found[2].replace('e-0', 'e-')}"
@@ -249,7 +249,7 @@ def render_side_by_side(sections: list[ResultFolder], figures: list[dict[str, An
 
 
 def choose_names(section: ResultFolder, number: int) -> dict[int, str]:
-    """Return the points of a folder whose curves stand beside those of others, with the names of their settings."""
+    """Return the points of a folder whose curves are drawn beside those of others, with the names of their settings."""
     tables = section.tables
     if section.kind == "compare":
         words = drawing.method_points(tables)

@@ -212,7 +212,7 @@ def to_spec(figure: Figure, titled: bool = False) -> dict[str, Any]:
 
 
 def save(figure: Figure, path: Path, pdf: bool = False) -> None:
-    """Write a figure as PNG and SVG, and as PDF where asked for."""
+    """Write a figure as PNG and SVG, and as PDF if wanted."""
     svg = vl_convert.vegalite_to_svg(to_spec(figure, titled=True))
     files = {".svg": svg.encode(), ".png": vl_convert.svg_to_png(svg, scale=2)}
     if pdf:
@@ -223,5 +223,5 @@ def save(figure: Figure, path: Path, pdf: bool = False) -> None:
 
 
 def describe(row: Mapping[str, Any], names: Iterable[str]) -> str:
-    """Return the values of a row in words."""
+    """Return the values of a row as text."""
     return ", ".join(f"{name} = {format_value(row[name])}" for name in names if row[name] is not None)

@@ -143,7 +143,7 @@ show(memories.Innovation.update, memories.Innovation.update_aggregate, worker_st
 # %% [markdown]
 # ## LAQ against gradient descent
 #
-# Softmax regression on the MNIST images that come with laqjax, dealt out to ten workers. An algorithm is a pytree of numbers; `laqjax.run` compiles its rounds into one loop.
+# Softmax regression on the MNIST images that come with laqjax, split over ten workers. An algorithm is a pytree of numbers; `laqjax.run` compiles its rounds into one loop.
 
 # %%
 from experiments.harness import datasets

@@ -95,7 +95,7 @@ def run_comparison(name: str, settings: Settings, bits: int, rounds: int, publis
         chosen = [  # methods that always send need one start: over three, 12 of 2800 rounds differ
             SweepPoint(alg, case, seed, {"method": m}, begin[seed])
             for m, alg in algs.items()
-            for seed in range(starts if alg.rule.can_skip else 1)
+            for seed in range(starts if alg.rule.needs_persistent_memory else 1)
         ]
         identity = {"name": name, "num_starts": starts, "quick": settings.quick, "float64": settings.float64}
         summary = run_methods(identity, chosen, Targets(TARGETS if convex else ()), out, budget, console)

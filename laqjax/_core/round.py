@@ -279,10 +279,17 @@ def assemble(
         ("downlink", downlink, "init broadcast", "a downlink, such as downlinks.CompressedModel(compressor), or None"),
     ):
         check_implements(name, part, methods.split(), allowed)
+    for name, part, members in (
+        ("rule", rule, ("needs_persistent_memory", "server_selects")),
+        ("memory", memory, ("is_persistent",)),
+    ):
+        for member in members:
+            if not hasattr(part, member):
+                raise ValueError(f"{name} {type(part).__name__} without {member}: must define it, see laqjax.types")
     if sampler is not None:
         check_implements("sampler", sampler, ["__call__"], "a sampler, such as samplers.BlockSampler(10), or None")
         check_number("sampler.size", sampler.size, np.int32, minimum=1)
-    if rule.can_skip and not memory.is_persistent:
+    if rule.needs_persistent_memory and not memory.is_persistent:
         raise ValueError(
             f"memory {type(memory).__name__} with rule {type(rule).__name__}, which lets workers stay silent: must be "
             "persistent, since a silent gradient would be lost; use an Innovation memory or a rule that always sends"
@@ -410,7 +417,7 @@ def worker_step(
     run_oracle = get_declaration(alg.oracle, StatefulOracle, "evaluate")
 
     def evaluate(params: Any, examples: Any) -> OracleResult:
-        result = run_oracle(params, shards, examples, worker.oracle_state, context)
+        result = run_oracle(params, shards, examples, worker.oracle_state, context)  # `context` is created below
         return check_oracle_result(alg.oracle, result, worker.oracle_state)
 
     def gradient_at(params: Any, full: bool = False, when: bool | Bool[Array, ""] = True) -> Float[Array, " p"]:

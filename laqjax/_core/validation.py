@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from laqjax.types import OracleHints, OracleResult, Shards
+from laqjax.types import DownlinkTraits, OracleHints, OracleResult, Shards
 
 
 def check_number(
@@ -217,7 +217,7 @@ def check_evaluates_anywhere(oracle: Any) -> None:
     """Raise ValueError if an oracle declares that it has gradients at the model of the round only."""
     if not get_declaration(oracle, OracleHints, "evaluates_anywhere"):
         raise ValueError(
-            "a method that needs gradients at other models (MARINA on minibatches, LASG, CADA), with the oracle "
+            "a method that needs gradients at other models (MARINA and DASHA on minibatches, LASG, CADA, local steps), with the oracle "
             f"{type(oracle).__name__}, which has those at the current model only: must be a method that needs no others, "
             "such as laq, lag_wk, ef21, diana"
         )
@@ -285,35 +285,41 @@ def check_keys(name: str, keys: Any, shape: tuple[int, ...]) -> None:
 
 
 def check_schedule(alg: Any, first: int, rounds: int, *, points: bool = False) -> None:
-    """Raise ValueError if a schedule yields a learning rate < 0, NaN or infinity in a round of the run.
+    """Raise ValueError if a schedule yields a learning rate < 0, NaN or infinity in a round or a local step of the run.
 
-    At most 102 evenly spaced rounds are checked, including the first and the last.
+    At most 102 evenly spaced rounds and steps are checked, including the first and the last.
 
     Args:
-        alg: the algorithm, whose lr may be a schedule.
+        alg: the algorithm, whose lr may be a schedule, and whose oracle may have a local one.
         first: the first round of the run.
         rounds: number of rounds of the run.
         points: whether `alg` is a stack of algorithms, all of which are checked.
     """
-    if not callable(alg.lr):
-        return
-    at = np.unique(np.linspace(first, first + rounds - 1, 102).astype(np.int32))
-    sizes = np.asarray(_learning_rates(alg, at, points=points))
-    bad = ~(np.isfinite(sizes) & (sizes >= 0))
-    if np.any(bad):
-        where = tuple(np.argwhere(bad)[0])
-        raise ValueError(
-            f"lr = {sizes[where]:g} in round {at[where[0]]}: must be finite and >= 0 in every round; correct the schedule, or "
-            "run fewer rounds"
-        )
+    steps, local = (get_declaration(alg.oracle, OracleHints, name) for name in ("num_local_steps", "local_schedule"))
+    server = jax.tree_util.Partial(type(alg).learning_rate_at, alg) if callable(alg.lr) else None
+    for name, unit, schedule, per_round in (
+        ("learning rate of the local steps", "step", local, steps),
+        ("lr", "round", server, 1),
+    ):
+        if schedule is None:
+            continue
+        at = np.unique(np.linspace(first * per_round, (first + rounds) * per_round - 1, 102).astype(np.int32))
+        sizes = np.asarray(_learning_rates(schedule, at, points=points))
+        bad = ~(np.isfinite(sizes) & (sizes >= 0))
+        if np.any(bad):
+            where = tuple(np.argwhere(bad)[0])
+            raise ValueError(
+                f"{name} = {sizes[where]:g} in {unit} {at[where[0]]}: must be finite and >= 0 in every {unit}; correct the "
+                "schedule, or run fewer rounds"
+            )
 
 
 @partial(jax.jit, static_argnames="points")
-def _learning_rates(alg: Any, rounds: Any, *, points: bool) -> Any:
-    """Return the learning rates of an algorithm [rounds], or of a stack of algorithms [rounds, S]."""
+def _learning_rates(schedule: Any, at: Any, *, points: bool) -> Any:
+    """Return the learning rates of a schedule in K rounds or steps [K], or those of a stack of schedules [K, S]."""
     if points:
-        return jax.vmap(lambda round: jax.vmap(lambda one: one.learning_rate_at(round))(alg))(rounds)
-    return jax.vmap(alg.learning_rate_at)(rounds)
+        return jax.vmap(lambda k: jax.vmap(lambda one: one(k))(schedule))(at)
+    return jax.vmap(schedule)(at)
 
 
 def check_run_inputs(alg: Any, params: Any, shards: Shards, num_slots: int = 0) -> None:
@@ -338,7 +344,7 @@ def check_run_inputs(alg: Any, params: Any, shards: Shards, num_slots: int = 0) 
             f"{alg.oracle.dtype}[{p}], a vector from oracle.ravel(params), or the pytree itself"
         )
     # With indices, a message may be longer than the vector. A server that selects workers sends one message to each.
-    down = getattr(alg.downlink, "num_vectors", 1) * (m if alg.rule.server_selects else 1)
+    down = get_declaration(alg.downlink, DownlinkTraits, "num_vectors") * (m if alg.rule.server_selects else 1)
     most = np.iinfo(np.int32).max // max(down, 2) // alg.oracle.dtype.itemsize
     if p > most:
         raise ValueError(f"params of {p} parameters: must be <= {most}, since a round's bytes are counted in int32")
@@ -347,7 +353,7 @@ def check_run_inputs(alg: Any, params: Any, shards: Shards, num_slots: int = 0) 
         length = shards.weight.shape[1]
         raise ValueError(f"sampler.size = {alg.sampler.size}: must be 1 to {length}, the rows of a shard")
     if alg.sampler is not None:
-        check_minibatch(alg.sampler.size, getattr(alg.oracle, "num_local_steps", 1))
+        check_minibatch(alg.sampler.size, get_declaration(alg.oracle, OracleHints, "num_local_steps"))
     alg.oracle.validate(shards)
 
 

@@ -89,7 +89,7 @@ class RunCheckpointer:
         if self.shared:
             multihost_utils.sync_global_devices(f"{self.folder} {name}")
 
-    def saved_rounds(self) -> list[int]:
+    def list_saved_rounds(self) -> list[int]:
         """Return the completed rounds of each whole checkpoint, the latest first."""
         return sorted((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), reverse=True)
 
@@ -110,7 +110,7 @@ class RunCheckpointer:
         Raises:
             ValueError: there are checkpoints, but all have more than `rounds` rounds.
         """
-        there = self.saved_rounds()
+        there = self.list_saved_rounds()
         within = [done for done in there if done <= rounds]
         if there and not within:
             raise ValueError(
@@ -171,7 +171,7 @@ class RunCheckpointer:
         try:
             self.writer.wait_until_finished()
             write()
-            for old in self.saved_rounds()[MAX_TO_KEEP:] if self.leads else ():
+            for old in self.list_saved_rounds()[MAX_TO_KEEP:] if self.leads else ():
                 self.remover.submit(shutil.rmtree, self.folder / str(old), ignore_errors=True)
         except Exception as problem:
             self.warn(

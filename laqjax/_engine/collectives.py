@@ -276,7 +276,7 @@ def all_to_all(alg: Any, axis: str = "workers") -> AllToAll:
 COLLECTIVES = {"all_gather": all_gather, "all_reduce": all_reduce, "all_to_all": all_to_all}
 
 
-def resolve_collective(collective: str | AllReduce, alg: Any, axis: str = "workers") -> AllReduce:
+def resolve_collective(collective: str | Collective, alg: Any, axis: str = "workers") -> Any:
     """Return the collective of a given name for an algorithm.
 
     Args:

@@ -69,7 +69,7 @@ def run(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     worker_batch_size: int | None = None,
     mesh: Mesh | None = None,
-    collective: str | collectives.AllReduce = "all_gather",
+    collective: str | Collective = "all_gather",
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int | None = None,
 ) -> RunResult:
@@ -162,7 +162,7 @@ def stream(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     worker_batch_size: int | None = None,
     mesh: Mesh | None = None,
-    collective: str | collectives.AllReduce = "all_gather",
+    collective: str | Collective = "all_gather",
 ) -> Iterator[RunResult]:
     """Run an algorithm like `run`, but yield after each chunk of rounds.
 

@@ -36,7 +36,7 @@ from laqjax._engine.loop import (
     fori_rounds,
     truncate_info,
 )
-from laqjax.types import AlgorithmState, OracleHints, RoundInfo, Shards
+from laqjax.types import AlgorithmState, Collective, OracleHints, RoundInfo, Shards
 
 
 def stack_algorithms(algs: Sequence[Algorithm]) -> Algorithm:
@@ -91,7 +91,7 @@ def sweep(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     worker_batch_size: int | None = None,
     mesh: Mesh | None = None,
-    collective: str | collectives.AllReduce = "all_gather",
+    collective: str | Collective = "all_gather",
 ) -> RunResult:
     """Run S points of an algorithm side by side, as `run` does for one.
 
@@ -171,7 +171,7 @@ def stream_sweep(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     worker_batch_size: int | None = None,
     mesh: Mesh | None = None,
-    collective: str | collectives.AllReduce = "all_gather",
+    collective: str | Collective = "all_gather",
 ) -> Iterator[RunResult]:
     """Run one batch of points like `sweep`, but yield after each chunk of rounds.
 
@@ -332,7 +332,7 @@ def run_sweep_chunk(
     metrics: tuple[str, ...],
     worker_batch_size: int | None,
     mesh: Mesh,
-    collective: collectives.AllReduce | None = None,
+    collective: Any = None,
 ) -> tuple[AlgorithmState, RoundInfo]:
     """Run `count` <= `length` rounds of all points; rows of the info from `count` on are zeros."""
     # the round maps over the workers: with the points as the first axis, it would transpose them every time

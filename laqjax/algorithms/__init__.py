@@ -5,7 +5,7 @@ worker m. M is the number of workers. C is a compressor, Q an unbiased compresso
 learning rate is lr. The step is lr times a *sum* over workers, as in the papers of the lazy family.
 
 Arguments of one name mean the same in every function. The sections from "Args" on are generated: edit the tables in
-`docs/docstrings.py` and run `make docstrings`.
+`docs/docstrings.py` and run `make docstrings`. CONTRIBUTING.md lists all places that a new method touches.
 """
 
 from laqjax.algorithms._baselines import gd, iag_cyclic, iag_random, qgd, sgd

@@ -11,11 +11,16 @@ from jax.tree_util import Partial
 from laqjax import compressors
 from laqjax._core.round import Algorithm, assemble
 from laqjax._core.validation import check_number, oracle_dtype
-from laqjax.algorithms._shared import averaging_lr, make_difference_oracle, make_innovation_rule, make_participation
+from laqjax.algorithms._shared import (
+    averaging_lr,
+    make_difference_oracle,
+    make_innovation_rule,
+    make_local_steps,
+    make_participation,
+)
 from laqjax.compressors import grid, identity
 from laqjax.downlinks import FullModelDownlink
 from laqjax.memories import Innovation, NoMemory, make_innovation_memory
-from laqjax.oracles import with_local_steps
 from laqjax.rules import partial_participation
 from laqjax.types import Oracle, Sampler, UploadRule
 
@@ -69,7 +74,7 @@ def fedavg(
         >>> laqjax.algorithms.fedavg(oracle, num_workers=4, num_local_steps=2, local_lr=0.1).num_workers
         4
     """
-    local = with_local_steps(oracle, num_local_steps, local_lr)
+    local = make_local_steps(oracle, num_local_steps, local_lr)
     count, rule = make_participation(num_workers, num_participants)
     lr = averaging_lr(local, count) if lr is None else lr
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
@@ -125,7 +130,7 @@ def fedpaq(
         >>> laqjax.algorithms.fedpaq(oracle, num_workers=4, num_local_steps=2, local_lr=0.1).num_workers
         4
     """
-    local = with_local_steps(oracle, num_local_steps, local_lr)
+    local = make_local_steps(oracle, num_local_steps, local_lr)
     count, rule = make_participation(num_workers, num_participants)
     lr = averaging_lr(local, count) if lr is None else lr
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
@@ -197,7 +202,7 @@ def fedlaq(
         >>> laqjax.algorithms.fedlaq(oracle, num_workers=4, num_local_steps=2, local_lr=0.1).num_workers
         4
     """
-    local = with_local_steps(oracle, num_local_steps, local_lr)
+    local = make_local_steps(oracle, num_local_steps, local_lr)
     lr = averaging_lr(local, num_workers) if lr is None else lr
     rule: UploadRule = make_innovation_rule(
         oracle, lr, optimizer, xi, window, max_silence, rescale_short_history, force_first_upload, padded_window
@@ -260,7 +265,7 @@ def scaffold(
         >>> laqjax.algorithms.scaffold(oracle, num_workers=4, num_local_steps=2, local_lr=0.1).num_workers
         4
     """
-    local = with_local_steps(oracle, num_local_steps, local_lr)
+    local = make_local_steps(oracle, num_local_steps, local_lr)
     lr = averaging_lr(local, num_workers) if lr is None else lr
     count, rule = make_participation(num_workers, num_participants)
     damping, scaling = np.asarray([1, num_workers / count], oracle_dtype(oracle))

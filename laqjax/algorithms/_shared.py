@@ -8,7 +8,7 @@ import optax
 from jax.tree_util import Partial
 
 from laqjax._core.validation import check_nonnegative_array, check_number, oracle_dtype
-from laqjax.oracles import LocalStepsOracle, with_local_steps
+from laqjax.oracles import LocalStepsOracle, _make_local_steps
 from laqjax.rules import (
     Always,
     History,
@@ -116,6 +116,18 @@ def check_smoothness(smoothness: Any, oracle: Oracle, num_workers: int) -> np.nd
     return check_nonnegative_array("smoothness", smoothness, oracle_dtype(oracle), ((num_workers,),), allowed)
 
 
+def make_local_steps(
+    oracle: Oracle,
+    num_local_steps: int,
+    local_lr: Any,
+    inner: Any = optax.sgd,
+    keep_optimizer_state: bool = True,
+) -> LocalStepsOracle:
+    """Build the oracle of `laqjax.oracles.with_local_steps`, whose errors name the arguments of the factories."""
+    names = "num_local_steps", "local_lr", "inner"
+    return _make_local_steps(oracle, num_local_steps, local_lr, inner, 0.0, keep_optimizer_state, names)
+
+
 def averaging_lr(local: LocalStepsOracle, count: int) -> Any:
     """Return the server's lr that makes the new model the average of the local models of `count` participants."""
     if callable(local.lr):
@@ -136,8 +148,7 @@ def make_difference_oracle(
     keep_optimizer_state: bool = True,
 ) -> LocalStepsOracle:
     """Build the oracle of methods that send theta - theta_m itself; see `laqjax.oracles.with_local_steps`."""
-    options: Any = {"optimizer": inner, "keep_optimizer_state": keep_optimizer_state}
-    local = with_local_steps(oracle, num_local_steps, local_lr, **options)
+    local = make_local_steps(oracle, num_local_steps, local_lr, inner, keep_optimizer_state)
     return dataclasses.replace(local, returns_difference=True)
 
 

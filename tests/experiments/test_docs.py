@@ -96,6 +96,7 @@ def test_a_loop_of_your_own(used: dict[str, Any]) -> None:
     assert int(names["state"].round) == 10
 
 
+@pytest.mark.long
 def test_your_own_model(used: dict[str, Any]) -> None:
     names = dict(used)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # a user's, not the tests'

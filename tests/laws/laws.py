@@ -10,6 +10,7 @@ import numpy as np
 import laqjax
 from laqjax import Algorithm, Shards, downlinks, rules, types
 from laqjax._core import wire_format
+from laqjax._core.validation import get_declaration
 from tests.support import CHUNK, KEY, RECORD, Toy, identical, keys_of, run
 
 
@@ -71,14 +72,14 @@ def check_memories(alg: Algorithm, problem: Toy, rounding: float) -> None:
             alg.rule, rules.PartialParticipation
         ):  # it has asked some of the silent ones, whose silence is longer now
             workers, before = (w._replace(rule_state=None) for w in (workers, before))
-        kept = [w.memory_state if alg.rule.renews_in_silence else w for w in (before, workers)]
+        kept = [w.memory_state if getattr(alg.rule, "renews_in_silence", False) else w for w in (before, workers)]
         identical(*([leaf[~sent] for leaf in jax.tree.leaves(w)] for w in kept))
         if alg.memory.is_persistent:
             memory = workers.memory_state[0] if isinstance(workers.memory_state, tuple) else workers.memory_state
             error = np.abs(np.asarray(state.aggregate) - memory.sum(axis=0)).max()
             assert error <= rounding * np.abs(memory).max()
         silent += np.sum(~sent)
-    assert (silent > 0) == (alg.rule.can_skip or isinstance(alg.rule, rules.PartialParticipation))
+    assert (silent > 0) == (alg.rule.needs_persistent_memory or isinstance(alg.rule, rules.PartialParticipation))
 
 
 def check_billed_bits(alg: Algorithm, problem: Toy) -> None:
@@ -105,7 +106,7 @@ def check_billed_bits(alg: Algorithm, problem: Toy) -> None:
             assert info.bits_up[0, m] == (8 * len(data) if info.sent[0, m] else 0)
             back = wire_format.from_bytes(alg.compressor, data, target)
             identical(np.asarray(back), np.asarray(alg.compressor.decode(payload, target)))
-        down = 8 * problem.theta0.nbytes * getattr(alg.downlink, "num_vectors", 1)
+        down = 8 * problem.theta0.nbytes * get_declaration(alg.downlink, types.DownlinkTraits, "num_vectors")
         if isinstance(
             alg.downlink, downlinks.CompressedStep | downlinks.CompressedModel | downlinks.CompressedDirection
         ):

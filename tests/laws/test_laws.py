@@ -28,8 +28,7 @@ pytestmark = pytest.mark.core
 
 
 LAZY_ROWS = ["lag_wk", "laq"]
-MANY = parametrize_rows()
-# one member for each kind of part, for laws that compile programs of their own: a lazy rule, a selecting server, a compressed
+# one member for each kind of part in `make test`, the others in `make test-long`: a lazy rule, a selecting server, a compressed
 # step and a compressed model, a memory of estimates on minibatches, a shared draw, gradients at other models, local steps,
 # local optimizers with a state
 KINDS = ["laq", "iag_random", "two_laq", "ef21_p", "dasha_mvr", "marina", "cada2", "fedlaq", "diloco_ef"]
@@ -37,22 +36,21 @@ FEW = parametrize_rows(KINDS)
 SWEPT = parametrize_rows(["two_laq", "dasha_mvr"])
 
 
-def both(dtype: str, *more: Any) -> list[Any]:
-    """Return the rows of a law on one problem: in `make test` many on the toy, and one for each kind of part on the other."""
-    rows = MANY if dtype == "toy" else FEW
-    return [pytest.param(dtype, *more, *row.values, marks=row.marks, id=f"{row.values[0]}-{dtype}") for row in rows]
+def rows_on(dtype: str, *more: Any) -> list[Any]:
+    """Return the rows of a law on one problem."""
+    return [pytest.param(dtype, *more, *row.values, marks=row.marks, id=f"{row.values[0]}-{dtype}") for row in FEW]
 
 
 # ---- the contract of every named algorithm ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "name"), [*both("toy"), *both("toy64")])
+@pytest.mark.parametrize(("dtype", "name"), [*rows_on("toy"), *rows_on("toy64")])
 def test_the_state_is_a_fixed_point(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
     toy: Toy = request.getfixturevalue(dtype)
     check_state_is_fixed_point(make(name, toy), toy)
 
 
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", FEW)
 def test_other_numbers_do_not_recompile(name: str, toy: Toy) -> None:
     others = ROWS[name].other_values
     out = run(make(name, toy), toy.theta0, toy.shards, 2)
@@ -71,19 +69,19 @@ def test_a_sweep_is_a_loop(name: str, quadratic: Toy) -> None:
     check_sweep_is_loop(points_of(name, quadratic), quadratic)
 
 
-@pytest.mark.parametrize(("dtype", "rounding", "name"), [*both("toy", 1e-6), *both("quadratic", 1e-14)])
+@pytest.mark.parametrize(("dtype", "rounding", "name"), [*rows_on("toy", 1e-6), *rows_on("quadratic", 1e-14)])
 def test_memories(name: str, dtype: str, rounding: float, request: pytest.FixtureRequest) -> None:
     toy: Toy = request.getfixturevalue(dtype)
     check_memories(make(name, toy), toy, rounding)
 
 
-@pytest.mark.parametrize(("dtype", "name"), [*both("toy"), *both("quadratic")])
+@pytest.mark.parametrize(("dtype", "name"), [*rows_on("toy"), *rows_on("quadratic")])
 def test_billed_bits_are_bytes(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
     toy: Toy = request.getfixturevalue(dtype)
     check_billed_bits(make(name, toy), toy)
 
 
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", FEW)
 def test_a_run_cut_anywhere_is_the_same_run(name: str, toy: Toy) -> None:
     check_cut_run(make(name, toy), toy)
 
@@ -97,7 +95,7 @@ def test_workers_side_by_side_are_workers_in_turn(toy64: Toy) -> None:
     np.testing.assert_allclose(three.info.loss, one.info.loss, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", FEW)
 def test_the_callers_arrays_survive(name: str, toy: Toy) -> None:
     alg = make(name, toy)
     shards = Shards(*map(jnp.asarray, toy.shards))
@@ -126,7 +124,7 @@ def test_a_zero_gradient_moves_nothing(name: str, quadratic: Toy) -> None:
 STEPS = [name for name, row in ROWS.items() if "window" in row.other_values and name != "lazy_diloco"]
 
 
-@pytest.mark.parametrize("name", [row for row in MANY if row.values[0] in STEPS])
+@pytest.mark.parametrize("name", [row for row in FEW if row.values[0] in STEPS])
 def test_the_history_is_made_of_the_steps_really_taken(name: str, toy: Toy) -> None:
     alg = make(name, toy)
     info, state = run(alg, toy.theta0, toy.shards, 25)

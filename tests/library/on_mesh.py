@@ -444,15 +444,17 @@ def split(more: bool = False) -> None:
     problem = make_regression()
     kind, devices = jax.sharding.AxisType.Auto, jax.devices()
     whole = jax.make_mesh((2,), ("data",), (kind,), devices=devices[:2])
-    both = jax.make_mesh((2, 2), ("data", "model"), (kind, kind))
+    both = jax.make_mesh((2, 2), ("data", "model"), (kind, kind), devices=devices[:4])
     param_specs = {"b": P(), "w": P(None, "model")}
     scales = np.array([[1, 1], [9, 1], [1, 1], [1, 9], [1, 1], [1, 1], [1, 3], [3, 1]], np.float64)
 
-    def train(make: Any, parts: bool = False, is_split: bool = False, locally: bool = False, **options: Any) -> Any:
+    def train(
+        make: Any, parts: bool = False, is_split: bool = False, locally: bool = False, other: str = "", **options: Any
+    ) -> Any:
         """Final parameters, who sent what in each step, and the state.
 
         The parameters are whole, two halves of "w" (`parts`), or split over the axis "model" (`is_split`); each worker
-        has its own with local training.
+        has its own with local training. The compiler splits "w" over a third axis (`other`).
         """
         params, specs_of_params = problem.params, jax.tree.map(lambda leaf: P(), problem.params)
         if parts:
@@ -462,6 +464,9 @@ def split(more: bool = False) -> None:
             specs_of_params = param_specs
             options = options | {"param_specs": param_specs}
         tx, along = make(**options), both if is_split else whole
+        manual = set(along.axis_names)
+        if other:
+            along = jax.make_mesh((2, 2, 2), ("data", "model", other), (kind,) * 3)
         if locally:
             params = local_training.replicate(params, 2)
             specs_of_params = jax.tree.map(lambda spec: P("data", *spec), specs_of_params)
@@ -490,11 +495,13 @@ def split(more: bool = False) -> None:
         step = jax.shard_map(
             step,
             mesh=along,
+            axis_names=manual,
             in_specs=(specs_of_params, specs, P("data"), rows, P("data")),
             out_specs=(specs_of_params, specs),
             check_vma=False,
         )
-        places = jax.tree.map(lambda spec: NamedSharding(along, spec), (specs_of_params, specs))
+        placed = specs_of_params | ({"w": P(other, "model")} if other else {})
+        places = jax.tree.map(lambda spec: NamedSharding(along, spec), (placed, specs))
         params, state = jax.device_put((params, tx.init(params)), places)
         data = jax.device_put(problem.x[:2], NamedSharding(along, P("data")))
         targets = jax.device_put(problem.y[:2], NamedSharding(along, rows))
@@ -540,6 +547,8 @@ def split(more: bool = False) -> None:
         memory = here[-1][0].algorithm_state.workers.memory_state.tree["w"]
         assert memory.shape == (2, 8, 6)
         assert memory.sharding.spec == P("data", None, "model")
+    if not more:
+        compare_runs("laq-beside", alone, train(laq, is_split=True, other="other"))
     methods = {
         "leaf": lazily(algorithms.laq, bits=4, quantizer_blocks="leaf"),
         "lag": lazily(algorithms.lag_wk),
@@ -580,15 +589,18 @@ def unflat(rows: Any) -> Any:
     return {"b": rows[:, :6], "w": rows[:, 6:].reshape(-1, 8, 6)}
 
 
-def resumed() -> None:
-    """A long run with checkpoints, to be killed; `PACE` seconds between chunks."""
+def resumed(locally: bool = False) -> None:
+    """A long run with checkpoints, to be killed; `PACE` seconds between chunks. It is of LAQ, or of DiLoCo (`locally`)."""
     shards, oracle = data(6, 50), problems.Softmax(784, 10).oracle()
     alg, everywhere = algorithms.laq(oracle, lr=0.02, num_workers=6), sharding.make_mesh()
+    if locally:
+        alg = algorithms.diloco(oracle, num_workers=6, num_local_steps=2, local_lr=1e-3)
     pace = float(os.environ.get("PACE", "0"))
-    begun = loop.truncate_info
+    begun, computed = loop.truncate_info, []
 
     def head(info: Any, rounds: int) -> Any:
         time.sleep(pace)
+        computed.append(rounds)
         return begun(info, rounds)
 
     loop.truncate_info = head
@@ -605,8 +617,11 @@ def resumed() -> None:
     if jax.process_index() == 0:
         print("whole", flush=True)
     kept = facts(out, 6)
+    if locally:  # AdamW of all workers has made every step
+        np.testing.assert_array_equal(sharding.unpad_state(out.state, 6).workers.oracle_state[0].count, [400] * 6)
     if jax.process_index() == 0:
         np.savez(OUT / "resumed.npz", **kept)  # pyright: ignore[reportArgumentType]
+        (OUT / "computed").write_text(str(sum(computed)))
 
 
 def disagree() -> None:
@@ -630,6 +645,7 @@ if __name__ == "__main__":
         "split": split,
         "split_more": lambda: split(more=True),
         "resumed": resumed,
+        "resumed_locally": lambda: resumed(locally=True),
         "disagree": disagree,
     }
     cases[CASE]()

@@ -54,6 +54,11 @@ TOP = compressors.top_k(3)
             {},
             "lazy_aggregate with ef21 but without compressor: must be given, for example compressor=",
         ),
+        (
+            algorithms.fedadam,
+            {},
+            "algorithm = fedadam, which takes no optimizer: must be a method that takes one, such as",
+        ),
         ("laq", {}, "algorithm = 'laq': must be a function, such as laqjax.algorithms.laq"),
         ("ef21", {}, "such as laqjax.algorithms.ef21"),
         (None, {}, "algorithm = None: must be a function"),
@@ -64,8 +69,10 @@ TOP = compressors.top_k(3)
             {"param_specs": SPECS, "quantizer_blocks": (54,)},
             "quantizer_blocks = (54,) with param_specs: must be None or 'leaf'",
         ),
+        (algorithms.lag_ps, {"smoothness": np.ones(4), "c": 0.1}, "with a history of kind 'absolute', such as `c`"),
         (algorithms.laq, {"skip_small": -1}, "skip_small = -1: must be a whole number >= 0"),
         (algorithms.laq, {"memory_dtype": jnp.bfloat16}, "with the memory Innovation: must be None, since worker and"),
+        (algorithms.qsgd, {"memory_dtype": jnp.bfloat16}, "with the memory NoMemory: must be None, since worker and"),
         (algorithms.topk_ef, {"k": 3, "memory_dtype": "int8"}, "memory_dtype = 'int8': must be a floating dtype"),
         (algorithms.topk_ef, {"k": 3, "memory_dtype": "half a byte"}, "must be a floating dtype, such as jnp.bfloat16"),
     ],
@@ -283,6 +290,8 @@ def test_local_training_keeps_the_axis_of_the_workers() -> None:
     params, state = locally()
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, WORKERS)
     assert jax.tree.map(jnp.shape, local_training.collapse(state)) == jax.tree.map(jnp.shape, PARAMS)
+    model = WORKERS | {"activation": None}  # as `equinox.partition` leaves it
+    assert locally(params=model)[0]["activation"] is None
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), WORKERS)
     assert {leaf.dtype for leaf in jax.tree.leaves(locally(params=half)[0])} == {np.dtype(jnp.bfloat16)}
 

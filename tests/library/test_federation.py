@@ -369,7 +369,7 @@ class Federated(RuleBasedStateMachine):
                 assert accepted in (kept.base, kept.last)
 
 
-@pytest.mark.parametrize(("examples", "steps"), [(25, 14), pytest.param(75, 50, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("examples", "steps"), [(15, 14), pytest.param(75, 50, marks=pytest.mark.long)])
 def test_the_aggregate_is_the_sum_of_the_memories_whatever_happens(
     examples: int, steps: int, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -269,6 +269,7 @@ def test_the_layouts_in_the_program_are_those_of_the_fast_kernels() -> None:
         warnings.warn(NEEDLESS, stacklevel=1)
 
 
+@pytest.mark.long
 def test_points_of_convolutions_run_in_turn() -> None:
     """And are what they are alone."""
     model = linen.Sequential([linen.Conv(2, (3, 3)), lambda x: x.reshape(len(x), -1), linen.Dense(3)])

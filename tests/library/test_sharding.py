@@ -48,6 +48,17 @@ def on_processes(case: str, out: Path, **env: str) -> list[subprocess.Popen[str]
     return [subprocess.Popen(command(case, out, 2, 2, rank, port), **options) for rank in (0, 1)]
 
 
+def check_resumed(cut: Path, straight: Path) -> None:
+    """A run went on from round 30 or later, and left the state and the metrics of an undisturbed one, bit for bit."""
+    computed = [int((out / "computed").read_text()) for out in (cut, straight)]
+    assert computed[0] <= 170
+    assert computed[1] == 200
+    with np.load(cut / "resumed.npz") as mine, np.load(straight / "resumed.npz") as other:
+        assert mine.files == other.files
+        for name in mine.files:
+            np.testing.assert_array_equal(mine[name], other[name])
+
+
 def test_four_devices_are_one(tmp_path: Path) -> None:
     results = on_devices("short", tmp_path, 4)
     assert len(results) == 3
@@ -85,8 +96,9 @@ def test_parameters_split_over_a_second_axis_do_not_deadlock(tmp_path: Path) -> 
 
 
 def test_parameters_split_over_a_manual_axis_are_whole_ones(tmp_path: Path) -> None:
-    results = on_devices("split", tmp_path, 4)
-    assert results == dict.fromkeys(("laq-all_gather", "qgd", "ef21", "diloco"), "")
+    """Also where the compiler splits them over a third axis."""
+    results = on_devices("split", tmp_path, 8)
+    assert results == dict.fromkeys(("laq-all_gather", "laq-beside", "qgd", "ef21", "diloco"), "")
 
 
 @pytest.mark.distributed
@@ -143,10 +155,27 @@ def test_a_lost_process_is_noticed_and_the_run_goes_on_from_its_checkpoint(tmp_p
         for process in on_processes("resumed", out):
             errors = process.communicate(timeout=300)[1]
             assert process.returncode == 0, errors
-    with np.load(cut / "resumed.npz") as mine, np.load(straight / "resumed.npz") as other:
-        assert mine.files == other.files
-        for name in mine.files:
-            np.testing.assert_array_equal(mine[name], other[name])
+    check_resumed(cut, straight)
+
+
+@pytest.mark.distributed
+def test_a_killed_run_goes_on_with_the_states_of_its_inner_optimizers(tmp_path: Path) -> None:
+    """Killed at a random moment, which may be in the midst of a write."""
+    cut, straight = tmp_path / "cut", tmp_path / "straight"
+    cut.mkdir()
+    straight.mkdir()
+    options: Any = {"cwd": ROOT, "env": os.environ | OPTIMIZED}
+    paced = options | {"env": options["env"] | {"PACE": "0.2"}}
+    process = subprocess.Popen(command("resumed_locally", cut, 1), **paced)
+    while not list(cut.glob("checkpoints/[3-9]0")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(np.random.default_rng().uniform(0, 2))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    for out in (cut, straight):
+        subprocess.run(command("resumed_locally", out, 1), check=True, timeout=600, **options)
+    check_resumed(cut, straight)
 
 
 @pytest.mark.distributed

@@ -180,11 +180,17 @@ def distances(name: str, rounds: int) -> tuple[np.ndarray, laqjax.RoundInfo]:
     return np.linalg.norm(info.extra["params"] - solution, axis=1) / np.linalg.norm(solution), info
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] * (name not in ("lag_ps", "laq", "ef21", "marina")))
+        for name in LINEAR
+    ],
+)
 def test_it_converges_at_its_own_step(name: str, x64: None) -> None:
     far, info = distances(name, 2000)
     assert far[-1] < 1e-10
-    assert info.sent.all() == (not member(name).rule.can_skip)
+    assert info.sent.all() == (not member(name).rule.needs_persistent_memory)
 
 
 NEAR = {  # root mean square distance of rounds 500 to 1000, its mean over 8 keys; how far one key may be from it

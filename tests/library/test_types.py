@@ -12,6 +12,7 @@ import pytest
 
 import laqjax
 from laqjax import compressors, downlinks, memories, oracles, rules, types
+from laqjax._core.validation import get_declaration
 from laqjax.types import register_dataclass
 from tests.support import KEY, Toy
 
@@ -258,6 +259,22 @@ def test_an_oracle_needs_no_hints(toy: Toy, quick_compilation: None) -> None:
     algs = [laqjax.algorithms.gd(own, lr=lr, num_workers=4) for lr in (0.1, 0.2)]
     many = laqjax.sweep(laqjax.stack_algorithms(algs), toy.theta0, toy.shards, 2, jax.random.split(KEY, 2))
     assert np.isfinite(many.info.loss).all()
+
+
+def test_what_a_part_does_not_declare_has_a_default(toy: Toy) -> None:
+    own: Any = OwnOracle(toy.oracle, keep)
+    local, half = oracles.with_local_steps(toy.oracle, 3, lambda step: 0.1 * step), compressors.grid(3)
+    for part, protocol, name, value in (
+        (own, types.OracleHints, "num_local_steps", 1),
+        (local, types.OracleHints, "num_local_steps", 3),
+        (own, types.OracleHints, "local_schedule", None),
+        (downlinks.CompressedStep(half), types.DownlinkTraits, "num_vectors", 1),
+        (downlinks.FullModelDownlink(2), types.DownlinkTraits, "num_vectors", 2),
+    ):
+        assert get_declaration(part, protocol, name) == value
+    np.testing.assert_allclose(
+        get_declaration(local, types.OracleHints, "local_schedule")(jnp.int32(2)), 0.2, rtol=1e-6
+    )
 
 
 def test_hints_of_an_oracle_are_used(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,8 +90,11 @@ def test_data_may_be_any_pytree() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "marina_natural",
-        *(pytest.param(n, marks=pytest.mark.long) for n in ("laq", "sign_sgd", "ef21", "qsgd", "ssgd", "lag_ps")),
+        "laq",
+        *(
+            pytest.param(n, marks=pytest.mark.long)
+            for n in ("marina_natural", "sign_sgd", "ef21", "qsgd", "ssgd", "lag_ps")
+        ),
     ],
 )
 def test_half_precision(name: str, dtype: Any, toy: Toy) -> None:

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import laqjax
-from laqjax import algorithms, oracles, rules
+from laqjax import algorithms, compressors, memories, oracles, rules
 from laqjax._core import validation
 from laqjax.algorithms import _shared
 from tests.laws.registry import named_algorithms
@@ -124,9 +124,35 @@ def test_patience_may_be_zero_but_not_less() -> None:
     rule = _shared.make_lazy_rule(rules.make_history(0.8, 10, np.float32), rules.InnovationChange())
     rules.limit_silence(rule, 0)
     refused(lambda: rules.limit_silence(rule, -1), "max_silence = -1: must be a whole number >= 0")
-    assert rules.limit_silence(rule, 3).can_skip
-    assert not rules.limit_silence(rules.Always(), 3).can_skip
+    assert rules.limit_silence(rule, 3).needs_persistent_memory
+    assert not rules.limit_silence(rules.Always(), 3).needs_persistent_memory
     refused(lambda: rules.make_history(0.8, 3, np.float32, kind="stpe"), "kind = 'stpe': must be one of ('step', ")
+
+
+class OddWorkers(rules.BaseUploadRule):
+    """A rule that defines `is_selected` and no more."""
+
+    def is_selected(self, shared_state: Any, worker_state: Any, context: Any) -> Any:
+        return context.keys.worker % 2 == 1
+
+
+class HalfARule:
+    """A rule that lacks two declarations."""
+
+    init = is_selected = should_send = update = None
+
+    def __init__(self) -> None:
+        self.init = self.is_selected = self.should_send = self.update = lambda *given: None
+
+
+def test_a_rule_that_selects_is_known_to_select(toy: Toy) -> None:
+    """A federation calls `is_selected` of no other rule."""
+    assert OddWorkers().server_selects
+    assert rules.limit_silence(OddWorkers(), 3).server_selects
+    assert not rules.Always().server_selects
+    assert not rules.limit_silence(rules.Always(), 3).server_selects
+    parts: Any = toy.oracle, compressors.identity(), HalfARule(), memories.make_innovation_memory(toy.oracle)
+    refused(lambda: laqjax.assemble(*parts, lr=0.1, num_workers=4), "rule HalfARule without needs_persistent_memory: ")
 
 
 ORACLE: list[tuple[dict[str, Any], str]] = [
@@ -149,24 +175,27 @@ def test_the_oracle(wrong: dict[str, Any], message: str) -> None:
 READY = "that is a transformation: must be None, since the transformation has its own step size"
 GRADIENT = "must be a transformation that needs the gradients, its state and the parameters only, such as optax.adamw"
 LOCAL_STEPS: list[tuple[dict[str, Any], str]] = [
-    (dict(steps=0), "num_local_steps = 0: must be a whole number >= 1"),
-    (dict(lr=0), "local_lr = 0: must be a finite number > 0"),
-    (dict(lr=None), "local_lr = None: must be a finite number > 0"),
+    (dict(steps=0), "steps = 0: must be a whole number >= 1"),
+    (dict(lr=0), "lr = 0: must be a finite number > 0"),
+    (dict(lr=None), "lr = None: must be a finite number > 0"),
     (dict(proximal=-1), "proximal = -1: must be a finite number >= 0"),
     (dict(keep_optimizer_state="no"), "keep_optimizer_state = 'no': must be True or False"),
-    (dict(optimizer="adam"), "inner optimizer = 'adam': must be a function of the learning rate"),
-    (dict(optimizer=optax.adamw(0.1)), f"local_lr = 0.1 with an optimizer {READY}"),
+    (dict(optimizer="adam"), "optimizer = 'adam': must be a function of the learning rate"),
+    (dict(optimizer=optax.adamw(0.1)), f"lr = 0.1 with an optimizer {READY}"),
     (dict(optimizer=optax.polyak_sgd), "missing 1 required keyword-only argument: 'value')"),
     (dict(optimizer=optax.polyak_sgd), GRADIENT),
     (dict(optimizer=optax.lbfgs(), lr=None), GRADIENT),
-    (dict(optimizer=jax.tree_util.Partial(optax.sgd, momentum=0.9, nesterov=True)), "inner optimizer = Partial("),
+    (dict(optimizer=jax.tree_util.Partial(optax.sgd, momentum=0.9, nesterov=True)), "optimizer = Partial("),
 ]
 
 
 @pytest.mark.parametrize(("wrong", "message"), LOCAL_STEPS)
 def test_local_steps(wrong: dict[str, Any], message: str, toy: Toy) -> None:
+    """The error begins with the argument that was given."""
     given: dict[str, Any] = dict(steps=2, lr=0.1) | wrong
     refused(lambda: oracles.with_local_steps(toy.oracle, **given), message)
+    with pytest.raises(ValueError, match=f"^({'|'.join(given)}) = "):
+        oracles.with_local_steps(toy.oracle, **given)
 
 
 def test_local_steps_need_an_oracle_without_a_state(toy: Toy) -> None:
@@ -202,6 +231,12 @@ def test_numbers_of_local_methods(toy: Toy) -> None:
     given: dict[str, Any] = dict(num_workers=4, num_local_steps=2, local_lr=0.1)
     for name, wrong, message in (
         ("diloco", dict(decay=1.5), "decay = 1.5: must be a finite number >= 0 and <= 1"),
+        ("diloco", dict(local_lr=None), "local_lr = None: must be a finite number > 0"),
+        ("lazy_diloco", dict(inner="adam"), "inner = 'adam': must be a function of the learning rate"),
+        ("sparse_loco", dict(inner=optax.adam(0.1)), f"local_lr = 0.1 with an optimizer {READY}"),
+        ("diloco", dict(inner=optax.polyak_sgd), "inner = <function polyak_sgd"),
+        ("fedavg", dict(num_local_steps=0), "num_local_steps = 0: must be a whole number >= 1"),
+        ("scaffold", dict(local_lr=0), "local_lr = 0: must be a finite number > 0"),
         ("fedadam", dict(tau=0), "tau = 0: must be a finite number > 0"),
         ("fedyogi", dict(b2=2), "b2 = 2: must be a finite number >= 0 and <= 1"),
         ("scaffold", dict(num_participants=5), "count = 5: must be a whole number >= 1 and <= 4"),
@@ -408,6 +443,34 @@ def test_every_point_has_its_schedule(toy: Toy) -> None:
     refused(
         lambda: laqjax.sweep(laqjax.stack_algorithms(algs), toy.theta0, toy.shards, 3, jax.random.split(KEY, 2)),
         "lr = -0.2 in",
+    )
+
+
+def test_a_local_schedule_gives_steps(toy: Toy) -> None:
+    """It is read in steps, 2 a round, also from a later round and for each point of a sweep."""
+    schedule = jax.tree_util.Partial(lambda lr, step: lr * (100.0 - step), 0.01)
+    given: dict[str, Any] = dict(num_workers=4, num_local_steps=2)
+    alg, other = (
+        algorithms.diloco(toy.oracle, local_lr=jax.tree_util.Partial(schedule.func, lr), **given)
+        for lr in (0.01, -0.01)
+    )
+    message = "learning rate of the local steps = -0.01 in step 101: must be finite and >= 0 in every step"
+    fedavg = algorithms.fedavg(toy.oracle, local_lr=schedule, **given)
+    for call in [
+        *every_start(alg, toy.theta0, toy.shards, rounds=51),
+        lambda: validation.check_schedule(fedavg, 0, 51),
+    ]:
+        refused(call, message)
+    validation.check_schedule(alg, 0, 50)
+    validation.check_schedule(alg, 40, 10)
+    late = alg.init(toy.theta0)._replace(round=jnp.int32(45))
+    for call in every_start(alg, late, toy.shards, rounds=6)[:2]:
+        refused(call, message)
+    refused(
+        lambda: laqjax.sweep(
+            laqjax.stack_algorithms([alg, other]), toy.theta0, toy.shards, 3, jax.random.split(KEY, 2)
+        ),
+        "learning rate of the local steps = -1 in step 0",
     )
 
 
