@@ -28,7 +28,8 @@ def main(grid: Grid, context: Context) -> None:
     print(result)
     task.FOLDER.mkdir(parents=True, exist_ok=True)
     path = task.FOLDER / "final_model.npz"
-    np.savez(path, **{name: array.numpy() for name, array in result.arrays.items()})
+    arrays: Any = {name: array.numpy() for name, array in result.arrays.items()}
+    np.savez(path, **arrays)
     print(f"The final model is in {path}")
 
 
