@@ -165,11 +165,12 @@ class FederatedClient:
     def __init__(
         self, alg: Algorithm, load_shard: Callable[[int], Shards], *, state_dir: str | Path | None = None
     ) -> None:
+        self._digests = _protocol.scheme_digests(alg)
+        alg = jax.tree.map(jnp.asarray, alg)  # else each round copies its numbers to the device
         self._alg = replace(alg, rule=ForcedUpload(alg.rule, False))
         full = replace(alg, rule=ForcedUpload(alg.rule, True), compressor=identity())
         self._full = full if alg.memory.is_persistent else self._alg
         self._rule, self._down, self._num_workers = alg.rule, _protocol.down_compressor(alg), alg.num_workers
-        self._digests = _protocol.scheme_digests(alg)
         self._scheme = _protocol.short_digest(self._digests)
         # a dictionary of loaded shards instead of functools.cache, because Ray copies apps
         self._load_shard, self._shards = load_shard, {}
