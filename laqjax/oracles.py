@@ -482,7 +482,7 @@ class LocalStepsOracle:
             ValueError: the size of the minibatch is not a multiple of `num_local_steps`, or the inner oracle cannot be
                 evaluated at other models than that of the round.
         """
-        return self._train(params, shards, shard, examples, self.init_state(params), jnp.int32(0), None)
+        return _train_locally(self, params, shards, shard, examples, self.init_state(params), jnp.int32(0), None)
 
     def evaluate(
         self, params: Float[Array, " p"], shards: Shards, examples: Any, state: Any, context: RoundContext
@@ -491,50 +491,58 @@ class LocalStepsOracle:
         correction = None
         if self.has_control_variates:
             correction = context.aggregate / context.num_workers - context.memory_state
-        return self._train(params, shards, context.keys.shard, examples, state, context.round, correction)
+        return _train_locally(self, params, shards, context.keys.shard, examples, state, context.round, correction)
 
-    def _train(
-        self, params: Array, shards: Shards, shard: Any, examples: Any, state: Any, round: Any, correction: Any
-    ) -> OracleResult:
-        """Train locally from the optimizer state `state`, with `correction` [p] added to each gradient unless None."""
-        check_evaluates_anywhere(self.oracle)
-        if examples:
-            check_minibatch(examples.size, self.num_local_steps)
 
-        def evaluate(local: Any, t: Any) -> OracleResult:
-            part = examples.slice(t, examples.size // self.num_local_steps) if examples else None
-            return check_oracle_result(self.oracle, self.oracle(local, shards, shard, part))
+def _train_locally(
+    trainer: LocalStepsOracle,
+    params: Array,
+    shards: Shards,
+    shard: Any,
+    examples: Any,
+    state: Any,
+    round: Any,
+    correction: Any,
+) -> OracleResult:
+    """Train locally from the optimizer state `state`, with `correction` [p] added to each gradient unless None."""
+    check_evaluates_anywhere(trainer.oracle)
+    if examples:
+        check_minibatch(examples.size, trainer.num_local_steps)
 
-        def move(local: Any, grad: Any, optimizer_state: Any, t: Any) -> Any:
-            if self.proximal is not None:
-                grad = grad + self.proximal * (local - params)
-            if correction is not None:
-                grad = grad + correction
-            step = round * self.num_local_steps + t
-            lr = self.learning_rate_at(step)
-            if self.optimizer is None:
-                return local - lr * grad, None
-            optimizer_state = _set_schedule_counts(optimizer_state, step)
-            return _apply_optimizer(self.optimizer(lr), self.oracle, local, grad, optimizer_state)
+    def evaluate(local: Any, t: Any) -> OracleResult:
+        part = examples.slice(t, examples.size // trainer.num_local_steps) if examples else None
+        return check_oracle_result(trainer.oracle, trainer.oracle(local, shards, shard, part))
 
-        def local_step(carry: Any, t: Any) -> Any:
-            local, optimizer_state = carry
-            return move(local, evaluate(local, t).grad, optimizer_state, t), None
+    def move(local: Any, grad: Any, optimizer_state: Any, t: Any) -> Any:
+        if trainer.proximal is not None:
+            grad = grad + trainer.proximal * (local - params)
+        if correction is not None:
+            grad = grad + correction
+        step = round * trainer.num_local_steps + t
+        lr = trainer.learning_rate_at(step)
+        if trainer.optimizer is None:
+            return local - lr * grad, None
+        optimizer_state = _set_schedule_counts(optimizer_state, step)
+        return _apply_optimizer(trainer.optimizer(lr), trainer.oracle, local, grad, optimizer_state)
 
-        loss, grad, _ = evaluate(params, jnp.int32(0))
-        first = move(params, grad, state if self.keep_optimizer_state else self.init_optimizer(params), jnp.int32(0))
-        steps = jnp.arange(1, self.num_local_steps, dtype=jnp.int32)
-        (last, optimizer_state), _ = jax.lax.scan(local_step, first, steps)
-        if self.returns_difference:
-            grad = params - last
-        elif self.num_local_steps > 1 or self.optimizer is not None:
-            total = self.total_learning_rate_at(round)
-            if callable(self.lr):  # a schedule may begin at zero
-                grad = jnp.where(total > 0, (params - last) / jnp.where(total > 0, total, 1), 0)
-            else:
-                grad = (params - last) / total
-            grad = grad if correction is None else grad - correction
-        return OracleResult(loss, grad, optimizer_state if self.keep_optimizer_state else None)
+    def local_step(carry: Any, t: Any) -> Any:
+        local, optimizer_state = carry
+        return move(local, evaluate(local, t).grad, optimizer_state, t), None
+
+    loss, grad, _ = evaluate(params, jnp.int32(0))
+    first = move(params, grad, state if trainer.keep_optimizer_state else trainer.init_optimizer(params), jnp.int32(0))
+    steps = jnp.arange(1, trainer.num_local_steps, dtype=jnp.int32)
+    (last, optimizer_state), _ = jax.lax.scan(local_step, first, steps)
+    if trainer.returns_difference:
+        grad = params - last
+    elif trainer.num_local_steps > 1 or trainer.optimizer is not None:
+        total = trainer.total_learning_rate_at(round)
+        if callable(trainer.lr):  # a schedule may begin at zero
+            grad = jnp.where(total > 0, (params - last) / jnp.where(total > 0, total, 1), 0)
+        else:
+            grad = (params - last) / total
+        grad = grad if correction is None else grad - correction
+    return OracleResult(loss, grad, optimizer_state if trainer.keep_optimizer_state else None)
 
 
 def _apply_optimizer(transformation: Any, oracle: Oracle, params: Any, grad: Any, state: Any) -> tuple[Any, Any]:
