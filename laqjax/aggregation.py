@@ -369,6 +369,7 @@ def partition_specs(state: Any, axis: str, param_specs: Any = None) -> Any:
     last = state
     while type(last) is tuple and last:  # the state of `optax.chain`
         last = last[-1]
+    # the state of `diloco_optimizer` declares this attribute
     nodes = jax.tree.leaves(state, is_leaf=lambda node: hasattr(node, "_must_be_last"))
     if any(hasattr(node, "_must_be_last") and node is not last for node in nodes):
         raise ValueError(
