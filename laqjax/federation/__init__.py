@@ -2,7 +2,7 @@
 
 The algorithm is the same as in `laqjax.Algorithm.step`: a client runs `worker_step`, the server runs `server_step`.
 This package adds the protocol between them. The protocol keeps one invariant, even when messages are lost:
-the server's aggregate equals the sum of the worker memories.
+the server's aggregate equals the sum of the workers' contributions.
 
 Broadcasts. In each round the server sends one message to every selected worker. It holds:
 

@@ -22,14 +22,14 @@ class WorkerRecords:
     """What the server stores about the workers, in the order of their ids.
 
     rule_states: the rule's state of each worker, [M, ...].
-    memories: each worker's part of the aggregate, [p]; None if the memory is not persistent.
+    contributions: each worker's part of the aggregate, [p]; None if the memory is not persistent.
     accepted: the last accepted upload of each worker.
     owners: key of the node that owns the id of each worker; b"" if none does.
     max_magnitudes: worker -> largest absolute value that it has sent.
     """
 
     rule_states: Any
-    memories: list[Any]
+    contributions: list[Any]
     accepted: list[UploadId]
     owners: list[bytes]
     max_magnitudes: dict[int, float]
@@ -38,7 +38,7 @@ class WorkerRecords:
         """Free the id of a worker for another node; no worker state matches, so that it starts with a full upload."""
         self.owners[worker] = b""
         self.max_magnitudes.pop(worker, None)
-        if self.memories[worker] is not None and self.accepted[worker] != NO_UPLOAD:
+        if self.contributions[worker] is not None and self.accepted[worker] != NO_UPLOAD:
             self.accepted[worker] = RELEASED_UPLOAD
 
 
@@ -59,7 +59,7 @@ def _make_tree(contents: Checkpoint) -> Any:
     peaks = np.asarray([workers.max_magnitudes.get(worker, -1.0) for worker in range(len(rounds))])
     about = np.frombuffer(contents.identity, np.uint8), np.asarray(contents.session, np.int64)
     owners = np.frombuffer(b"".join(owner.ljust(32, b"\0") for owner in workers.owners), np.uint8)
-    return about, contents.state, workers.memories, workers.rule_states, rounds, digests, peaks, owners
+    return about, contents.state, workers.contributions, workers.rule_states, rounds, digests, peaks, owners
 
 
 def save_checkpoint(path: Path, contents: Checkpoint) -> None:
@@ -104,12 +104,12 @@ def restore_checkpoint(path: Path, initial: Checkpoint) -> Checkpoint:
     shapes = [[(np.shape(leaf), np.asarray(leaf).dtype) for leaf in part] for part in (jax.tree.leaves(like), leaves)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{path} is of a run with another optimizer: must be of this run; give another file")
-    about, state, memories, rule_states, rounds, digests, peaks, owners = jax.tree.unflatten(
+    about, state, contributions, rule_states, rounds, digests, peaks, owners = jax.tree.unflatten(
         jax.tree.structure(like), leaves
     )
-    state, memories = jax.tree.map(jnp.asarray, (state, memories))
+    state, contributions = jax.tree.map(jnp.asarray, (state, contributions))
     accepted = [(int(round), digest.tobytes()) for round, digest in zip(rounds, digests, strict=True)]
     magnitudes = {worker: float(peak) for worker, peak in enumerate(peaks) if peak >= 0}
     keys = [owner.tobytes() if owner.any() else b"" for owner in owners.reshape(-1, 32)]
-    workers = WorkerRecords(rule_states, memories, accepted, keys, magnitudes)
+    workers = WorkerRecords(rule_states, contributions, accepted, keys, magnitudes)
     return Checkpoint(initial.identity, int(about[1]), state, workers)

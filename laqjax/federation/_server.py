@@ -76,13 +76,13 @@ def _compute_server_step(
 
 
 @jax.jit
-def _accumulate(alg: Algorithm, total: Array, memory: Any, decoded: Array) -> tuple[Array, Any]:
+def _accumulate(alg: Algorithm, total: Array, contribution: Any, decoded: Array) -> tuple[Array, Any]:
     """Add one message to the sum of messages and to the worker's part of the aggregate.
 
     Returns:
-        The new sum [p], and the worker's new part of the aggregate [p] (None if `memory` is None).
+        The new sum [p], and the worker's new part of the aggregate [p] (None if `contribution` is None).
     """
-    return total + decoded, None if memory is None else alg.memory.update_aggregate(memory, decoded)[1]
+    return total + decoded, None if contribution is None else alg.memory.update_aggregate(contribution, decoded)[1]
 
 
 @jax.jit
@@ -145,14 +145,16 @@ def _apply_replies(
         The new state, and the change of the model.
     """
     uploads = {worker: reply for worker, reply in accepted.items() if reply.decoded is not None}
-    total, memories = np.zeros(state.params.shape, state.params.dtype), workers.memories
-    again = [m for m, reply in uploads.items() if reply.header.kind == _protocol.REPLY_FULL and memories[m] is not None]
+    total, contributions = np.zeros(state.params.shape, state.params.dtype), workers.contributions
+    again = [
+        m for m, reply in uploads.items() if reply.header.kind == _protocol.REPLY_FULL and contributions[m] is not None
+    ]
     if again:  # a full upload replaces the worker's part of the aggregate
         for worker in again:
-            memories[worker] = jnp.zeros_like(total)
-        state = state._replace(aggregate=functools.reduce(add_delta, memories, total))
+            contributions[worker] = jnp.zeros_like(total)
+        state = state._replace(aggregate=functools.reduce(add_delta, contributions, total))
     for worker, (_, head, decoded, _) in uploads.items():
-        total, memories[worker] = _accumulate(alg, total, memories[worker], decoded)
+        total, contributions[worker] = _accumulate(alg, total, contributions[worker], decoded)
         workers.accepted[worker] = head.round, head.digest
     if alg.rule.server_selects:
         workers.rule_states = _select_workers(
@@ -193,7 +195,7 @@ def _compute_finite_round(
     accepted, rejections = dict(accepted), {}
     uploads = sorted((m for m in accepted if accepted[m].decoded is not None), key=lambda m: accepted[m].magnitude)
     for _ in range(1 + (len(uploads) + 1) // 2):
-        records = replace(workers, memories=list(workers.memories), accepted=list(workers.accepted))
+        records = replace(workers, contributions=list(workers.contributions), accepted=list(workers.accepted))
         after, change = _apply_replies(alg, key, state, records, accepted, stats)
         if np.isfinite([change.direction_sq, change.step_sq]).all() and np.isfinite(np.asarray(after.params)).all():
             sizes = {worker: reply.magnitude for worker, reply in accepted.items() if reply.decoded is not None}
@@ -290,7 +292,8 @@ class FederatedServer:
 
     alg: the algorithm.
     state: its state without the workers; `alg.params(state)` returns the model.
-    excluded_workers: workers that were rejected in `max_rejections` rounds in a row, at any time.
+    excluded_workers: workers that were rejected in `max_rejections` rounds in a row, at any time. They still receive
+        broadcasts, and their next valid reply counts.
     """
 
     def __init__(
@@ -352,9 +355,9 @@ class FederatedServer:
         self._identity = digests + self._key_bytes
         state = alg.init(params)
         self.state: AlgorithmState = state._replace(workers=None)  # pyright: ignore[reportArgumentType]
-        memories: list[Any] = [jnp.zeros_like(state.params) if alg.memory.is_persistent else None] * most
+        contributions: list[Any] = [jnp.zeros_like(state.params) if alg.memory.is_persistent else None] * most
         self._workers = WorkerRecords(
-            state.workers.rule_state, memories, [_protocol.NO_UPLOAD] * most, [b""] * most, {}
+            state.workers.rule_state, contributions, [_protocol.NO_UPLOAD] * most, [b""] * most, {}
         )
         self._change = ModelChange()
         if checkpoint_path is not None and checkpoint_path.exists():
@@ -385,7 +388,7 @@ class FederatedServer:
         Raises:
             RuntimeError: too few workers registered, or no valid reply arrived, for `max_empty_rounds` deadlines.
         """
-        self._wait_for_workers(grid, self.alg.num_workers if workers is None else workers, max_empty_rounds)
+        _wait_for_workers(self, grid, self.alg.num_workers if workers is None else workers, max_empty_rounds)
         empty = 0
         while (round := int(self.state.round)) < rounds:
             stats = self.run_round(grid)
@@ -404,13 +407,13 @@ class FederatedServer:
         """
         roster, stats = self._roster, RoundStats.empty(int(self.state.round), self.alg.num_workers)
         selected = _find_selected(self.alg, self._key, self.state, self._workers.rule_states)
-        admission = self._exchange(grid, selected, stats)
+        admission = _exchange(self, grid, selected, stats)
         began = time.perf_counter()
-        valid, can_skip = dict(sorted(admission.accepted.items())), bool(roster.nodes) and not selected.all()
+        valid, may_be_empty = dict(sorted(admission.accepted.items())), bool(roster.nodes) and not selected.all()
         rejections = find_outliers(valid, self._workers.max_magnitudes, self._outlier_factor)
         accepted = {worker: reply for worker, reply in valid.items() if worker not in rejections}
         result = None
-        if accepted or can_skip:
+        if accepted or may_be_empty:
             result = _compute_finite_round(self.alg, self._key, self.state, self._workers, accepted, stats)
             accepted, rejections = result.accepted, rejections | result.rejections
         self.excluded_workers |= _report_workers(
@@ -418,7 +421,7 @@ class FederatedServer:
         )
         for worker in admission.asked.values():
             roster.model_rounds[worker] = stats.round if worker in accepted else None
-        if result is None or not (accepted or can_skip):
+        if result is None or not (accepted or may_be_empty):
             return None
         self.state, self._change, self._workers = result[:3]
         _fill_stats(stats, accepted)
@@ -428,61 +431,64 @@ class FederatedServer:
             save_checkpoint(self._checkpoint_path, self._checkpoint())
         return stats
 
-    def _make_broadcasts(self, selected: np.ndarray, stats: RoundStats) -> dict[int, Message]:
-        """Return the broadcasts of this round by node, and add their sizes to the stats."""
-        messages: dict[int, Message] = {}
-        skipped = self._roster.skipped_nodes(self._poller.waiting_nodes())
-        history = _protocol.shared_history(self.alg, self.state.rule_state, self.state.aggregate)
-        model, shared = _protocol.tree_to_bytes(self.state.params), _protocol.tree_to_bytes(history)
-        digest = _protocol.short_digest(model, shared)
-        for node, worker in self._roster.nodes.items():
-            if selected[worker] and node not in skipped:
-                about = *self._workers.accepted[worker], digest, self._key_bytes, *self._change[1:]
-                head = _protocol.BroadcastHeader(self._session, stats.round, worker, 0, 0, *about)
-                known = self._roster.model_rounds[worker]
-                content, size = _protocol.make_broadcast(
-                    head, model, shared, known, self._change.body, has_steps=history[1] is None
-                )
-                # the ttl lets Flower drop an expired broadcast, so that a slow node does not build up a backlog
-                message = Message(content, node, MessageType.TRAIN, group_id=str(stats.round), ttl=self._timeout)
-                stats.bytes_down[worker], stats.payload_down[worker] = _protocol.serialized_size(message), size
-                messages[node] = message
-        return messages
-
-    def _exchange(self, grid: Grid, selected: np.ndarray, stats: RoundStats) -> Admission:
-        """Greet new nodes, send the broadcasts of a round, and receive and validate the replies."""
-        roster, accepted = self._roster, self._workers.accepted
-        greetings = make_hello_messages(roster, grid.get_nodes(), self._poller.waiting_nodes(), self._timeout)
-        broadcasts, began = self._make_broadcasts(selected, stats), time.perf_counter()
-        self._poller.send(grid, [*broadcasts.values(), *greetings])
-        roster.greeted |= {message.metadata.dst_node_id: message.metadata.message_id for message in greetings}
-        asked = {message.metadata.message_id: roster.nodes[node] for node, message in broadcasts.items()}
-        about = self._session, stats.round, self._scheme
-        expected = {node: ExpectedReply(*about, m, accepted[m], node in broadcasts) for node, m in roster.nodes.items()}
-        admission = Admission(self.alg, self.state.params, roster, expected, asked)
-        admission.receive(self._poller, self._min_replies, self._timeout)
-        stats.transfer, stats.decode = time.perf_counter() - began - admission.seconds, admission.seconds
-        return admission
-
-    def _wait_for_workers(self, grid: Grid, workers: int, max_empty_rounds: int) -> None:
-        """Wait until `workers` workers are registered, for at most `max_empty_rounds` deadlines."""
-        began, told = time.monotonic(), -1
-        while len(self._roster.nodes) < workers:
-            stats = RoundStats.empty(int(self.state.round), self.alg.num_workers)
-            admission = self._exchange(grid, np.zeros(self.alg.num_workers, bool), stats)
-            _log_rejections(admission, admission.rejections)
-            if (came := len(self._roster.nodes)) < workers:
-                waited = time.monotonic() - began
-                if waited > WAITING_NOTICE and came != told:
-                    log.warning("%s of %s workers are registered: waiting for the others", came, workers)
-                    told = came
-                if waited > max_empty_rounds * self._timeout:
-                    raise RuntimeError(f"{came} workers registered: must be {workers}; check that their nodes run")
-                time.sleep(min(0.2, self._timeout))
-
     def _checkpoint(self) -> Checkpoint:
         """Return everything that the next round needs."""
         return Checkpoint(self._identity, self._session, self.state, self._workers)
+
+
+def _make_broadcasts(server: FederatedServer, selected: np.ndarray, stats: RoundStats) -> dict[int, Message]:
+    """Return the broadcasts of this round by node, and add their sizes to the stats."""
+    messages: dict[int, Message] = {}
+    skipped = server._roster.skipped_nodes(server._poller.waiting_nodes())
+    history = _protocol.shared_history(server.alg, server.state.rule_state, server.state.aggregate)
+    model, shared = _protocol.tree_to_bytes(server.state.params), _protocol.tree_to_bytes(history)
+    digest = _protocol.short_digest(model, shared)
+    for node, worker in server._roster.nodes.items():
+        if selected[worker] and node not in skipped:
+            about = *server._workers.accepted[worker], digest, server._key_bytes, *server._change[1:]
+            head = _protocol.BroadcastHeader(server._session, stats.round, worker, 0, 0, *about)
+            known = server._roster.model_rounds[worker]
+            content, size = _protocol.make_broadcast(
+                head, model, shared, known, server._change.body, has_steps=history[1] is None
+            )
+            # the ttl lets Flower drop an expired broadcast, so that a slow node does not build up a backlog
+            message = Message(content, node, MessageType.TRAIN, group_id=str(stats.round), ttl=server._timeout)
+            stats.bytes_down[worker], stats.payload_down[worker] = _protocol.serialized_size(message), size
+            messages[node] = message
+    return messages
+
+
+def _exchange(server: FederatedServer, grid: Grid, selected: np.ndarray, stats: RoundStats) -> Admission:
+    """Greet new nodes, send the broadcasts of a round, and receive and validate the replies."""
+    roster, accepted = server._roster, server._workers.accepted
+    greetings = make_hello_messages(roster, grid.get_nodes(), server._poller.waiting_nodes(), server._timeout)
+    broadcasts, began = _make_broadcasts(server, selected, stats), time.perf_counter()
+    server._poller.send(grid, [*broadcasts.values(), *greetings])
+    roster.greeted |= {message.metadata.dst_node_id: message.metadata.message_id for message in greetings}
+    asked = {message.metadata.message_id: roster.nodes[node] for node, message in broadcasts.items()}
+    about = server._session, stats.round, server._scheme
+    expected = {node: ExpectedReply(*about, m, accepted[m], node in broadcasts) for node, m in roster.nodes.items()}
+    admission = Admission(server.alg, server.state.params, roster, expected, asked)
+    admission.receive(server._poller, server._min_replies, server._timeout)
+    stats.transfer, stats.decode = time.perf_counter() - began - admission.seconds, admission.seconds
+    return admission
+
+
+def _wait_for_workers(server: FederatedServer, grid: Grid, workers: int, max_empty_rounds: int) -> None:
+    """Wait until `workers` workers are registered, for at most `max_empty_rounds` deadlines."""
+    began, told = time.monotonic(), -1
+    while len(server._roster.nodes) < workers:
+        stats = RoundStats.empty(int(server.state.round), server.alg.num_workers)
+        admission = _exchange(server, grid, np.zeros(server.alg.num_workers, bool), stats)
+        _log_rejections(admission, admission.rejections)
+        if (came := len(server._roster.nodes)) < workers:
+            waited = time.monotonic() - began
+            if waited > WAITING_NOTICE and came != told:
+                log.warning("%s of %s workers are registered: waiting for the others", came, workers)
+                told = came
+            if waited > max_empty_rounds * server._timeout:
+                raise RuntimeError(f"{came} workers registered: must be {workers}; check that their nodes run")
+            time.sleep(min(0.2, server._timeout))
 
 
 def server_app(

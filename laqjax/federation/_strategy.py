@@ -86,6 +86,34 @@ def _check_evaluation(reply: Message, weighted_by_key: str) -> None:
         raise ValueError(f"{found:.100}: must be one, with finite numbers and {weighted_by_key!r} >= 0")
 
 
+def _collect_evaluations(
+    grid: Grid, messages: Iterable[Message], timeout: float, unanswered: Counter[int]
+) -> list[Message]:
+    """Send messages for evaluation, and return one reply of each node that answers in time.
+
+    Args:
+        grid: the Flower grid.
+        messages: one message for each node.
+        timeout: seconds to wait.
+        unanswered: evaluations in a row that each node left without a reply; this function counts them.
+    """
+    sent, poller = list(messages), ReplyPoller()
+    poller.send(grid, sent)
+    asked = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
+    replies: dict[int, Message] = {}
+    end, remaining = time.monotonic() + timeout, timeout
+    while remaining > 0:
+        remaining = max(end - time.monotonic(), 0.0) if poller.waiting_nodes() else 0.0
+        for reply in poller.receive(remaining):
+            if asked.get(reply.metadata.reply_to_message_id) == reply.metadata.src_node_id:
+                replies.setdefault(reply.metadata.src_node_id, reply)
+    for node in asked.values():
+        unanswered[node] = 0 if node in replies else unanswered[node] + 1
+        if unanswered[node] == MAX_UNANSWERED:
+            log.warning("node %s left %s evaluations without a reply: it is asked no more", node, MAX_UNANSWERED)
+    return list(replies.values())
+
+
 class LazyStrategy(Strategy):
     """Flower strategy that trains with an algorithm of this library, in a ServerApp of your own.
 
@@ -186,30 +214,13 @@ class LazyStrategy(Strategy):
         for stats in self.server.run(grid, num_rounds, **self._run_options):
             done = stats.round + 1
             result.train_metrics_clientapp[done], central = _summarize(stats), evaluate_on_server(done)
-            replies = self._exchange(grid, self.configure_evaluate(done, result.arrays, config, grid))
+            messages = self.configure_evaluate(done, result.arrays, config, grid)
+            replies = _collect_evaluations(grid, messages, self._timeout, self._unanswered)
             clients = self.aggregate_evaluate(done, replies)
             if clients is not None:
                 result.evaluate_metrics_clientapp[done] = clients
             _log_round(done, num_rounds, train=result.train_metrics_clientapp[done], clients=clients, server=central)
         return result
-
-    def _exchange(self, grid: Grid, messages: Iterable[Message]) -> list[Message]:
-        """Send messages for evaluation, and return one reply of each node that answers in time."""
-        sent, poller = list(messages), ReplyPoller()
-        poller.send(grid, sent)
-        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
-        replies: dict[int, Message] = {}
-        end, remaining = time.monotonic() + self._timeout, self._timeout
-        while remaining > 0:
-            remaining = max(end - time.monotonic(), 0.0) if poller.waiting_nodes() else 0.0
-            for reply in poller.receive(remaining):
-                if asked.get(reply.metadata.reply_to_message_id) == reply.metadata.src_node_id:
-                    replies.setdefault(reply.metadata.src_node_id, reply)
-        for node in asked.values():
-            self._unanswered[node] = 0 if node in replies else self._unanswered[node] + 1
-            if self._unanswered[node] == MAX_UNANSWERED:
-                log.warning("node %s left %s evaluations without a reply: it is asked no more", node, MAX_UNANSWERED)
-        return list(replies.values())
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -134,7 +134,7 @@ def test_a_model_that_did_not_change_is_not_sent_again(toy: Toy) -> None:
     server._roster.model_rounds = dict.fromkeys(range(4), 3)  # as if they had answered in round 3
     before = {node: context.state for node, context in grid.contexts.items()}
     assert before
-    message = server._make_broadcasts(np.ones(4, bool), _server.RoundStats.empty(3, 4))[100]
+    message = _server._make_broadcasts(server, np.ones(4, bool), _server.RoundStats.empty(3, 4))[100]
     assert _protocol.parse_message(_protocol.BroadcastHeader, message)[0].model == _protocol.MODEL_UNCHANGED
     assert "body" not in message.content[_protocol.RECORD_KEY]
 
@@ -242,7 +242,7 @@ class Faulty:
             return 0
         compared = 0
         for worker in range(4):
-            memory = np.asarray(server._workers.memories[worker])
+            memory = np.asarray(server._workers.contributions[worker])
             total += memory
             for context in self.grid.contexts.values():
                 kept = _client.load_state(context, self.client._likes)
@@ -456,7 +456,7 @@ def test_a_restart_of_everything_goes_on_from_the_checkpoint(
     stats = list(server.run(grid, 12))
     np.testing.assert_array_equal(column(stats, "round"), np.arange(6, 12))
     assert column(stats, "accepted").all()
-    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.contributions), rtol=1e-5, atol=1e-6)
     if states == "kept":
         straight, calm, _ = federated(alg, toy.theta0, toy.shards, 12)
         np.testing.assert_array_equal(column(stats, "sent"), column(straight, "sent")[6:])
@@ -511,7 +511,7 @@ def test_who_is_out_of_step_sends_everything_once(toy: Toy) -> None:
     assert first.accepted.sum() == 3
     assert second.bits_up[2] == 32 * 63
     assert third.bits_up[2] in (0, 32 + 3 * 63 + 3)
-    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.contributions), rtol=1e-5, atol=1e-6)
 
 
 def test_an_inner_optimizer_rolls_back_with_a_lost_upload(toy: Toy) -> None:
@@ -557,7 +557,7 @@ def test_a_worker_that_joins_late(toy: Toy) -> None:
     assert not column(stats, "accepted")[:6, 3].any()  # greeted in round 5
     assert column(stats, "sent")[6, 3]
     assert column(stats, "accepted")[6:, 3].all()
-    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.contributions), rtol=1e-5, atol=1e-6)
 
 
 def test_a_round_without_an_answer_comes_again(toy: Toy) -> None:
@@ -673,7 +673,7 @@ def test_a_node_that_does_not_answer_costs_a_deadline_and_then_nothing(fault: st
     assert stats is not None
     assert stats.accepted.all()
     assert not stats.absent.any()
-    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.contributions), rtol=1e-5, atol=1e-6)
 
 
 def test_a_round_goes_on_when_enough_have_answered(blocking: Any) -> None:
@@ -1043,7 +1043,7 @@ def test_a_worker_believes_no_forged_acknowledgement(toy: Toy) -> None:
         stats = server.run_round(grid)
         assert stats is not None
         assert stats.accepted.all()
-    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.contributions), rtol=1e-5, atol=1e-6)
 
 
 def test_a_node_that_says_it_is_somebody_else(toy: Toy, caplog: Any) -> None:
@@ -1108,7 +1108,7 @@ def test_a_worker_belongs_to_the_key_of_its_node(tmp_path: Path, toy: Toy, caplo
     np.testing.assert_array_equal(column(stats, "accepted"), [[True, False, True, True]] * 3)
     assert "node 701 claims worker 3: its key owns worker 1" in caplog.text
     assert "broadcast to worker 1: must be to worker 3, the node's partition-id" in caplog.text
-    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.contributions), rtol=1e-5, atol=1e-6)
 
 
 def test_a_replacement_of_a_released_worker_begins_with_a_full_upload(tmp_path: Path, toy: Toy) -> None:
@@ -1127,7 +1127,7 @@ def test_a_replacement_of_a_released_worker_begins_with_a_full_upload(tmp_path: 
     assert column(stats, "accepted").all()
     np.testing.assert_array_equal(column(stats, "bits_up")[:, 1], [32 * 63, 32 + 3 * 63 + 3])
     assert server._workers.owners[1] == _roster.hash_node_key(key_of(77))
-    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.memories), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.contributions), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="release_workers = 4: must be a whole number >= 0 and <= 3"):
         _server.FederatedServer(alg, toy.theta0, KEY, release_workers=[4])
 
@@ -1234,7 +1234,7 @@ def test_replies_at_random(replies_at_random: int, toy: Toy) -> None:
     """No crash but the word that it is refused, and nothing that is taken is other than finite."""
     alg = algorithms.qgd(toy.oracle, bits=3, **RULE)
     _, server, grid = federated(alg, toy.theta0, toy.shards, 3)
-    sent = server._make_broadcasts(np.ones(4, bool), _server.RoundStats.empty(3, 4))
+    sent = _server._make_broadcasts(server, np.ones(4, bool), _server.RoundStats.empty(3, 4))
     replies = [grid.client(message, grid.contexts[node]) for node, message in sent.items()]
     rng, state, taken = np.random.default_rng(0), server.state, 0
     contents = [_protocol.parse_message(_protocol.ReplyHeader, reply) for reply in replies]
