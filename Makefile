@@ -22,7 +22,7 @@ reproduce: setup ## LAQ, TWO-LAQ, GD, QGD, LAG on the embedded MNIST: the table 
 sweep: setup ## the default grid of b, C and D on the embedded MNIST, in results/sweep (three minutes)
 	$(BIN)/python -m experiments.sweep
 
-compare: setup ## every method at its best on a convex problem, in results/compare (eight minutes)
+compare: setup ## every method at its best on a convex problem, in results/compare (forty minutes)
 	$(BIN)/python -m experiments.compare
 
 federated: setup ## LAQ, GD, QGD and EF21 as a federation in one process, in results/federated (half a minute)
@@ -31,7 +31,7 @@ federated: setup ## LAQ, GD, QGD and EF21 as a federation in one process, in res
 bench: setup ## speed and memory beside this machine's GEMM rate
 	$(BIN)/python -m experiments.bench
 
-test: setup ## the tests (nine minutes on two cores)
+test: setup ## the tests (eight minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: setup ## the tests that take minutes each

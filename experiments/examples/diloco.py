@@ -2,8 +2,8 @@
 
 The devices are forced ones on a CPU. Each has its own topics of Python's help texts, see `language_model.py`.
 
-    python -m experiments.examples.diloco              one seed, a quarter of an hour on two cores
-    python -m experiments.examples.diloco --seeds 3    three seeds
+    python -m experiments.examples.diloco              one seed, ten minutes on two cores
+    python -m experiments.examples.diloco --seeds 3    three seeds, half an hour
     python -m experiments.examples.diloco --quick      a few steps, to try the installation
 
 A stopped command resumes: each method and seed is a file in the folder `runs`.
@@ -202,7 +202,7 @@ def report(curves: pl.DataFrame, best: int, out: Path, console: Console) -> None
     last = curves.filter(pl.col("step") == pl.col("step").max())
     spread = last.group_by("name", maintain_order=True).agg(
         pl.col("loss").mean(), pl.col("loss").std().alias("±"), pl.col("megabits").mean().alias("Mbit billed"),
-        pl.col("megabytes").mean().alias("MB to each"), pl.col("uploads").mean(), pl.col("seconds").mean(),
+        pl.col("megabytes").mean().alias("MB to each"), pl.col("uploads").mean(), pl.col("seconds").mean().round().cast(pl.Int64),
     )  # fmt: skip
     storage.save_frame(spread, out / "table", csv=True)
     storage.write_json(
