@@ -165,7 +165,7 @@ def register_dataclass(cls: type[_T]) -> type[_T]:
     """Register a frozen dataclass as a pytree. Use it as a decorator above `@dataclass(frozen=True)`.
 
     Fields become children (traced numbers or nested parts). Fields declared with `static_field` become structure, and
-    so does the class itself.
+    so does the class itself. A declaration such as `is_persistent = True` has no annotation, else it were a field.
 
     `jax.tree_util.register_dataclass` ignores the class when it compares structures (seen in JAX 0.10.2). Two parts
     whose fields have the same shapes then compare equal in `jax.jit`. When their hashes collide too, it runs the
@@ -240,6 +240,9 @@ class Shards(NamedTuple):
 class RoundKeys(NamedTuple):
     """PRNG keys and position of one worker in one round, the same on every engine.
 
+    Compressors draw from `worker_key`, and `shared_bernoulli` from `shared_key`, as they are. Any other part folds a
+    constant of its own into a key first (`jax.random.fold_in`), so that its draws are independent of theirs.
+
     Attributes:
         worker_key: key of this worker and round, `fold_in(fold_in(run_key, round), worker)`. For the server:
             `shared_key`.
@@ -296,7 +299,8 @@ class RoundContext:
         round: number of the round. `keys.round` is the round of the random draws: 0 where a worker of a federation that
             lost its state starts anew.
         memory_state: memory of this worker before the round.
-        aggregate: aggregate of the server before the round, [p]. None if the memory is not persistent.
+        aggregate: aggregate of the server before the round, [p]. None if the memory is not persistent. A worker of a
+            federation has it only if the oracle declares `OracleHints.reads_aggregate`.
     """
 
     params: Float[Array, " p"]
@@ -309,11 +313,15 @@ class RoundContext:
     aggregate: Any = field(default=None, kw_only=True)
 
     def squared_norm(self, v: Float[Array, " p"]) -> Float[Array, ""]:
-        """Return the squared Euclidean norm of a vector [p]; `laqjax.types.squared_norm` is for use without a context."""
+        """Return the squared Euclidean norm of a vector [p].
+
+        Use it instead of a sum of your own: where mesh axes split the parameters, `v` is the part on this device, and
+        the norm includes the other parts. `laqjax.types.squared_norm` is the same without a context.
+        """
         return squared_norm(v)
 
     def max_abs(self, v: Float[Array, " p"]) -> Float[Array, ""]:
-        """Return the largest absolute value of a vector [p]; `laqjax.types.max_abs` is for use without a context."""
+        """Return the largest absolute value of a vector [p], as `squared_norm` does for the norm."""
         return max_abs(v)
 
 
@@ -1013,7 +1021,8 @@ class DownlinkTraits(Protocol):
 class Downlink(Protocol):
     """Transmission of the model from the server to the workers; see `laqjax.downlinks`.
 
-    A downlink may also declare the member of `DownlinkTraits`.
+    A downlink may also declare the member of `DownlinkTraits`. A federation sends the payload of `CompressedStep` and
+    `CompressedModel`, and the whole model for any other downlink.
     """
 
     def init(self, params: Float[Array, " p"]) -> Any:

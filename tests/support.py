@@ -1,6 +1,7 @@
 """What tests share: a toy and a quadratic problem, and how runs are made and compared."""
 
 import pkgutil
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,3 +103,21 @@ def keys_of(round: int, worker: int, workers: int = 4) -> types.RoundKeys:
     key = jax.random.fold_in(KEY, round)
     own, shared = (jax.random.fold_in(key, index) for index in (worker, workers))
     return types.RoundKeys(own, shared, KEY, jnp.int32(round), jnp.int32(worker))
+
+
+@types.register_dataclass
+@dataclass(frozen=True)
+class Half:
+    """The compressor of the docs: float16 values."""
+
+    is_coordinatewise = True
+    has_static_layout = True
+
+    def encode(self, target: Any, keys: Any) -> Any:
+        return {"values": target.astype(jnp.float16)}
+
+    def decode(self, payload: Any, like: Any) -> Any:
+        return payload["values"].astype(like.dtype)
+
+    def wire_fields(self, payload: Any, like: Any) -> Any:
+        yield types.WireField(payload, "values", jax.ShapeDtypeStruct(like.shape, np.float16), 16)

@@ -1,8 +1,8 @@
 """Norms of vectors [p], whole or split over the devices of a mesh.
 
-Rules, compressors and the round compute norms with the functions of this file. Where mesh axes split the parameters,
-the devices hold parts of these vectors, and add up the norms of their parts. The mean in `Sign` and the l2 term of the
-oracle are not norms of this kind.
+Rules, the round and, of the compressors, `Grid` compute norms over all parts of a vector: where mesh axes split the
+parameters, the devices hold parts, and add up the norms of their parts. Any other compressor takes its part as a
+vector.
 """
 
 import functools

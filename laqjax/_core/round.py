@@ -414,6 +414,7 @@ def worker_step(
     examples = alg.sampler(keys, shards) if alg.sampler else None
     counted: list[Any] = [1]  # gradients of this round; `gradient_at` appends to it while it is traced
 
+    # without a state, this is the body of `StatefulOracle.evaluate`, which calls `alg.oracle(...)`
     run_oracle = get_declaration(alg.oracle, StatefulOracle, "evaluate")
 
     def evaluate(params: Any, examples: Any) -> OracleResult:

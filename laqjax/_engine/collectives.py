@@ -351,15 +351,21 @@ def field_widths(alg: Any) -> tuple[int, ...] | None:
 def field_values(compressor: Compressor, upload: WorkerUpload, widths: tuple[int, ...] | None) -> list[Array]:
     """Return the numbers of each field of a message, or the decoded message where the widths are not known.
 
-    Numbers of at most 16 bits are cast to one or two bytes: they are written to memory before it is known whether they
-    are sent.
+    Numbers of at most 16 bits become unsigned integers of one or two bytes, floats of full width by their bit patterns:
+    they are written to memory before it is known whether they are sent.
     """
     if widths is None:
         return [upload.decoded]
     fields = compressor.wire_fields(upload.payload, jax.ShapeDtypeStruct(upload.decoded.shape, upload.decoded.dtype))
     numbers = [field.payload[field.name] for field in fields]
-    narrow = [jnp.uint8 if bits <= 8 else jnp.uint16 if bits <= 16 else None for bits in widths]
-    return [values if dtype is None else values.astype(dtype) for values, dtype in zip(numbers, narrow, strict=True)]
+
+    def shorten(values: Array, bits: int) -> Array:
+        if bits > 16:
+            return values
+        whole = float_to_bits(values) if bits == 8 * values.dtype.itemsize else values
+        return whole.astype(jnp.uint8 if bits <= 8 else jnp.uint16)
+
+    return [shorten(values, bits) for values, bits in zip(numbers, widths, strict=True)]
 
 
 def pack_message(numbers: list[Array], widths: tuple[int, ...] | None) -> UInt32[Array, " words"]:
@@ -414,7 +420,7 @@ def num_message_words(alg: Any, size: int, widths: tuple[int, ...] | None) -> in
     """Return the number of words of a packed message of `size` coordinates."""
     like = jax.ShapeDtypeStruct((size,), alg.oracle.dtype)
     if widths is None:
-        return size * like.dtype.itemsize // 4
+        return size * max(like.dtype.itemsize, 4) // 4
     return sum(
         num_packed_words(field.like, bits)
         for field, bits in zip(alg.compressor.wire_fields({}, like), widths, strict=True)
@@ -424,8 +430,8 @@ def num_message_words(alg: Any, size: int, widths: tuple[int, ...] | None) -> in
 def pack(values: Array, bits: int) -> UInt32[Array, " words"]:
     """Pack numbers of `bits` bits into 32-bit words without gaps.
 
-    A group of g = 32 / gcd(b, 32) numbers fills b / gcd(b, 32) words exactly. Floats of full width are packed as bit
-    patterns, all other numbers as whole numbers. The array is divided into g rows of neighbouring numbers, and a group
+    A group of g = 32 / gcd(b, 32) numbers fills b / gcd(b, 32) words exactly. Floats of 32 or 64 bits are packed as bit
+    patterns, all other numbers as whole numbers; `field_values` has converted shorter floats. The array is divided into g rows of neighbouring numbers, and a group
     takes one number of each row. Every row is therefore shifted as one vector.
     """
     if bits >= WORD_BITS:
@@ -442,7 +448,7 @@ def pack(values: Array, bits: int) -> UInt32[Array, " words"]:
 
 
 def unpack(words: UInt32[Array, " words"], bits: int, like: Any) -> Array:
-    """Unpack the numbers that `pack` packed, with the shape and dtype of `like`."""
+    """Unpack the numbers that `field_values` and `pack` converted, with the shape and dtype of `like`."""
     if bits >= WORD_BITS:
         return from_words(words[None], jax.ShapeDtypeStruct((1, *like.shape), like.dtype))[0]
     rows, count = WORD_BITS // math.gcd(bits, WORD_BITS), bits // math.gcd(bits, WORD_BITS)
@@ -453,12 +459,27 @@ def unpack(words: UInt32[Array, " words"], bits: int, like: Any) -> Array:
         if offset + bits > WORD_BITS:
             code = code | packed[first + 1] << np.uint32(WORD_BITS - offset)
         codes.append(code & np.uint32(2**bits - 1))
-    return jnp.concatenate(codes)[: like.size].reshape(like.shape).astype(like.dtype)
+    whole = jnp.concatenate(codes)[: like.size].reshape(like.shape)
+    return bits_to_float(whole, like.dtype) if bits == 8 * like.dtype.itemsize else whole.astype(like.dtype)
+
+
+def float_to_bits(values: Array) -> Array:
+    """Return the bit patterns of floats as unsigned integers of the same width; other numbers are returned unchanged."""
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        return values
+    return lax.bitcast_convert_type(values, np.dtype(f"u{values.dtype.itemsize}"))
+
+
+def bits_to_float(whole: Array, dtype: Any) -> Array:
+    """Return the numbers of a dtype whose result of `float_to_bits` is given, in integers of any width."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return whole.astype(dtype)
+    return lax.bitcast_convert_type(whole.astype(np.dtype(f"u{dtype.itemsize}")), dtype)
 
 
 def to_words(values: Array) -> UInt32[Array, "m words"]:
     """Convert an array [m, ...] to bit patterns [m, words]; numbers of less than 4 bytes fill one word each."""
-    wide = values.astype(jnp.uint32) if values.dtype.itemsize < 4 else values
+    wide = float_to_bits(values).astype(jnp.uint32) if values.dtype.itemsize < 4 else values
     return lax.bitcast_convert_type(wide, jnp.uint32).reshape(values.shape[0], -1)
 
 
@@ -466,5 +487,5 @@ def from_words(words: UInt32[Array, "m words"], like: Any) -> Array:
     """Convert the rows of `to_words` back, with the row shape and the dtype of `like`."""
     shape = (words.shape[0], *like.shape[1:])
     if like.dtype.itemsize < 4:
-        return words.reshape(shape).astype(like.dtype)
+        return bits_to_float(words.reshape(shape), like.dtype)
     return lax.bitcast_convert_type(words.reshape(shape if like.dtype.itemsize == 4 else (*shape, 2)), like.dtype)

@@ -6,7 +6,7 @@ import optax
 
 from laqjax._core.round import Algorithm, assemble
 from laqjax._core.validation import check_number, oracle_dtype
-from laqjax.algorithms._shared import make_difference_oracle, make_innovation_rule, make_participation
+from laqjax.algorithms._shared import make_innovation_rule, make_local_steps, make_participation
 from laqjax.compressors import chunked_top_k, grid, identity, quantized_values
 from laqjax.memories import ErrorFeedback, NoMemory, make_innovation_memory
 from laqjax.optimizers import nesterov
@@ -73,7 +73,7 @@ def diloco(
         >>> laqjax.algorithms.diloco(oracle, num_workers=4, num_local_steps=2, local_lr=0.1).num_workers
         4
     """
-    local = make_difference_oracle(oracle, num_local_steps, local_lr, inner, keep_optimizer_state)
+    local = make_local_steps(oracle, num_local_steps, local_lr, inner, keep_optimizer_state, returns_difference=True)
     count, rule = make_participation(num_workers, num_participants)
     kept = check_number("decay", decay, oracle_dtype(oracle), minimum=0, maximum=1)
     memory: Memory = NoMemory() if compressor is None else ErrorFeedback(kept)
@@ -228,7 +228,7 @@ def lazy_diloco(
         >>> laqjax.algorithms.lazy_diloco(oracle, num_workers=4, num_local_steps=2, local_lr=0.1).num_workers
         4
     """
-    local = make_difference_oracle(oracle, num_local_steps, local_lr, inner, keep_optimizer_state)
+    local = make_local_steps(oracle, num_local_steps, local_lr, inner, keep_optimizer_state, returns_difference=True)
     lr = 0.7 / num_workers if lr is None else lr
     rule = make_innovation_rule(
         oracle, lr, optimizer, xi, window, max_silence, rescale_short_history, force_first_upload, padded_window

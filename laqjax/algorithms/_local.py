@@ -13,7 +13,6 @@ from laqjax._core.round import Algorithm, assemble
 from laqjax._core.validation import check_number, oracle_dtype
 from laqjax.algorithms._shared import (
     averaging_lr,
-    make_difference_oracle,
     make_innovation_rule,
     make_local_steps,
     make_participation,
@@ -398,7 +397,7 @@ def _fedopt(
     Raises:
         ValueError: a number is out of its range, or `oracle` is not an oracle.
     """
-    local = make_difference_oracle(oracle, num_local_steps, local_lr)
+    local = make_local_steps(oracle, num_local_steps, local_lr, returns_difference=True)
     count, rule = make_participation(num_workers, num_participants)
     dtype = oracle_dtype(oracle)
     checked = {name: check_number(name, numbers[name], dtype, minimum=0, maximum=1) for name in ("b1", "b2")}

@@ -122,10 +122,15 @@ def make_local_steps(
     local_lr: Any,
     inner: Any = optax.sgd,
     keep_optimizer_state: bool = True,
+    returns_difference: bool = False,
 ) -> LocalStepsOracle:
-    """Build the oracle of `laqjax.oracles.with_local_steps`, whose errors name the arguments of the factories."""
+    """Build the oracle of `laqjax.oracles.with_local_steps`, whose errors name the arguments of the factories.
+
+    With `returns_difference`, it is that of methods that send theta - theta_m itself.
+    """
     names = "num_local_steps", "local_lr", "inner"
-    return _make_local_steps(oracle, num_local_steps, local_lr, inner, 0.0, keep_optimizer_state, names)
+    local = _make_local_steps(oracle, num_local_steps, local_lr, inner, 0.0, keep_optimizer_state, names)
+    return dataclasses.replace(local, returns_difference=local.returns_difference or returns_difference)
 
 
 def averaging_lr(local: LocalStepsOracle, count: int) -> Any:
@@ -138,18 +143,6 @@ def averaging_lr(local: LocalStepsOracle, count: int) -> Any:
 def _mean_total_lr(local: LocalStepsOracle, count: Any, round: Any) -> Any:
     """Return the sum of the local step sizes of a round, divided by `count`."""
     return local.total_learning_rate_at(round) / count
-
-
-def make_difference_oracle(
-    oracle: Oracle,
-    num_local_steps: int,
-    local_lr: Any,
-    inner: Any = optax.sgd,
-    keep_optimizer_state: bool = True,
-) -> LocalStepsOracle:
-    """Build the oracle of methods that send theta - theta_m itself; see `laqjax.oracles.with_local_steps`."""
-    local = make_local_steps(oracle, num_local_steps, local_lr, inner, keep_optimizer_state)
-    return dataclasses.replace(local, returns_difference=True)
 
 
 def make_participation(num_workers: int, num_participants: int | None) -> tuple[int, UploadRule]:

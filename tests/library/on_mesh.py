@@ -103,6 +103,34 @@ def reference(rows: int, rounds: int, counts: tuple[int, ...] = (10, 7), names: 
         assert np.allclose(out.info.loss, alone.info.loss, rtol=1e-5)
 
 
+def narrow() -> None:
+    """Messages and metrics of 16-bit floats, on four devices as on one."""
+    from tests.support import Half
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(4, 6, 5)).astype(np.float32), rng.normal(size=(4, 6)).astype(np.float32)
+    shards, everywhere = laqjax.Shards(x, y, np.ones((4, 6), np.float32)), sharding.make_mesh()
+
+    def oracle(dtype: Any) -> Any:
+        def loss(params: Any, x: Any, y: Any) -> Any:
+            return (x.astype(dtype) @ params - y.astype(dtype)) ** 2
+
+        return laqjax.oracles.from_loss(loss, np.zeros(5, dtype))
+
+    given: Any = {"lr": 0.05, "num_workers": 4}
+    rule, memory = laqjax.rules.Always(), laqjax.memories.NoMemory()
+    for name, alg in {
+        "half": laqjax.assemble(oracle(np.float32), Half(), rule, memory, **given),
+        "bfloat16": algorithms.laq(oracle(jax.numpy.bfloat16), **given),
+    }.items():
+        start = np.zeros(5, alg.oracle.dtype)
+        alone = facts(laqjax.run(alg, start, shards, 4, KEY, worker_batch_size=1), 4)
+        assert np.all(alone["state0"] != 0)
+        for collective in ("all_gather", "all_to_all"):
+            options: Any = {"mesh": everywhere, "collective": collective, "worker_batch_size": 1}
+            compare(f"{name}-{collective}", alone, facts(laqjax.run(alg, start, shards, 4, KEY, **options), 4))
+
+
 def family() -> None:
     """Every named algorithm on 4 workers, on 3 devices two of which have a row of padding."""
     from tests.laws import registry
@@ -635,7 +663,7 @@ if __name__ == "__main__":
     cases: dict[str, Any] = {
         "reference": lambda: reference(6000, 200),
         "smaller": lambda: reference(1000, 200),
-        "short": lambda: reference(500, 60, (7,), ("laq",)),
+        "short": lambda: (reference(500, 60, (7,), ("laq",)), narrow()),
         "swept": swept,
         "refused": refused,
         "family": family,
