@@ -102,6 +102,7 @@ Example:
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -181,11 +182,13 @@ def register_dataclass(cls: type[_T]) -> type[_T]:
     children = [f.name for f in fields(cls) if not f.metadata.get("static")]  # pyright: ignore[reportArgumentType]
     structure = [f.name for f in fields(cls) if f.metadata.get("static")]  # pyright: ignore[reportArgumentType]
 
-    def aux(part: Any) -> tuple[Any, ...]:
-        return cls, *(getattr(part, name) for name in structure)
+    def getter(*names: str) -> Callable[[Any], tuple[Any, ...]]:  # in C where it can: every call of jax.jit flattens
+        return attrgetter(*names) if len(names) > 1 else lambda part: tuple(getattr(part, name) for name in names)
+
+    get_children, aux = getter(*children), getter("__class__", *structure)
 
     def flatten(part: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return tuple(getattr(part, name) for name in children), aux(part)
+        return get_children(part), aux(part)
 
     def flatten_with_keys(part: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         return tuple((jax.tree_util.GetAttrKey(name), getattr(part, name)) for name in children), aux(part)

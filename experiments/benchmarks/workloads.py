@@ -162,13 +162,19 @@ def wire_workload(_: laqjax.Shards, form: str) -> Workload:
     return repeat(calls[form], 50)
 
 
-def federation_workload(shards: laqjax.Shards) -> Workload:
-    """Create a workload of federation rounds in one process: LAQ, one image a worker, so that gradients cost nothing."""
+def federation_workload(shards: laqjax.Shards, form: str) -> Workload:
+    """Create a workload of LAQ with one image a worker: federation rounds in one process, or their gradients alone."""
     from laqjax import federation  # here: optional
     from laqjax.federation.testing import InProcessGrid
 
     few, problem = jax.tree.map(lambda array: np.asarray(array)[:, :1], shards), laqjax.problems.Softmax(784, CLASSES)
-    alg = laqjax.algorithms.laq(problem.oracle(), lr=0.02, num_workers=len(few.x), bits=BITS["softmax"])
+    oracle = problem.oracle()
+    alg = laqjax.algorithms.laq(oracle, lr=0.02, num_workers=len(few.x), bits=BITS["softmax"])
+    if form == "gradients":  # one call a worker, as its client makes one
+        gradient = jax.jit(lambda params, data: oracle(params, data, jnp.int32(0)))
+        params = problem.init_vector(oracle)
+        data = [jax.tree.map(lambda array, m=m: jnp.asarray(array[m : m + 1]), few) for m in range(alg.num_workers)]
+        return Workload(lambda: [jax.block_until_ready(gradient(params, one)) for one in data * 40], 40)
     client = federation.client_app(alg, lambda m: jax.tree.map(lambda array: array[m : m + 1], few))
     server = federation.FederatedServer(alg, problem.init_params(0), jax.random.key(0))
     nodes = InProcessGrid(client, range(alg.num_workers))
@@ -312,6 +318,6 @@ WORKLOAD_GROUPS: dict[str, dict[str, Callable[[laqjax.Shards], Workload]]] = {
         "saved": partial(checkpoint_workload, every=100),
     },
     "message": {f"message-{form}": partial(wire_workload, form=form) for form in ("pack", "read")},
-    "federation": {"federation-round": federation_workload},
+    "federation": {f"federation-{form}": partial(federation_workload, form=form) for form in ("round", "gradients")},
     "network-sweep": {"network-sweep-8": partial(sweep_workload, kind="network", points=8, rounds=2)},
 }

@@ -1,5 +1,6 @@
 """Admission of replies: validation of each message, and a check for outliers among the messages of a round."""
 
+import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -207,7 +208,7 @@ def find_outliers(
     """
     sizes = {worker: reply.magnitude for worker, reply in replies.items() if reply.decoded is not None}
     known = [size for size in {**sizes, **max_magnitudes}.values() if size > 0]
-    usual = np.median(known) if len(known) >= MIN_KNOWN_WORKERS else np.inf
+    usual = statistics.median(known) if len(known) >= MIN_KNOWN_WORKERS else np.inf
     reason = "largest absolute value = {:.3g}: must be at most {:g} times the median {:.3g}"
     return {
         worker: Rejection(replies[worker].node, reason.format(size, factor, usual))

@@ -101,11 +101,12 @@ def load_state(context: Context, likes: tuple[Any, ...]) -> ClientState | None:
     return state if number == CLIENT_STATE_FORMAT else None
 
 
-def save_state(context: Context, kept: ClientState) -> None:
-    """Save the worker's state in the node's context."""
-    head = CLIENT_STATE_HEADER.pack(CLIENT_STATE_FORMAT, kept.session, kept.round, *kept.base, *kept.last)
-    arrays = _protocol.tree_to_bytes((kept.params, kept.history, kept.before, kept.after))
-    context.state[_protocol.RECORD_KEY] = ConfigRecord({"head": head, "arrays": arrays})
+def save_state(
+    context: Context, session: int, round: int, base: _protocol.UploadId, last: _protocol.UploadId, *arrays: bytes
+) -> None:
+    """Save the worker's state in the node's context: fields of `ClientState`, with the bytes of its arrays in order."""
+    head = CLIENT_STATE_HEADER.pack(CLIENT_STATE_FORMAT, session, round, *base, *last)
+    context.state[_protocol.RECORD_KEY] = ConfigRecord({"head": head, "arrays": b"".join(arrays)})
 
 
 def read_context(path: Path, context: Context) -> None:
@@ -191,16 +192,18 @@ class FederatedClient:
         worker = _get_worker(context, self._num_workers)
         if down.worker != worker:
             raise ValueError(f"broadcast to worker {down.worker}: must be to worker {worker}, the node's partition-id")
-        run = _protocol.short_digest(self._scheme, down.key).hex()
-        path = None if self._state_dir is None else Path(self._state_dir) / f"worker-{worker}-{run}.state"
-        if path is not None and _protocol.RECORD_KEY not in context.state:
-            read_context(path, context)
+        path = None
+        if self._state_dir is not None:
+            run = _protocol.short_digest(self._scheme, down.key).hex()
+            path = Path(self._state_dir) / f"worker-{worker}-{run}.state"
+            if _protocol.RECORD_KEY not in context.state:
+                read_context(path, context)
         kept = load_state(context, self._likes)
         known = self._resolve_broadcast(down, parts, kept)
         out_of_sync = _protocol.ReplyHeader(down.session, down.round, worker, scheme=self._scheme)
         if known is None:
             return Message(_protocol.make_record(out_of_sync), reply_to=message)
-        params, history = known
+        params, history, known_bytes = known
         before, base = self._select_base_state(down, kept, params)
         fresh = base == _protocol.UNKNOWN_UPLOAD  # then run as in round 0, where every method starts
         began = time.perf_counter()
@@ -213,6 +216,7 @@ class FederatedClient:
             np.int32(worker),
             np.int32(0 if fresh else down.round),
         )
+        before_bytes = _protocol.tree_to_bytes(before)  # while the step runs
         sent, size, loss, gradients = (np.asarray(value).item() for value in rest)
         computed = time.perf_counter()
         compressor = self._full.compressor if fresh else self._alg.compressor
@@ -221,7 +225,8 @@ class FederatedClient:
         upload = _protocol.REPLY_FULL if fresh and self._alg.memory.is_persistent else _protocol.REPLY_UPLOAD
         kind = upload if sent else _protocol.REPLY_SILENT
         packed = time.perf_counter()
-        save_state(context, ClientState(down.session, down.round, base, last, params, history, before, after))
+        state = known_bytes, before_bytes, _protocol.tree_to_bytes(after)
+        save_state(context, down.session, down.round, base, last, *state)
         if path is not None:
             write_context(path, context)
         head = out_of_sync._replace(
@@ -255,7 +260,7 @@ class FederatedClient:
 
     def _resolve_broadcast(
         self, down: _protocol.BroadcastHeader, parts: dict[str, Any], kept: ClientState | None
-    ) -> tuple[Any, Any] | None:
+    ) -> tuple[Any, Any, bytes] | None:
         """Reconstruct the model and the history from a broadcast.
 
         Args:
@@ -264,8 +269,8 @@ class FederatedClient:
             kept: state from the previous message, or None.
 
         Returns:
-            The model [p] and the history, as `shared_history` returns it. None if the broadcast is older than `kept`,
-            or if this worker lacks the model or history that the broadcast refers to.
+            The model [p], the history, as `shared_history` returns it, and the bytes of both. None if the broadcast is
+            older than `kept`, or if this worker lacks the model or history that the broadcast refers to.
         """
         if kept and (down.session, down.round) < kept[:2]:
             return None
@@ -288,8 +293,8 @@ class FederatedClient:
         except ValueError:  # the body or the history has a wrong length
             return None
         missing = params is None or (kept is None and down.history != _protocol.MODEL_FULL)
-        digest = _protocol.short_digest(_protocol.tree_to_bytes((params, history)))
-        return None if missing or digest != down.state_digest else (params, history)
+        data = _protocol.tree_to_bytes((params, history))
+        return None if missing or _protocol.short_digest(data) != down.state_digest else (params, history, data)
 
     def _select_base_state(
         self, down: _protocol.BroadcastHeader, kept: ClientState | None, params: Any

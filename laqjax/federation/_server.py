@@ -437,7 +437,7 @@ class FederatedServer:
 
 
 def _make_broadcasts(server: FederatedServer, selected: np.ndarray, stats: RoundStats) -> dict[int, Message]:
-    """Return the broadcasts of this round by node, and add their sizes to the stats."""
+    """Return the broadcasts of this round by node, and add the sizes of their bodies to the stats."""
     messages: dict[int, Message] = {}
     skipped = server._roster.skipped_nodes(server._poller.waiting_nodes())
     history = _protocol.shared_history(server.alg, server.state.rule_state, server.state.aggregate)
@@ -453,8 +453,7 @@ def _make_broadcasts(server: FederatedServer, selected: np.ndarray, stats: Round
             )
             # the ttl lets Flower drop an expired broadcast, so that a slow node does not build up a backlog
             message = Message(content, node, MessageType.TRAIN, group_id=str(stats.round), ttl=server._timeout)
-            stats.bytes_down[worker], stats.payload_down[worker] = _protocol.serialized_size(message), size
-            messages[node] = message
+            stats.payload_down[worker], messages[node] = size, message
     return messages
 
 
@@ -464,6 +463,8 @@ def _exchange(server: FederatedServer, grid: Grid, selected: np.ndarray, stats: 
     greetings = make_hello_messages(roster, grid.get_nodes(), server._poller.waiting_nodes(), server._timeout)
     broadcasts, began = _make_broadcasts(server, selected, stats), time.perf_counter()
     server._poller.send(grid, [*broadcasts.values(), *greetings])
+    for node, message in broadcasts.items():
+        stats.bytes_down[roster.nodes[node]] = _protocol.serialized_size(message)
     roster.greeted |= {message.metadata.dst_node_id: message.metadata.message_id for message in greetings}
     asked = {message.metadata.message_id: roster.nodes[node] for node, message in broadcasts.items()}
     about = server._session, stats.round, server._scheme

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Message as Serialised
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from laqjax.federation import _protocol
 
 __all__ = ["FaultInjector", "InProcessGrid", "no_fault"]
 
@@ -97,10 +97,10 @@ class InProcessGrid(Grid):
             self.count += 1
             ids.append(str(self.count))
             message.metadata.__dict__["_message_id"] = ids[-1]
-            data = message_to_proto(message).SerializeToString()
-            self.bytes_down += len(data)
-            for arrived in self.downlink_fault(message_from_proto(Serialised.FromString(data))):
-                self.deliver(arrived)
+            arrived = _protocol.send_in_process(message)
+            self.bytes_down += _protocol.serialized_size(message)
+            for message in self.downlink_fault(arrived):
+                self.deliver(message)
         return ids
 
     def deliver(self, message: Message) -> None:
@@ -112,9 +112,9 @@ class InProcessGrid(Grid):
             reply = self.client(message, context)
         except Exception as error:  # Flower also turns an exception into an error reply
             reply = Message(Error(0, f"{type(error).__name__}: {error}"), reply_to=message)
-        data = message_to_proto(reply).SerializeToString()
-        self.bytes_up += len(data)
-        self.pending_replies += self.uplink_fault(message_from_proto(Serialised.FromString(data)))
+        arrived = _protocol.send_in_process(reply)
+        self.bytes_up += _protocol.serialized_size(reply)
+        self.pending_replies += self.uplink_fault(arrived)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return all pending replies, late ones included; the server has to recognize those."""

@@ -317,21 +317,22 @@ def test_processes_that_do_not_belong_together(fault: str, tmp_path: Path) -> No
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("lost", [0, 1])
-def test_one_of_two_processes_is_killed(lost: int, whole: Path, tmp_path: Path) -> None:
+def test_one_of_two_processes_is_killed(lost: int, tmp_path: Path) -> None:
     """The other one ends within a minute, and the same points go on in one process from what is there."""
-    given = ["--batch-size", "5", *GRID]
-    pair = processes(*given, out=tmp_path)
+    given = ["--batch-size", "1", *GRID]  # many batches, so that the kill does not come after the last
+    out = tmp_path / "out"
+    pair = processes(*given, out=out)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("batches/0*-points.parquet")):
+    while not list(out.glob("batches/0*-points.parquet")):
         assert time.monotonic() < deadline
         time.sleep(0.002)
     pair[lost].kill()
     _, error = pair[1 - lost].communicate(timeout=60)
     pair[lost].communicate()
-    assert pair[1 - lost].returncode != 0
+    assert pair[1 - lost].returncode != 0, error
     assert "task" in error
-    run(*given, out=tmp_path)
-    same(tmp_path, whole)
+    run(*given, out=out)
+    same(out, run(*given, out=tmp_path / "whole"))
 
 
 def test_a_damaged_batch_heals(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -492,7 +492,7 @@ def test_a_client_state_of_another_format_is_ignored(toy: Toy) -> None:
     ]
     arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), client._likes)
     upload = 3, bytes(8)
-    _client.save_state(context, _client.ClientState(1, 4, upload, upload, *arrays))
+    _client.save_state(context, 1, 4, upload, upload, _protocol.tree_to_bytes(arrays))
     kept = _client.load_state(context, client._likes)
     assert kept is not None
     assert kept[:4] == (1, 4, upload, upload)
