@@ -6,7 +6,6 @@ from typing import Any
 import altair as alt
 import numpy as np
 import polars as pl
-import scipy.optimize
 
 from experiments.figures import style
 from experiments.figures.style import Axis, Figure
@@ -14,6 +13,8 @@ from experiments.figures.style import Axis, Figure
 
 def fit_power_law(x: Any, seconds: Any) -> tuple[float, float]:
     """Return (fixed cost, slope) of seconds = fixed + c x^slope, by least squares of the logarithms."""
+    import scipy.optimize  # here: half a second
+
     x, seconds = np.asarray(x, float), np.asarray(seconds, float)
 
     def line(share: float) -> tuple[float, np.ndarray]:
