@@ -7,5 +7,10 @@ _beartype = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({bool: object, 
 
 
 def typecheck(function):
-    """Constructors stay unchecked: while JAX rebuilds a pytree its fields also hold shapes, axes and placeholders."""
-    return function if function.__name__ == "__init__" else _beartype(function)
+    """Constructors stay unchecked: while JAX rebuilds a pytree its fields also hold shapes, axes and placeholders.
+
+    So do functions inside functions, of which the library has few with shapes: each call of the outer one would generate
+    the checks again.
+    """
+    is_unchecked = function.__name__ == "__init__" or "<locals>" in function.__qualname__
+    return function if is_unchecked else _beartype(function)

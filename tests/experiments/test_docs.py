@@ -316,6 +316,7 @@ def test_make_has_these_targets() -> None:
     assert named <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("program", ["flower-superlink", "flower-supernode"])
 def test_flower_has_these_options(program: str) -> None:
     pytest.importorskip("flwr")

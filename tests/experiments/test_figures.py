@@ -373,6 +373,7 @@ def test_a_method_has_one_color(command: str) -> None:
     assert {name: found for name, found in colors.items() if len(found) > 1} == {}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS)
 def test_specifications_are_valid(command: str) -> None:
     for figure in figures_of(command, "plain").values():

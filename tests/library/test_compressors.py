@@ -311,8 +311,7 @@ SCHEMES: dict[str, tuple[Any, Any]] = {  # and its bits before they are rounded 
 }
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("size", [1, 21])
+@pytest.mark.parametrize(("size", "dtype"), [(1, np.float32), (21, np.float32), (21, np.float64)])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_bytes_are_the_message(name: str, size: int, dtype: type) -> None:
     """As many as billed, no more than the scheme says, and what they decode to is what the sender decoded."""

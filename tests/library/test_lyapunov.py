@@ -52,7 +52,8 @@ def test_laq_descends(loss: Any, case: Any, bits: int) -> None:
     check_descent(algorithms.laq, loss, *case, bits=bits)
 
 
-@pytest.mark.parametrize("loss", [square_loss, pytest.param(logistic_loss, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("loss", [square_loss, logistic_loss])
 @given(cases())
 def test_lag_descends(loss: Any, case: Any) -> None:
     check_descent(algorithms.lag_wk, loss, *case)

@@ -1,5 +1,6 @@
 """Many devices and many processes are one device, bit for bit; what travels is packed; what cannot work is refused."""
 
+import itertools
 import os
 import signal
 import socket
@@ -90,12 +91,14 @@ def test_a_loop_of_ones_own_sends_what_a_run_sends(tmp_path: Path) -> None:
     assert results == {"lazy-all_gather": "", "lazy-all_to_all": ""}
 
 
+@pytest.mark.distributed
 def test_parameters_split_over_a_second_axis_do_not_deadlock(tmp_path: Path) -> None:
     results = on_devices("beside", tmp_path, 4)
     assert len(results) == 4
     assert set(results.values()) == {""}, results
 
 
+@pytest.mark.distributed
 def test_parameters_split_over_a_manual_axis_are_whole_ones(tmp_path: Path) -> None:
     """Also where the compiler splits them over a third axis."""
     results = on_devices("split", tmp_path, 8)
@@ -108,6 +111,7 @@ def test_more_methods_with_split_parameters(tmp_path: Path) -> None:
     assert results == dict.fromkeys(("laq-all_to_all", "laq-all_reduce", "leaf", "lag", "small"), "")
 
 
+@pytest.mark.distributed
 def test_local_training_in_a_loop_of_ones_own_is_diloco(tmp_path: Path) -> None:
     assert set(on_devices("diloco", tmp_path, 4)) == {"diloco"}
 
@@ -299,8 +303,10 @@ def test_what_compressors_declare_is_true(toy: Toy) -> None:
         collectives.all_to_all(one)  # half of a message of one number may look like half of a vector
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, np.float32) for name in SCHEMES), *itertools.product(["half", "grid"], [np.float16, jnp.bfloat16])],
+)
 def test_a_packed_message_decodes_to_what_was_sent(name: str, dtype: Any) -> None:
     compressor, widths, in_chunks = SCHEMES[name]
     oracle = laqjax.oracles.from_loss(lambda params, x, y: params[0] * y, jnp.zeros(63, dtype))
