@@ -31,7 +31,7 @@ federated: setup ## LAQ, GD, QGD and EF21 as a federation in one process, in res
 bench: setup ## speed and memory beside this machine's GEMM rate
 	$(BIN)/python -m experiments.bench
 
-test: setup ## the tests (eight minutes on two cores)
+test: setup ## the tests (seven minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: setup ## the tests that take minutes each

@@ -1,8 +1,10 @@
 """Admission of replies: validation of each message, and a check for outliers among the messages of a round."""
 
+import math
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -113,19 +115,27 @@ class Admission:
     bytes_up: Counter[int] = field(default_factory=Counter)
     seconds: float = 0.0
 
-    def receive(self, poller: ReplyPoller, min_replies: int, timeout: float) -> None:
+    def receive(
+        self, poller: ReplyPoller, min_replies: int, timeout: float, send_again: Callable[[set[int]], None]
+    ) -> None:
         """Receive replies until none is waited for or the deadline is over, and then those that have arrived by then.
 
         Nothing is waited for once `min_replies` are accepted. Unawaited workers are waited for only if there are no others.
+        After half of the time, `send_again` is called once with the workers that are waited for: a node that is killed
+        while it receives a message has lost it.
         """
-        end, remaining = time.monotonic() + timeout, timeout
+        began, remaining = time.monotonic(), timeout
+        end, again = began + timeout, began + timeout / 2
         asked = set(self.asked.values())
         awaited = asked - self.roster.unawaited_workers() or asked
         while remaining > 0:
             waiting = poller.waiting_nodes()
             due = {reply.worker for node, reply in self.expected.items() if reply.is_due and node in waiting}
-            must_wait = due & awaited and len(self.accepted) < min_replies
-            remaining = max(end - time.monotonic(), 0.0) if must_wait else 0.0
+            overdue = due & awaited if len(self.accepted) < min_replies else set()
+            if overdue and time.monotonic() >= again:
+                send_again(overdue)
+                again = math.inf
+            remaining = max(min(end, again) - time.monotonic(), 0.0) if overdue else 0.0
             for reply in poller.receive(remaining):
                 self.admit(reply)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flwr.app import Context, Message, MessageType
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from jaxtyping import Array, PRNGKeyArray
 
@@ -317,7 +317,7 @@ class FederatedServer:
             alg: the algorithm; it must be the same as the workers'.
             params: initial model, a pytree or a flat vector [p].
             key: PRNG key of the run, as in `laqjax.run`.
-            round_timeout: seconds that a round waits for replies.
+            round_timeout: seconds that a round waits for replies. After half of them, broadcasts without one are sent again.
             min_replies: number of accepted replies after which a round waits for no more. None: all selected workers;
                 only then are the results those of a simulation.
             max_absent_rounds: number of rounds in a row in which a worker may be absent. After them the server does not wait
@@ -451,10 +451,14 @@ def _make_broadcasts(server: FederatedServer, selected: np.ndarray, stats: Round
             content, size = _protocol.make_broadcast(
                 head, model, shared, known, server._change.body, has_steps=history[1] is None
             )
-            # the ttl lets Flower drop an expired broadcast, so that a slow node does not build up a backlog
-            message = Message(content, node, MessageType.TRAIN, group_id=str(stats.round), ttl=server._timeout)
-            stats.payload_down[worker], messages[node] = size, message
+            stats.payload_down[worker] = size
+            messages[node] = _make_train_message(content, node, stats.round, server._timeout)
     return messages
+
+
+def _make_train_message(content: RecordDict, node: int, round: int, ttl: float) -> Message:
+    """Return a broadcast that Flower drops after `ttl` seconds, so that a slow node does not build up a backlog."""
+    return Message(content, node, MessageType.TRAIN, group_id=str(round), ttl=ttl)
 
 
 def _exchange(server: FederatedServer, grid: Grid, selected: np.ndarray, stats: RoundStats) -> Admission:
@@ -470,7 +474,19 @@ def _exchange(server: FederatedServer, grid: Grid, selected: np.ndarray, stats: 
     about = server._session, stats.round, server._scheme
     expected = {node: ExpectedReply(*about, m, accepted[m], node in broadcasts) for node, m in roster.nodes.items()}
     admission = Admission(server.alg, server.state.params, roster, expected, asked)
-    admission.receive(server._poller, server._min_replies, server._timeout)
+
+    def send_again(workers: set[int]) -> None:
+        overdue = {node: message for node, message in broadcasts.items() if roster.nodes.get(node) in workers}
+        copies = {
+            node: _make_train_message(old.content, node, stats.round, server._timeout / 2)
+            for node, old in overdue.items()
+        }
+        server._poller.send(grid, list(copies.values()))
+        for node, message in copies.items():
+            asked[message.metadata.message_id] = roster.nodes[node]
+            stats.bytes_down[roster.nodes[node]] += _protocol.serialized_size(message)
+
+    admission.receive(server._poller, server._min_replies, server._timeout, send_again)
     stats.transfer, stats.decode = time.perf_counter() - began - admission.seconds, admission.seconds
     return admission
 

@@ -99,8 +99,8 @@ class InProcessGrid(Grid):
             message.metadata.__dict__["_message_id"] = ids[-1]
             arrived = _protocol.send_in_process(message)
             self.bytes_down += _protocol.serialized_size(message)
-            for message in self.downlink_fault(arrived):
-                self.deliver(message)
+            for copy in self.downlink_fault(arrived):
+                self.deliver(copy)
         return ids
 
     def deliver(self, message: Message) -> None:

@@ -662,8 +662,8 @@ def test_a_node_that_does_not_answer_costs_a_deadline_and_then_nothing(fault: st
         stats = server.run_round(grid)
         assert stats is not None
         assert list(stats.accepted) == [True, True, False, True]
-    # while its last broadcast may still be answered, it gets no other
-    assert sum(reply.metadata.src_node_id == 102 for reply in grid.pending_replies) == 3
+    # twice in each round that waited; while its last broadcast may still be answered, it gets no other
+    assert sum(reply.metadata.src_node_id == 102 for reply in grid.pending_replies) == 5
     gate.set()
     grid.lazy.clear()
     grid.gates.clear()
@@ -673,6 +673,43 @@ def test_a_node_that_does_not_answer_costs_a_deadline_and_then_nothing(fault: st
     assert stats is not None
     assert stats.accepted.all()
     assert not stats.absent.any()
+    np.testing.assert_allclose(server.state.aggregate, sum(server._workers.contributions), rtol=1e-5, atol=1e-6)
+
+
+def test_a_message_that_a_killed_node_lost_is_sent_again(blocking: Any, caplog: Any) -> None:
+    (grid, server), (quiet, undisturbed) = blocking(1.0), blocking(1.0)
+    calm = undisturbed.run_round(quiet)
+    lost: list[Message] = []
+
+    def lose(message: Message) -> list[Message]:
+        if message.metadata.dst_node_id == 102 and not lost:
+            lost.append(message)
+            return []
+        return [message]
+
+    grid.downlink_fault = lose
+    stats = server.run_round(grid)
+    assert lost
+    assert stats.accepted.all()
+    assert not stats.absent.any()
+    assert stats.bytes_down[2] > 1.9 * stats.bytes_down[1]
+    assert server.run_round(grid).accepted.all()
+    assert not caplog.records
+    np.testing.assert_array_equal(stats.sent, calm.sent)
+    assert stats.loss == calm.loss
+
+
+def test_a_slow_node_that_answers_twice_counts_once(blocking: Any) -> None:
+    grid, server = blocking(2.0)
+    grid.delays[102] = 1.1  # after half of the time
+    stats = server.run_round(grid)
+    assert stats.accepted.all()
+    grid.delays.clear()
+    for _ in range(3):
+        stats = server.run_round(grid)
+        assert stats.accepted.all()
+        assert not stats.absent.any()
+        assert not stats.rejected.any()
     np.testing.assert_allclose(server.state.aggregate, sum(server._workers.contributions), rtol=1e-5, atol=1e-6)
 
 
