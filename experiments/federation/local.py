@@ -33,6 +33,7 @@ APP = Path(__file__).with_name("app")  # what `flwr run` starts
 PROXY_CONFIG = Path(__file__).with_name("nginx.conf")
 STARTUP_TIMEOUT = 60.0  # seconds for a process to start, and for a command of Flower
 STATUS_INTERVAL = 20.0  # seconds between two queries of a run's state
+HEARTBEATS = 20  # heartbeats whose bytes are counted
 IDLE_SECONDS = 3.0  # seconds in which the bytes of idle nodes are counted
 MAX_RESTARTS = 3  # of one node in a run
 # Linux kills a process after this with its parent, however that ends; other systems do not
@@ -254,20 +255,39 @@ def run_local_federation(
             flwr.nodes_keep_state = network.nodes != "supernode"
             make = make_supernode if network.nodes == "supernode" else make_node
             nodes = [make(flwr, entry, worker, workers) for worker in range(0 if simulation else workers)]
+            if flwr.wire and flwr.nodes_keep_state:
+                console.print(f"a heartbeat of a node is a request of {measure_heartbeat(flwr, flwr.wire)} on the wire")
             stack.enter_context(run_servers(flwr, nodes))
             kind = "simulated nodes" if simulation else "nodes; TLS and node authentication are on"
             console.print(f"SuperLink at 127.0.0.1:{port}, {workers} {kind}")
             if flwr.wire:
                 before = flwr.wire.count_since({})
                 time.sleep(IDLE_SECONDS)
-                up, down, requests = flwr.wire.count_since(before).values()
-                sizes = f"{up / max(requests, 1):.0f} bytes up and {down / max(requests, 1):.0f} down"
+                sizes = describe_requests(**flwr.wire.count_since(before))
                 console.print(f"an idle node asks for work, and sends heartbeats, by requests of {sizes} on the wire")
         if simulation:
             resources = "client-resources-num-cpus=1 client-resources-num-gpus=0.0"
             flwr.options = ("--federation-config", f"num-supernodes={workers} {resources}")
         yield flwr
     shutil.rmtree(home)
+
+
+def describe_requests(up: int, down: int, requests: int) -> str:
+    """Return the mean bytes of requests in words."""
+    return f"{up / max(requests, 1):.0f} bytes up and {down / max(requests, 1):.0f} down"
+
+
+def measure_heartbeat(flwr: FlowerCli, wire: WireCounter) -> str:
+    """Connect as the node of worker 0, before it starts, and return the bytes of a heartbeat in words."""
+    from experiments.federation import fleet  # here: needs an exact version of Flower
+
+    with fleet.connect(f"127.0.0.1:{wire.port}", flwr.home / "ca.crt", flwr.home / "node-0", 0) as node:
+        before = wire.count_since({})
+        for _ in range(HEARTBEATS):
+            node.send_heartbeat()
+        found = wire.count_since(before)
+        node.deactivate()
+    return describe_requests(**found)
 
 
 def read_rounds(facts: Path) -> list[dict[str, Any]]:

@@ -526,6 +526,9 @@ def test_three_nodes_with_tls_equal_in_process(nodes: str, tmp_path: Path) -> No
     words = ["--algorithm", "laq", "--rounds", "5", "--max-silence", "3"]
     status, output = run_to_end(command(tmp_path / "real", *words, "--nodes", nodes, "--measure-wire"))
     assert status == 0, output
+    beats = re.findall(r"a heartbeat of a node is a request of (\d+)", output)
+    assert len(beats) == (nodes == "long_lived")
+    assert all(600 < int(size) < 1500 for size in beats)
     here = federated.run(settings(*words, "--out", str(tmp_path / "in_process")))
     table, in_process = read(tmp_path / "real", "points"), read(here, "points")
     assert_same_masks(tmp_path / "real", here)
