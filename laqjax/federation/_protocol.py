@@ -32,6 +32,7 @@ UNKNOWN_UPLOAD: UploadId = (-2, bytes(8))  # base of a memory that the server do
 RELEASED_UPLOAD: UploadId = (-3, bytes(8))  # of a released worker: no worker state includes it
 # How a broadcast carries the model and the rule's shared history. The delta of a history is the server's last step.
 MODEL_UNCHANGED, MODEL_FULL, MODEL_DELTA = range(3)
+SHORT_HISTORY = 256  # bytes; a worker reads such a history in less time than it computes it in
 # Kinds of replies. OUT_OF_SYNC: the worker lacks the model or the history that the broadcast refers to.
 REPLY_SILENT, REPLY_UPLOAD, REPLY_FULL, REPLY_OUT_OF_SYNC = range(4)
 
@@ -202,7 +203,7 @@ def make_broadcast(
         history: result of `shared_history`.
         known: round whose model the worker is known to have; None if unknown.
         change: message with the last model change; empty if the server broadcasts the whole model.
-        has_steps: whether the worker can compute the history from its last one and the server's last step.
+        has_steps: whether the worker computes the history from its last one and the server's last step.
 
     Returns:
         The content, and the size of its body in bytes.
