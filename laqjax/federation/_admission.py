@@ -18,7 +18,7 @@ from laqjax._core.wire_format import read_payload
 from laqjax.compressors import identity
 from laqjax.federation import _protocol
 from laqjax.federation._polling import ReplyPoller
-from laqjax.federation._roster import Rejection, Roster, register_node
+from laqjax.federation._roster import Rejection, Roster, describe_error, register_node
 from laqjax.types import Compressor
 
 MAX_LOSS = float(np.finfo(np.float32).max)
@@ -70,7 +70,7 @@ def validate_reply(
     if expected is None:
         return Rejection(node, "sender is not registered: must be a node that has answered a hello message")
     if reply.has_error():
-        return Rejection(node, f"the client app failed: {reply.error.reason}")
+        return Rejection(node, describe_error(reply))
     try:
         header, parts = _protocol.parse_message(_protocol.ReplyHeader, reply)
         body, decoded, magnitude = parts.get("body", b""), None, 0.0

@@ -335,7 +335,7 @@ def _get_worker(context: Context, num_workers: int) -> int:
     if "partition-id" not in config or int(config.get("num-partitions", num_workers)) != num_workers:
         raise ValueError(
             f"node config {dict(config)}: must have partition-id, and num-partitions = {num_workers}, the number of "
-            "workers; set both in --node-config of flower-supernode, or num-supernodes of the simulation"
+            "workers (--node-config of flower-supernode, num-supernodes of the simulation)"
         )
     return int(config["partition-id"])
 

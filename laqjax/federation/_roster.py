@@ -15,6 +15,7 @@ from laqjax.federation._protocol import RECORD_KEY, differing_parts
 
 log = logging.getLogger(__name__)
 RETRY_INTERVAL = 60.0  # seconds after which a rejected node gets another hello message
+FAILURE_INTERVAL = 2.0  # likewise, after an error
 
 
 class Rejection(NamedTuple):
@@ -85,6 +86,12 @@ class Roster:
             self.rejected[worker] = self.rejected[worker] + 1 if worker in rejected else 0
 
 
+def describe_error(reply: Message) -> str:
+    """Return why a client app failed: the end of a long text, because Ray's frames come first."""
+    reason = str(reply.error.reason)
+    return f"the client app failed: {reason if len(reason) <= 170 else '... ' + reason[-166:]}"
+
+
 def hash_node_key(public_key: bytes) -> bytes:
     """Return the SHA-256 of a node's public key; b"" if it has none, as in Flower's simulation."""
     return hashlib.sha256(public_key).digest() if public_key.startswith(b"-----BEGIN PUBLIC KEY") else b""
@@ -122,8 +129,9 @@ def register_node(roster: Roster, reply: Message) -> Rejection | None:
     """
     metadata = reply.metadata
     node, key = metadata.src_node_id, roster.keys.get(metadata.src_node_id, b"")
-    if reply.has_error():  # the node gets another hello message in the next round
-        return Rejection(node, f"the client app failed: {reply.error.reason}")
+    if reply.has_error():
+        roster.rejected_until[node] = time.monotonic() + FAILURE_INTERVAL
+        return Rejection(node, describe_error(reply))
     found = reply.content.get(RECORD_KEY)
     hello: dict[str, Any] = dict(found) if isinstance(found, ConfigRecord) else {}
     claimed, scheme = hello.get("worker"), hello.get("scheme", b"")

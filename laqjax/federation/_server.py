@@ -3,6 +3,7 @@
 import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from laqjax.types import AlgorithmState, RoundContext, RoundKeys, ServerResult, 
 
 log = logging.getLogger(__name__)
 WAITING_NOTICE = 5.0  # seconds without the workers before the first round, after which the log says so
+MAX_HELLOS = 3  # rejected answers of each node after which a server without a worker gives up
 
 
 @dataclass
@@ -386,7 +388,8 @@ class FederatedServer:
             The stats of each round, as soon as it is complete.
 
         Raises:
-            RuntimeError: too few workers registered, or no valid reply arrived, for `max_empty_rounds` deadlines.
+            RuntimeError: too few workers registered, or no valid reply arrived, for `max_empty_rounds` deadlines; or all
+                nodes, at least two, were rejected three times before a worker registered.
         """
         _wait_for_workers(self, grid, self.alg.num_workers if workers is None else workers, max_empty_rounds)
         empty = 0
@@ -493,12 +496,22 @@ def _exchange(server: FederatedServer, grid: Grid, selected: np.ndarray, stats: 
 
 
 def _wait_for_workers(server: FederatedServer, grid: Grid, workers: int, max_empty_rounds: int) -> None:
-    """Wait until `workers` workers are registered, for at most `max_empty_rounds` deadlines."""
-    began, told = time.monotonic(), -1
+    """Wait until `workers` workers are registered, for at most `max_empty_rounds` deadlines.
+
+    The wait ends early if all nodes are rejected, as they are if the apps have other settings. One node cannot end it.
+    """
+    began, told, rejected, reason = time.monotonic(), -1, Counter[int](), ""
     while len(server._roster.nodes) < workers:
         stats = RoundStats.empty(int(server.state.round), server.alg.num_workers)
         admission = _exchange(server, grid, np.zeros(server.alg.num_workers, bool), stats)
         _log_rejections(admission, admission.rejections)
+        for node, reason in admission.rejections:  # noqa: B007
+            rejected[node] += 1
+        there = [] if server._roster.nodes else list(server._roster.keys)
+        if len(there) >= min(workers, 2) and all(rejected[node] >= MAX_HELLOS for node in there):
+            raise RuntimeError(
+                f"all {len(there)} nodes were rejected {MAX_HELLOS} times, the last one because: {reason}"
+            )
         if (came := len(server._roster.nodes)) < workers:
             waited = time.monotonic() - began
             if waited > WAITING_NOTICE and came != told:

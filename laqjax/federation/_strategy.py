@@ -18,6 +18,7 @@ from jaxtyping import PRNGKeyArray
 
 from laqjax._core.round import Algorithm
 from laqjax.federation._polling import ReplyPoller
+from laqjax.federation._roster import describe_error
 from laqjax.federation._server import FederatedServer, RoundStats
 
 MAX_UNANSWERED = 3  # evaluations in a row that a node may leave without a reply before it is asked no more
@@ -76,7 +77,7 @@ def _clean(text: str, length: int) -> str:
 def _check_evaluation(reply: Message, weighted_by_key: str) -> None:
     """Raise ValueError if the reply to an evaluation does not count."""
     if reply.has_error():
-        raise ValueError(f"the client app failed: {reply.error.reason}")
+        raise ValueError(describe_error(reply))
     records = list(reply.content.metric_records.values())
     values = [value for record in records for value in record.values()]
     numbers = np.concatenate([np.ravel(value) for value in values] or [np.zeros(0)])
@@ -190,7 +191,8 @@ class LazyStrategy(Strategy):
         Raises:
             ValueError: `train_config` is not empty, `initial_arrays` has other names than the parameters, or an
                 argument of the server is not valid.
-            RuntimeError: too few workers registered, or no valid reply arrived, for `max_empty_rounds` deadlines.
+            RuntimeError: too few workers registered, or no valid reply arrived, for `max_empty_rounds` deadlines; or all
+                nodes, at least two, were rejected three times before a worker registered.
         """
         if train_config:
             raise ValueError(f"train_config = {dict(train_config)}: must be empty; put settings in the run config")

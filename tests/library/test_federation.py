@@ -382,6 +382,7 @@ def test_the_aggregate_is_the_sum_of_the_memories_whatever_happens(
 ) -> None:
     seen: Counter[str] = Counter()
     caplog.set_level(logging.CRITICAL, "laqjax.federation")
+    monkeypatch.setattr(_roster, "FAILURE_INTERVAL", 0.0)
     monkeypatch.setattr(_roster, "RETRY_INTERVAL", 0.0)  # a hello message may be damaged
     monkeypatch.setattr(_protocol, "SHORT_HISTORY", 0)  # the machine draws it
     some = settings(max_examples=examples, stateful_step_count=steps, suppress_health_check=[HealthCheck.too_slow])
@@ -404,6 +405,7 @@ def test_it_converges_through_faults(
     Without a memory too, but a message that is lost is then lost, and the model trembles.
     """
     caplog.set_level(logging.CRITICAL, "laqjax.federation")
+    monkeypatch.setattr(_roster, "FAILURE_INTERVAL", 0.0)
     monkeypatch.setattr(_roster, "RETRY_INTERVAL", 0.0)
     alg, rng = make(name, toy), np.random.default_rng(0)
     faulty, compared = Faulty(alg, toy, tmp_path), []
@@ -891,7 +893,10 @@ HOSTILE: dict[str, tuple[Callable[[Message], Message], str]] = {
     "nothing": (lambda r: empty(r), "must be a head"),
     "an error": (lambda r: failed(r), "the client app failed: out of memory"),
     "an error without a reason": (lambda r: failed(r, None), "the client app failed: None"),
-    "a long error": (lambda r: failed(r, "\n\x1b[2J\u2028" + 10**6 * "x"), r"the client app failed: \?\?\[2J\?x"),
+    "a long error": (
+        lambda r: failed(r, 10**6 * "x" + "\n\x1b[2J\u2028 why"),
+        r"the client app failed: \.\.\. x+\?\?\[2J\? why",
+    ),
     "a reply of an unknown node": (lambda r: of_node(r, 999), "sender is not registered"),
     "a reply of another node": (lambda r: of_node(r, 102), "worker = 1: must be 2"),
 }
@@ -1114,7 +1119,29 @@ def test_a_node_that_says_it_is_somebody_else(toy: Toy, caplog: Any) -> None:
     assert server._roster.nodes[500] == 1
 
 
-def test_a_node_that_fails_to_say_who_it_is_is_asked_again(toy: Toy, caplog: Any) -> None:
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_run_that_all_nodes_refuse_ends_with_the_reason(
+    nodes: int, toy: Toy, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One node alone cannot end it: others may come."""
+    monkeypatch.setattr(_roster, "FAILURE_INTERVAL", 0.0)
+    alg = algorithms.gd(toy.oracle, **RULE)
+    grid = InProcessGrid(_client.client_app(alg, loader(toy.shards)), range(nodes))
+    for context in grid.contexts.values():
+        context.node_config["num-partitions"] = 2
+    server = _server.FederatedServer(alg, toy.theta0, KEY, round_timeout=0.1)
+    reason = "num-partitions = 4" if nodes == 2 else "0 workers registered: must be 4"
+    with pytest.raises(RuntimeError, match=reason):
+        list(server.run(grid, 1, max_empty_rounds=10))
+    said = Counter(line.getMessage() for line in caplog.records)
+    assert len(said) == nodes
+    assert nodes == 1 or set(said.values()) == {3}
+
+
+def test_a_node_that_fails_to_say_who_it_is_is_asked_again(
+    toy: Toy, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_roster, "FAILURE_INTERVAL", 0.0)
     failures = [True, True]
 
     def up(message: Message) -> list[Message]:
