@@ -1,6 +1,7 @@
 """Search for the best settings of each method: the grids, the proposals beyond them, and the report."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -15,7 +16,7 @@ from rich.console import Console
 from experiments.harness import cases, grid, results, runner
 from experiments.harness.results import NetworkModel
 from experiments.harness.runner import RunOptions
-from experiments.harness.search_spaces import MEMBERS, USER_SEARCH_SPACE
+from experiments.harness.search_spaces import LARGEST, MEMBERS, USER_SEARCH_SPACE
 from laqjax import check_number
 
 Setting = dict[str, Any]
@@ -213,7 +214,8 @@ def values_beyond_edges(space: MethodGrids, name: str, best: Setting, tried: pl.
         for end, ratio in ends:
             for new in (end * ratio, end * ratio**2):  # two values, to fill a batch
                 new = round(new) if isinstance(end, int) else new
-                if best[axis] == end != new and space.is_valid(name, best | {axis: new}):
+                is_new = best[axis] == end != new and new <= LARGEST.get(axis, math.inf)
+                if is_new and space.is_valid(name, best | {axis: new}):
                     yield axis, new
 
 

@@ -97,3 +97,4 @@ MEMBERS = {
     "cada2": stochastic("lazy stochastic", step=lambda case: 1e-2, c=C),
 }
 USER_SEARCH_SPACE = SearchSpace("own", FULL, {})  # space of a method without a row
+LARGEST = {"num_local_steps": 32}  # values at which a grid stops to grow, because a round takes as many gradients

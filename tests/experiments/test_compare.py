@@ -137,6 +137,22 @@ def test_a_grid_grows_where_its_best_lies_on_the_edge(whole: Path) -> None:
     assert (row["widened"], row["at the edge"]) == ("lr", "")
 
 
+def test_a_grid_of_local_steps_grows_to_a_limit() -> None:
+    settings = grid.parse_settings(comparison.Settings, [*TASK, "--algorithm", "fedavg"], None)
+    space = comparison.MethodGrids(settings, Console())
+    (lr, *_), known = space.grids["fedavg"]["local_lr"], [2, 5]
+
+    def wider(best: int) -> list[Any]:
+        tried = pl.DataFrame({"algorithm": "fedavg", "local_lr": lr, "num_local_steps": known})
+        found = comparison.values_beyond_edges(space, "fedavg", {"local_lr": lr, "num_local_steps": best}, tried)
+        return [value for axis, value in found if axis == "num_local_steps"]
+
+    assert wider(2) == [1]
+    assert wider(5) == [12, 31]
+    known += [12, 31]
+    assert wider(31) == []
+
+
 def test_it_goes_on_where_it_was(whole: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran, calls = runner.Batch.run, []
 
