@@ -22,7 +22,7 @@ reproduce: setup ## LAQ, TWO-LAQ, GD, QGD, LAG on the embedded MNIST: the table 
 sweep: setup ## the default grid of b, C and D on the embedded MNIST, in results/sweep (three minutes)
 	$(BIN)/python -m experiments.sweep
 
-compare: setup ## every method at its best on a convex problem, in results/compare (forty minutes)
+compare: setup ## every method at its best on a convex problem, in results/compare (half an hour)
 	$(BIN)/python -m experiments.compare
 
 federated: setup ## LAQ, GD, QGD and EF21 as a federation in one process, in results/federated (half a minute)

@@ -1,6 +1,6 @@
 r"""Compare methods at their best settings, which are reported on other seeds.
 
-    python -m experiments.compare                all methods on a convex problem, 40 minutes
+    python -m experiments.compare                all methods on a convex problem, half an hour
     python -m experiments.compare --quick        a few methods and rounds, under a minute
     python -m experiments.compare --problem softmax --dataset mnist --algorithm gd laq qgd
     python -m experiments.compare --problem my.py:make --dataset my.py:load \
