@@ -16,7 +16,7 @@ setup: .venv/ready ## a virtual environment with what requirements.lock pins
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --config-settings editable_mode=compat --editable .
 	@touch $@
 
-reproduce: setup ## LAQ, TWO-LAQ, GD, QGD, LAG on the embedded MNIST: the table and figures of LAQ, in results/laq-logistic (five minutes)
+reproduce: setup ## LAQ, TWO-LAQ, GD, QGD, LAG on the embedded MNIST: the table and figures of LAQ, in results/laq-logistic (6 to 15 minutes)
 	$(BIN)/python -m experiments.reproduce laq-logistic
 
 sweep: setup ## the default grid of b, C and D on the embedded MNIST, in results/sweep (three minutes)

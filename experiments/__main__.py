@@ -10,7 +10,7 @@ COMMANDS = ["sweep", "tune", "compare", "federated", "reproduce", "scaling", "be
 EXAMPLES = ["examples.data_parallel", "examples.diloco", "examples.multihost"]
 INTRO = """LAQ and its family: experiments on one machine or many. Three first commands:
 
-    python -m experiments reproduce laq-logistic    the paper's table, 5 minutes on 2 cores
+    python -m experiments reproduce laq-logistic    the paper's table, 6 to 15 minutes on 2 cores
     python -m experiments sweep --quick             a test of the installation, half a minute
     python -m experiments report results/sweep      one HTML page of the results
 

@@ -1,6 +1,6 @@
 """Reproduce the tables of the papers, next to the published values.
 
-    python -m experiments.reproduce laq-logistic          the paper's table, 5 minutes on 2 cores
+    python -m experiments.reproduce laq-logistic          the paper's table, 6 to 15 minutes on 2 cores
     python -m experiments.reproduce laq-logistic --quick  a tenth of the data, under a minute
     python -m experiments.reproduce laq-nn                8000 rounds of a network, hours on a CPU
     python -m experiments.reproduce lag --help            the options of one table
