@@ -283,7 +283,7 @@ def format_value(value: Any) -> str:
     """Format a value in a few characters: 0.02, 31.4, 4850, 1.2e+06."""
     if value is None or not isinstance(value, float):
         return "-" if value is None else str(value)
-    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
+    return f"{value:.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def format_setting(values: Mapping[str, Any], equals: str = "=") -> str:

@@ -86,6 +86,11 @@ class Roster:
             self.rejected[worker] = self.rejected[worker] + 1 if worker in rejected else 0
 
 
+def one_line(text: str, length: int = 220) -> str:
+    """Return the beginning of a text from a node as one line of printable characters."""
+    return "".join(char if char.isprintable() else "?" for char in text[:length])
+
+
 def describe_error(reply: Message) -> str:
     """Return why a client app failed: the end of a long text, because Ray's frames come first."""
     reason = str(reply.error.reason)

@@ -24,7 +24,7 @@ from laqjax.federation._admission import AcceptedReply, Admission, ExpectedReply
 from laqjax.federation._checkpoint import Checkpoint, WorkerRecords, restore_checkpoint, save_checkpoint
 from laqjax.federation._polling import ReplyPoller
 from laqjax.federation._protocol import add_delta, down_compressor, worker_keys
-from laqjax.federation._roster import Rejection, Roster, make_hello_messages
+from laqjax.federation._roster import Rejection, Roster, make_hello_messages, one_line
 from laqjax.types import AlgorithmState, RoundContext, RoundKeys, ServerResult, UploadContext
 
 log = logging.getLogger(__name__)
@@ -238,8 +238,7 @@ def _log_rejections(admission: Admission, rejections: Iterable[Rejection]) -> No
     """Log each rejection as one line of at most 300 printable characters."""
     for node, reason in rejections:
         worker = admission.expected[node].worker if node in admission.expected else "?"
-        text = "".join(char if char.isprintable() else "?" for char in reason[:220])
-        log.warning("worker %s (node %s) rejected: %s", worker, node, text)
+        log.warning("worker %s (node %s) rejected: %s", worker, node, one_line(reason))
 
 
 def _report_workers(
@@ -510,7 +509,7 @@ def _wait_for_workers(server: FederatedServer, grid: Grid, workers: int, max_emp
         there = [] if server._roster.nodes else list(server._roster.keys)
         if len(there) >= min(workers, 2) and all(rejected[node] >= MAX_HELLOS for node in there):
             raise RuntimeError(
-                f"all {len(there)} nodes were rejected {MAX_HELLOS} times, the last one because: {reason}"
+                f"all {len(there)} nodes were rejected {MAX_HELLOS} times, the last one because: {one_line(reason)}"
             )
         if (came := len(server._roster.nodes)) < workers:
             waited = time.monotonic() - began

@@ -18,7 +18,7 @@ from jaxtyping import PRNGKeyArray
 
 from laqjax._core.round import Algorithm
 from laqjax.federation._polling import ReplyPoller
-from laqjax.federation._roster import describe_error
+from laqjax.federation._roster import describe_error, one_line
 from laqjax.federation._server import FederatedServer, RoundStats
 
 MAX_UNANSWERED = 3  # evaluations in a row that a node may leave without a reply before it is asked no more
@@ -67,11 +67,6 @@ def _summarize(stats: RoundStats) -> MetricRecord:
         "bytes-down": int(stats.bytes_down.sum()),
         "rejections": stats.rejections,
     })  # fmt: skip
-
-
-def _clean(text: str, length: int) -> str:
-    """Return the beginning of a text from a client as one line."""
-    return "".join(char if char.isprintable() else "?" for char in text[:length])
 
 
 def _check_evaluation(reply: Message, weighted_by_key: str) -> None:
@@ -245,14 +240,14 @@ class LazyStrategy(Strategy):
                 _check_evaluation(reply, self.weighted_by_key)
                 valid[node] = reply.content
             except Exception as error:  # whatever a reply holds, only this reply is rejected
-                log.warning("evaluation by node %s rejected: %s", node, _clean(str(error), 220))
+                log.warning("evaluation by node %s rejected: %s", node, one_line(str(error)))
         names = {node: frozenset(next(iter(content.metric_records.values()))) for node, content in valid.items()}
         for usual, _ in Counter(names.values()).most_common(1):
             contents = [content for node, content in valid.items() if names[node] == usual]
             try:
                 return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key)
             except Exception as error:
-                log.warning("evaluation of round %s has no result: %s", server_round, _clean(repr(error), 220))
+                log.warning("evaluation of round %s has no result: %s", server_round, one_line(repr(error)))
         return None
 
     def configure_train(
@@ -282,4 +277,4 @@ def _log_round(round: int, num_rounds: int, **metrics: MetricRecord | None) -> N
         for part, record in metrics.items()
         if record
     ]
-    log.info("[ROUND %d/%d] %s", round, num_rounds, _clean("; ".join(parts), 1000))
+    log.info("[ROUND %d/%d] %s", round, num_rounds, one_line("; ".join(parts), 1000))
