@@ -273,7 +273,7 @@ def run_local_federation(
 
 
 def describe_requests(up: int, down: int, requests: int) -> str:
-    """Return the mean bytes of requests in words."""
+    """Return a sentence with the mean bytes of requests."""
     return f"{up / max(requests, 1):.0f} bytes up and {down / max(requests, 1):.0f} down"
 
 

@@ -166,7 +166,7 @@ class Node:
         """Remove the message whose reply has arrived, or that nobody waits for."""
         (self.folder / "message").unlink(missing_ok=True)
 
-    def saved_reply(self, message_id: str) -> Message | None:
+    def load_reply(self, message_id: str) -> Message | None:
         """Return the saved reply to a message."""
         if self._saved.get("answers") != message_id.encode():
             return None
@@ -255,7 +255,7 @@ def answer_messages(node: Node, fleet: "Fleet") -> Iterator[int]:
         head = message_from_proto(MessageProto.FromString(pulled["message"]))
         run = head.metadata.run_id
         try:
-            reply, began = node.saved_reply(head.metadata.message_id), time.perf_counter()
+            reply, began = node.load_reply(head.metadata.message_id), time.perf_counter()
             if reply is None:
                 if run not in runs:
                     about = fleet.get_run(run)

@@ -127,7 +127,7 @@ class Admission:
         began, remaining = time.monotonic(), timeout
         end, again = began + timeout, began + timeout / 2
         asked = set(self.asked.values())
-        awaited = asked - self.roster.unawaited_workers() or asked
+        awaited = asked - self.roster.find_unawaited_workers() or asked
         while remaining > 0:
             waiting = poller.waiting_nodes()
             due = {reply.worker for node, reply in self.expected.items() if reply.is_due and node in waiting}
@@ -139,7 +139,7 @@ class Admission:
             for reply in poller.receive(remaining):
                 self.admit(reply)
 
-    def rejected_workers(self) -> set[int]:
+    def find_rejected_workers(self) -> set[int]:
         """Return the workers that replied to a broadcast of this round, but without a valid reply."""
         due = {reply.worker for reply in self.expected.values() if reply.is_due}
         return self.replied & due
@@ -163,7 +163,7 @@ class Admission:
         """Return the accepted reply to a broadcast, None for a new node, or why the message is rejected."""
         expected = self.expected.get(reply.metadata.src_node_id)
         if expected is not None:
-            self.bytes_up[expected.worker] += _protocol.serialized_size(reply)
+            self.bytes_up[expected.worker] += _protocol.get_serialized_size(reply)
         if reply.metadata.message_type == MessageType.QUERY:
             return register_node(self.roster, reply)
         if (worker := self.asked.get(reply.metadata.reply_to_message_id)) is not None:

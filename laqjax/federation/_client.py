@@ -71,7 +71,7 @@ class ClientState(NamedTuple):
     base: _protocol.UploadId  # last accepted upload that `before` includes
     last: _protocol.UploadId  # upload that `after` includes; equals `base` if the worker was silent
     params: Any  # [p], the model of that round
-    history: Any  # (rule's shared state in that round, aggregate or None), see `_protocol.shared_history`
+    history: Any  # (rule's shared state in that round, aggregate or None), see `_protocol.get_shared_history`
     before: WorkerState  # this worker before that round
     after: WorkerState  # this worker after that round
 
@@ -179,7 +179,7 @@ class FederatedClient:
         self._model = jax.ShapeDtypeStruct((alg.oracle.size,), alg.oracle.dtype)
         worker = jax.eval_shape(_fresh_worker_state, alg, self._model)
         # shapes of the arrays of a `ClientState`
-        history = _protocol.shared_history(alg, jax.eval_shape(alg.rule.init, self._model)[0], self._model)
+        history = _protocol.get_shared_history(alg, jax.eval_shape(alg.rule.init, self._model)[0], self._model)
         self._likes = self._model, history, worker, worker
 
     def __call__(self, message: Message, context: Context) -> Message:
@@ -269,7 +269,7 @@ class FederatedClient:
             kept: state from the previous message, or None.
 
         Returns:
-            The model [p], the history, as `shared_history` returns it, and the bytes of both. None if the broadcast is
+            The model [p], the history, as `get_shared_history` returns it, and the bytes of both. None if the broadcast is
             older than `kept`, or if this worker lacks the model or history that the broadcast refers to.
         """
         if kept and (down.session, down.round) < kept[:2]:

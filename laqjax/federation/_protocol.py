@@ -187,7 +187,7 @@ def make_record(head: Any, **parts: bytes) -> RecordDict:
     return RecordDict({RECORD_KEY: ConfigRecord({"head": data + short_digest(data)[:HEADER_DIGEST_BYTES], **there})})
 
 
-def shared_history(alg: Algorithm, rule_state: Any, aggregate: Any) -> tuple[Any, Any]:
+def get_shared_history(alg: Algorithm, rule_state: Any, aggregate: Any) -> tuple[Any, Any]:
     """Return what a worker needs beside the model: the rule's shared state, and the aggregate if the oracle reads it."""
     return rule_state, aggregate if get_declaration(alg.oracle, OracleHints, "reads_aggregate") else None
 
@@ -200,7 +200,7 @@ def make_broadcast(
     Args:
         head: the header; this function sets its fields `model` and `history`.
         model: model of the server.
-        history: result of `shared_history`.
+        history: result of `get_shared_history`.
         known: round whose model the worker is known to have; None if unknown.
         change: message with the last model change; empty if the server broadcasts the whole model.
         has_steps: whether the worker computes the history from its last one and the server's last step.
@@ -246,7 +246,7 @@ def parse_message(kind: Any, message: Message) -> tuple[Any, dict[str, Any]]:
 _sizes: WeakKeyDictionary[Message, int] = WeakKeyDictionary()  # of messages that this process has serialized
 
 
-def serialized_size(message: Message) -> int:
+def get_serialized_size(message: Message) -> int:
     """Return the bytes of a message as Flower serializes it, metadata included."""
     size = _sizes.get(message)
     return message_to_proto(message).ByteSize() if size is None else size

@@ -56,16 +56,16 @@ class Roster:
     absent: Counter[int] = field(default_factory=Counter)
     rejected: Counter[int] = field(default_factory=Counter)
 
-    def unawaited_workers(self) -> set[int]:
+    def find_unawaited_workers(self) -> set[int]:
         """Return the workers that the server does not wait for."""
         return {worker for worker, count in self.absent.items() if count >= self.max_absent_rounds}
 
-    def skipped_nodes(self, waiting: Container[int]) -> set[int]:
+    def find_skipped_nodes(self, waiting: Container[int]) -> set[int]:
         """Return the nodes that get no broadcast: those of unawaited workers whose last one has not expired.
 
         If the server waits for no worker, each of them gets a broadcast.
         """
-        unawaited = self.unawaited_workers()
+        unawaited = self.find_unawaited_workers()
         skipped = {node for node, worker in self.nodes.items() if worker in unawaited and node in waiting}
         return set() if unawaited.issuperset(self.nodes.values()) else skipped
 
@@ -74,11 +74,11 @@ class Roster:
 
         The server waits in the next round for a worker whose late reply to an earlier round arrived.
         """
-        before = self.unawaited_workers()
+        before = self.find_unawaited_workers()
         for worker in selected:
             count = 0 if worker in replied else self.absent[worker] + 1
             self.absent[worker] = min(count, self.max_absent_rounds - 1) if worker in late else count
-        return sorted(self.unawaited_workers() - before)
+        return sorted(self.find_unawaited_workers() - before)
 
     def count_rejected(self, replied: Iterable[int], rejected: Container[int]) -> None:
         """Count the round for the workers whose reply was rejected; an accepted reply ends the count."""

@@ -28,7 +28,7 @@ from laqjax.federation._roster import Rejection, Roster, make_hello_messages, on
 from laqjax.types import AlgorithmState, RoundContext, RoundKeys, ServerResult, UploadContext
 
 log = logging.getLogger(__name__)
-WAITING_NOTICE = 5.0  # seconds without the workers before the first round, after which the log says so
+WAITING_NOTICE = 5.0  # seconds without the workers before the first round, after which the log reports it
 MAX_HELLOS = 3  # rejected answers of each node after which a server without a worker gives up
 
 
@@ -267,7 +267,7 @@ def _report_workers(
         log.warning(
             "worker %s was absent in %s rounds: the server no longer waits for it", worker, roster.absent[worker]
         )
-    roster.count_rejected(admission.replied, admission.rejected_workers() | rejections.keys())
+    roster.count_rejected(admission.replied, admission.find_rejected_workers() | rejections.keys())
     excluded = {worker for worker, count in roster.rejected.items() if count == max_rejections}
     for worker in sorted(excluded):
         advice = "it has no part in the run; see the reasons above; raise outlier_factor if its messages are only large"
@@ -441,8 +441,8 @@ class FederatedServer:
 def _make_broadcasts(server: FederatedServer, selected: np.ndarray, stats: RoundStats) -> dict[int, Message]:
     """Return the broadcasts of this round by node, and add the sizes of their bodies to the stats."""
     messages: dict[int, Message] = {}
-    skipped = server._roster.skipped_nodes(server._poller.waiting_nodes())
-    history = _protocol.shared_history(server.alg, server.state.rule_state, server.state.aggregate)
+    skipped = server._roster.find_skipped_nodes(server._poller.waiting_nodes())
+    history = _protocol.get_shared_history(server.alg, server.state.rule_state, server.state.aggregate)
     model, shared = _protocol.tree_to_bytes(server.state.params), _protocol.tree_to_bytes(history)
     digest = _protocol.short_digest(model, shared)
     has_steps = history[1] is None and len(shared) > _protocol.SHORT_HISTORY
@@ -471,7 +471,7 @@ def _exchange(server: FederatedServer, grid: Grid, selected: np.ndarray, stats: 
     broadcasts, began = _make_broadcasts(server, selected, stats), time.perf_counter()
     server._poller.send(grid, [*broadcasts.values(), *greetings])
     for node, message in broadcasts.items():
-        stats.bytes_down[roster.nodes[node]] = _protocol.serialized_size(message)
+        stats.bytes_down[roster.nodes[node]] = _protocol.get_serialized_size(message)
     roster.greeted |= {message.metadata.dst_node_id: message.metadata.message_id for message in greetings}
     asked = {message.metadata.message_id: roster.nodes[node] for node, message in broadcasts.items()}
     about = server._session, stats.round, server._scheme
@@ -487,7 +487,7 @@ def _exchange(server: FederatedServer, grid: Grid, selected: np.ndarray, stats: 
         server._poller.send(grid, list(copies.values()))
         for node, message in copies.items():
             asked[message.metadata.message_id] = roster.nodes[node]
-            stats.bytes_down[roster.nodes[node]] += _protocol.serialized_size(message)
+            stats.bytes_down[roster.nodes[node]] += _protocol.get_serialized_size(message)
 
     admission.receive(server._poller, server._min_replies, server._timeout, send_again)
     stats.transfer, stats.decode = time.perf_counter() - began - admission.seconds, admission.seconds

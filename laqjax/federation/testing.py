@@ -98,7 +98,7 @@ class InProcessGrid(Grid):
             ids.append(str(self.count))
             message.metadata.__dict__["_message_id"] = ids[-1]
             arrived = _protocol.send_in_process(message)
-            self.bytes_down += _protocol.serialized_size(message)
+            self.bytes_down += _protocol.get_serialized_size(message)
             for copy in self.downlink_fault(arrived):
                 self.deliver(copy)
         return ids
@@ -113,7 +113,7 @@ class InProcessGrid(Grid):
         except Exception as error:  # Flower also turns an exception into an error reply
             reply = Message(Error(0, f"{type(error).__name__}: {error}"), reply_to=message)
         arrived = _protocol.send_in_process(reply)
-        self.bytes_up += _protocol.serialized_size(reply)
+        self.bytes_up += _protocol.get_serialized_size(reply)
         self.pending_replies += self.uplink_fault(arrived)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
