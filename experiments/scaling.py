@@ -25,14 +25,15 @@ from experiments.figures import drawing
 from experiments.harness import cli, processes, results, storage
 
 
-def main(out: Path = Path("results/scaling"), quick: bool = False) -> None:
+def main(out: Path | None = None, quick: bool = False) -> None:
     """Measure, draw and print.
 
     Args:
-        out: Folder for tables and figures.
+        out: Folder for tables and figures. By default results/scaling, or results/scaling-quick.
         quick: Use small sizes and few turns.
     """
     console, foreign_cpu = Console(), processes.monitor_foreign_cpu()
+    out = out or Path("results") / ("scaling" + "-quick" * quick)
     with cli.exit_on_user_error():
         try:
             with console.status("") as status:
