@@ -507,7 +507,7 @@ def _wait_for_workers(server: FederatedServer, grid: Grid, workers: int, max_emp
         for node, reason in admission.rejections:  # noqa: B007
             rejected[node] += 1
         there = [] if server._roster.nodes else list(server._roster.keys)
-        if len(there) >= min(workers, 2) and all(rejected[node] >= MAX_HELLOS for node in there):
+        if len(there) >= 2 and all(rejected[node] >= MAX_HELLOS for node in there):
             raise RuntimeError(
                 f"all {len(there)} nodes were rejected {MAX_HELLOS} times, the last one because: {one_line(reason)}"
             )
