@@ -278,7 +278,7 @@ def describe_requests(up: int, down: int, requests: int) -> str:
 
 
 def measure_heartbeat(flwr: FlowerCli, wire: WireCounter) -> str:
-    """Connect as the node of worker 0, before it starts, and return the bytes of a heartbeat in words."""
+    """Connect as the node of worker 0, before it starts, and return a sentence with the bytes of a heartbeat."""
     from experiments.federation import fleet  # here: needs an exact version of Flower
 
     with fleet.connect(f"127.0.0.1:{wire.port}", flwr.home / "ca.crt", flwr.home / "node-0", 0) as node:

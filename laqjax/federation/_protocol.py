@@ -32,7 +32,7 @@ UNKNOWN_UPLOAD: UploadId = (-2, bytes(8))  # base of a memory that the server do
 RELEASED_UPLOAD: UploadId = (-3, bytes(8))  # of a released worker: no worker state includes it
 # How a broadcast carries the model and the rule's shared history. The delta of a history is the server's last step.
 MODEL_UNCHANGED, MODEL_FULL, MODEL_DELTA = range(3)
-SHORT_HISTORY = 256  # bytes; a worker reads such a history in less time than it computes it in
+SHORT_HISTORY = 256  # bytes up to which a broadcast carries the history, because reading it is faster than computing it
 # Kinds of replies. OUT_OF_SYNC: the worker lacks the model or the history that the broadcast refers to.
 REPLY_SILENT, REPLY_UPLOAD, REPLY_FULL, REPLY_OUT_OF_SYNC = range(4)
 
@@ -193,7 +193,7 @@ def get_shared_history(alg: Algorithm, rule_state: Any, aggregate: Any) -> tuple
 
 
 def make_broadcast(
-    head: BroadcastHeader, model: bytes, history: bytes, known: int | None, change: bytes, *, has_steps: bool
+    head: BroadcastHeader, model: bytes, history: bytes, known: int | None, change: bytes, *, computes_history: bool
 ) -> tuple[RecordDict, int]:
     """Build the content of the broadcast to one worker, with only the parts that the worker lacks.
 
@@ -203,7 +203,7 @@ def make_broadcast(
         history: result of `get_shared_history`.
         known: round whose model the worker is known to have; None if unknown.
         change: message with the last model change; empty if the server broadcasts the whole model.
-        has_steps: whether the worker computes the history from its last one and the server's last step.
+        computes_history: whether the worker computes the history from its last one and the server's last step.
 
     Returns:
         The content, and the size of its body in bytes.
@@ -213,7 +213,7 @@ def make_broadcast(
     is_near = known == head.round - 1
     head = head._replace(
         model=MODEL_DELTA if is_near and change else MODEL_FULL,
-        history=MODEL_DELTA if is_near and has_steps else MODEL_FULL,
+        history=MODEL_DELTA if is_near and computes_history else MODEL_FULL,
     )
     body = change if head.model == MODEL_DELTA else model
     return make_record(head, body=body, history=history if head.history == MODEL_FULL else b""), len(body)

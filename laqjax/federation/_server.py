@@ -445,14 +445,14 @@ def _make_broadcasts(server: FederatedServer, selected: np.ndarray, stats: Round
     history = _protocol.get_shared_history(server.alg, server.state.rule_state, server.state.aggregate)
     model, shared = _protocol.tree_to_bytes(server.state.params), _protocol.tree_to_bytes(history)
     digest = _protocol.short_digest(model, shared)
-    has_steps = history[1] is None and len(shared) > _protocol.SHORT_HISTORY
+    computes_history = history[1] is None and len(shared) > _protocol.SHORT_HISTORY
     for node, worker in server._roster.nodes.items():
         if selected[worker] and node not in skipped:
             about = *server._workers.accepted[worker], digest, server._key_bytes, *server._change[1:]
             head = _protocol.BroadcastHeader(server._session, stats.round, worker, 0, 0, *about)
             known = server._roster.model_rounds[worker]
             content, size = _protocol.make_broadcast(
-                head, model, shared, known, server._change.body, has_steps=has_steps
+                head, model, shared, known, server._change.body, computes_history=computes_history
             )
             stats.payload_down[worker] = size
             messages[node] = _make_train_message(content, node, stats.round, server._timeout)
