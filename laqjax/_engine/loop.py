@@ -294,7 +294,7 @@ def shard_inputs(alg: Algorithm, start: Any, params: Any, shards: Shards, mesh: 
         placed = placement.shard_state(placement.resize_workers(start, slots), mesh)
         state = jax.jit(partial(jax.tree.map, jnp.copy))(placed)  # a chunk donates its input state
     else:
-        at = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda node: isinstance(node, P))
+        at = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         init = jax.jit(lambda alg, params: placement.resize_workers(alg.init(params), slots), out_shardings=at)
         state = init(alg, params)
     return state, placement.device_put_global(placement.pad_workers(shards, slots), mesh, specs.workers)
