@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from laqjax.types import DownlinkTraits, OracleHints, OracleResult, Shards
+from laqjax.types import Compressor, DownlinkTraits, OracleHints, OracleResult, Shards
 
 
 def check_number(
@@ -232,23 +232,24 @@ def check_minibatch(size: int, num_local_steps: int) -> None:
         )
 
 
-def check_implements(name: str, value: Any, methods: Iterable[str], allowed: str) -> None:
-    """Raise ValueError unless `value` is an instance (not a class) with these methods.
+def check_implements(name: str, value: Any, protocol: type, allowed: str) -> None:
+    """Raise ValueError unless `value` is an instance (not a class) with the members of a protocol.
 
     Args:
         name: name of the argument, for the error message.
         value: the object.
-        methods: names of the methods that it must have.
+        protocol: class that defines the members.
         allowed: what is allowed, for the error message.
     """
-    if isinstance(value, type) or not all(callable(getattr(value, method, None)) for method in methods):
-        raise ValueError(f"{name} = {value!r}: must be {allowed}")
+    members = [member for member in vars(protocol) if not member.startswith("_") or member == "__call__"]
+    missing = ", ".join(member for member in members if not hasattr(value, member))
+    if isinstance(value, type) or missing:
+        raise ValueError(f"{name} = {value!r}: must be {allowed}{missing and f'; it lacks {missing}'}")
 
 
 def check_compressor(value: Any) -> None:
     """Raise ValueError unless the argument `compressor` of a function is a compressor."""
-    methods = "encode", "decode", "wire_fields"
-    check_implements("compressor", value, methods, "a compressor, such as compressors.top_k(10)")
+    check_implements("compressor", value, Compressor, "a compressor, such as compressors.top_k(10)")
 
 
 def check_bool(name: str, value: Any) -> None:

@@ -152,7 +152,8 @@ def test_a_rule_that_selects_is_known_to_select(toy: Toy) -> None:
     assert not rules.Always().server_selects
     assert not rules.limit_silence(rules.Always(), 3).server_selects
     parts: Any = toy.oracle, compressors.identity(), HalfARule(), memories.make_innovation_memory(toy.oracle)
-    refused(lambda: laqjax.assemble(*parts, lr=0.1, num_workers=4), "rule HalfARule without needs_persistent_memory: ")
+    lacks = "must be an upload rule, such as rules.Always(); it lacks needs_persistent_memory, server_selects"
+    refused(lambda: laqjax.assemble(*parts, lr=0.1, num_workers=4), lacks)
 
 
 ORACLE: list[tuple[dict[str, Any], str]] = [
