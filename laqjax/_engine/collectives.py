@@ -186,27 +186,28 @@ class AllToAll(AllGather):
         def split(values: Array) -> Array:
             if values.ndim == 0:
                 return jnp.broadcast_to(values, (devices,))
-            length = self._chunk_size(values.shape[0])
+            length = coordinates_per_device(values.shape[0], devices)
             return jnp.pad(values, (0, devices * length - values.shape[0])).reshape(devices, length)
 
         return jax.vmap(super()._pack)([split(values) for values in numbers])
 
-    def _chunk_size(self, size: int) -> int:
-        """Return the coordinates of a part: a multiple of 32, so that a part fills whole words for every b."""
-        return WORD_BITS * math.ceil(size / (WORD_BITS * lax.axis_size(self.axis)))
-
     def _reduce(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
         packed = self._pack_all(messages)
         mine = lax.all_to_all(packed, self.axis, split_axis=1, concat_axis=0, tiled=True)[: sent.shape[0], 0]
-        part = jax.ShapeDtypeStruct((self._chunk_size(like.shape[0]),), like.dtype)
+        part = jax.ShapeDtypeStruct((coordinates_per_device(like.shape[0], lax.axis_size(self.axis)),), like.dtype)
         total = self.sum_packed(alg, mine, sent, part)
         return lax.all_gather(total, self.axis, tiled=True)[: like.shape[0]]
 
     def bytes_received(self, alg: Any, devices: int) -> int:
         """Return the bytes that each device receives in `reduce`, with one worker per device."""
-        length = WORD_BITS * math.ceil(alg.oracle.size / (WORD_BITS * devices))
+        length = coordinates_per_device(alg.oracle.size, devices)
         words = num_message_words(alg, length, self.widths)
         return (4 * words + length * alg.oracle.dtype.itemsize) * (devices - 1)
+
+
+def coordinates_per_device(size: int, devices: int) -> int:
+    """Return the coordinates of a device's part: a multiple of 32, so that it fills whole words for every b."""
+    return WORD_BITS * math.ceil(size / (WORD_BITS * devices))
 
 
 def ring_bytes(like: Any, devices: int) -> int:
@@ -299,14 +300,11 @@ def resolve_collective(collective: str | Collective, alg: Any, axis: str = "work
 
 def check_collective(collective: Any) -> None:
     """Raise ValueError unless `collective` is the name of a collective, or a collective itself."""
-    if isinstance(collective, str) and collective not in COLLECTIVES:
+    is_name = isinstance(collective, str) and collective in COLLECTIVES
+    if not is_name and (isinstance(collective, str | type) or not isinstance(collective, Collective)):
         raise ValueError(
-            f"collective = {collective!r}: must be one of {sorted(COLLECTIVES)}{suggest(collective, COLLECTIVES)}"
-        )
-    if not isinstance(collective, str) and (isinstance(collective, type) or not isinstance(collective, Collective)):
-        known = sorted(COLLECTIVES)
-        raise ValueError(
-            f"collective = {collective!r}: must be one of {known}, or an instance of laqjax.types.Collective"
+            f"collective = {collective!r}: must be one of {sorted(COLLECTIVES)}, or an instance of "
+            f"laqjax.types.Collective{suggest(collective, COLLECTIVES)}"
         )
 
 
