@@ -75,6 +75,8 @@ def test_the_weight_of_cada_is_c(toy: Toy) -> None:
     make: Any = algorithms.cada2
     with pytest.raises(TypeError, match="xi"):
         make(toy.oracle, lr=0.1, num_workers=4, xi=0.5)
+    for make in (algorithms.cada1, algorithms.cada2):
+        refused(lambda m=make: m(toy.oracle, lr=0.1, num_workers=4, c=None), "c = None: must be a finite number >= 0")
 
 
 @pytest.mark.parametrize("name", named_algorithms())
