@@ -162,12 +162,7 @@ def _unpack_bits(data: np.ndarray, count: int, width: int, pattern: np.dtype) ->
 
 
 def _lane_mask(rest: int, size: int) -> np.uint64:
-    """Return the mask of the payload in the lower lane of each lane pair of a 64-bit word.
-
-    Args:
-        rest: payload bits in each byte before packing.
-        size: bits of a lane; its payload is size // 8 * rest bits.
-    """
+    """Return the mask of the payload, size // 8 * rest bits, in the lower one of each pair of lanes of `size` bits."""
     return np.uint64(sum((2 ** (size // 8 * rest) - 1) << place for place in range(0, 64, 2 * size)))
 
 

@@ -211,12 +211,7 @@ def coordinates_per_device(size: int, devices: int) -> int:
 
 
 def ring_bytes(like: Any, devices: int) -> int:
-    """Return the bytes that each device receives in a ring all-reduce: a reduce-scatter followed by an all-gather.
-
-    Args:
-        like: array or struct with the shape and dtype of the sum.
-        devices: number of devices.
-    """
+    """Return the bytes that each device receives in a ring all-reduce: a reduce-scatter followed by an all-gather."""
     return 2 * like.size * like.dtype.itemsize * (devices - 1) // devices
 
 
@@ -322,13 +317,7 @@ def automatic_axes() -> tuple[str, ...]:
 
 
 def field_widths(alg: Any) -> tuple[int, ...] | None:
-    """Return the bits per number of each field of a message.
-
-    Args:
-        alg: algorithm with concrete numbers, or a stack of them.
-
-    Returns:
-        The widths in the order of the fields. None: the compressor does not declare a static layout.
+    """Return the bits per number of each field of a message, or None if the compressor declares no static layout.
 
     Raises:
         ValueError: the points of a stack differ in a width.
@@ -376,17 +365,7 @@ def pack_message(numbers: list[Array], widths: tuple[int, ...] | None) -> UInt32
 def unpack_message(
     compressor: Compressor, words: UInt32[Array, " words"], like: Any, widths: tuple[int, ...] | None
 ) -> Float[Array, " p"]:
-    """Decode a packed message.
-
-    Args:
-        compressor: compressor that encoded the message.
-        words: packed message.
-        like: array or struct with the shape and dtype of the vector.
-        widths: bits per number of each field, from `field_widths`.
-
-    Returns:
-        The decoded vector [p].
-    """
+    """Decode a packed message to a vector with the shape and dtype of `like`."""
     like = jax.ShapeDtypeStruct(like.shape, like.dtype)
     if widths is None:
         return from_words(words[None], jax.ShapeDtypeStruct((1, *like.shape), like.dtype))[0]
@@ -399,15 +378,7 @@ def unpack_message(
 
 
 def num_packed_words(like: Any, bits: int) -> int:
-    """Return the number of 32-bit words into which `pack` packs an array.
-
-    Args:
-        like: array or struct with the shape and dtype of the numbers.
-        bits: bits per number.
-
-    Returns:
-        The number of words.
-    """
+    """Return the number of 32-bit words into which `pack` packs an array of the shape of `like`."""
     if bits >= WORD_BITS:
         return like.size * bits // WORD_BITS
     group = WORD_BITS // math.gcd(bits, WORD_BITS)

@@ -194,16 +194,9 @@ class SplitCompressor:
 
 
 def make_layout(params: Any, param_specs: Any, skip_small: int, *, on_device: bool) -> ParameterLayout:
-    """Divide a parameter tree.
+    """Divide a parameter tree, or with `on_device` its part on this device, inside `jax.shard_map`.
 
-    Args:
-        params: the parameters, their part on this device, or structs of them.
-        param_specs: partition spec of each leaf. None: no leaf is split.
-        skip_small: leaves of fewer numbers are averaged.
-        on_device: True: `params` is the part of this device, inside `jax.shard_map`.
-
-    Returns:
-        The layout.
+    Leaves of fewer than `skip_small` numbers are averaged.
 
     Raises:
         ValueError: `param_specs` does not fit the parameters or the mesh, or all leaves are averaged.
