@@ -76,8 +76,7 @@ class ParameterLayout:
     @property
     def num_averaged(self) -> int:
         """Return the numbers of the averaged leaves on all devices of a worker, inside `jax.shard_map`."""
-        parts = [math.prod(self.shapes[i]) * math.prod(map(lax.axis_size, self.axes[i])) for i in self.averaged]
-        return sum(parts)
+        return sum(math.prod(self.shapes[i]) * math.prod(map(lax.axis_size, self.axes[i])) for i in self.averaged)
 
     def select(self, tree: Any, indices: Sequence[int]) -> list[Any]:
         """Return some leaves of a tree of the parameters."""
