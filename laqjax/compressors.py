@@ -1,15 +1,7 @@
 """Compressors, which turn a vector of p numbers into a short message and back.
 
-A compressor implements `laqjax.types.Compressor`, and declares the members of `laqjax.types.CompressorTraits` that
-hold. Its methods are pure functions that JAX can trace:
-
-- `encode(target, keys) -> payload` compresses the vector `target` [p]. The payload is a dictionary of arrays.
-- `decode(payload, like) -> [p]` returns the vector that the receiver reconstructs.
-- `wire_fields(payload, like)` yields the parts of the payload that are sent, in order, as `WireField`s.
-
-`like` has the shape and dtype of the target; `keys` are the `RoundKeys` of the worker, round and run. A
-`WireField(payload, name, like, bits, mask)` is the entry `name` of `payload`, sent with `bits` bits for each number.
-If `mask` is given, only the numbers that it selects are sent. A field may depend on the fields before it.
+A compressor implements `laqjax.types.Compressor`, which describes its methods, and declares the members of
+`laqjax.types.CompressorTraits` that hold.
 
 The size of a message is the sum over its fields, rounded up to a whole byte once. `message_bytes` computes it,
 `to_bytes` serializes a message, and `from_bytes` reads it. Bit counts in this module are for float32. With float64,
@@ -475,7 +467,6 @@ class StatisticalGrid:
 
     sigmas: Float[Array, ""]
     bits: int = static_field()
-    is_coordinatewise = False
     has_static_layout = True
 
     def encode(self, target, keys):

@@ -9,7 +9,6 @@ and optimizer, and the payload and bytes of the message.
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
@@ -119,5 +118,4 @@ def _compress(
 ) -> tuple[Any, Float[Array, " p"], Int[Array, ""]]:
     """Compress `target`, and return the payload, the decoded vector [p] and the bytes of the message."""
     payload = compressor.encode(target, keys)
-    like = jax.ShapeDtypeStruct(target.shape, target.dtype)
-    return payload, compressor.decode(payload, like), message_bytes(compressor.wire_fields(payload, like))
+    return payload, compressor.decode(payload, target), message_bytes(compressor.wire_fields(payload, target))

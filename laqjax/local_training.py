@@ -128,7 +128,8 @@ def diloco_optimizer(
     """
     period = int(check_number("sync_every", sync_every, np.int32, minimum=1))
     for name, optimizer in (("inner", inner), ("outer", outer)):
-        check_implements(name, optimizer, ("init", "update"), "an optax transformation, such as optax.adamw(1e-3)")
+        allowed = "an optax transformation, such as optax.adamw(1e-3)"
+        check_implements(name, optimizer, optax.GradientTransformation, allowed)
     exchange = lazy_aggregate(axis, num_workers, algorithm, param_specs=param_specs, **settings)
 
     def init(params: Any) -> DilocoState:

@@ -2,13 +2,8 @@
 
     NoMemory, Innovation, MarinaMemory, VrMarinaMemory, MomentumMemory, DashaMemory, ErrorFeedback, MomentumCorrection
 
-- `compression_target` returns the vector to compress, and the next memory state if the worker stays silent.
-- `update` takes that state, and returns the next memory state if the worker sends.
-- `update_aggregate` returns the direction for the optimizer, and the next aggregate of the server. The aggregate is
-  None unless `is_persistent` is True.
-
-The first two methods are written for one worker; the round adds the worker axis. The classes check nothing; the
-functions of `laqjax.algorithms` and `make_innovation_memory` check their numbers.
+`laqjax.types.Memory` describes their methods. The classes check nothing; the functions of `laqjax.algorithms` and
+`make_innovation_memory` check their numbers.
 
 Notation: g_m is the gradient of worker m, h_m the vector that the server holds for worker m, C the compressor. All
 vectors have shape [p].

@@ -8,12 +8,11 @@
 The classes check nothing. Functions such as `make_history` and `limit_silence`, and those of `laqjax.algorithms`, check
 their numbers.
 
-A rule has two states. All workers read the same shared state. Each worker also has a worker state of its own.
-
 To write a rule, derive a frozen dataclass from `BaseUploadRule`, decorate it with `types.register_dataclass` and define
 `should_send`. Define `init` if the rule has a state, `update` if its shared state changes, and `is_selected` if the
 server selects the workers that take part in a round. Set `needs_persistent_memory = False` if every worker always
-sends. The page docs/own.md has an example of a rule with a worker state.
+sends. `laqjax.types.UploadRule` describes the methods and the two states. The page docs/own.md has an example of a rule
+with a worker state.
 """
 
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from laqjax import types
-from laqjax._core.validation import check_bool, check_nonnegative_array, check_number, get_declaration
+from laqjax._core.validation import check_bool, check_nonnegative_array, check_number
 from laqjax.types import Decision, RoundContext, ServerStep, UploadContext, register_dataclass, static_field
 
 __all__ = [
@@ -55,18 +54,14 @@ _NO_LIMIT = np.iinfo(np.int32).max  # more rounds than any run has
 class BaseUploadRule:
     """Base class for upload rules: stateless, every worker is selected, and every selected worker sends.
 
-    The methods are written for one worker; the round adds the worker axis. Each of `shared_state` and `worker_state` is
-    a pytree of arrays, or None.
+    The methods are those of `laqjax.types.UploadRule`, which has their arguments and results.
 
     Attributes:
         needs_persistent_memory: whether the server must keep the last uploads of workers that send nothing. A rule that
             always sends may set it to False.
-        renews_in_silence: whether the state of a selected worker may change in a silent round, apart from a count of
-            silent rounds. The library does not read it; the laws of the tests do.
     """
 
     needs_persistent_memory = True
-    renews_in_silence = False
 
     @property
     def server_selects(self) -> bool:
@@ -74,52 +69,19 @@ class BaseUploadRule:
         return type(self).is_selected is not BaseUploadRule.is_selected
 
     def init(self, params: Float[Array, " p"]) -> tuple[Any, Any]:
-        """Return the shared state and the worker state before round 0.
-
-        Args:
-            params: the initial model, [p].
-
-        Returns:
-            (shared state, state of one worker).
-        """
+        """Return no shared state and no worker state."""
         return None, None
 
     def is_selected(self, shared_state: Any, worker_state: Any, context: RoundContext) -> Bool[Array, ""]:
-        """Return whether the server selects this worker in this round.
-
-        Args:
-            shared_state: the state that all workers share.
-            worker_state: the state of this worker.
-            context: the model, the random keys, the learning rate and the number of workers.
-
-        Returns:
-            A boolean scalar.
-        """
+        """Select every worker."""
         return jnp.asarray(True)
 
     def should_send(self, shared_state: Any, worker_state: Any, context: UploadContext) -> Decision:
-        """Decide whether a selected worker sends, and return its next state for both outcomes.
-
-        Args:
-            shared_state: the state that all workers share.
-            worker_state: the state of this worker.
-            context: the gradient, the compressed message and the compression error of this worker.
-
-        Returns:
-            Whether it sends, its state if it sends, and its state if it stays silent or is not selected.
-        """
+        """Send, and leave the worker state unchanged."""
         return Decision(jnp.asarray(True), worker_state, worker_state)
 
     def update(self, shared_state: Any, step: ServerStep) -> Any:
-        """Return the shared state after the step of the server.
-
-        Args:
-            shared_state: the state that all workers share.
-            step: the models before and after the step, and squared norms of the direction and the step.
-
-        Returns:
-            The shared state of the next round.
-        """
+        """Leave the shared state unchanged."""
         return shared_state
 
 
@@ -175,7 +137,6 @@ class ClagRule(BaseUploadRule):
     """
 
     zeta: Float[Array, ""]
-    renews_in_silence = True
 
     def init(self, params):
         return None, (jnp.zeros_like(params), jnp.asarray(False))
@@ -414,10 +375,6 @@ class MaxSilence(BaseUploadRule):
         return self.rule.server_selects
 
     @property
-    def renews_in_silence(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return get_declaration(self.rule, BaseUploadRule, "renews_in_silence")
-
-    @property
     def needs_persistent_memory(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.rule.needs_persistent_memory
 
@@ -463,10 +420,6 @@ class PartialParticipation(BaseUploadRule):
     def needs_persistent_memory(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.rule.needs_persistent_memory
 
-    @property
-    def renews_in_silence(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return get_declaration(self.rule, BaseUploadRule, "renews_in_silence")
-
     def is_participating(self, context: RoundContext) -> Bool[Array, ""]:
         """Return whether this worker has one of the `count` smallest of M shared uniform draws."""
         # a separate random stream, because compressors and the shared Bernoulli variable use the shared key itself
@@ -490,9 +443,6 @@ class PartialParticipation(BaseUploadRule):
 
     def update(self, shared_state, step):
         return self.rule.update(shared_state, step)
-
-
-_HISTORY_KINDS = "step", "direction", "absolute"
 
 
 # ---- factories, which check their arguments ---------------------------------------------------------------------
@@ -526,8 +476,9 @@ def make_history(
     Raises:
         ValueError: a number is out of its range, `rescale_short_history` is not a bool, or `kind` is unknown.
     """
-    if kind not in _HISTORY_KINDS:
-        raise ValueError(f"kind = {kind!r}: must be one of {_HISTORY_KINDS}")
+    kinds = "step", "direction", "absolute"
+    if kind not in kinds:
+        raise ValueError(f"kind = {kind!r}: must be one of {kinds}")
     window = int(check_number("window", window, np.int32, minimum=1))
     length = window if padded_window is None else padded_window
     length = int(check_number("padded_window", length, np.int32, minimum=window))

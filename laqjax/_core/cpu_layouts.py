@@ -30,15 +30,7 @@ def contains_primitive(jaxpr: core.Jaxpr, *primitives: core.Primitive) -> bool:
 
 
 def with_canonical_layouts(function: Callable[..., Any], *args: Any) -> Any:
-    """Call `function(*args)` with convolutions as NHWC, HWIO -> NHWC and with products not fused with transpositions.
-
-    Args:
-        function: a function of pytrees that JAX can trace.
-        *args: its arguments.
-
-    Returns:
-        What `function(*args)` returns.
-    """
+    """Call `function(*args)` with convolutions as NHWC, HWIO -> NHWC and with products not fused with transpositions."""
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
     return jax.tree.unflatten(jax.tree.structure(shape), _eval_canonical_jaxpr(closed, jax.tree.leaves(args)))
 
@@ -55,15 +47,7 @@ def _sub_jaxprs(value: Any) -> Iterator[core.Jaxpr]:
 
 
 def _eval_canonical_jaxpr(closed: core.ClosedJaxpr, args: Any) -> list[Any]:
-    """Evaluate a jaxpr equation by equation, with convolutions and products in canonical form.
-
-    Args:
-        closed: the jaxpr.
-        args: its inputs, a flat list.
-
-    Returns:
-        Its outputs, a flat list.
-    """
+    """Evaluate a jaxpr equation by equation, with convolutions and products in canonical form."""
     values: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     values |= zip(closed.jaxpr.invars, args, strict=True)
 

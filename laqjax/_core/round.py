@@ -273,21 +273,13 @@ def assemble(
     """
     downlink = FullModelDownlink() if downlink is None else downlink
     check_compressor(compressor)
-    for name, part, methods, allowed in (
-        ("rule", rule, "init is_selected should_send update", "an upload rule, such as rules.Always()"),
-        ("memory", memory, "init compression_target update update_aggregate", "a memory, such as memories.NoMemory()"),
-        ("downlink", downlink, "init broadcast", "a downlink, such as downlinks.CompressedModel(compressor), or None"),
-    ):
-        check_implements(name, part, methods.split(), allowed)
-    for name, part, members in (
-        ("rule", rule, ("needs_persistent_memory", "server_selects")),
-        ("memory", memory, ("is_persistent",)),
-    ):
-        for member in members:
-            if not hasattr(part, member):
-                raise ValueError(f"{name} {type(part).__name__} without {member}: must define it, see laqjax.types")
+    check_implements("rule", rule, UploadRule, "an upload rule, such as rules.Always()")
+    check_implements("memory", memory, Memory, "a memory, such as memories.NoMemory()")
+    check_implements(
+        "downlink", downlink, Downlink, "a downlink, such as downlinks.CompressedModel(compressor), or None"
+    )
     if sampler is not None:
-        check_implements("sampler", sampler, ["__call__"], "a sampler, such as samplers.BlockSampler(10), or None")
+        check_implements("sampler", sampler, Sampler, "a sampler, such as samplers.BlockSampler(10), or None")
         check_number("sampler.size", sampler.size, np.int32, minimum=1)
     if rule.needs_persistent_memory and not memory.is_persistent:
         raise ValueError(

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from laqjax.types import DownlinkTraits, OracleHints, OracleResult, Shards
+from laqjax.types import Compressor, DownlinkTraits, OracleHints, OracleResult, Shards
 
 
 def check_number(
@@ -57,20 +57,9 @@ def check_number(
 
 
 def check_nonnegative_array(name: str, value: Any, dtype: Any, shapes: Any, allowed: str) -> np.ndarray:
-    """Check an array of finite numbers >= 0 and convert it to NumPy.
+    """Convert numbers to a NumPy array; raise ValueError unless they are finite, >= 0 and of one of these shapes.
 
-    Args:
-        name: name of the argument, for the error message.
-        value: the numbers.
-        dtype: dtype of the result.
-        shapes: the shapes allowed, a tuple of tuples; None allows any vector.
-        allowed: what is allowed, for the error message.
-
-    Returns:
-        The array.
-
-    Raises:
-        ValueError: the value is not allowed. The message names the argument, the value and what is allowed.
+    `shapes` is a tuple of tuples, or None for any vector. `allowed` is what is allowed, for the error message.
     """
     try:
         array = np.asarray(value, dtype)
@@ -90,9 +79,6 @@ def as_schedule(value: Any, dtype: Any, name: str = "lr") -> Any:
             that other numbers do not compile again.
         dtype: dtype of the learning rate and of the schedule's floating-point numbers; integers become int32.
         name: name of the argument, for the error message.
-
-    Returns:
-        The learning rate, an array of shape (), or the schedule.
 
     Raises:
         ValueError: `value` is neither a number > 0 nor callable.
@@ -118,9 +104,6 @@ def as_optimizer_factory(value: Any, dtype: Any, name: str = "optimizer") -> Any
             `jax.tree_util.Partial` are traced, so that other numbers do not compile again.
         dtype: dtype of the floating-point numbers of a `Partial`.
         name: name of the argument, for the error message.
-
-    Returns:
-        The factory, a pytree. For a transformation, it returns that transformation for every lr.
 
     Raises:
         ValueError: `value` is neither a transformation nor callable.
@@ -175,31 +158,13 @@ def oracle_dtype(oracle: Any) -> np.dtype:
 
 
 def get_declaration(part: Any, protocol: type, name: str) -> Any:
-    """Return an optional member of a part, or its default where the part does not define it.
-
-    Args:
-        part: the part, such as a compressor.
-        protocol: protocol whose members are optional, and which defines their defaults.
-        name: name of the member, an attribute or a method.
-    """
+    """Return a member of a part, or where the part lacks it the default that the protocol defines."""
     default = getattr(protocol, name)
     return getattr(part, name, partial(default, part) if callable(default) else default)
 
 
 def check_oracle_result(oracle: Any, result: Any, state: Any = None) -> OracleResult:
-    """Return what an oracle returned.
-
-    Args:
-        oracle: the oracle.
-        result: what it returned.
-        state: state of the oracle before the evaluation.
-
-    Returns:
-        `result`.
-
-    Raises:
-        ValueError: `result` is not an `OracleResult`, or its state has another structure, shape or dtype than `state`.
-    """
+    """Return `result`; raise ValueError unless it is an `OracleResult` whose state has the form of `state`."""
     if not isinstance(result, OracleResult):
         raise ValueError(
             f"oracle {type(oracle).__name__} returned a {type(result).__name__}: must be "
@@ -232,23 +197,17 @@ def check_minibatch(size: int, num_local_steps: int) -> None:
         )
 
 
-def check_implements(name: str, value: Any, methods: Iterable[str], allowed: str) -> None:
-    """Raise ValueError unless `value` is an instance (not a class) with these methods.
-
-    Args:
-        name: name of the argument, for the error message.
-        value: the object.
-        methods: names of the methods that it must have.
-        allowed: what is allowed, for the error message.
-    """
-    if isinstance(value, type) or not all(callable(getattr(value, method, None)) for method in methods):
-        raise ValueError(f"{name} = {value!r}: must be {allowed}")
+def check_implements(name: str, value: Any, protocol: type, allowed: str) -> None:
+    """Raise ValueError unless `value` is an instance (not a class) with the members of a protocol."""
+    members = [member for member in vars(protocol) if not member.startswith("_") or member == "__call__"]
+    missing = ", ".join(member for member in members if not hasattr(value, member))
+    if isinstance(value, type) or missing:
+        raise ValueError(f"{name} = {value!r}: must be {allowed}{missing and f'; it lacks {missing}'}")
 
 
 def check_compressor(value: Any) -> None:
     """Raise ValueError unless the argument `compressor` of a function is a compressor."""
-    methods = "encode", "decode", "wire_fields"
-    check_implements("compressor", value, methods, "a compressor, such as compressors.top_k(10)")
+    check_implements("compressor", value, Compressor, "a compressor, such as compressors.top_k(10)")
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -267,13 +226,7 @@ def check_not_traced(*trees: Any) -> None:
 
 
 def check_keys(name: str, keys: Any, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless `keys` are typed PRNG keys of this shape.
-
-    Args:
-        name: name of the argument, for the error message.
-        keys: the keys.
-        shape: () for one key, or (S,) for one key for each point of a sweep.
-    """
+    """Raise ValueError unless `keys` are typed PRNG keys of this shape: (), or (S,) for the points of a sweep."""
     dtype = getattr(keys, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or keys.shape != shape:
         given = repr(keys) if dtype is None else f"{dtype}{list(keys.shape)}"
@@ -287,13 +240,8 @@ def check_keys(name: str, keys: Any, shape: tuple[int, ...]) -> None:
 def check_schedule(alg: Any, first: int, rounds: int, *, points: bool = False) -> None:
     """Raise ValueError if a schedule yields a learning rate < 0, NaN or infinity in a round or a local step of the run.
 
-    At most 102 evenly spaced rounds and steps are checked, including the first and the last.
-
-    Args:
-        alg: the algorithm, whose lr may be a schedule, and whose oracle may have a local one.
-        first: the first round of the run.
-        rounds: number of rounds of the run.
-        points: whether `alg` is a stack of algorithms, all of which are checked.
+    At most 102 evenly spaced rounds and steps are checked, including the first and the last. With `points`, `alg` is a
+    stack of algorithms, all of which are checked.
     """
     steps, local = (get_declaration(alg.oracle, OracleHints, name) for name in ("num_local_steps", "local_schedule"))
     server = jax.tree_util.Partial(type(alg).learning_rate_at, alg) if callable(alg.lr) else None
@@ -325,13 +273,8 @@ def _learning_rates(schedule: Any, at: Any, *, points: bool) -> Any:
 def check_run_inputs(alg: Any, params: Any, shards: Shards, num_slots: int = 0) -> None:
     """Raise ValueError if parameters, data and algorithm do not fit each other.
 
-    Of the data, only shapes, dtypes, finiteness and weights are checked.
-
-    Args:
-        alg: the algorithm.
-        params: the model as a vector [p].
-        shards: the data of the workers.
-        num_slots: the number of workers in `shards` including padding workers, where those are allowed; 0 otherwise.
+    Of the data, only shapes, dtypes, finiteness and weights are checked. `params` is a vector [p]. `num_slots` is the
+    number of workers in `shards` including padding workers, where those are allowed; 0 otherwise.
     """
     p, m = alg.oracle.size, alg.num_workers
     if not callable(alg.lr) and np.ndim(alg.lr):
@@ -369,10 +312,7 @@ def check_shards_type(shards: Any) -> None:
 def check_shards(shards: Shards, num_workers: int, num_slots: int = 0) -> None:
     """Raise ValueError unless the shards hold finite numbers, with the padding at the end of each shard.
 
-    Args:
-        shards: the data of the workers, with arrays [M, N, ...].
-        num_workers: the number of workers M that `shards` must have.
-        num_slots: another number of workers that is allowed: that with padding workers; 0 for none.
+    They must be of `num_workers` workers, or of `num_slots` with padding workers.
     """
     check_shards_type(shards)
     for name, tree in zip(Shards._fields, shards, strict=True):
@@ -381,17 +321,6 @@ def check_shards(shards: Shards, num_workers: int, num_slots: int = 0) -> None:
                 raise ValueError(
                     f"shards.{name} holds {type(array)}: must be arrays [M, N, ...] of numbers; use np.asarray"
                 )
-    x, y, weight = ([np.shape(a) for a in jax.tree.leaves(tree)] for tree in shards)
-    shape = weight[0] if len(weight) == 1 else ()
-    if len(shape) != 2 or not x or any(a[:2] != shape for a in (*x, *y)):
-        x, y, weight = (", ".join(str(list(a)) for a in shapes) for shapes in (x, y, weight))
-        raise ValueError(f"shards of shapes {x}, {y}, {weight}: must be x [M, N, ...], y [M, N, ...] and weight [M, N]")
-    if shape[0] not in (num_workers, num_slots):
-        raise ValueError(
-            f"shards of {shape[0]} workers: must be {num_workers} workers, the num_workers of the algorithm"
-        )
-    for name, tree in zip(Shards._fields, shards, strict=True):
-        for array in jax.tree.leaves(tree):
             if np.dtype(array.dtype).kind in "SUT":
                 raise ValueError(
                     f"shards.{name} holds strings (dtype {array.dtype}): must be numbers; number the classes with "
@@ -403,6 +332,15 @@ def check_shards(shards: Shards, num_workers: int, num_slots: int = 0) -> None:
                 )
             if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(array))):
                 raise ValueError(f"shards.{name} holds NaN or infinity: must be finite; correct or drop those rows")
+    x, y, weight = ([np.shape(a) for a in jax.tree.leaves(tree)] for tree in shards)
+    shape = weight[0] if len(weight) == 1 else ()
+    if len(shape) != 2 or not x or any(a[:2] != shape for a in (*x, *y)):
+        x, y, weight = (", ".join(str(list(a)) for a in shapes) for shapes in (x, y, weight))
+        raise ValueError(f"shards of shapes {x}, {y}, {weight}: must be x [M, N, ...], y [M, N, ...] and weight [M, N]")
+    if shape[0] not in (num_workers, num_slots):
+        raise ValueError(
+            f"shards of {shape[0]} workers: must be {num_workers} workers, the num_workers of the algorithm"
+        )
     if is_readable(shards.weight):  # otherwise each process has checked its own shards
         _check_weights(np.asarray(shards.weight))
 

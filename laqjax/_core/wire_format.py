@@ -104,9 +104,7 @@ def read_payload(compressor: Compressor, data: bytes, like: Any) -> dict[str, An
             last = -(-(at + width * count) // 8)
             piece = stream[at // 8 : last + 1]
             piece = piece[:-1] >> at % 8 | piece[1:] << 8 - at % 8 if at % 8 else piece[:-1]
-            values[there] = _unpack_bits(piece, count, width, pattern).view(
-                field.like.dtype if _is_raw_float(field) else pattern
-            )
+            values[there] = _unpack_bits(piece, count, width, pattern).view(values.dtype)
         at += count * width
         field.payload[field.name] = jnp.asarray(values.reshape(field.like.shape))
     if -(-at // 8) != len(data) or (at % 8 and data[-1] >> at % 8):
@@ -162,12 +160,7 @@ def _unpack_bits(data: np.ndarray, count: int, width: int, pattern: np.dtype) ->
 
 
 def _lane_mask(rest: int, size: int) -> np.uint64:
-    """Return the mask of the payload in the lower lane of each lane pair of a 64-bit word.
-
-    Args:
-        rest: payload bits in each byte before packing.
-        size: bits of a lane; its payload is size // 8 * rest bits.
-    """
+    """Return the mask of the payload, size // 8 * rest bits, in the lower one of each pair of lanes of `size` bits."""
     return np.uint64(sum((2 ** (size // 8 * rest) - 1) << place for place in range(0, 64, 2 * size)))
 
 
@@ -176,16 +169,11 @@ def _sent_mask(field: WireField) -> Any:
     return slice(None) if field.mask is None else np.asarray(field.mask)
 
 
-def _is_raw_float(field: WireField) -> bool:
-    """Return whether a field holds floats of full width, sent as bit patterns; others are sent as whole numbers."""
-    dtype = np.dtype(field.like.dtype)
-    return jnp.issubdtype(dtype, jnp.floating) and int(field.bits) == 8 * dtype.itemsize
-
-
 def _wire_dtype(field: WireField) -> np.dtype:
     """Return the dtype whose bits are sent: an unsigned integer for floats of full width, else the field's dtype."""
     dtype = np.dtype(field.like.dtype)
-    return np.dtype(f"u{dtype.itemsize}") if _is_raw_float(field) else dtype
+    is_raw_float = jnp.issubdtype(dtype, jnp.floating) and int(field.bits) == 8 * dtype.itemsize
+    return np.dtype(f"u{dtype.itemsize}") if is_raw_float else dtype
 
 
 # ---- helpers for `wire_fields` ---------------------------------------------------------------------------------

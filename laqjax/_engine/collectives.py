@@ -186,36 +186,32 @@ class AllToAll(AllGather):
         def split(values: Array) -> Array:
             if values.ndim == 0:
                 return jnp.broadcast_to(values, (devices,))
-            length = self._chunk_size(values.shape[0])
+            length = coordinates_per_device(values.shape[0], devices)
             return jnp.pad(values, (0, devices * length - values.shape[0])).reshape(devices, length)
 
         return jax.vmap(super()._pack)([split(values) for values in numbers])
 
-    def _chunk_size(self, size: int) -> int:
-        """Return the coordinates of a part: a multiple of 32, so that a part fills whole words for every b."""
-        return WORD_BITS * math.ceil(size / (WORD_BITS * lax.axis_size(self.axis)))
-
     def _reduce(self, alg: Any, messages: Any, sent: Bool[Array, " M"], like: Float[Array, " p"]) -> Float[Array, " p"]:
         packed = self._pack_all(messages)
         mine = lax.all_to_all(packed, self.axis, split_axis=1, concat_axis=0, tiled=True)[: sent.shape[0], 0]
-        part = jax.ShapeDtypeStruct((self._chunk_size(like.shape[0]),), like.dtype)
+        part = jax.ShapeDtypeStruct((coordinates_per_device(like.shape[0], lax.axis_size(self.axis)),), like.dtype)
         total = self.sum_packed(alg, mine, sent, part)
         return lax.all_gather(total, self.axis, tiled=True)[: like.shape[0]]
 
     def bytes_received(self, alg: Any, devices: int) -> int:
         """Return the bytes that each device receives in `reduce`, with one worker per device."""
-        length = WORD_BITS * math.ceil(alg.oracle.size / (WORD_BITS * devices))
+        length = coordinates_per_device(alg.oracle.size, devices)
         words = num_message_words(alg, length, self.widths)
         return (4 * words + length * alg.oracle.dtype.itemsize) * (devices - 1)
 
 
-def ring_bytes(like: Any, devices: int) -> int:
-    """Return the bytes that each device receives in a ring all-reduce: a reduce-scatter followed by an all-gather.
+def coordinates_per_device(size: int, devices: int) -> int:
+    """Return the coordinates of a device's part: a multiple of 32, so that it fills whole words for every b."""
+    return WORD_BITS * math.ceil(size / (WORD_BITS * devices))
 
-    Args:
-        like: array or struct with the shape and dtype of the sum.
-        devices: number of devices.
-    """
+
+def ring_bytes(like: Any, devices: int) -> int:
+    """Return the bytes that each device receives in a ring all-reduce: a reduce-scatter followed by an all-gather."""
     return 2 * like.size * like.dtype.itemsize * (devices - 1) // devices
 
 
@@ -299,14 +295,11 @@ def resolve_collective(collective: str | Collective, alg: Any, axis: str = "work
 
 def check_collective(collective: Any) -> None:
     """Raise ValueError unless `collective` is the name of a collective, or a collective itself."""
-    if isinstance(collective, str) and collective not in COLLECTIVES:
+    is_name = isinstance(collective, str) and collective in COLLECTIVES
+    if not is_name and (isinstance(collective, str | type) or not isinstance(collective, Collective)):
         raise ValueError(
-            f"collective = {collective!r}: must be one of {sorted(COLLECTIVES)}{suggest(collective, COLLECTIVES)}"
-        )
-    if not isinstance(collective, str) and (isinstance(collective, type) or not isinstance(collective, Collective)):
-        known = sorted(COLLECTIVES)
-        raise ValueError(
-            f"collective = {collective!r}: must be one of {known}, or an instance of laqjax.types.Collective"
+            f"collective = {collective!r}: must be one of {sorted(COLLECTIVES)}, or an instance of "
+            f"laqjax.types.Collective{suggest(collective, COLLECTIVES)}"
         )
 
 
@@ -324,13 +317,7 @@ def automatic_axes() -> tuple[str, ...]:
 
 
 def field_widths(alg: Any) -> tuple[int, ...] | None:
-    """Return the bits per number of each field of a message.
-
-    Args:
-        alg: algorithm with concrete numbers, or a stack of them.
-
-    Returns:
-        The widths in the order of the fields. None: the compressor does not declare a static layout.
+    """Return the bits per number of each field of a message, or None if the compressor declares no static layout.
 
     Raises:
         ValueError: the points of a stack differ in a width.
@@ -378,17 +365,7 @@ def pack_message(numbers: list[Array], widths: tuple[int, ...] | None) -> UInt32
 def unpack_message(
     compressor: Compressor, words: UInt32[Array, " words"], like: Any, widths: tuple[int, ...] | None
 ) -> Float[Array, " p"]:
-    """Decode a packed message.
-
-    Args:
-        compressor: compressor that encoded the message.
-        words: packed message.
-        like: array or struct with the shape and dtype of the vector.
-        widths: bits per number of each field, from `field_widths`.
-
-    Returns:
-        The decoded vector [p].
-    """
+    """Decode a packed message to a vector with the shape and dtype of `like`."""
     like = jax.ShapeDtypeStruct(like.shape, like.dtype)
     if widths is None:
         return from_words(words[None], jax.ShapeDtypeStruct((1, *like.shape), like.dtype))[0]
@@ -401,15 +378,7 @@ def unpack_message(
 
 
 def num_packed_words(like: Any, bits: int) -> int:
-    """Return the number of 32-bit words into which `pack` packs an array.
-
-    Args:
-        like: array or struct with the shape and dtype of the numbers.
-        bits: bits per number.
-
-    Returns:
-        The number of words.
-    """
+    """Return the number of 32-bit words into which `pack` packs an array of the shape of `like`."""
     if bits >= WORD_BITS:
         return like.size * bits // WORD_BITS
     group = WORD_BITS // math.gcd(bits, WORD_BITS)

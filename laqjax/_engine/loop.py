@@ -203,7 +203,6 @@ def stream(
     at_once = worker_batch_size or alg.default_worker_batch_size(shards)
     options: Any = {"length": chunk_size, "metrics": names, "worker_batch_size": at_once}
     if mesh is None:
-        # a copy, since a chunk donates its input state
         state = copy_state(start if isinstance(start, AlgorithmState) else alg.init(params), alg.init, params)
         shards = jax.tree.map(jnp.asarray, shards)
     else:
@@ -279,10 +278,7 @@ def check_state(state: AlgorithmState, expected: AlgorithmState) -> None:
 
 
 def shard_inputs(alg: Algorithm, start: Any, params: Any, shards: Shards, mesh: Mesh) -> tuple[AlgorithmState, Shards]:
-    """Place the initial state and the shards on the devices of a mesh.
-
-    Where M is not a multiple of the devices, both are padded with further workers. The state is a copy, since a
-    chunk donates its input state.
+    """Place the initial state and the shards on the devices of a mesh, with the padding workers that it needs.
 
     Raises:
         ValueError: `start` is a state whose shapes or dtypes do not fit the algorithm.
@@ -294,7 +290,7 @@ def shard_inputs(alg: Algorithm, start: Any, params: Any, shards: Shards, mesh: 
         placed = placement.shard_state(placement.resize_workers(start, slots), mesh)
         state = jax.jit(partial(jax.tree.map, jnp.copy))(placed)  # a chunk donates its input state
     else:
-        at = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda node: isinstance(node, P))
+        at = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         init = jax.jit(lambda alg, params: placement.resize_workers(alg.init(params), slots), out_shardings=at)
         state = init(alg, params)
     return state, placement.device_put_global(placement.pad_workers(shards, slots), mesh, specs.workers)
@@ -334,16 +330,9 @@ def run_chunk(
 def fori_rounds(
     step: Callable[[AlgorithmState], Any], state: AlgorithmState, count: Int[Array, ""], length: int
 ) -> tuple[AlgorithmState, RoundInfo]:
-    """Apply `step` in `count` <= `length` rounds of a `fori_loop`.
+    """Apply `step`, a function state -> (state, info), in `count` <= `length` rounds; stack the info to [length, ...].
 
-    Args:
-        step: function `state -> (state, info)`.
-        state: state before the first round.
-        count: traced number of rounds.
-        length: static number of rows of the returned info.
-
-    Returns:
-        The state after the last round and the info [length, ...]; its rows from `count` on are zeros.
+    `count` may be traced. The rows of the info from `count` on are zeros.
     """
     one = jax.eval_shape(step, state)[1]
     rows = jax.tree.map(lambda s: jnp.zeros((length, *s.shape), s.dtype), one)

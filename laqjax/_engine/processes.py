@@ -82,13 +82,7 @@ def _wait_for_coordinator(address: str, timeout: float) -> None:
 
 @contextmanager
 def translate_lost_process_errors() -> Iterator[None]:
-    """Translate a failed collective into a ConnectionError that says that another process was lost.
-
-    Errors are unchanged if there is only one process.
-
-    Raises:
-        ConnectionError: in place of JAX's error.
-    """
+    """Translate JAX's error of a failed collective into a ConnectionError, if there are several processes."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -161,12 +155,6 @@ def fingerprint(tree: Any) -> str:
 
     It covers the structure, the shapes, the dtypes and the numbers. Of arrays that are spread over processes it covers
     only shapes and dtypes.
-
-    Args:
-        tree: pytree of arrays and numbers.
-
-    Returns:
-        The fingerprint as a hexadecimal string.
     """
     leaves, structure = jax.tree.flatten(tree)
     whole = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", str(structure)).encode())  # no memory addresses

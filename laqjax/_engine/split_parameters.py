@@ -76,8 +76,7 @@ class ParameterLayout:
     @property
     def num_averaged(self) -> int:
         """Return the numbers of the averaged leaves on all devices of a worker, inside `jax.shard_map`."""
-        parts = [math.prod(self.shapes[i]) * math.prod(map(lax.axis_size, self.axes[i])) for i in self.averaged]
-        return sum(parts)
+        return sum(math.prod(self.shapes[i]) * math.prod(map(lax.axis_size, self.axes[i])) for i in self.averaged)
 
     def select(self, tree: Any, indices: Sequence[int]) -> list[Any]:
         """Return some leaves of a tree of the parameters."""
@@ -194,16 +193,9 @@ class SplitCompressor:
 
 
 def make_layout(params: Any, param_specs: Any, skip_small: int, *, on_device: bool) -> ParameterLayout:
-    """Divide a parameter tree.
+    """Divide a parameter tree, or with `on_device` its part on this device, inside `jax.shard_map`.
 
-    Args:
-        params: the parameters, their part on this device, or structs of them.
-        param_specs: partition spec of each leaf. None: no leaf is split.
-        skip_small: leaves of fewer numbers are averaged.
-        on_device: True: `params` is the part of this device, inside `jax.shard_map`.
-
-    Returns:
-        The layout.
+    Leaves of fewer than `skip_small` numbers are averaged.
 
     Raises:
         ValueError: `param_specs` does not fit the parameters or the mesh, or all leaves are averaged.
@@ -234,11 +226,6 @@ def spec_axes(spec: P) -> tuple[str, ...]:
     return tuple(sorted(axis for entry in entries for axis in entry))
 
 
-def is_spec(node: Any) -> bool:
-    """Return whether a node is a partition spec."""
-    return isinstance(node, P)
-
-
 def is_split_vector(node: Any) -> bool:
     """Return whether a node is a `SplitVector`."""
     return isinstance(node, SplitVector)
@@ -257,7 +244,7 @@ def make_specs(tree: Any, axis: str, lead: tuple[str, ...], param_specs: Any) ->
     def follows_params(node: Any) -> bool:
         if param_specs is None or not match_specs(param_specs, node):
             return False
-        pairs = zip(jax.tree.leaves(node, is_leaf=_is_none), _spec_leaves(param_specs), strict=True)
+        pairs = zip(*(jax.tree.leaves(tree, is_leaf=_is_none) for tree in (node, param_specs)), strict=True)
         return all(a is None or np.ndim(a) >= len(lead) + len(spec or ()) for a, spec in pairs)
 
     def make(node: Any) -> Any:
@@ -270,33 +257,24 @@ def make_specs(tree: Any, axis: str, lead: tuple[str, ...], param_specs: Any) ->
 
 def match_specs(param_specs: Any, tree: Any) -> bool:
     """Return whether a tree has the structure of the specs; None may stand for any leaf."""
-    own = jax.tree.structure(tree, is_leaf=_is_none)
-    return own == jax.tree.structure(param_specs, is_leaf=_is_spec_or_none)
+    return jax.tree.structure(tree, is_leaf=_is_none) == jax.tree.structure(param_specs, is_leaf=_is_none)
 
 
 def join_specs(lead: tuple[str, ...], param_specs: Any, tree: Any) -> Any:
     """Return the specs with the axes `lead` before them, and None where a tree of this structure has None."""
     return jax.tree.map(
-        lambda spec, leaf: None if leaf is None else P(*lead, *spec), param_specs, tree, is_leaf=_is_spec_or_none
+        lambda spec, leaf: None if leaf is None else P(*lead, *spec), param_specs, tree, is_leaf=_is_none
     )
-
-
-def _spec_leaves(param_specs: Any) -> list[Any]:
-    return jax.tree.leaves(param_specs, is_leaf=_is_spec_or_none)
 
 
 def _is_none(node: Any) -> bool:
     return node is None
 
 
-def _is_spec_or_none(node: Any) -> bool:
-    return node is None or is_spec(node)
-
-
 def check_spec_tree(param_specs: Any, axis: str) -> None:
     """Raise ValueError unless all leaves are partition specs, of mesh axes other than `axis`."""
-    for spec in jax.tree.leaves(param_specs, is_leaf=is_spec):
-        if not is_spec(spec):
+    for spec in jax.tree.leaves(param_specs):
+        if not isinstance(spec, P):
             raise ValueError(f"param_specs with a leaf {spec!r}: must be a pytree of jax.sharding.PartitionSpec")
         if axis in spec_axes(spec):
             raise ValueError(
@@ -306,7 +284,7 @@ def check_spec_tree(param_specs: Any, axis: str) -> None:
 
 def _check_specs(param_specs: Any, params: Any, on_device: bool) -> list[P]:
     """Return the specs of the leaves; raise ValueError unless they fit the parameters and the mesh."""
-    specs, structure = jax.tree.flatten(param_specs, is_leaf=is_spec)
+    specs, structure = jax.tree.flatten(param_specs)
     if structure != jax.tree.structure(params):
         raise ValueError(
             f"param_specs of the structure {structure} for parameters of the structure {jax.tree.structure(params)}: "

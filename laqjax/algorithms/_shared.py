@@ -92,11 +92,13 @@ def history_from_xi_or_c(
 ) -> History:
     """Build a history with the weights `xi` (0.8 if neither is given) or with the weight `c` of LASG and CADA.
 
+    `kind` is that of a history with `xi`; if it is "absolute", `c` must be given.
+
     Raises:
         ValueError: both `xi` and `c` are given, or a number is out of its range.
     """
     options: Any = {"padded_window": padded_window, "rescale_short_history": rescale_short_history}
-    if c is None:
+    if c is None and kind != "absolute":
         return make_history(0.8 if xi is None else xi, window, oracle_dtype(oracle), kind=kind, **options)
     if xi is not None:
         raise ValueError(

@@ -72,7 +72,8 @@ def check_memories(alg: Algorithm, problem: Toy, rounding: float) -> None:
             alg.rule, rules.PartialParticipation
         ):  # it has asked some of the silent ones, whose silence is longer now
             workers, before = (w._replace(rule_state=None) for w in (workers, before))
-        kept = [w.memory_state if getattr(alg.rule, "renews_in_silence", False) else w for w in (before, workers)]
+        # CLAG's rule remembers the gradient of a silent round too
+        kept = [w.memory_state if isinstance(alg.rule, rules.ClagRule) else w for w in (before, workers)]
         identical(*([leaf[~sent] for leaf in jax.tree.leaves(w)] for w in kept))
         if alg.memory.is_persistent:
             memory = workers.memory_state[0] if isinstance(workers.memory_state, tuple) else workers.memory_state

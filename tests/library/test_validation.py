@@ -75,6 +75,8 @@ def test_the_weight_of_cada_is_c(toy: Toy) -> None:
     make: Any = algorithms.cada2
     with pytest.raises(TypeError, match="xi"):
         make(toy.oracle, lr=0.1, num_workers=4, xi=0.5)
+    for make in (algorithms.cada1, algorithms.cada2):
+        refused(lambda m=make: m(toy.oracle, lr=0.1, num_workers=4, c=None), "c = None: must be a finite number >= 0")
 
 
 @pytest.mark.parametrize("name", named_algorithms())
@@ -152,7 +154,8 @@ def test_a_rule_that_selects_is_known_to_select(toy: Toy) -> None:
     assert not rules.Always().server_selects
     assert not rules.limit_silence(rules.Always(), 3).server_selects
     parts: Any = toy.oracle, compressors.identity(), HalfARule(), memories.make_innovation_memory(toy.oracle)
-    refused(lambda: laqjax.assemble(*parts, lr=0.1, num_workers=4), "rule HalfARule without needs_persistent_memory: ")
+    lacks = "must be an upload rule, such as rules.Always(); it lacks needs_persistent_memory, server_selects"
+    refused(lambda: laqjax.assemble(*parts, lr=0.1, num_workers=4), lacks)
 
 
 ORACLE: list[tuple[dict[str, Any], str]] = [
@@ -407,10 +410,8 @@ def test_one_key_is_not_many(toy: Toy) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (
-            "all_gathr",
-            "collective = 'all_gathr': must be one of ['all_gather', 'all_reduce', 'all_to_all']; did you mean 'all_gather'?",
-        ),
+        ("all_gathr", "collective = 'all_gathr': must be one of ['all_gather', 'all_reduce', 'all_to_all'], or"),
+        ("all_gathr", "an instance of laqjax.types.Collective; did you mean 'all_gather'?"),
         (3, "collective = 3: must be one of ['all_gather', 'all_reduce', 'all_to_all'], or"),
         (laqjax.sharding.AllReduce, "must be one of ['all_gather', 'all_reduce', 'all_to_all'], or"),
     ],
