@@ -192,33 +192,6 @@ def get_shared_history(alg: Algorithm, rule_state: Any, aggregate: Any) -> tuple
     return rule_state, aggregate if get_declaration(alg.oracle, OracleHints, "reads_aggregate") else None
 
 
-def make_broadcast(
-    head: BroadcastHeader, model: bytes, history: bytes, known: int | None, change: bytes, *, computes_history: bool
-) -> tuple[RecordDict, int]:
-    """Build the content of the broadcast to one worker, with only the parts that the worker lacks.
-
-    Args:
-        head: the header; this function sets its fields `model` and `history`.
-        model: model of the server.
-        history: result of `get_shared_history`.
-        known: round whose model the worker is known to have; None if unknown.
-        change: message with the last model change; empty if the server broadcasts the whole model.
-        computes_history: whether the worker computes the history from its last one and the server's last step.
-
-    Returns:
-        The content, and the size of its body in bytes.
-    """
-    if known == head.round:
-        return make_record(head._replace(model=MODEL_UNCHANGED, history=MODEL_UNCHANGED)), 0
-    is_near = known == head.round - 1
-    head = head._replace(
-        model=MODEL_DELTA if is_near and change else MODEL_FULL,
-        history=MODEL_DELTA if is_near and computes_history else MODEL_FULL,
-    )
-    body = change if head.model == MODEL_DELTA else model
-    return make_record(head, body=body, history=history if head.history == MODEL_FULL else b""), len(body)
-
-
 def parse_message(kind: Any, message: Message) -> tuple[Any, dict[str, Any]]:
     """Parse a message that `make_record` built.
 

@@ -439,22 +439,29 @@ class FederatedServer:
 
 
 def _make_broadcasts(server: FederatedServer, selected: np.ndarray, stats: RoundStats) -> dict[int, Message]:
-    """Return the broadcasts of this round by node, and add the sizes of their bodies to the stats."""
+    """Return the broadcasts of this round by node, and add the sizes of their bodies to the stats.
+
+    A broadcast holds only what the worker lacks.
+    """
     messages: dict[int, Message] = {}
-    skipped = server._roster.find_skipped_nodes(server._poller.waiting_nodes())
+    unchanged, full, delta = _protocol.MODEL_UNCHANGED, _protocol.MODEL_FULL, _protocol.MODEL_DELTA
+    skipped, change = server._roster.find_skipped_nodes(server._poller.waiting_nodes()), server._change
     history = _protocol.get_shared_history(server.alg, server.state.rule_state, server.state.aggregate)
     model, shared = _protocol.tree_to_bytes(server.state.params), _protocol.tree_to_bytes(history)
-    digest = _protocol.short_digest(model, shared)
+    digest, bodies = _protocol.short_digest(model, shared), {unchanged: b"", full: model, delta: change.body}
     computes_history = history[1] is None and len(shared) > _protocol.SHORT_HISTORY
     for node, worker in server._roster.nodes.items():
         if selected[worker] and node not in skipped:
-            about = *server._workers.accepted[worker], digest, server._key_bytes, *server._change[1:]
-            head = _protocol.BroadcastHeader(server._session, stats.round, worker, 0, 0, *about)
-            known = server._roster.model_rounds[worker]
-            content, size = _protocol.make_broadcast(
-                head, model, shared, known, server._change.body, computes_history=computes_history
-            )
-            stats.payload_down[worker] = size
+            form = history_form = unchanged
+            if (known := server._roster.model_rounds[worker]) != stats.round:
+                is_near = known == stats.round - 1
+                form = delta if is_near and change.body else full
+                history_form = delta if is_near and computes_history else full
+            about = *server._workers.accepted[worker], digest, server._key_bytes, *change[1:]
+            head = _protocol.BroadcastHeader(server._session, stats.round, worker, form, history_form, *about)
+            body, history_body = bodies[form], shared if history_form == full else b""
+            stats.payload_down[worker] = len(body)
+            content = _protocol.make_record(head, body=body, history=history_body)
             messages[node] = _make_train_message(content, node, stats.round, server._timeout)
     return messages
 
