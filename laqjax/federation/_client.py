@@ -169,8 +169,7 @@ class FederatedClient:
         self._digests = _protocol.scheme_digests(alg)
         alg = jax.tree.map(jnp.asarray, alg)  # else each round copies its numbers to the device
         self._alg = replace(alg, rule=ForcedUpload(alg.rule, False))
-        full = replace(alg, rule=ForcedUpload(alg.rule, True), compressor=identity())
-        self._full = full if alg.memory.is_persistent else self._alg
+        self._full = replace(alg, rule=ForcedUpload(alg.rule, True), compressor=identity())
         self._rule, self._down, self._num_workers = alg.rule, _protocol.down_compressor(alg), alg.num_workers
         self._scheme = _protocol.short_digest(self._digests)
         # a dictionary of loaded shards instead of functools.cache, because Ray copies apps
@@ -206,9 +205,10 @@ class FederatedClient:
         params, history, known_bytes = known
         before, base = self._select_base_state(down, kept, params)
         fresh = base == _protocol.UNKNOWN_UPLOAD  # then run as in round 0, where every method starts
+        alg = self._full if fresh else self._alg
         began = time.perf_counter()
         after, payload, *rest = _compute_worker_step(
-            self._full if fresh else self._alg,
+            alg,
             before,
             AlgorithmState(params, np.int32(down.round), history[1], None, history[0], None, None),  # pyright: ignore[reportArgumentType]
             self._get_shard(worker),
@@ -219,18 +219,16 @@ class FederatedClient:
         before_bytes = _protocol.tree_to_bytes(before)  # while the step runs
         sent, size, loss, gradients = (np.asarray(value).item() for value in rest)
         computed = time.perf_counter()
-        compressor = self._full.compressor if fresh else self._alg.compressor
-        body = to_bytes(compressor, payload, self._model) if sent else b""
+        body = to_bytes(alg.compressor, payload, self._model) if sent else b""
         last = _protocol.upload_id(body, down.round, base) if sent else base
-        upload = _protocol.REPLY_FULL if fresh and self._alg.memory.is_persistent else _protocol.REPLY_UPLOAD
-        kind = upload if sent else _protocol.REPLY_SILENT
+        upload = _protocol.REPLY_FULL if fresh else _protocol.REPLY_UPLOAD
         packed = time.perf_counter()
         state = known_bytes, before_bytes, _protocol.tree_to_bytes(after)
         save_state(context, down.session, down.round, base, last, *state)
         if path is not None:
             write_context(path, context)
         head = out_of_sync._replace(
-            kind=kind,
+            kind=upload if sent else _protocol.REPLY_SILENT,
             base=base[0],
             base_digest=base[1],
             digest=last[1] if sent else bytes(8),
@@ -306,15 +304,14 @@ class FederatedClient:
             state. Its id is then `UNKNOWN_UPLOAD`, which makes the worker send a full upload, unless the memory is not
             persistent or the worker is new to the federation.
         """
-        accepted, is_persistent = (down.accepted, down.digest), self._alg.memory.is_persistent
-        if kept is None or (not is_persistent and accepted not in (kept.base, kept.last)):
-            base = _protocol.UNKNOWN_UPLOAD if accepted != _protocol.NO_UPLOAD and is_persistent else accepted
-            return _fresh_worker_state(self._alg, params), base
-        if accepted == kept.last and kept.round != down.round:  # a repeated round runs again from `before`
+        accepted = down.accepted, down.digest
+        if kept and accepted == kept.last and kept.round != down.round:  # a repeated round runs again from `before`
             return kept.after, accepted
-        if accepted == kept.base:
+        if kept and accepted == kept.base:
             return kept.before, accepted
-        return _fresh_worker_state(self._alg, params), _protocol.UNKNOWN_UPLOAD
+        is_new = kept is None and accepted == _protocol.NO_UPLOAD
+        base = _protocol.UNKNOWN_UPLOAD if self._alg.memory.is_persistent and not is_new else accepted
+        return _fresh_worker_state(self._alg, params), base
 
 
 def _check_worker_shard(alg: Algorithm, shards: Shards) -> Shards:
