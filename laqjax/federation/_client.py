@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as SerializedRecordDict
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from laqjax import types
 from laqjax._core.round import Algorithm, init_worker_state, worker_step
@@ -53,10 +53,7 @@ def _update_shared_state(rule: types.UploadRule, shared_state: Any, step: Server
     return rule.update(shared_state, step)
 
 
-@jax.jit
-def _fresh_worker_state(alg: Algorithm, params: Array) -> WorkerState:
-    """Initialize the state of a worker without history."""
-    return init_worker_state(alg, params)
+_fresh_worker_state = jax.jit(init_worker_state)
 
 
 class ClientState(NamedTuple):
@@ -251,9 +248,14 @@ class FederatedClient:
         return Message(RecordDict({_protocol.RECORD_KEY: hello}), reply_to=message)
 
     def _get_shard(self, worker: int) -> Shards:
-        """Return the data of a worker on the device; load it on the first call."""
+        """Return the data of a worker on the device; load and check it on the first call."""
         if worker not in self._shards:
-            self._shards[worker] = jax.tree.map(jnp.asarray, _check_worker_shard(self._alg, self._load_shard(worker)))
+            shards = self._load_shard(worker)
+            if np.ndim(shards.weight) != 2 or len(shards.weight) != 1:
+                shape = list(np.shape(shards.weight))
+                raise ValueError(f"weight of shape {shape}: must be [1, N], the rows of one worker")
+            self._alg.oracle.validate(shards)
+            self._shards[worker] = jax.tree.map(jnp.asarray, shards)
         return self._shards[worker]
 
     def _resolve_broadcast(
@@ -273,25 +275,22 @@ class FederatedClient:
         if kept and (down.session, down.round) < kept[:2]:
             return None
         again = kept is not None and kept.round == down.round  # a repeated broadcast, or the server was restarted
+        params, history = (kept.params, kept.history) if kept else (None, None)
         try:
             if down.model == _protocol.MODEL_FULL:
                 params = _protocol.tree_from_bytes(parts.get("body", b""), self._model)
             elif kept and down.model == _protocol.MODEL_DELTA and not again:
                 params = _protocol.add_delta(kept.params, from_bytes(self._down, parts.get("body", b""), self._model))
-            else:
-                params = kept.params if kept else None
             if down.history == _protocol.MODEL_FULL:
                 history = _protocol.tree_from_bytes(parts.get("history", b""), self._likes[1])
             elif kept and down.history == _protocol.MODEL_DELTA and not again:
                 squares: Any = [np.asarray(square, self._model.dtype) for square in (down.direction_sq, down.step_sq)]
                 step = ServerStep(kept.params, params, squares[0], squares[1], np.int32(down.round - 1))  # pyright: ignore[reportArgumentType]
                 history = _update_shared_state(self._rule, kept.history[0], step), None
-            else:
-                history = kept.history if kept else None
         except ValueError:  # the body or the history has a wrong length
             return None
-        missing = params is None or (kept is None and down.history != _protocol.MODEL_FULL)
         data = _protocol.tree_to_bytes((params, history))
+        missing = params is None or history is None
         return None if missing or _protocol.short_digest(data) != down.state_digest else (params, history, data)
 
     def _select_base_state(
@@ -312,18 +311,6 @@ class FederatedClient:
         is_new = kept is None and accepted == _protocol.NO_UPLOAD
         base = _protocol.UNKNOWN_UPLOAD if self._alg.memory.is_persistent and not is_new else accepted
         return _fresh_worker_state(self._alg, params), base
-
-
-def _check_worker_shard(alg: Algorithm, shards: Shards) -> Shards:
-    """Check the data of one worker and return it.
-
-    Raises:
-        ValueError: the weights do not have shape [1, N], or the oracle rejects the data.
-    """
-    if np.ndim(shards.weight) != 2 or len(shards.weight) != 1:
-        raise ValueError(f"weight of shape {list(np.shape(shards.weight))}: must be [1, N], the rows of one worker")
-    alg.oracle.validate(shards)
-    return shards
 
 
 def _get_worker(context: Context, num_workers: int) -> int:
