@@ -4,7 +4,7 @@ import logging
 import math
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -69,8 +69,8 @@ def _summarize(stats: RoundStats) -> MetricRecord:
     })  # fmt: skip
 
 
-def _check_evaluation(reply: Message, weighted_by_key: str) -> None:
-    """Raise ValueError if the reply to an evaluation does not count."""
+def _check_evaluation(reply: Message, weighted_by_key: str) -> MetricRecord:
+    """Return the metrics of an evaluation; raise ValueError if the reply does not count."""
     if reply.has_error():
         raise ValueError(describe_error(reply))
     records = list(reply.content.metric_records.values())
@@ -80,6 +80,7 @@ def _check_evaluation(reply: Message, weighted_by_key: str) -> None:
     if not isinstance(weight, int | float) or weight < 0 or not np.isfinite(numbers.astype(float)).all():
         found = f"MetricRecords {[dict(record) for record in records]}"
         raise ValueError(f"{found:.100}: must be one, with finite numbers and {weighted_by_key!r} >= 0")
+    return records[0]
 
 
 def _collect_evaluations(
@@ -155,7 +156,7 @@ class LazyStrategy(Strategy):
         self._options, self._run_options = options, {"workers": workers, "max_empty_rounds": max_empty_rounds}
         self.fraction_evaluate, self.weighted_by_key = fraction_evaluate, weighted_by_key
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn
-        self._timeout, self._unanswered = 60.0, Counter[int]()  # evaluations in a row without a reply, by node
+        self._unanswered = Counter[int]()  # evaluations in a row without a reply, by node
 
     def start(
         self,
@@ -194,17 +195,16 @@ class LazyStrategy(Strategy):
         alg, params, key = self._setup
         if initial_arrays is not None:
             params = arrays_to_params(initial_arrays, alg.params(alg.init(params)))
-        self._timeout = timeout
         self.server = FederatedServer(alg, params, key, round_timeout=timeout, **self._options)
         self.summary()
         result, config, done = Result(), evaluate_config or ConfigRecord(), int(self.server.state.round)
 
-        def evaluate_on_server(round: int) -> MetricRecord:
+        def evaluate_on_server(round: int) -> MetricRecord | None:
             result.arrays = params_to_arrays(alg.params(self.server.state))
             metrics = evaluate_fn(round, result.arrays) if evaluate_fn else None
             if metrics is not None:
                 result.evaluate_metrics_serverapp[round] = metrics
-            return metrics or MetricRecord()
+            return metrics
 
         if evaluated := evaluate_on_server(done):
             _log_round(done, num_rounds, server=evaluated)
@@ -212,7 +212,7 @@ class LazyStrategy(Strategy):
             done = stats.round + 1
             result.train_metrics_clientapp[done], central = _summarize(stats), evaluate_on_server(done)
             messages = self.configure_evaluate(done, result.arrays, config, grid)
-            replies = _collect_evaluations(grid, messages, self._timeout, self._unanswered)
+            replies = _collect_evaluations(grid, messages, timeout, self._unanswered)
             clients = self.aggregate_evaluate(done, replies)
             if clients is not None:
                 result.evaluate_metrics_clientapp[done] = clients
@@ -229,25 +229,20 @@ class LazyStrategy(Strategy):
         chosen = random.Random(server_round).sample(nodes, math.ceil(self.fraction_evaluate * len(nodes)))
         about = ConfigRecord({**config, "server-round": server_round})
         content = RecordDict({"arrays": arrays, "config": about})
-        return [Message(content, node, MessageType.EVALUATE, ttl=self._timeout) for node in chosen]
+        return [Message(content, node, MessageType.EVALUATE, ttl=self.server._timeout) for node in chosen]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the mean of the clients' metrics, without replies that are damaged or have other metrics than most."""
-        valid: dict[int, RecordDict] = {}
+        valid: dict[frozenset[str], list[RecordDict]] = defaultdict(list)  # by the names of the metrics
         for reply in replies:
-            node = reply.metadata.src_node_id
             try:
-                _check_evaluation(reply, self.weighted_by_key)
-                valid[node] = reply.content
+                valid[frozenset(_check_evaluation(reply, self.weighted_by_key))].append(reply.content)
             except Exception as error:  # whatever a reply holds, only this reply is rejected
-                log.warning("evaluation by node %s rejected: %s", node, one_line(str(error)))
-        names = {node: frozenset(next(iter(content.metric_records.values()))) for node, content in valid.items()}
-        for usual, _ in Counter(names.values()).most_common(1):
-            contents = [content for node, content in valid.items() if names[node] == usual]
-            try:
-                return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key)
-            except Exception as error:
-                log.warning("evaluation of round %s has no result: %s", server_round, one_line(repr(error)))
+                log.warning("evaluation by node %s rejected: %s", reply.metadata.src_node_id, one_line(str(error)))
+        try:
+            return self.evaluate_metrics_aggr_fn(max(valid.values(), key=len), self.weighted_by_key) if valid else None
+        except Exception as error:
+            log.warning("evaluation of round %s has no result: %s", server_round, one_line(repr(error)))
         return None
 
     def configure_train(
