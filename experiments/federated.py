@@ -41,17 +41,6 @@ except ImportError as error:
 
 LOST = ("absent", "rejected")  # fields of the facts, and columns
 BYTE_FIELDS = ("payload_down", "bytes_up", "bytes_down")
-FIELDS = (
-    *BYTE_FIELDS,
-    "accepted",
-    *LOST,
-    "sent",
-    "bits_up",
-    "gradients",
-    "compute",
-    "pack",
-)  # [rounds, M]
-FIELDS += ("loss", "bits_down", "transfer", "decode", "ended")  # [rounds]
 
 
 @dataclass(frozen=True)
@@ -102,13 +91,12 @@ def run(settings: Settings) -> Path:
     check_number("rounds", settings.rounds, np.int32, minimum=1)
     settings.link.check()
     server = {"min_replies": settings.server.min_replies, "outlier_factor": settings.server.outlier_factor}
-    server |= {"release_workers": settings.server.release_worker}
+    server |= {"release_workers": settings.server.release_worker, "round_timeout": settings.deadline}
     rows = 200 if settings.quick else None
-    limits = settings.rounds, settings.deadline
-    specs = make_specs(settings.axes, settings.data, settings.authors_rule, rows, *limits)
+    specs = make_specs(settings.axes, settings.data, settings.authors_rule, rows)
     width, choices = specs[0].padded_window, [spec.choice for spec in specs]
     points = grid.build_points(choices, width, settings.authors_rule, rows)  # refuses wrong settings before any work
-    specs = [replace(spec, server=server) for spec in specs]
+    specs = [replace(spec, rounds=settings.rounds, server=server) for spec in specs]
     same = replace(settings, network=local.SuperLinkConfig(), server=replace(settings.server, release_worker=()))
     with storage.lock_results_dir(settings.out, grid.settings_identity(same, experiment="federated")):
         paths = [settings.out / "facts" / f"{i}.json" for i in range(len(specs))]  # a stopped command resumes from them
@@ -169,7 +157,8 @@ def write_tables(settings: Settings, points: Sequence[SweepPoint], found: Sequen
     """Write the tables of a sweep, with the observed bytes and times."""
     parts: dict[str, list[Any]] = {name: [] for name in results.TABLES}
     for point, facts in zip(points, found, strict=True):
-        arrays = {name: np.asarray(facts[name]) for name in FIELDS}
+        # of each round: fields of `RoundStats`, [rounds, M] or [rounds], and the time at which it ended
+        arrays = {name: np.asarray(value) for name, value in facts.items() if isinstance(value, list)}
         record = to_record(point, arrays)
         active = arrays["gradients"] > 0
         seconds = arrays["compute"][active] / arrays["gradients"][active]

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,7 @@ class PointSpec:
     padded_window: int
     authors_rule: bool
     rows: int | None
-    rounds: int
-    deadline: float
+    rounds: int = 0
     folder: str = ""  # for the server's files: see `make_server_app`
     programs: str = ""  # folder for compiled programs
     states: str = ""  # folder for the states of workers whose node does not keep them
@@ -51,10 +50,10 @@ class PointSpec:
         """Encode the description as hexadecimal digits, which need no quoting on any command line."""
         return json.dumps(asdict(self)).encode().hex()
 
-    def client_part(self) -> "PointSpec":
-        """Return the description without what concerns the server alone."""
+    def client_part(self, programs: str) -> "PointSpec":
+        """Return the description without what concerns the server alone, with another folder for programs."""
         choice = self.choice | {"point": 0}  # its number among the points of a command
-        return PointSpec(choice, self.padded_window, self.authors_rule, self.rows, 0, 0.0, programs=self.programs)
+        return PointSpec(choice, self.padded_window, self.authors_rule, self.rows, programs=programs)
 
     def build_point(self) -> SweepPoint:
         """Build the point with its data."""
@@ -63,18 +62,11 @@ class PointSpec:
         return grid.build_point(self.choice, case, self.padded_window, self.authors_rule)
 
 
-def make_specs(
-    axes: grid.GridAxes,
-    data: grid.DataAxes,
-    authors_rule: bool,
-    rows: int | None,
-    rounds: int = 0,
-    deadline: float = 0.0,
-) -> list[PointSpec]:
+def make_specs(axes: grid.GridAxes, data: grid.DataAxes, authors_rule: bool, rows: int | None) -> list[PointSpec]:
     """Return the descriptions of all points of a grid."""
     choices = list(grid.iter_settings(axes, data))
     width = grid.max_history_length(choices, axes)
-    return [PointSpec(choice, width, authors_rule, rows, rounds, deadline) for choice in choices]
+    return [PointSpec(choice, width, authors_rule, rows) for choice in choices]
 
 
 def make_client_app(spec: PointSpec) -> ClientApp:
@@ -114,16 +106,15 @@ def make_server_app(spec: PointSpec) -> ServerApp:
         os.link(checkpoint, part)
         part.replace(resume)
 
-    key = jax.random.key(point.seed)
-    options: Any = {"round_timeout": spec.deadline, "compilation_cache_dir": spec.programs or None, **spec.server}
     return federation.server_app(
         point.algorithm,
         point.initial_params(),
-        key,
+        jax.random.key(point.seed),
         spec.rounds,
         on_round=write_stats,
+        compilation_cache_dir=spec.programs or None,
         checkpoint_path=checkpoint,
-        **options,
+        **spec.server,
     )
 
 
@@ -146,12 +137,12 @@ def handle_message(message: Message, context: Context) -> Message:
 
 def make_own_client(specs: Sequence[PointSpec], programs: Path) -> ClientApp:
     """Create the client app of a node that works on these points only, whatever a run asks for."""
-    own = [replace(spec, programs=str(programs)).client_part().to_hex_json() for spec in specs]
+    own = [spec.client_part(str(programs)).to_hex_json() for spec in specs]
     client = ClientApp()
 
     def handle(message: Message, context: Context) -> Message:
         spec = PointSpec.from_hex_json(str(context.run_config.get("plan", "")))
-        if (text := replace(spec, programs=str(programs)).client_part().to_hex_json()) not in own:
+        if (text := spec.client_part(str(programs)).to_hex_json()) not in own:
             raise ValueError(
                 f"a run of {spec.choice}: must be one of this node's {len(own)} points; give the node the problem, data"
                 " and algorithms of the server's command"
@@ -173,30 +164,25 @@ def shorten_pauses() -> None:
         module.pull_objects = partial(module.pull_objects, initial_backoff=0.02, backoff_cap=1.0)
 
 
-def make_apps() -> tuple[ServerApp, ClientApp]:
-    """Create the apps that Flower starts; the run's config says which point they run."""
-    client, server = ClientApp(), ServerApp()
-
-    @server.main()
-    def main(grid: Grid, context: Context) -> None:
-        spec = PointSpec.from_hex_json(str(context.run_config["plan"]))
-        exec(END_WITH_PARENT, {})  # Flower's process of the SuperLink
-        log = logging.FileHandler(f"{spec.folder}.log")  # Flower keeps the output of this process in its SuperLink
-        log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.setLevel(logging.INFO)
-        logging.getLogger().addHandler(log)
-        shorten_pauses()
-        try:
-            make_server_app(spec)(grid, context)
-        except BaseException:
-            logging.exception("the server app failed")
-            raise
-        finally:  # `FlowerCli.run` waits for this file: each question to the SuperLink would start a process
-            storage.write_text(Path(spec.folder) / "ended", "")
-
-    client.train()(handle_message)
-    client.query()(handle_message)
-    return server, client
+client, server = ClientApp(), ServerApp()  # Flower starts them; the run's config says which point they run
+client.train()(handle_message)
+client.query()(handle_message)
 
 
-server, client = make_apps()
+@server.main()
+def run_server(grid: Grid, context: Context) -> None:
+    """Run the server of the run's point."""
+    spec = PointSpec.from_hex_json(str(context.run_config["plan"]))
+    exec(END_WITH_PARENT, {})  # Flower's process of the SuperLink
+    log = logging.FileHandler(f"{spec.folder}.log")  # Flower keeps the output of this process in its SuperLink
+    log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.setLevel(logging.INFO)
+    logging.getLogger().addHandler(log)
+    shorten_pauses()
+    try:
+        make_server_app(spec)(grid, context)
+    except BaseException:
+        logging.exception("the server app failed")
+        raise
+    finally:  # `FlowerCli.run` waits for this file: each question to the SuperLink would start a process
+        storage.write_text(Path(spec.folder) / "ended", "")

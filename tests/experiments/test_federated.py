@@ -98,8 +98,8 @@ def test_points_that_cannot_run_are_refused_first(tmp_path: Path) -> None:
 
 def first_spec(rounds: int = 5, **more: Any) -> PointSpec:
     chosen = settings("--algorithm", "laq")
-    spec = flower_apps.make_specs(chosen.axes, chosen.data, False, None, rounds, 60.0)[0]
-    return replace(spec, **more)
+    spec = flower_apps.make_specs(chosen.axes, chosen.data, False, None)[0]
+    return replace(spec, rounds=rounds, **more)
 
 
 def test_a_plan_is_the_same_in_every_process() -> None:
