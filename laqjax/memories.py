@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from laqjax._core.validation import check_number, oracle_dtype
-from laqjax.types import Oracle, register_dataclass, shared_bernoulli, static_field
+from laqjax.types import Oracle, register_dataclass, shared_bernoulli
 
 __all__ = [
     "DashaMemory",
@@ -70,13 +70,10 @@ class Innovation:
     Attributes:
         damping: share of d_m that is added to h_m, in (0, 1].
         scaling: share of d_m that enters the direction of the same round, > 0; above 1 in SCAFFOLD alone.
-        snap_when_lossless: whether coordinates that are compressed without loss are stored as g_m, instead of
-            h_m + (g_m - h_m).
     """
 
     damping: Float[Array, ""]
     scaling: Float[Array, ""]
-    snap_when_lossless: bool = static_field(default=False)
     is_persistent = True
 
     def init(self, params):
@@ -86,8 +83,7 @@ class Innovation:
         return grad - memory_state, memory_state
 
     def update(self, memory_state, grad, target, decoded):
-        moved = memory_state + self.damping * decoded
-        return jnp.where(decoded == target, grad, moved) if self.snap_when_lossless else moved
+        return memory_state + self.damping * decoded
 
     def update_aggregate(self, aggregate, total):
         return aggregate + self.scaling * total, aggregate + self.damping * total
@@ -282,16 +278,13 @@ class MomentumCorrection:
         return total, None
 
 
-def make_innovation_memory(
-    oracle: Oracle, *, damping: float = 1, scaling: float = 1, snap_when_lossless: bool = False
-) -> Innovation:
+def make_innovation_memory(oracle: Oracle, *, damping: float = 1, scaling: float = 1) -> Innovation:
     """Build an `Innovation` memory from checked numbers.
 
     Args:
         oracle: the oracle whose dtype the numbers get.
         damping: share of the compressed innovation that is added to h_m, in (0, 1].
         scaling: share of the compressed innovation that enters the direction of the same round, in (0, 1].
-        snap_when_lossless: see `Innovation`.
 
     Returns:
         The memory.
@@ -303,4 +296,4 @@ def make_innovation_memory(
     checked = {
         name: check_number(name, value, oracle_dtype(oracle), above=0, maximum=1) for name, value in given.items()
     }
-    return Innovation(**checked, snap_when_lossless=snap_when_lossless)
+    return Innovation(**checked)

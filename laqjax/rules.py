@@ -128,9 +128,12 @@ class SampleOneWorker(BaseUploadRule):
 class ClagRule(BaseUploadRule):
     """Upload rule of CLAG: send iff ||target||^2 > zeta ||grad - last grad||^2 (3PC, Richtarik et al. 2022).
 
-    A worker always sends in its first round. The inequality is strict: with the identity compressor and zeta = 1, both
-    sides are equal in the round after an upload. The worker state is (gradient of its last round [p], whether there was
-    such a round).
+    A worker always sends in its first round. The inequality is strict: if the compressor loses nothing and zeta = 1,
+    both sides are equal in the round after an upload, and the worker is silent.
+
+    The memory must be `memories.Innovation`, where target = grad - h and an upload adds the decoded message to h. The
+    worker state is (h - grad after its last round [p], whether there was such a round). So grad - last grad is the
+    target plus this vector, which is exactly zero after an upload without loss.
 
     Attributes:
         zeta: weight of the change of the gradient, >= 0.
@@ -142,10 +145,13 @@ class ClagRule(BaseUploadRule):
         return None, (jnp.zeros_like(params), jnp.asarray(False))
 
     def should_send(self, shared_state, worker_state, context):
-        last, begun = worker_state
-        after = context.grad, jnp.asarray(True)
-        send = (context.target_sq > self.zeta * context.squared_norm(context.grad - last)) | ~begun
-        return Decision(send, after, after)
+        offset, begun = worker_state
+        # one reduction for both, because XLA may round two reductions of equal vectors differently
+        both = jnp.stack([context.target, context.target + offset])
+        target_sq, change_sq = jax.vmap(context.squared_norm)(both)
+        if_sent, if_silent = context.decoded - context.target, -context.target
+        send = (target_sq > self.zeta * change_sq) | ~begun
+        return Decision(send, (if_sent, jnp.asarray(True)), (if_silent, jnp.asarray(True)))
 
 
 # ---- lazy rules -------------------------------------------------------------------------------------------------

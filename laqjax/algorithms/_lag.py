@@ -195,7 +195,5 @@ def clag(
         4
     """
     rule = ClagRule(check_number("zeta", zeta, oracle_dtype(oracle), minimum=0))
-    # If the compressor loses nothing, both sides of the rule must be exactly equal in the round after an upload.
-    memory = make_innovation_memory(oracle, snap_when_lossless=True)
     server = {"lr": lr, "num_workers": num_workers, "optimizer": optimizer, "sampler": sampler}
-    return assemble(oracle, compressor, rule, memory, **server)
+    return assemble(oracle, compressor, rule, make_innovation_memory(oracle), **server)

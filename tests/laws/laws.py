@@ -72,7 +72,7 @@ def check_memories(alg: Algorithm, problem: Toy, rounding: float) -> None:
             alg.rule, rules.PartialParticipation
         ):  # it has asked some of the silent ones, whose silence is longer now
             workers, before = (w._replace(rule_state=None) for w in (workers, before))
-        # CLAG's rule remembers the gradient of a silent round too
+        # the state of CLAG's rule changes in silent rounds too
         kept = [w.memory_state if isinstance(alg.rule, rules.ClagRule) else w for w in (before, workers)]
         identical(*([leaf[~sent] for leaf in jax.tree.leaves(w)] for w in kept))
         if alg.memory.is_persistent:

@@ -209,16 +209,14 @@ def test_norms_have_one_place(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None
     """Every norm of compressors, rules and server changes with the two functions of `laqjax.types`."""
     assert (types.squared_norm(VECTOR), types.max_abs(-VECTOR)) == (55, 5)
     clag: Any = rules.ClagRule(HALF)  # pyright: ignore[reportArgumentType]
+    state = -VECTOR, jnp.asarray(True)  # the target is 2 VECTOR, and the gradient has changed by VECTOR
     selects: Any = rules.ServerLazyRule(HISTORY, np.ones(WORKERS, np.float32))  # pyright: ignore[reportArgumentType]
     motion = jnp.ones(3), 0 * VECTOR
-    state = VECTOR, jnp.asarray(True)
-    # 220 > 55 / 2 and, with the norms replaced, 220 < 5500 / 2
-    assert clag.should_send(None, state, make_context()).send
+    assert clag.should_send(None, state, make_context()).send  # 220 > 55 / 2
     assert not selects.is_selected(motion[0], VECTOR + HALF, make_context())  # 5 / 4 < 0.8 / 0.09
     replace_norms(monkeypatch)
     context = make_context()
     assert (context.squared_norm(VECTOR), context.max_abs(VECTOR)) == (5500, 500)
-    assert not clag.should_send(None, state, context).send
     assert selects.is_selected(motion[0], VECTOR + HALF, context)
     for measure in (rules.StaleModelChange(), rules.SnapshotChange(np.int32(4))):  # pyright: ignore[reportArgumentType]
         assert (
@@ -234,6 +232,8 @@ def test_norms_have_one_place(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None
     metrics = laqjax.server_step(alg, alg.init(toy.theta0), jnp.ones_like(toy.theta0), jnp.int32(4), KEYS).metrics
     assert metrics["direction_sq"] == 6300
     np.testing.assert_allclose(metrics["step_sq"], 6300, rtol=1e-5)
+    monkeypatch.setattr(types, "squared_norm", lambda v: -jnp.sum(v * v))
+    assert not clag.should_send(None, state, make_context()).send
 
 
 def keep(result: Any) -> Any:
