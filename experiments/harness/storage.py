@@ -8,7 +8,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -145,11 +145,11 @@ def save_frame(frame: pl.DataFrame, path: Path, csv: bool = False) -> None:
             frame.write_csv(part)
 
 
-def provenance(command: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the command (default: that of this process), the time, the versions and the machine."""
+def provenance() -> dict[str, Any]:
+    """Return the command of this process, the time, the versions and the machine."""
     names = ("jax", "jaxlib", "numpy", "optax")
     return {
-        "command": shlex.join(["python", *(command or (*shlex.split(cli.get_program_name()), *sys.argv[1:]))]),
+        "command": shlex.join(["python", *shlex.split(cli.get_program_name()), *sys.argv[1:]]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in names}
         | {"laqjax": laqjax.__version__, "python": platform.python_version()},
