@@ -99,22 +99,22 @@ class MethodGrids:
         lost = [name for name in names if "smoothness" in grid.argument_names(name) and not self.known]
         if lost:
             console.print(f"left out, since L_m is not known here: {', '.join(lost)}")
-        self.grids = {name: self._make_grid(name) for name in names if name not in lost}
+        given = grid.axis_values(settings.axes, data)
+        self.grids = {name: self._make_grid(name, given) for name in names if name not in lost}
         if not self.grids:
             raise ValueError(f"algorithm = {names}: must include one that runs without L_m")
-        if not (settings.axes.seeds and settings.report_seeds):
-            raise ValueError("seeds, report_seeds: must be one or more of each")
-        for seed in (*settings.axes.seeds, *settings.report_seeds):
-            check_number("seeds", seed, np.int32, minimum=0)
+        if not settings.report_seeds:
+            raise ValueError("report_seeds = (): must be one or more")
+        for seed in settings.report_seeds:
+            check_number("report_seeds", seed, np.int32, minimum=0)
         if settings.goal.targets.accuracy and not self.case.has_accuracy:
             raise ValueError(
                 "target_accuracy: must be of a problem with an accuracy, on data with test rows; else give --target"
             )
 
-    def _make_grid(self, name: str) -> dict[str, tuple[Any, ...]]:
+    def _make_grid(self, name: str, given: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         """Return the values of each axis of a method."""
         space, own, axes = MEMBERS.get(name, USER_SEARCH_SPACE), grid.argument_names(name), self.settings.axes
-        given = grid.axis_values(replace(axes, algorithm=(name,)), self.settings.data, strict=False)
         given = {key: values for key, values in given.items() if key in own and values != (None,)}
         grid_axes = {key: values for key, values in space.axes.items() if not (key == "xi" and "c" in given)} | given
         if axes.minibatch and "sampler" in own:

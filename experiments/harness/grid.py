@@ -127,8 +127,8 @@ class TargetOptions:
         return Targets(self.target_accuracy or self.target, bool(self.target_accuracy))
 
 
-def axis_values(axes: GridAxes, data: DataAxes, strict: bool = True) -> dict[str, tuple[Any, ...]]:
-    """Return the values of each axis, (None,) where none is given; if strict, some algorithm must have each --set."""
+def axis_values(axes: GridAxes, data: DataAxes) -> dict[str, tuple[Any, ...]]:
+    """Return the values of each axis, (None,) where none is given."""
     given = {"algorithm": axes.algorithm} | {
         f.name: getattr(part, f.name) for part in (data, axes) for f in fields(part)
     }
@@ -141,7 +141,7 @@ def axis_values(axes: GridAxes, data: DataAxes, strict: bool = True) -> dict[str
             raise ValueError(f"--set {name} is given twice: must be one --set {name} with all values")
         if not words:
             raise ValueError(f"--set {name} has no values: must be --set {name} VALUE ...")
-        if strict and name not in known:
+        if name not in known:
             allowed = f"{', '.join(axes.algorithm)}: {sorted(known - (OPTIONS.keys() - {'lr'}))}"
             raise ValueError(f"--set {name}: must be an argument of {allowed}{arguments.suggest(name, known)}")
         values = tuple(map(arguments.parse_literal, words))
