@@ -14,7 +14,6 @@ Optuna's journal, from which the same command continues after a kill.
 """
 
 import itertools
-import json
 import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -94,7 +93,7 @@ class Search:
     def run_batch(self, folder: Path, trials: list[dict[str, Any]], link: NetworkModel, console: Console) -> list[Any]:
         """Run settings as a study; return the mean costs of each over its seeds, None if one missed the target."""
         targets, points = self.settings.goal.targets, self.make_points(trials)
-        identity = json.loads(json.dumps({"seeds": self.seeds, "settings": trials}, default=str))
+        identity = {"seeds": self.seeds, "settings": trials}
         runner.set_aside_other_study(folder, identity, console)
         summary = runner.run(points, targets, folder, self.budget, link, identity, console)
         costs = [pl.col(f"{name}_{results.target_labels(summary)[-1]}").alias(name) for name in COST]

@@ -1,6 +1,5 @@
 """Search for the best settings of each method: the grids, the proposals beyond them, and the report."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -163,7 +162,7 @@ class MethodGrids:
     def run(self, folder: str, candidates: list[Candidate], seeds: tuple[int, ...], console: Console) -> pl.DataFrame:
         """Run a study of settings and return its summary."""
         s, points = self.settings, self.points(candidates, seeds)
-        identity = json.loads(json.dumps({"seeds": seeds, "settings": candidates}, default=str))
+        identity = {"seeds": seeds, "settings": candidates}
         runner.set_aside_other_study(s.out / folder, identity, console)
         return runner.run(points, s.goal.targets, s.out / folder, s.budget, s.link, identity, console)
 

@@ -179,7 +179,8 @@ def run(
 
 
 def set_aside_other_study(folder: Path, identity: dict[str, Any], console: Console) -> None:
-    """Rename a folder that holds the study of another identity, given as it is in JSON."""
+    """Rename a folder that holds the study of another identity."""
+    identity = json.loads(json.dumps(identity, default=str))
 
     def rename() -> str | None:
         there = (folder / "identity.json").exists() and storage.read_identity(folder)
