@@ -114,10 +114,10 @@ class ProblemInstance:
 
     @cached_property
     def batched_accuracy(self) -> Callable[[Any], np.ndarray]:
-        """Function from parameters [S, p] to test accuracies [S], NaN if problem or data have none."""
-        x, y = jax.tree.map(jnp.asarray, self.test or (None, None))
-        one = jax.jit(lambda params: self.problem.accuracy(self.oracle.unravel(params), x, y) if self.test else None)
-        return lambda many: np.array([one(params) for params in many], float)  # None is NaN
+        """Function from parameters [S, p] to test accuracies [S], if `has_accuracy`."""
+        x, y = jax.tree.map(jnp.asarray, self.test)
+        one = jax.jit(lambda params: self.problem.accuracy(self.oracle.unravel(params), x, y))
+        return lambda many: np.array([one(params) for params in many], float)
 
 
 def make_full_loss(oracle: Any, shards: laqjax.Shards) -> Callable[[Any], Any]:
@@ -196,13 +196,9 @@ def solve_optimum(problem: Problem, shards: laqjax.Shards, folder: Path | None =
         oracle, workers = case.oracle, jnp.arange(len(data.weight))
 
         @jax.jit
-        def mean(params: Array) -> tuple[Array, Array]:
+        def value_and_grad(params: Array) -> tuple[Array, Array]:
             losses, grads, _ = jax.lax.map(lambda m: oracle(params, case.device_shards, m), workers)
             return jnp.mean(losses), jnp.mean(grads, axis=0)
-
-        def value_and_grad(params: np.ndarray) -> tuple[float, np.ndarray]:
-            value, grad = mean(jnp.asarray(params))
-            return float(value), np.asarray(grad)
 
         start = np.asarray(problem.init_vector(oracle))
         options = {"maxiter": 5000, "maxfun": 20000, "maxcor": 30, "ftol": 1e-15, "gtol": 1e-9}
