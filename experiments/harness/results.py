@@ -7,7 +7,7 @@ beginning. The loss of a minibatch method on all rows and the test accuracy are 
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +85,17 @@ class PointHistory:
     bits_up: np.ndarray  # [K, S, M]
     bits_down: np.ndarray  # [K, S]
     gradients: np.ndarray  # [K, S] largest number of gradients of a worker
-    rounds_done: np.ndarray = field(init=False)  # [S]
-    diverged_at: np.ndarray = field(init=False)  # [S] first round without a finite loss, or -1
-
-    def __post_init__(self) -> None:
-        points = self.loss.shape[1]
-        self.rounds_done, self.diverged_at = np.zeros(points, int), np.full(points, -1)
+    rounds_done: np.ndarray  # [S]
+    diverged_at: np.ndarray  # [S] first round without a finite loss, or -1
 
     @classmethod
     def empty(cls, rounds: int, points: int, workers: int, f_star: float | None) -> "PointHistory":
         """Create the record of points before round 0."""
-        unknown = lambda: np.full((rounds + 1, points), np.nan)  # noqa: E731
-        each = (rounds, points, workers)
-        counts = np.zeros(each, bool), np.zeros(each, np.int64), *np.zeros((2, rounds, points), np.int64)
-        return cls(f_star, unknown(), unknown(), *counts)
+        loss, accuracy = np.full((2, rounds + 1, points), np.nan)
+        sent, bits_up = np.zeros((rounds, points, workers), bool), np.zeros((rounds, points, workers), np.int64)
+        bits_down, gradients = np.zeros((2, rounds, points), np.int64)
+        done, diverged = np.zeros(points, int), np.full(points, -1)
+        return cls(f_star, loss, accuracy, sent, bits_up, bits_down, gradients, done, diverged)
 
     @property
     def residual(self) -> np.ndarray:
@@ -106,7 +103,7 @@ class PointHistory:
         return self.loss - (self.f_star or 0.0)
 
     def add(self, info: Any, here: np.ndarray, place: np.ndarray, with_loss: bool = True) -> None:
-        """Record a chunk of rounds of the points `here` in the slots `place` of a batch.
+        """Record a chunk of rounds of the points `here`, none of which has diverged, in the slots `place` of a batch.
 
         Without `with_loss` the losses are those of minibatches, and only show whether a point diverged.
         """
@@ -114,8 +111,7 @@ class PointHistory:
         rows = began + np.arange(count)[:, None]
         loss = info.loss[:, place]
         broken = ~np.isfinite(loss)
-        first = np.where(broken.any(axis=0), began + broken.argmax(axis=0), -1)
-        self.diverged_at[here] = np.where(self.diverged_at[here] < 0, first, self.diverged_at[here])
+        self.diverged_at[here] = np.where(broken.any(axis=0), began + broken.argmax(axis=0), -1)
         if with_loss:
             self.loss[rows, here] = loss
         self.sent[rows, here] = info.sent[:, place]
