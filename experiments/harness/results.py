@@ -154,18 +154,20 @@ def build_tables(
 ) -> dict[str, Any]:
     """Return curves of about `keep` rows up to the last target, masks of all rounds, and one row per point."""
     rows, curves, masks = [], [], []
+    ends = [f"{t:g}" for t in targets.values]
+    measures = {"loss": record.loss, "residual": record.residual, "accuracy": record.accuracy}
     known = np.isfinite(record.loss) | np.isfinite(record.accuracy)
     for i, label in enumerate(labels):
         lost = bool(record.diverged_at[i] >= 0)
         end = int(record.diverged_at[i] if lost else record.rounds_done[i])
-        met = {t: np.flatnonzero(targets.find_reached(record, t)[: end + 1, i]) for t in targets.values}
-        at: dict[str, int | None] = {f"{t:g}": int(found[0]) if len(found) else None for t, found in met.items()}
-        last = at[f"{targets.values[-1]:g}"] if at else None
+        met = [np.flatnonzero(targets.find_reached(record, t)[: end + 1, i]) for t in targets.values]
+        at = [int(found[0]) if len(found) else None for found in met]
+        last = at[-1] if at else None
         row = dict(label) | {"f_star": record.f_star, "goal": targets.label(record.f_star)}
         measured = (record.accuracy if targets.accuracy else record.loss)[: end + 1, i]
         every = int(np.diff(np.flatnonzero(np.isfinite(measured))).max(initial=1))
         row |= {"diverged": lost, "reached": last is not None, "ended": end, "every": every}
-        for t, k in {**at, "end": end}.items():
+        for t, k in zip([*ends, "end"], [*at, end], strict=True):
             row |= {f"{name}_{t}": None if k is None else spent[name][k, i].item() for name in COST_COLUMNS}
         finite = np.flatnonzero(np.isfinite(record.loss[: end + 1, i]))
         row["final_loss"] = float(record.loss[finite[-1], i]) if len(finite) else None
@@ -174,20 +176,13 @@ def build_tables(
         rows.append(row)
         shown = np.flatnonzero(known[: (end if last is None else last) + 1, i])
         shown = shown[thin_indices(len(shown), keep)]
-        columns = {"point": label["point"], "round": shown} | {
-            n: v[shown, i] for n, v in spent.items() if n != "rounds"
-        }
-        facts = {"loss": record.loss[shown, i], "residual": record.residual[shown, i]}
-        facts |= {"accuracy": record.accuracy[shown, i]}
-        shape: Any = {n: pl.Float64 if n in ("seconds", *facts) else pl.Int64 for n in columns | facts}
-        curves.append(pl.DataFrame(columns | facts, schema=shape))  # also where nothing is known
+        columns = {"point": np.full(len(shown), label["point"]), "round": shown}
+        columns |= {name: v[shown, i] for name, v in (spent | measures).items() if name != "rounds"}
+        curves.append(pl.DataFrame(columns))
         sent = np.packbits(record.sent[:end, i]).tobytes()
         masks.append({"point": label["point"], "rounds": end, "workers": record.sent.shape[2], "sent": sent})
-    kinds = {
-        f"{name}_{t}": pl.Int64 for t in [*(f"{t:g}" for t in targets.values), "end"] for name in COST_COLUMNS[:-1]
-    }
-    kinds |= {name: pl.Float64 for name in rows[0] if name.startswith("seconds_")}
-    kinds |= {"f_star": pl.Float64, "final_loss": pl.Float64, "accuracy": pl.Float64}
+    kinds: Any = {f"{name}_{t}": pl.Int64 for name in COST_COLUMNS[:-1] for t in (*ends, "end")}
+    kinds |= dict.fromkeys((*(f"seconds_{t}" for t in (*ends, "end")), "f_star", "final_loss", "accuracy"), pl.Float64)
     points = pl.DataFrame(rows, schema_overrides=kinds, infer_schema_length=None)
     return {"curves": pl.concat(curves), "masks": pl.DataFrame(masks), "points": points}
 
