@@ -249,17 +249,14 @@ def mean_ci(values: np.ndarray | None) -> dict[str, float | None]:
         return {"": float(values.mean()), "_ci95": half, "_least": float(values.min()), "_most": float(values.max())}
 
 
-def merge_tables(folder: Path, parts: Sequence[str]) -> pl.DataFrame:
-    """Write the tables PART + NAME.parquet of batches or folders as one table of each kind; return the summary."""
-    whole = concat_tables(parts)
-    for name in TABLES:
-        storage.save_frame(whole[name], folder / name, csv=name == "points")
-    storage.save_frame(whole["summary"], folder / "summary", csv=True)
-    return whole["summary"]
+def save_tables(folder: Path, tables: Mapping[str, pl.DataFrame]) -> None:
+    """Write the tables of a study, points and summary as CSV too."""
+    for name, table in tables.items():
+        storage.save_frame(table, folder / name, csv=name in ("points", "summary"))
 
 
 def concat_tables(parts: Sequence[str]) -> dict[str, pl.DataFrame]:
-    """Return the tables that `merge_tables` writes."""
+    """Return the tables PART + NAME.parquet of batches or folders as one table of each kind, and the summary."""
     read = {name: [pl.read_parquet(f"{part}{name}.parquet") for part in parts] for name in TABLES}
     whole = {
         n: pl.concat(frames, how="diagonal_relaxed").sort("point", maintain_order=True) for n, frames in read.items()

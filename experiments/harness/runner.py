@@ -165,14 +165,14 @@ def run(
                 while not is_finished(*batch):
                     show(0, "waits for the other processes")
                     time.sleep(1)
-        parts = [f"{out / part}-" for _, _, part in batches]
-        summary = results.merge_tables(out, parts) if leads else results.concat_tables(parts)["summary"]
+        tables = results.concat_tables([f"{out / part}-" for _, _, part in batches])
         if leads:
+            results.save_tables(out, tables)
             spent = {"seconds": time.perf_counter() - began, "points_computed": computed}
             storage.write_json(out / "run.json", storage.provenance() | spent)
     if dropped:
         console.print(f"a call with more rounds or targets would start again: {dropped}")
-    return summary
+    return tables["summary"]
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
