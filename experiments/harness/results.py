@@ -336,13 +336,11 @@ def to_rich_table(frame: pl.DataFrame, title: str, words: Formats) -> Table:
     """Convert a table for a terminal of 80 columns: null columns are left out, and words are not broken."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     frame = frame.select(name for name in frame.columns if frame[name].null_count() < len(frame))
+    formats = []
     for name, kind in frame.schema.items():  # only the last column may wrap
         table.add_column(name, justify="right" if kind.is_numeric() else "left", no_wrap=name != frame.columns[-1])
-    for row in frame.iter_rows(named=True):
-        how = {n: words.get(n, format_count if _is_count_column(n) else format_value) for n in row}
-        table.add_row(*(v if isinstance(v, str) else how[n](v) for n, v in row.items()))
+        is_count = name in ("rounds", "uploads") or "bits" in name
+        formats.append(words.get(name, format_count if is_count else format_value))
+    for row in frame.iter_rows():
+        table.add_row(*(v if isinstance(v, str) else show(v) for show, v in zip(formats, row, strict=True)))
     return table
-
-
-def _is_count_column(name: str) -> bool:
-    return name in ("rounds", "uploads") or "bits" in name
