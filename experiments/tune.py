@@ -115,10 +115,9 @@ def run(settings: Settings) -> Path:
         try:
             run_trials(search, open_study(settings.out), console)
         except KeyboardInterrupt:
-            console.print(f"stopped; {settings.out} keeps what is done, the same command continues from there")
             if rows := trial_rows(open_study(settings.out)):
                 print_report(rows, search, console)
-            raise SystemExit(130) from None
+            raise
         print_report(trial_rows(open_study(settings.out)), search, console)
     return settings.out
 
