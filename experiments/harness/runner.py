@@ -30,7 +30,7 @@ import numpy as np
 import polars as pl
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TimeElapsedColumn
 
 import laqjax
 from experiments.harness import results, storage
@@ -122,20 +122,13 @@ def run(
     identity = identity or {"points": labels, "targets": targets.values, "rounds": budget.rounds}
     with lock_study(out, identity, dropped):
         plan = distributed.run_on_process_zero(lambda: load_or_make_plan(firsts, sizes, out, link, targets, budget))
-        for case in {id(point.case): point.case for point in points}.values():
-            with console.status("f* by a solver in float64 (half a minute on MNIST, then cached)"):
-                _ = None if targets.accuracy else case.f_star
+        with console.status("f* by a solver in float64 (half a minute on MNIST, then cached)"):
+            _ = targets.accuracy or [point.case.f_star for point in firsts]
         batches = list(split_into_batches(groups, plan["batch"]))
         mine = batches[jax.process_index() :: jax.process_count()]
         console.print(f"{len(points)} points, {len(batches)} batch(es), each up to {budget.rounds} rounds")
-        columns = (
-            "{task.description}",
-            BarColumn(),
-            "{task.percentage:.0f} %",
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, "{task.fields[note]}", console=console) as progress:
+        columns = *Progress.get_default_columns(), TimeElapsedColumn(), "{task.fields[note]}"
+        with Progress(*columns, console=console) as progress:
             total, done = sum(len(which) for _, which, _ in mine), 0
             task = progress.add_task("points x rounds", total=total * budget.rounds, note="")
 
