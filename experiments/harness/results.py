@@ -223,7 +223,7 @@ def summarize(points: pl.DataFrame) -> pl.DataFrame:
     measures = [name for name in points.columns if name.rsplit("_", 1)[0] in COST_COLUMNS and name not in by]
     measures += ["final_loss", "accuracy"]
     rows = []
-    for key, group in points.group_by(by, maintain_order=True):
+    for key, group in points.group_by(by, maintain_order=True) if by else [((), points)]:
         row: dict[str, Any] = dict(zip(by, key, strict=True)) | {"seeds": len(group), "point": group["point"][0]}
         row |= {name: int(group[name].sum()) for name in ("reached", "diverged")}
         row |= group[0].select("f_star", "goal").to_dicts()[0]

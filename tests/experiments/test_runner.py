@@ -92,6 +92,13 @@ def test_points_of_several_structures_are_rows_in_their_order(tmp_path: Path) ->
     np.testing.assert_array_equal(mine["uploads"][1:], np.cumsum(info.sent.sum(axis=1))[: len(mine) - 1])
 
 
+def test_points_without_a_label_are_seeds_of_one_setting(tmp_path: Path) -> None:
+    points = [replace(point, label={}, seed=seed) for seed, point in enumerate([chosen()[0]] * 2)]
+    summary = runner.run(points, Targets(), tmp_path, RunOptions(5), LINK)
+    assert summary["seeds"].to_list() == [2]
+    assert results.setting_columns(summary) == []
+
+
 def scored(rows: int) -> cases.ProblemInstance:
     """The case with so many test rows."""
     mine = case()
