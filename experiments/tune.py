@@ -66,7 +66,7 @@ class Search:
     """Space of a search, its first setting, and the costs of settings."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.seeds = settings, settings.axes.seeds
+        self.seeds = settings.axes.seeds
         self.values = grid.axis_values(settings.axes, settings.data)
         self.space = make_search_space(self.values)
         numbers = {name for name in self.space if all(map(grid.is_number, self.values[name]))}
@@ -74,6 +74,9 @@ class Search:
         self.first: dict[str, Any] = {name: paper.get(name, self.values[name][0]) for name in self.space}
         for name in {"xi", "lr"} & numbers:
             self.first[name] = float(np.clip(PAPER_SETTING[name], min(self.values[name]), max(self.values[name])))
+        # all batches pad their windows to one length, also those without the first setting
+        windows = (*settings.axes.window, self.first.get("window", 10))
+        self.settings = replace(settings, axes=replace(settings.axes, window=windows))
         # the ends of all ranges are checked before anything is compiled
         corners = itertools.product(*(self.values[name] for name in self.space))
         points = self.make_points([self.first, *(dict(zip(self.space, corner, strict=True)) for corner in corners)])

@@ -129,6 +129,14 @@ def test_refusals(given: list[str], said: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_all_batches_share_one_program() -> None:
+    """Also those without the first setting, whose window may be longer than all of the search."""
+    search = tune.Search(grid.parse_settings(tune.Settings, [*TASK, "-D", "1"], None))
+    assert search.first["window"] == 10
+    points = [*search.make_points([search.first]), *search.make_points([search.first | {"window": 1}])]
+    assert len(runner.group_by_structure(points)) == 1
+
+
 def test_a_schedule_and_an_optimizer_are_searched_as_given() -> None:
     given = [*TASK[:6], "--set", "optimizer", "adam", "--set", "lr", "cosine:0.05:50"]
     first = tune.Search(grid.parse_settings(tune.Settings, given, None)).first
