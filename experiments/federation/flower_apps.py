@@ -73,7 +73,7 @@ def make_specs(
 ) -> list[PointSpec]:
     """Return the descriptions of all points of a grid."""
     choices = list(grid.iter_settings(axes, data))
-    width = grid.max_history_length(choices, axes)
+    width = grid.max_history_length(axes)
     return [PointSpec(choice, width, authors_rule, rows, rounds, deadline) for choice in choices]
 
 

@@ -317,7 +317,7 @@ def build_checked_points(settings: Any, choices: list[dict[str, Any]]) -> list[r
     settings.budget.check()
     settings.link.check()
     rows, _ = 200 if settings.quick else None, settings.goal.targets
-    chosen = build_points(choices, max_history_length(choices, settings.axes), settings.authors_rule, rows)
+    chosen = build_points(choices, max_history_length(settings.axes), settings.authors_rule, rows)
     if settings.goal.target_accuracy and not all(point.case.has_accuracy for point in chosen):
         raise ValueError(
             "target_accuracy: must be of a problem with an accuracy, on data with test rows (csv:FILE has none: use "
@@ -326,9 +326,9 @@ def build_checked_points(settings: Any, choices: list[dict[str, Any]]) -> list[r
     return chosen
 
 
-def max_history_length(choices: Sequence[dict[str, Any]], axes: GridAxes) -> int:
-    """Return the padded length of the windows of a sweep."""
-    return max(1, *axes.window, *(int(choice["window"] or 1) for choice in choices), 10 if not axes.window else 1)
+def max_history_length(axes: GridAxes) -> int:
+    """Return the padded length of the windows of a sweep; 10 is the default window."""
+    return max(1, *(axes.window or (10,)))
 
 
 # ---- command lines ---------------------------------------------------------------------------------------------------
