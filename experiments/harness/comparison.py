@@ -144,7 +144,7 @@ class MethodGrids:
         for name, values in candidates:
             space = MEMBERS.get(name, USER_SEARCH_SPACE)
             choice: dict[str, Any] = self.data | {"algorithm": name, **values, "point": None, "seed": 0}
-            if space.stochastic:
+            if "stochastic" in space.kind:
                 choice.setdefault("minibatch", max(self.case.shards.weight.shape[1] // 10, 1))
             if space.compressor:
                 choice.setdefault("compressor", f"rand_k:{k}" if space.compressor == "rand_k" else space.compressor)
