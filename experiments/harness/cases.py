@@ -131,8 +131,7 @@ def get_case(problem: str, dataset: str, partition: str = "contiguous", seed: in
     """Return the problem of these names, built once; `rows` limits the rows of each worker."""
     data = _load_cached(dataset)
     shards = laqjax.partition_data(data.x, data.y, workers, partition, seed)
-    if rows:
-        shards = laqjax.Shards(*jax.tree.map(lambda array: array[:, :rows], shards))
+    shards = jax.tree.map(lambda array: array[:, :rows], shards)
     test = None if data.x_test is None else (data.x_test, data.y_test)
     made = ProblemInstance(make_problem(problem, data), shards, test)
     made.oracle.validate(made.shards)
