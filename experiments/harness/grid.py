@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -299,12 +299,12 @@ def build_point(choice: dict[str, Any], case: cases.ProblemInstance, padded_wind
         check_number(f"sampler = {label.get('sampler')!r}: size", given["sampler"].size, np.int32, maximum=rows)
         if name == "dasha":
             given.setdefault("mvr_momentum", 0.1)  # DASHA needs one on minibatches
-    call = user_code.call_user_function if user_code.is_user_reference(name) else lambda _, *a, **k: factory(*a, **k)
-    alg = call(name, case.oracle, num_workers=workers, **given)
+    make = partial(user_code.call_named, name, factory) if user_code.is_user_reference(name) else factory
+    alg = make(case.oracle, num_workers=workers, **given)
     if not isinstance(alg, laqjax.Algorithm):
         raise ValueError(f"{name} returned {alg!r:.80}: must be a laqjax.Algorithm")
-    key, index = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
-    keys: Any = types.RoundKeys(key, key, key, index, index)  # pyright: ignore[reportArgumentType]
+    key, index = jax.random.key(0), jnp.int32(0)
+    keys = types.RoundKeys(key, key, key, index, index)
     try:
         jax.eval_shape(alg.compressor.encode, jax.ShapeDtypeStruct((p,), case.oracle.dtype), keys)
     except ValueError as error:  # of JAX, as for k > p
