@@ -23,7 +23,6 @@ Candidate = tuple[str, Setting]  # name and setting of an algorithm
 CRITERIA = {"bits up": "bits_up", "all bits": "bits", "rounds": "rounds", "seconds": "seconds"}
 MAX_WIDEN_ROUNDS = 5  # how often a grid is widened
 MAX_REFINE_ROUNDS = 2  # how often the distance of two steps is halved
-PHASES = {"wider": "beyond the edges of their grids", "finer": "between the steps of their grids"}
 
 
 @dataclass(frozen=True)
@@ -170,12 +169,13 @@ class MethodGrids:
 # ---- proposals -----------------------------------------------------------------------------------------------------
 
 
-def iter_phases(space: MethodGrids) -> Iterator[tuple[str, Callable[[pl.DataFrame], list[Candidate]]]]:
-    """Yield the folder of each further search, and a function that proposes its settings from those tried so far."""
+def iter_phases(space: MethodGrids) -> Iterator[tuple[str, str, Callable[[pl.DataFrame], list[Candidate]]]]:
+    """Yield the folder of each further search, where it looks, and a function from settings tried so far to new ones."""
     for turn in range(MAX_WIDEN_ROUNDS):
-        yield f"wider-{turn}", partial(propose_wider, space)
+        yield f"wider-{turn}", "beyond the edges of their grids", partial(propose_wider, space)
     for turn in range(MAX_REFINE_ROUNDS):
-        yield f"finer-{turn}", partial(propose_finer, space, ratio=space.settings.lr_ratio ** (0.5 ** (turn + 1)))
+        ratio = space.settings.lr_ratio ** (0.5 ** (turn + 1))
+        yield f"finer-{turn}", "between the steps of their grids", partial(propose_finer, space, ratio=ratio)
 
 
 def propose_wider(space: MethodGrids, tried: pl.DataFrame) -> list[Candidate]:
