@@ -132,7 +132,7 @@ def axis_values(axes: GridAxes, data: DataAxes) -> dict[str, tuple[Any, ...]]:
     given = {"algorithm": axes.algorithm} | {
         f.name: getattr(part, f.name) for part in (data, axes) for f in fields(part)
     }
-    own, given["seed"] = given.pop("set"), given.pop("seeds")
+    own, seeds = given.pop("set"), given.pop("seeds")
     known, seen = set().union(*map(argument_names, axes.algorithm)), set[str]()
     for name, *words in own:
         if name in OPTIONS and name != "lr":
@@ -152,13 +152,13 @@ def axis_values(axes: GridAxes, data: DataAxes) -> dict[str, tuple[Any, ...]]:
         raise ValueError(
             "--minibatch and --set sampler: must be only one of them; --set sampler block:ROWS is the first"
         )
+    given["seed"] = seeds  # last: the seeds of a setting follow each other
     for name in (*DATA_NAMES, "algorithm", "seed"):
         if not given[name]:
             raise ValueError(f"axis {name} has no values: must have one or more")
-    for seed in axes.seeds:
+    for seed in seeds:
         check_number("seeds", seed, np.int32, minimum=0)
-    seed = {"seed": given.pop("seed")}  # last: the seeds of a setting follow each other
-    return {name: values or (None,) for name, values in given.items()} | seed
+    return {name: values or (None,) for name, values in given.items()}
 
 
 def check_given(axes: GridAxes, plain: GridAxes, data: DataAxes) -> None:
