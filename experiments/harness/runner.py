@@ -451,10 +451,10 @@ class Batch:
 
     def _report(self, show: Callable[[float, str], None]) -> None:
         """Show how many points are done, and the least completed rounds of the others."""
-        rounds, count, left = self.history.rounds_done.copy(), len(self.points), self._running(self.budget.rounds)
-        note = f"{count - len(left)} of {count} done in this batch, round {rounds[left].min(initial=rounds.max())}"
-        rounds[np.setdiff1d(np.arange(count), left)] = self.budget.rounds
-        show(float(rounds.sum()), note)
+        rounds, left = self.history.rounds_done, self._running(self.budget.rounds)
+        over = len(self.points) - len(left)
+        note = f"{over} of {len(self.points)} done in this batch, round {rounds[left].min(initial=rounds.max())}"
+        show(float(over * self.budget.rounds + rounds[left].sum()), note)
 
     def _open_checkpoints(self, folder: Path, console: Console) -> RunCheckpointer:
         """Open the checkpoints of these points; rename a folder that holds something else."""
