@@ -102,15 +102,15 @@ def _check_identity(folder: Path, identity: dict[str, Any], ended: str) -> bool:
     before = identity if there is None else there
     keys = sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k))
     more = [k for k in keys if k in EXTENDABLE_KEYS and extends(before.get(k), identity.get(k))]
-    refused = {
-        k: f"{k}: {before.get(k)} there, {identity.get(k)} given"
+    refused = [
+        f"{k}: {before.get(k)} there, {identity.get(k)} given"
         + (f", where only {EXTENDABLE_KEYS[k]} can be added" if k in EXTENDABLE_KEYS and not ended else "")
         for k in keys
         if ended or k not in more
-    }
+    ]
     if refused:
         why = f"cannot be continued: {ended}" if more == keys else "holds the results of other settings"
-        raise ValueError(f"{folder} {why} ({'; '.join(refused.values())}); give another --out, or remove the folder")
+        raise ValueError(f"{folder} {why} ({'; '.join(refused)}); give another --out, or remove the folder")
     return there is not None and not keys
 
 
