@@ -347,8 +347,11 @@ def test_more_is_what_a_straight_run_would_have(
     assert [len(rounds) for rounds in begun] == laq + sgd
     asked(tmp_path / "more", *first, short)
     begun.clear()
+    points = pl.read_parquet(tmp_path / "more" / "points.parquet").filter(~pl.col("diverged"))
+    left = points.filter(~pl.col("reached")) if first[1] == then[1] else points  # further targets continue all points
     asked(tmp_path / "more", *then, short)
-    assert min(rounds.min() for rounds in begun) == first[0] // 10 * 10  # the last chunk of 7 rounds is run again
+    ended: Any = left["ended"].min()
+    assert min(rounds.min() for rounds in begun) == ended // 10 * 10  # a last chunk of 7 rounds is run again
     same(tmp_path / "straight", tmp_path / "more")
     begun.clear()
     asked(tmp_path / "more", *then, short)
