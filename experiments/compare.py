@@ -42,10 +42,10 @@ def run(settings: comparison.Settings) -> Path:
         # building the points refuses what cannot run before anything is written
         with runner.lock_study(out, identity, runner.reason_states_dropped(space.points(wanted, seeds))):
             tried = space.run("search", wanted, seeds, console)
-            for folder, propose in comparison.iter_phases(space):
+            for folder, where, propose in comparison.iter_phases(space):
                 if more := comparison.new_candidates(propose(tried), wanted):
                     wanted += more
-                    console.print(f"{len(more)} settings {comparison.PHASES[folder.partition('-')[0]]}")
+                    console.print(f"{len(more)} settings {where}")
                     tried = pl.concat([tried, space.run(folder, more, seeds, console)], how="diagonal_relaxed")
             best = comparison.best_candidates(tried, space.grids)
             first = space.first() if space.known or not best else []  # the reference of the gains

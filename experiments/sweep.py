@@ -146,7 +146,7 @@ def merge(folders: cli.Folders, /, out: Path) -> None:
     if len(times) > 1:
         console.print(f"seconds use different compute times ({', '.join(sorted(times))} ms): give all --compute-ms")
     with storage.lock_results_dir(out, identities[0] | {"shard": "1/1"}):
-        results.merge_tables(out, [f"{folder}/" for folder in folders])
+        results.save_tables(out, results.concat_tables([f"{folder}/" for folder in folders]))
         storage.write_json(out / "run.json", storage.provenance() | {"merged": [str(folder) for folder in folders]})
     print_report(out, console)
 

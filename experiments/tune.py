@@ -14,7 +14,6 @@ Optuna's journal, from which the same command continues after a kill.
 """
 
 import itertools
-import json
 import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -67,7 +66,7 @@ class Search:
     """Space of a search, its first setting, and the costs of settings."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.seeds = settings, settings.axes.seeds
+        self.seeds = settings.axes.seeds
         self.values = grid.axis_values(settings.axes, settings.data)
         self.space = make_search_space(self.values)
         numbers = {name for name in self.space if all(map(grid.is_number, self.values[name]))}
@@ -75,6 +74,9 @@ class Search:
         self.first: dict[str, Any] = {name: paper.get(name, self.values[name][0]) for name in self.space}
         for name in {"xi", "lr"} & numbers:
             self.first[name] = float(np.clip(PAPER_SETTING[name], min(self.values[name]), max(self.values[name])))
+        # all batches pad their windows to one length, also those without the first setting
+        windows = (*settings.axes.window, self.first.get("window", 10))
+        self.settings = replace(settings, axes=replace(settings.axes, window=windows))
         # the ends of all ranges are checked before anything is compiled
         corners = itertools.product(*(self.values[name] for name in self.space))
         points = self.make_points([self.first, *(dict(zip(self.space, corner, strict=True)) for corner in corners)])
@@ -94,7 +96,7 @@ class Search:
     def run_batch(self, folder: Path, trials: list[dict[str, Any]], link: NetworkModel, console: Console) -> list[Any]:
         """Run settings as a study; return the mean costs of each over its seeds, None if one missed the target."""
         targets, points = self.settings.goal.targets, self.make_points(trials)
-        identity = json.loads(json.dumps({"seeds": self.seeds, "settings": trials}, default=str))
+        identity = {"seeds": self.seeds, "settings": trials}
         runner.set_aside_other_study(folder, identity, console)
         summary = runner.run(points, targets, folder, self.budget, link, identity, console)
         costs = [pl.col(f"{name}_{results.target_labels(summary)[-1]}").alias(name) for name in COST]
@@ -116,10 +118,9 @@ def run(settings: Settings) -> Path:
         try:
             run_trials(search, open_study(settings.out), console)
         except KeyboardInterrupt:
-            console.print(f"stopped; {settings.out} keeps what is done, the same command continues from there")
             if rows := trial_rows(open_study(settings.out)):
                 print_report(rows, search, console)
-            raise SystemExit(130) from None
+            raise
         print_report(trial_rows(open_study(settings.out)), search, console)
     return settings.out
 

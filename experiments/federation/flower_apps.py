@@ -65,7 +65,7 @@ class PointSpec:
 def make_specs(axes: grid.GridAxes, data: grid.DataAxes, authors_rule: bool, rows: int | None) -> list[PointSpec]:
     """Return the descriptions of all points of a grid."""
     choices = list(grid.iter_settings(axes, data))
-    width = grid.max_history_length(choices, axes)
+    width = grid.max_history_length(axes)
     return [PointSpec(choice, width, authors_rule, rows) for choice in choices]
 
 

@@ -46,9 +46,7 @@ SCHEDULES = {  # ALPHA: share of LR at the end
     "cosine:LR:STEPS[:ALPHA]": optax.cosine_decay_schedule,
     "exponential:LR:STEPS:RATE": optax.exponential_decay,
     "linear:LR:STEPS[:ALPHA]": lambda lr, steps, alpha=0.0: optax.linear_schedule(lr, alpha * lr, steps),
-    "warmup_cosine:LR:WARMUP:STEPS": lambda lr, warmup, steps: optax.warmup_cosine_decay_schedule(
-        0.0, lr, warmup, steps
-    ),
+    "warmup_cosine:LR:WARMUP:STEPS": partial(optax.warmup_cosine_decay_schedule, 0.0),
 }
 NAMED_VALUES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "compressor": COMPRESSORS,
@@ -120,9 +118,8 @@ def describe_algorithms(factories: Mapping[str, Callable[..., Any]], options: Ma
         signature = inspect.signature(factory).parameters
         for key in (key for key in signature if key not in SUPPLIED):
             default = signature[key].default
-            default = (
-                (REQUIRED_DEFAULTS | {"k": "p // 10"}).get(key, "-") if default is inspect.Parameter.empty else default
-            )
+            if default is inspect.Parameter.empty:
+                default = (REQUIRED_DEFAULTS | {"k": "p // 10"}).get(key, "-")
             text = " ".join(described.get(key, "").split()).split(". ")[0].rstrip(".")
             if key in NAMED_VALUES:
                 text = f"{re.split('[:,]', text)[0]}; values by name: see below"

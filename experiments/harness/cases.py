@@ -114,10 +114,10 @@ class ProblemInstance:
 
     @cached_property
     def batched_accuracy(self) -> Callable[[Any], np.ndarray]:
-        """Function from parameters [S, p] to test accuracies [S], NaN if problem or data have none."""
-        x, y = jax.tree.map(jnp.asarray, self.test or (None, None))
-        one = jax.jit(lambda params: self.problem.accuracy(self.oracle.unravel(params), x, y) if self.test else None)
-        return lambda many: np.array([one(params) for params in many], float)  # None is NaN
+        """Function from parameters [S, p] to test accuracies [S], if `has_accuracy`."""
+        x, y = jax.tree.map(jnp.asarray, self.test)
+        one = jax.jit(lambda params: self.problem.accuracy(self.oracle.unravel(params), x, y))
+        return lambda many: np.array([one(params) for params in many], float)
 
 
 def make_full_loss(oracle: Any, shards: laqjax.Shards) -> Callable[[Any], Any]:
@@ -131,8 +131,7 @@ def get_case(problem: str, dataset: str, partition: str = "contiguous", seed: in
     """Return the problem of these names, built once; `rows` limits the rows of each worker."""
     data = _load_cached(dataset)
     shards = laqjax.partition_data(data.x, data.y, workers, partition, seed)
-    if rows:
-        shards = laqjax.Shards(*jax.tree.map(lambda array: array[:, :rows], shards))
+    shards = jax.tree.map(lambda array: array[:, :rows], shards)
     test = None if data.x_test is None else (data.x_test, data.y_test)
     made = ProblemInstance(make_problem(problem, data), shards, test)
     made.oracle.validate(made.shards)
@@ -196,13 +195,9 @@ def solve_optimum(problem: Problem, shards: laqjax.Shards, folder: Path | None =
         oracle, workers = case.oracle, jnp.arange(len(data.weight))
 
         @jax.jit
-        def mean(params: Array) -> tuple[Array, Array]:
+        def value_and_grad(params: Array) -> tuple[Array, Array]:
             losses, grads, _ = jax.lax.map(lambda m: oracle(params, case.device_shards, m), workers)
             return jnp.mean(losses), jnp.mean(grads, axis=0)
-
-        def value_and_grad(params: np.ndarray) -> tuple[float, np.ndarray]:
-            value, grad = mean(jnp.asarray(params))
-            return float(value), np.asarray(grad)
 
         start = np.asarray(problem.init_vector(oracle))
         options = {"maxiter": 5000, "maxfun": 20000, "maxcor": 30, "ftol": 1e-15, "gtol": 1e-9}

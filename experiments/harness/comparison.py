@@ -1,6 +1,5 @@
 """Search for the best settings of each method: the grids, the proposals beyond them, and the report."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -24,7 +23,6 @@ Candidate = tuple[str, Setting]  # name and setting of an algorithm
 CRITERIA = {"bits up": "bits_up", "all bits": "bits", "rounds": "rounds", "seconds": "seconds"}
 MAX_WIDEN_ROUNDS = 5  # how often a grid is widened
 MAX_REFINE_ROUNDS = 2  # how often the distance of two steps is halved
-PHASES = {"wider": "beyond the edges of their grids", "finer": "between the steps of their grids"}
 
 
 @dataclass(frozen=True)
@@ -99,22 +97,22 @@ class MethodGrids:
         lost = [name for name in names if "smoothness" in grid.argument_names(name) and not self.known]
         if lost:
             console.print(f"left out, since L_m is not known here: {', '.join(lost)}")
-        self.grids = {name: self._make_grid(name) for name in names if name not in lost}
+        given = grid.axis_values(settings.axes, data)
+        self.grids = {name: self._make_grid(name, given) for name in names if name not in lost}
         if not self.grids:
             raise ValueError(f"algorithm = {names}: must include one that runs without L_m")
-        if not (settings.axes.seeds and settings.report_seeds):
-            raise ValueError("seeds, report_seeds: must be one or more of each")
-        for seed in (*settings.axes.seeds, *settings.report_seeds):
-            check_number("seeds", seed, np.int32, minimum=0)
+        if not settings.report_seeds:
+            raise ValueError("report_seeds = (): must be one or more")
+        for seed in settings.report_seeds:
+            check_number("report_seeds", seed, np.int32, minimum=0)
         if settings.goal.targets.accuracy and not self.case.has_accuracy:
             raise ValueError(
                 "target_accuracy: must be of a problem with an accuracy, on data with test rows; else give --target"
             )
 
-    def _make_grid(self, name: str) -> dict[str, tuple[Any, ...]]:
+    def _make_grid(self, name: str, given: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         """Return the values of each axis of a method."""
         space, own, axes = MEMBERS.get(name, USER_SEARCH_SPACE), grid.argument_names(name), self.settings.axes
-        given = grid.axis_values(replace(axes, algorithm=(name,)), self.settings.data, strict=False)
         given = {key: values for key, values in given.items() if key in own and values != (None,)}
         grid_axes = {key: values for key, values in space.axes.items() if not (key == "xi" and "c" in given)} | given
         if axes.minibatch and "sampler" in own:
@@ -145,7 +143,7 @@ class MethodGrids:
         for name, values in candidates:
             space = MEMBERS.get(name, USER_SEARCH_SPACE)
             choice: dict[str, Any] = self.data | {"algorithm": name, **values, "point": None, "seed": 0}
-            if space.stochastic:
+            if "stochastic" in space.kind:
                 choice.setdefault("minibatch", max(self.case.shards.weight.shape[1] // 10, 1))
             if space.compressor:
                 choice.setdefault("compressor", f"rand_k:{k}" if space.compressor == "rand_k" else space.compressor)
@@ -163,7 +161,7 @@ class MethodGrids:
     def run(self, folder: str, candidates: list[Candidate], seeds: tuple[int, ...], console: Console) -> pl.DataFrame:
         """Run a study of settings and return its summary."""
         s, points = self.settings, self.points(candidates, seeds)
-        identity = json.loads(json.dumps({"seeds": seeds, "settings": candidates}, default=str))
+        identity = {"seeds": seeds, "settings": candidates}
         runner.set_aside_other_study(s.out / folder, identity, console)
         return runner.run(points, s.goal.targets, s.out / folder, s.budget, s.link, identity, console)
 
@@ -171,12 +169,13 @@ class MethodGrids:
 # ---- proposals -----------------------------------------------------------------------------------------------------
 
 
-def iter_phases(space: MethodGrids) -> Iterator[tuple[str, Callable[[pl.DataFrame], list[Candidate]]]]:
-    """Yield the folder of each further search, and a function that proposes its settings from those tried so far."""
+def iter_phases(space: MethodGrids) -> Iterator[tuple[str, str, Callable[[pl.DataFrame], list[Candidate]]]]:
+    """Yield the folder of each further search, where it looks, and a function from settings tried so far to new ones."""
     for turn in range(MAX_WIDEN_ROUNDS):
-        yield f"wider-{turn}", partial(propose_wider, space)
+        yield f"wider-{turn}", "beyond the edges of their grids", partial(propose_wider, space)
     for turn in range(MAX_REFINE_ROUNDS):
-        yield f"finer-{turn}", partial(propose_finer, space, ratio=space.settings.lr_ratio ** (0.5 ** (turn + 1)))
+        ratio = space.settings.lr_ratio ** (0.5 ** (turn + 1))
+        yield f"finer-{turn}", "between the steps of their grids", partial(propose_finer, space, ratio=ratio)
 
 
 def propose_wider(space: MethodGrids, tried: pl.DataFrame) -> list[Candidate]:

@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -127,12 +127,12 @@ class TargetOptions:
         return Targets(self.target_accuracy or self.target, bool(self.target_accuracy))
 
 
-def axis_values(axes: GridAxes, data: DataAxes, strict: bool = True) -> dict[str, tuple[Any, ...]]:
-    """Return the values of each axis, (None,) where none is given; if strict, some algorithm must have each --set."""
+def axis_values(axes: GridAxes, data: DataAxes) -> dict[str, tuple[Any, ...]]:
+    """Return the values of each axis, (None,) where none is given."""
     given = {"algorithm": axes.algorithm} | {
         f.name: getattr(part, f.name) for part in (data, axes) for f in fields(part)
     }
-    own, given["seed"] = given.pop("set"), given.pop("seeds")
+    own, seeds = given.pop("set"), given.pop("seeds")
     known, seen = set().union(*map(argument_names, axes.algorithm)), set[str]()
     for name, *words in own:
         if name in OPTIONS and name != "lr":
@@ -141,7 +141,7 @@ def axis_values(axes: GridAxes, data: DataAxes, strict: bool = True) -> dict[str
             raise ValueError(f"--set {name} is given twice: must be one --set {name} with all values")
         if not words:
             raise ValueError(f"--set {name} has no values: must be --set {name} VALUE ...")
-        if strict and name not in known:
+        if name not in known:
             allowed = f"{', '.join(axes.algorithm)}: {sorted(known - (OPTIONS.keys() - {'lr'}))}"
             raise ValueError(f"--set {name}: must be an argument of {allowed}{arguments.suggest(name, known)}")
         values = tuple(map(arguments.parse_literal, words))
@@ -152,13 +152,13 @@ def axis_values(axes: GridAxes, data: DataAxes, strict: bool = True) -> dict[str
         raise ValueError(
             "--minibatch and --set sampler: must be only one of them; --set sampler block:ROWS is the first"
         )
+    given["seed"] = seeds  # last: the seeds of a setting follow each other
     for name in (*DATA_NAMES, "algorithm", "seed"):
         if not given[name]:
             raise ValueError(f"axis {name} has no values: must have one or more")
-    for seed in axes.seeds:
+    for seed in seeds:
         check_number("seeds", seed, np.int32, minimum=0)
-    seed = {"seed": given.pop("seed")}  # last: the seeds of a setting follow each other
-    return {name: values or (None,) for name, values in given.items()} | seed
+    return {name: values or (None,) for name, values in given.items()}
 
 
 def check_given(axes: GridAxes, plain: GridAxes, data: DataAxes) -> None:
@@ -299,12 +299,12 @@ def build_point(choice: dict[str, Any], case: cases.ProblemInstance, padded_wind
         check_number(f"sampler = {label.get('sampler')!r}: size", given["sampler"].size, np.int32, maximum=rows)
         if name == "dasha":
             given.setdefault("mvr_momentum", 0.1)  # DASHA needs one on minibatches
-    call = user_code.call_user_function if user_code.is_user_reference(name) else lambda _, *a, **k: factory(*a, **k)
-    alg = call(name, case.oracle, num_workers=workers, **given)
+    make = partial(user_code.call_named, name, factory) if user_code.is_user_reference(name) else factory
+    alg = make(case.oracle, num_workers=workers, **given)
     if not isinstance(alg, laqjax.Algorithm):
         raise ValueError(f"{name} returned {alg!r:.80}: must be a laqjax.Algorithm")
-    key, index = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
-    keys: Any = types.RoundKeys(key, key, key, index, index)  # pyright: ignore[reportArgumentType]
+    key, index = jax.random.key(0), jnp.int32(0)
+    keys = types.RoundKeys(key, key, key, index, index)
     try:
         jax.eval_shape(alg.compressor.encode, jax.ShapeDtypeStruct((p,), case.oracle.dtype), keys)
     except ValueError as error:  # of JAX, as for k > p
@@ -317,7 +317,7 @@ def build_checked_points(settings: Any, choices: list[dict[str, Any]]) -> list[r
     settings.budget.check()
     settings.link.check()
     rows, _ = 200 if settings.quick else None, settings.goal.targets
-    chosen = build_points(choices, max_history_length(choices, settings.axes), settings.authors_rule, rows)
+    chosen = build_points(choices, max_history_length(settings.axes), settings.authors_rule, rows)
     if settings.goal.target_accuracy and not all(point.case.has_accuracy for point in chosen):
         raise ValueError(
             "target_accuracy: must be of a problem with an accuracy, on data with test rows (csv:FILE has none: use "
@@ -326,9 +326,9 @@ def build_checked_points(settings: Any, choices: list[dict[str, Any]]) -> list[r
     return chosen
 
 
-def max_history_length(choices: Sequence[dict[str, Any]], axes: GridAxes) -> int:
-    """Return the padded length of the windows of a sweep."""
-    return max(1, *axes.window, *(int(choice["window"] or 1) for choice in choices), 10 if not axes.window else 1)
+def max_history_length(axes: GridAxes) -> int:
+    """Return the padded length of the windows of a sweep; 10 is the default window."""
+    return max(1, *(axes.window or (10,)))
 
 
 # ---- command lines ---------------------------------------------------------------------------------------------------

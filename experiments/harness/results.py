@@ -7,7 +7,7 @@ beginning. The loss of a minibatch method on all rows and the test accuracy are 
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +85,17 @@ class PointHistory:
     bits_up: np.ndarray  # [K, S, M]
     bits_down: np.ndarray  # [K, S]
     gradients: np.ndarray  # [K, S] largest number of gradients of a worker
-    rounds_done: np.ndarray = field(init=False)  # [S]
-    diverged_at: np.ndarray = field(init=False)  # [S] first round without a finite loss, or -1
-
-    def __post_init__(self) -> None:
-        points = self.loss.shape[1]
-        self.rounds_done, self.diverged_at = np.zeros(points, int), np.full(points, -1)
+    rounds_done: np.ndarray  # [S]
+    diverged_at: np.ndarray  # [S] first round without a finite loss, or -1
 
     @classmethod
     def empty(cls, rounds: int, points: int, workers: int, f_star: float | None) -> "PointHistory":
         """Create the record of points before round 0."""
-        unknown = lambda: np.full((rounds + 1, points), np.nan)  # noqa: E731
-        each = (rounds, points, workers)
-        counts = np.zeros(each, bool), np.zeros(each, np.int64), *np.zeros((2, rounds, points), np.int64)
-        return cls(f_star, unknown(), unknown(), *counts)
+        loss, accuracy = np.full((2, rounds + 1, points), np.nan)
+        sent, bits_up = np.zeros((rounds, points, workers), bool), np.zeros((rounds, points, workers), np.int64)
+        bits_down, gradients = np.zeros((2, rounds, points), np.int64)
+        done, diverged = np.zeros(points, int), np.full(points, -1)
+        return cls(f_star, loss, accuracy, sent, bits_up, bits_down, gradients, done, diverged)
 
     @property
     def residual(self) -> np.ndarray:
@@ -106,7 +103,7 @@ class PointHistory:
         return self.loss - (self.f_star or 0.0)
 
     def add(self, info: Any, here: np.ndarray, place: np.ndarray, with_loss: bool = True) -> None:
-        """Record a chunk of rounds of the points `here` in the slots `place` of a batch.
+        """Record a chunk of rounds of the points `here`, none of which has diverged, in the slots `place` of a batch.
 
         Without `with_loss` the losses are those of minibatches, and only show whether a point diverged.
         """
@@ -114,8 +111,7 @@ class PointHistory:
         rows = began + np.arange(count)[:, None]
         loss = info.loss[:, place]
         broken = ~np.isfinite(loss)
-        first = np.where(broken.any(axis=0), began + broken.argmax(axis=0), -1)
-        self.diverged_at[here] = np.where(self.diverged_at[here] < 0, first, self.diverged_at[here])
+        self.diverged_at[here] = np.where(broken.any(axis=0), began + broken.argmax(axis=0), -1)
         if with_loss:
             self.loss[rows, here] = loss
         self.sent[rows, here] = info.sent[:, place]
@@ -158,18 +154,20 @@ def build_tables(
 ) -> dict[str, Any]:
     """Return curves of about `keep` rows up to the last target, masks of all rounds, and one row per point."""
     rows, curves, masks = [], [], []
+    ends = [f"{t:g}" for t in targets.values]
+    measures = {"loss": record.loss, "residual": record.residual, "accuracy": record.accuracy}
     known = np.isfinite(record.loss) | np.isfinite(record.accuracy)
     for i, label in enumerate(labels):
         lost = bool(record.diverged_at[i] >= 0)
         end = int(record.diverged_at[i] if lost else record.rounds_done[i])
-        met = {t: np.flatnonzero(targets.find_reached(record, t)[: end + 1, i]) for t in targets.values}
-        at: dict[str, int | None] = {f"{t:g}": int(found[0]) if len(found) else None for t, found in met.items()}
-        last = at[f"{targets.values[-1]:g}"] if at else None
+        met = [np.flatnonzero(targets.find_reached(record, t)[: end + 1, i]) for t in targets.values]
+        at = [int(found[0]) if len(found) else None for found in met]
+        last = at[-1] if at else None
         row = dict(label) | {"f_star": record.f_star, "goal": targets.label(record.f_star)}
         measured = (record.accuracy if targets.accuracy else record.loss)[: end + 1, i]
         every = int(np.diff(np.flatnonzero(np.isfinite(measured))).max(initial=1))
         row |= {"diverged": lost, "reached": last is not None, "ended": end, "every": every}
-        for t, k in {**at, "end": end}.items():
+        for t, k in zip([*ends, "end"], [*at, end], strict=True):
             row |= {f"{name}_{t}": None if k is None else spent[name][k, i].item() for name in COST_COLUMNS}
         finite = np.flatnonzero(np.isfinite(record.loss[: end + 1, i]))
         row["final_loss"] = float(record.loss[finite[-1], i]) if len(finite) else None
@@ -178,20 +176,13 @@ def build_tables(
         rows.append(row)
         shown = np.flatnonzero(known[: (end if last is None else last) + 1, i])
         shown = shown[thin_indices(len(shown), keep)]
-        columns = {"point": label["point"], "round": shown} | {
-            n: v[shown, i] for n, v in spent.items() if n != "rounds"
-        }
-        facts = {"loss": record.loss[shown, i], "residual": record.residual[shown, i]}
-        facts |= {"accuracy": record.accuracy[shown, i]}
-        shape: Any = {n: pl.Float64 if n in ("seconds", *facts) else pl.Int64 for n in columns | facts}
-        curves.append(pl.DataFrame(columns | facts, schema=shape))  # also where nothing is known
+        columns = {"point": np.full(len(shown), label["point"]), "round": shown}
+        columns |= {name: v[shown, i] for name, v in (spent | measures).items() if name != "rounds"}
+        curves.append(pl.DataFrame(columns))
         sent = np.packbits(record.sent[:end, i]).tobytes()
         masks.append({"point": label["point"], "rounds": end, "workers": record.sent.shape[2], "sent": sent})
-    kinds = {
-        f"{name}_{t}": pl.Int64 for t in [*(f"{t:g}" for t in targets.values), "end"] for name in COST_COLUMNS[:-1]
-    }
-    kinds |= {name: pl.Float64 for name in rows[0] if name.startswith("seconds_")}
-    kinds |= {"f_star": pl.Float64, "final_loss": pl.Float64, "accuracy": pl.Float64}
+    kinds: Any = {f"{name}_{t}": pl.Int64 for name in COST_COLUMNS[:-1] for t in (*ends, "end")}
+    kinds |= dict.fromkeys((*(f"seconds_{t}" for t in (*ends, "end")), "f_star", "final_loss", "accuracy"), pl.Float64)
     points = pl.DataFrame(rows, schema_overrides=kinds, infer_schema_length=None)
     return {"curves": pl.concat(curves), "masks": pl.DataFrame(masks), "points": points}
 
@@ -232,7 +223,7 @@ def summarize(points: pl.DataFrame) -> pl.DataFrame:
     measures = [name for name in points.columns if name.rsplit("_", 1)[0] in COST_COLUMNS and name not in by]
     measures += ["final_loss", "accuracy"]
     rows = []
-    for key, group in points.group_by(by, maintain_order=True):
+    for key, group in points.group_by(by, maintain_order=True) if by else [((), points)]:
         row: dict[str, Any] = dict(zip(by, key, strict=True)) | {"seeds": len(group), "point": group["point"][0]}
         row |= {name: int(group[name].sum()) for name in ("reached", "diverged")}
         row |= group[0].select("f_star", "goal").to_dicts()[0]
@@ -258,17 +249,14 @@ def mean_ci(values: np.ndarray | None) -> dict[str, float | None]:
         return {"": float(values.mean()), "_ci95": half, "_least": float(values.min()), "_most": float(values.max())}
 
 
-def merge_tables(folder: Path, parts: Sequence[str]) -> pl.DataFrame:
-    """Write the tables PART + NAME.parquet of batches or folders as one table of each kind; return the summary."""
-    whole = concat_tables(parts)
-    for name in TABLES:
-        storage.save_frame(whole[name], folder / name, csv=name == "points")
-    storage.save_frame(whole["summary"], folder / "summary", csv=True)
-    return whole["summary"]
+def save_tables(folder: Path, tables: Mapping[str, pl.DataFrame]) -> None:
+    """Write the tables of a study, points and summary as CSV too."""
+    for name, table in tables.items():
+        storage.save_frame(table, folder / name, csv=name in ("points", "summary"))
 
 
 def concat_tables(parts: Sequence[str]) -> dict[str, pl.DataFrame]:
-    """Return the tables that `merge_tables` writes."""
+    """Return the tables PART + NAME.parquet of batches or folders as one table of each kind, and the summary."""
     read = {name: [pl.read_parquet(f"{part}{name}.parquet") for part in parts] for name in TABLES}
     whole = {
         n: pl.concat(frames, how="diagonal_relaxed").sort("point", maintain_order=True) for n, frames in read.items()
@@ -348,13 +336,11 @@ def to_rich_table(frame: pl.DataFrame, title: str, words: Formats) -> Table:
     """Convert a table for a terminal of 80 columns: null columns are left out, and words are not broken."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     frame = frame.select(name for name in frame.columns if frame[name].null_count() < len(frame))
+    formats = []
     for name, kind in frame.schema.items():  # only the last column may wrap
         table.add_column(name, justify="right" if kind.is_numeric() else "left", no_wrap=name != frame.columns[-1])
-    for row in frame.iter_rows(named=True):
-        how = {n: words.get(n, format_count if _is_count_column(n) else format_value) for n in row}
-        table.add_row(*(v if isinstance(v, str) else how[n](v) for n, v in row.items()))
+        is_count = name in ("rounds", "uploads") or "bits" in name
+        formats.append(words.get(name, format_count if is_count else format_value))
+    for row in frame.iter_rows():
+        table.add_row(*(v if isinstance(v, str) else show(v) for show, v in zip(formats, row, strict=True)))
     return table
-
-
-def _is_count_column(name: str) -> bool:
-    return name in ("rounds", "uploads") or "bits" in name

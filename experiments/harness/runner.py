@@ -30,7 +30,7 @@ import numpy as np
 import polars as pl
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TimeElapsedColumn
 
 import laqjax
 from experiments.harness import results, storage
@@ -122,20 +122,13 @@ def run(
     identity = identity or {"points": labels, "targets": targets.values, "rounds": budget.rounds}
     with lock_study(out, identity, dropped):
         plan = distributed.run_on_process_zero(lambda: load_or_make_plan(firsts, sizes, out, link, targets, budget))
-        for case in {id(point.case): point.case for point in points}.values():
-            with console.status("f* by a solver in float64 (half a minute on MNIST, then cached)"):
-                _ = None if targets.accuracy else case.f_star
+        with console.status("f* by a solver in float64 (half a minute on MNIST, then cached)"):
+            _ = targets.accuracy or [point.case.f_star for point in firsts]
         batches = list(split_into_batches(groups, plan["batch"]))
         mine = batches[jax.process_index() :: jax.process_count()]
         console.print(f"{len(points)} points, {len(batches)} batch(es), each up to {budget.rounds} rounds")
-        columns = (
-            "{task.description}",
-            BarColumn(),
-            "{task.percentage:.0f} %",
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, "{task.fields[note]}", console=console) as progress:
+        columns = *Progress.get_default_columns(), TimeElapsedColumn(), "{task.fields[note]}"
+        with Progress(*columns, console=console) as progress:
             total, done = sum(len(which) for _, which, _ in mine), 0
             task = progress.add_task("points x rounds", total=total * budget.rounds, note="")
 
@@ -165,21 +158,22 @@ def run(
                 while not is_finished(*batch):
                     show(0, "waits for the other processes")
                     time.sleep(1)
-        parts = [f"{out / part}-" for _, _, part in batches]
-        summary = results.merge_tables(out, parts) if leads else results.concat_tables(parts)["summary"]
+        tables = results.concat_tables([f"{out / part}-" for _, _, part in batches])
         if leads:
+            results.save_tables(out, tables)
             spent = {"seconds": time.perf_counter() - began, "points_computed": computed}
             storage.write_json(out / "run.json", storage.provenance() | spent)
     if dropped:
         console.print(f"a call with more rounds or targets would start again: {dropped}")
-    return summary
+    return tables["summary"]
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
 
 
 def set_aside_other_study(folder: Path, identity: dict[str, Any], console: Console) -> None:
-    """Rename a folder that holds the study of another identity, given as it is in JSON."""
+    """Rename a folder that holds the study of another identity."""
+    identity = json.loads(json.dumps(identity, default=str))
 
     def rename() -> str | None:
         there = (folder / "identity.json").exists() and storage.read_identity(folder)
@@ -457,10 +451,10 @@ class Batch:
 
     def _report(self, show: Callable[[float, str], None]) -> None:
         """Show how many points are done, and the least completed rounds of the others."""
-        rounds, count, left = self.history.rounds_done.copy(), len(self.points), self._running(self.budget.rounds)
-        note = f"{count - len(left)} of {count} done in this batch, round {rounds[left].min(initial=rounds.max())}"
-        rounds[np.setdiff1d(np.arange(count), left)] = self.budget.rounds
-        show(float(rounds.sum()), note)
+        rounds, left = self.history.rounds_done, self._running(self.budget.rounds)
+        over = len(self.points) - len(left)
+        note = f"{over} of {len(self.points)} done in this batch, round {rounds[left].min(initial=rounds.max())}"
+        show(float(over * self.budget.rounds + rounds[left].sum()), note)
 
     def _open_checkpoints(self, folder: Path, console: Console) -> RunCheckpointer:
         """Open the checkpoints of these points; rename a folder that holds something else."""

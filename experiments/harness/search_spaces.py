@@ -15,17 +15,15 @@ class SearchSpace:
     """Search space of one method.
 
     Attributes:
-        kind: panel of the method in the figures.
+        kind: panel of the method in the figures; methods of a stochastic kind run on minibatches.
         step: step of theory on a case, or a plain step where the smoothness constant L is not known.
         axes: values of the method's own arguments, the default first.
-        stochastic: whether the method runs on minibatches.
         compressor: name of the compressor, for methods that need one.
     """
 
     kind: str
     step: StepRule
     axes: dict[str, tuple[Any, ...]]
-    stochastic: bool = False
     compressor: str | None = None
 
 
@@ -45,13 +43,8 @@ def local_lr(case: ProblemInstance) -> float:
     return 1 / case.smoothness[0].max() if case.problem.curvature else 0.1
 
 
-def stochastic(kind: str, scale: float = 0.1, step: StepRule | None = None, **axes: Any) -> SearchSpace:
-    """Return the space of a method that runs on minibatches."""
-    return SearchSpace(kind, step or lr_from_smoothness(scale), axes, stochastic=True)
-
-
 XI, BITS, C, LOCAL = (0.1, 0.4, 0.8), (4, 2, 8), (0.6, 0.06, 6.0), (2, 5)
-FULL, LAZY = lr_from_smoothness(1), lr_from_smoothness(0.8)
+FULL, LAZY, TENTH = lr_from_smoothness(1), lr_from_smoothness(0.8), lr_from_smoothness(0.1)
 EF21, MARINA = lr_from_theory(theory.ef21_step_size, 0.1), lr_from_theory(theory.marina_step_size, 9.0, 0.1)
 DIANA = lr_from_theory(theory.diana_step_size, 1 / 8)
 MEMBERS = {
@@ -62,7 +55,7 @@ MEMBERS = {
     "laq": SearchSpace("lazy", LAZY, {"xi": XI, "bits": BITS}),
     "two_laq": SearchSpace("lazy", LAZY, {"xi": XI, "bits": BITS}),
     "laq_adaptive": SearchSpace("lazy", LAZY, {"xi": XI, "min_bits": (3, 2)}),
-    "iag_cyclic": SearchSpace("full", lr_from_smoothness(0.1), {}),
+    "iag_cyclic": SearchSpace("full", TENTH, {}),
     "iag_random": SearchSpace("full", lr_from_smoothness(0.16), {}),
     "ef21": SearchSpace("quantized", EF21, {}),
     "ef21_p": SearchSpace("quantized", EF21, {}),
@@ -80,21 +73,21 @@ MEMBERS = {
     "diloco": SearchSpace("local", lambda case: 1e-2, {"num_local_steps": LOCAL}),
     "lazy_diloco": SearchSpace("local", lambda case: 1e-2, {"num_local_steps": LOCAL, "xi": (0.05, 0.2)}),
     "sparse_loco": SearchSpace("local", lambda case: 1e-2, {"num_local_steps": LOCAL, "chunk": (16,), "k": (2, 4)}),
-    "sgd": stochastic("stochastic"),
-    "qsgd": stochastic("stochastic", levels=(15, 3)),
-    "terngrad": stochastic("stochastic"),
-    "ssgd": stochastic("stochastic", density=(0.25, 0.05)),
-    "sign_sgd": stochastic("stochastic", step=lambda case: 1e-3),
-    "ef_sign_sgd": stochastic("stochastic"),
-    "topk_ef": stochastic("stochastic"),
-    "dgc": stochastic("stochastic", 0.01, momentum=(0.9, 0.5)),
-    "ef21_sgdm": stochastic("stochastic", eta=(0.1, 0.5)),
-    "slaq": stochastic("lazy stochastic", xi=XI, bits=BITS),
-    "lasg_wk1": stochastic("lazy stochastic", xi=XI),
-    "lasg_wk2": stochastic("lazy stochastic", xi=XI),
-    "lasg_ps": stochastic("lazy stochastic", xi=XI),
-    "cada1": stochastic("lazy stochastic", step=lambda case: 1e-2, c=C),
-    "cada2": stochastic("lazy stochastic", step=lambda case: 1e-2, c=C),
+    "sgd": SearchSpace("stochastic", TENTH, {}),
+    "qsgd": SearchSpace("stochastic", TENTH, {"levels": (15, 3)}),
+    "terngrad": SearchSpace("stochastic", TENTH, {}),
+    "ssgd": SearchSpace("stochastic", TENTH, {"density": (0.25, 0.05)}),
+    "sign_sgd": SearchSpace("stochastic", lambda case: 1e-3, {}),
+    "ef_sign_sgd": SearchSpace("stochastic", TENTH, {}),
+    "topk_ef": SearchSpace("stochastic", TENTH, {}),
+    "dgc": SearchSpace("stochastic", lr_from_smoothness(0.01), {"momentum": (0.9, 0.5)}),
+    "ef21_sgdm": SearchSpace("stochastic", TENTH, {"eta": (0.1, 0.5)}),
+    "slaq": SearchSpace("lazy stochastic", TENTH, {"xi": XI, "bits": BITS}),
+    "lasg_wk1": SearchSpace("lazy stochastic", TENTH, {"xi": XI}),
+    "lasg_wk2": SearchSpace("lazy stochastic", TENTH, {"xi": XI}),
+    "lasg_ps": SearchSpace("lazy stochastic", TENTH, {"xi": XI}),
+    "cada1": SearchSpace("lazy stochastic", lambda case: 1e-2, {"c": C}),
+    "cada2": SearchSpace("lazy stochastic", lambda case: 1e-2, {"c": C}),
 }
 USER_SEARCH_SPACE = SearchSpace("own", FULL, {})  # space of a method without a row
 LARGEST = {"num_local_steps": 32}  # values at which a grid stops to grow, because a round takes as many gradients

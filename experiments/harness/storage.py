@@ -8,7 +8,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -102,15 +102,15 @@ def _check_identity(folder: Path, identity: dict[str, Any], ended: str) -> bool:
     before = identity if there is None else there
     keys = sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k))
     more = [k for k in keys if k in EXTENDABLE_KEYS and extends(before.get(k), identity.get(k))]
-    refused = {
-        k: f"{k}: {before.get(k)} there, {identity.get(k)} given"
+    refused = [
+        f"{k}: {before.get(k)} there, {identity.get(k)} given"
         + (f", where only {EXTENDABLE_KEYS[k]} can be added" if k in EXTENDABLE_KEYS and not ended else "")
         for k in keys
         if ended or k not in more
-    }
+    ]
     if refused:
         why = f"cannot be continued: {ended}" if more == keys else "holds the results of other settings"
-        raise ValueError(f"{folder} {why} ({'; '.join(refused.values())}); give another --out, or remove the folder")
+        raise ValueError(f"{folder} {why} ({'; '.join(refused)}); give another --out, or remove the folder")
     return there is not None and not keys
 
 
@@ -145,11 +145,11 @@ def save_frame(frame: pl.DataFrame, path: Path, csv: bool = False) -> None:
             frame.write_csv(part)
 
 
-def provenance(command: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the command (default: that of this process), the time, the versions and the machine."""
+def provenance() -> dict[str, Any]:
+    """Return the command of this process, the time, the versions and the machine."""
     names = ("jax", "jaxlib", "numpy", "optax")
     return {
-        "command": shlex.join(["python", *(command or (*shlex.split(cli.get_program_name()), *sys.argv[1:]))]),
+        "command": shlex.join(["python", *shlex.split(cli.get_program_name()), *sys.argv[1:]]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in names}
         | {"laqjax": laqjax.__version__, "python": platform.python_version()},

@@ -31,9 +31,9 @@ def load_user_function(text: str) -> Any:
     return function
 
 
-def call_user_function(text: str, *given: Any, **named: Any) -> Any:
+def call_user_function(text: str, *given: Any) -> Any:
     """Call the function FILE.py:NAME."""
-    return call_named(text, load_user_function(text), *given, **named)
+    return call_named(text, load_user_function(text), *given)
 
 
 def call_named(text: str, function: Callable[..., Any], *given: Any, **named: Any) -> Any:

@@ -70,7 +70,7 @@ class DelayedRule(BaseUploadRule):
 
 def read(folder: Path, problem: str, parts: int) -> laqjax.Shards:
     """Read the three sets, cut to the common features and split in file order into equal parts: M = 3 parts workers."""
-    xs, ys = [], []
+    sets = []
     for number in SETS[problem]:
         paths = folder / f"data{number}" / "data.txt", folder / f"data{number}" / "y.txt"
         for path in paths:
@@ -80,14 +80,10 @@ def read(folder: Path, problem: str, parts: int) -> laqjax.Shards:
                     f"DIR/data{number}"
                 )
         x, y = (np.loadtxt(path) for path in paths)
-        x, y = x[:, : FEATURES[problem]], y.ravel()
-        rows = len(x) // parts
-        xs += [x[i * rows : (i + 1) * rows] for i in range(parts)]
-        ys += [y[i * rows : (i + 1) * rows] for i in range(parts)]
-    most = max(map(len, xs))
-    pad = lambda a: np.pad(a, [(0, most - len(a))] + [(0, 0)] * (a.ndim - 1))  # noqa: E731
-    weight = np.stack([pad(np.ones(len(x))) for x in xs])
-    return laqjax.Shards(np.stack([pad(x) for x in xs]), np.stack([pad(y) for y in ys]), weight)
+        sets.append(laqjax.partition_data(x[:, : FEATURES[problem]], y.ravel(), parts, "contiguous"))
+    most = max(shards.weight.shape[1] for shards in sets)
+    pad = lambda a: np.pad(a, [(0, 0), (0, most - a.shape[1])] + [(0, 0)] * (a.ndim - 2))  # noqa: E731
+    return jax.tree.map(lambda *arrays: np.concatenate([pad(a) for a in arrays], dtype=np.float64), *sets)
 
 
 def make_model(problem: str) -> laqjax.problems.Problem:

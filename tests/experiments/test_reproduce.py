@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -134,10 +135,12 @@ def test_laq_and_its_rivals(command: Any, bits: int, home: Path, capsys: pytest.
     ((title, shown),) = printed["tables"].items()
     assert title in said
     assert [row["mean"] for row in shown] == table["mean"].to_list()
-    assert {path.stem for path in home.glob("*.png")} >= {"loss", "accuracy"}
-    before = {path: path.read_bytes() for path in home.glob("*.svg")}
+    assert {path.stem for path in home.glob("*.png")} == {"loss", "uploads"}  # one accuracy after round 0 is no curve
+    # Vega numbers the clip paths of a process
+    drawn = lambda: {path: re.sub(r"clip\d+", "clip", path.read_text()) for path in home.glob("*.svg")}  # noqa: E731
+    before = drawn()
     plots.main(home)
-    assert before == {path: path.read_bytes() for path in home.glob("*.svg")}
+    assert before == drawn()
 
 
 def test_a_published_value_lies_inside_the_starts_or_not() -> None:

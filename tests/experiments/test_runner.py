@@ -92,6 +92,13 @@ def test_points_of_several_structures_are_rows_in_their_order(tmp_path: Path) ->
     np.testing.assert_array_equal(mine["uploads"][1:], np.cumsum(info.sent.sum(axis=1))[: len(mine) - 1])
 
 
+def test_points_without_a_label_are_seeds_of_one_setting(tmp_path: Path) -> None:
+    points = [replace(point, label={}, seed=seed) for seed, point in enumerate([chosen()[0]] * 2)]
+    summary = runner.run(points, Targets(), tmp_path, RunOptions(5), LINK)
+    assert summary["seeds"].to_list() == [2]
+    assert results.setting_columns(summary) == []
+
+
 def scored(rows: int) -> cases.ProblemInstance:
     """The case with so many test rows."""
     mine = case()
@@ -340,8 +347,11 @@ def test_more_is_what_a_straight_run_would_have(
     assert [len(rounds) for rounds in begun] == laq + sgd
     asked(tmp_path / "more", *first, short)
     begun.clear()
+    points = pl.read_parquet(tmp_path / "more" / "points.parquet").filter(~pl.col("diverged"))
+    left = points.filter(~pl.col("reached")) if first[1] == then[1] else points  # further targets continue all points
     asked(tmp_path / "more", *then, short)
-    assert min(rounds.min() for rounds in begun) == first[0] // 10 * 10  # the last chunk of 7 rounds is run again
+    ended: Any = left["ended"].min()
+    assert min(rounds.min() for rounds in begun) == ended // 10 * 10  # a last chunk of 7 rounds is run again
     same(tmp_path / "straight", tmp_path / "more")
     begun.clear()
     asked(tmp_path / "more", *then, short)

@@ -71,7 +71,7 @@ def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert (tmp_path / "calm" / "trials.png").exists()
     # stopped in the second batch, then killed in the third: the same trials in the end
     out, measured = tmp_path / "out", runner.Batch.run
-    for error, stop in ((KeyboardInterrupt, SystemExit), (MemoryError, MemoryError)):
+    for error in (KeyboardInterrupt, MemoryError):
         calls = []
 
         def failing(*given: Any, calls: list[int] = calls, error: type[BaseException] = error) -> Any:
@@ -81,7 +81,7 @@ def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
             return measured(*given)
 
         monkeypatch.setattr(runner.Batch, "run", failing)
-        with pytest.raises(stop):
+        with pytest.raises(error):
             run(out, "--trials", "11")
     assert len(pl.read_parquet(out / "trials.parquet")) == 4
     monkeypatch.setattr(runner.Batch, "run", measured)
@@ -127,6 +127,14 @@ def test_refusals(given: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
         run(tmp_path / "out", *given)
     assert not (tmp_path / "out").exists()
+
+
+def test_all_batches_share_one_program() -> None:
+    """Also those without the first setting, whose window may be longer than all of the search."""
+    search = tune.Search(grid.parse_settings(tune.Settings, [*TASK, "-D", "1"], None))
+    assert search.first["window"] == 10
+    points = [*search.make_points([search.first]), *search.make_points([search.first | {"window": 1}])]
+    assert len(runner.group_by_structure(points)) == 1
 
 
 def test_a_schedule_and_an_optimizer_are_searched_as_given() -> None:
