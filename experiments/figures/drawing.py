@@ -463,7 +463,8 @@ def tune_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
         return
     known = {"trial", "goal", "target", "reached", "diverged", *results.COST_COLUMNS} - {"bits"}
     settings = [name for name in trials.columns if name not in known]
-    words = [style.describe(row, settings) for row in trials.iter_rows(named=True)]
+    values = [{n: row[n] for n in settings if row[n] is not None} for row in trials.iter_rows(named=True)]
+    words = [results.format_setting(row, " = ") for row in values]
     last, first = int(tables["trials"]["trial"][-1]), tables["trials"]["bits_up"][0]
     dots = trials.select("trial", "bits_up", name=pl.lit("reached on every seed"), setting=pl.Series(words))
     fewest = dots.with_columns(pl.col("bits_up").cum_min(), name=pl.lit("fewest so far"))

@@ -12,7 +12,6 @@ import polars as pl
 import polars.selectors as cs
 import vl_convert
 
-from experiments.harness.results import format_value
 from experiments.harness.storage import atomic_write
 
 alt.data_transformers.disable_max_rows()
@@ -220,8 +219,3 @@ def save(figure: Figure, path: Path, pdf: bool = False) -> None:
     for suffix, content in files.items():
         with atomic_write(path.with_name(path.name + suffix)) as part:
             part.write_bytes(content)
-
-
-def describe(row: Mapping[str, Any], names: Iterable[str]) -> str:
-    """Return the values of a row as text."""
-    return ", ".join(f"{name} = {format_value(row[name])}" for name in names if row[name] is not None)
