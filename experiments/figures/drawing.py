@@ -105,41 +105,37 @@ def residual_title(points: pl.DataFrame) -> str:
 def thin_curves(curves: pl.DataFrame, names: Mapping[int, str], column: str, share: int = 1) -> pl.DataFrame:
     """Return the rows of the points in `names` for `build_line_panel`, thinned; the first seed of a setting has the widest line."""
     known = curves.filter(pl.col("point").is_in(list(names)), pl.col(column).is_finite(), pl.col("round") > 0)
-    groups = {key[0]: rows for key, rows in known.group_by(["point"], maintain_order=True) if len(rows)}
+    groups = known.partition_by("point", as_dict=True)
     parts, seen = [], set()
-    for point in (point for point in names if point in groups):
-        rows = groups[point]
-        rows = rows[thin_indices(len(rows), max(ROWS // share // len(groups), 10))]
-        dots = np.isin(np.arange(len(rows)), thin_indices(len(rows), max(DOTS // share // len(groups), 6)))
-        width = 0.8 if names[point] in seen else 1.6
-        seen.add(names[point])
-        rows = rows.with_columns(
-            pl.lit(names[point]).alias("name"), pl.lit(width).alias("width"), line="point", dot=pl.Series(dots)
-        )
-        parts.append(rows.with_columns(mark=pl.lit(len(rows) < 3)))
+    for point, name in names.items():
+        if (point,) in groups:
+            rows = groups[point,]
+            rows = rows[thin_indices(len(rows), max(ROWS // share // len(groups), 10))]
+            dots = np.isin(np.arange(len(rows)), thin_indices(len(rows), max(DOTS // share // len(groups), 6)))
+            looks: Any = {"width": pl.lit(0.8 if name in seen else 1.6), "mark": pl.lit(len(rows) < 3)}
+            parts.append(rows.with_columns(name=pl.lit(name), line="point", dot=pl.Series(dots), **looks))
+            seen.add(name)
     rows = pl.concat(parts) if parts else known.head(0)
     return rows.with_columns(pl.col(column).clip(FLOOR)) if column == "residual" else rows
 
 
 def build_curves(rows: pl.DataFrame, column: str, title: str, looks: Looks, against: Mapping[str, str]) -> Any | None:
     """Return a measure against each cost, a panel each; None where there is nothing to draw."""
-    log = column == "residual"
-    costs = [name for name in against if len(rows) and (rows[name] > 0).any()]
-    y = Axis(column, title, log).fit(rows[column]) if costs else None
-    tips = {**against, column: title}
-    kept = ["name", "line", "width", "dot", "mark", column, *costs]
-    looks = {name: look for name, look in looks.items() if costs and name in set(rows["name"])}
-    panels = [style.build_line_panel(rows.select(kept), Axis(x, against[x]), y, looks, tips) for x in costs if y]
-    return style.concat_panels(panels, len(panels)) if panels else None
+    costs = {name: cost for name, cost in against.items() if (rows[name] > 0).any()}
+    if not costs:
+        return None
+    y = Axis(column, title, column == "residual").fit(rows[column])
+    looks = {name: look for name, look in looks.items() if name in set(rows["name"])}
+    panels = [style.build_line_panel(rows, Axis(*cost), y, looks, costs) for cost in costs.items()]
+    return style.concat_panels(panels, len(panels))
 
 
-def measure_figures(
-    tables: Tables, names: Mapping[int, str], looks: Looks, against: Mapping[str, str], first: str = "loss"
-) -> Iterator[tuple[str, Figure]]:
+def measure_figures(kind: str, tables: Tables, names: Mapping[int, str], looks: Looks) -> Iterator[tuple[str, Figure]]:
     """Yield the loss, and the test accuracy where it is known, against the costs; the measure of the goal first."""
     measures = [("residual", residual_title(tables["points"]), "loss"), ("accuracy", "test accuracy", "accuracy")]
     if "accuracy" in tables["points"]["goal"][0]:
         measures.reverse()
+    against = FEDERATED_AXES if kind == "federated" else COST_AXES
     for number, (column, title, name) in enumerate(measures):
         rows = thin_curves(tables["curves"], names, column)
         longest, known = (count_longest(part, column, names) for part in (rows, tables["curves"]))
@@ -153,7 +149,7 @@ def measure_figures(
             f"At most {longest} points of a curve are drawn." * (longest < known),
         ]
         note = " ".join(filter(None, parts))
-        yield (name if number or first == "loss" else first), Figure(f"{title} against its costs", chart, note)
+        yield ("front" if kind == "sweep" and not number else name), Figure(f"{title} against its costs", chart, note)
 
 
 def count_longest(curves: pl.DataFrame, column: str, names: Mapping[int, str]) -> int:
@@ -190,8 +186,7 @@ def curve_figures(kind: str, tables: Tables) -> Iterator[tuple[str, Figure]]:
     if kind == "sweep" and (cells := heat_map_cells(summary, target)) is not None:
         yield "bits-to-target", build_heat_map(cells, summary, target)
     names, looks = choose_settings(kind, tables)
-    against, first = FEDERATED_AXES if kind == "federated" else COST_AXES, "front" if kind == "sweep" else "loss"
-    yield from measure_figures(tables, names, looks, against, first)
+    yield from measure_figures(kind, tables, names, looks)
     if len(best):
         yield "pareto", build_pareto(best, setting_labels(summary), target, looks)
     masks: dict[str, np.ndarray] = {}
