@@ -247,65 +247,54 @@ def build_heat_map(cells: pl.DataFrame, summary: pl.DataFrame, target: str) -> F
 
 def build_pareto(best: pl.DataFrame, words: Mapping[int, str], target: str, looks: Looks) -> Figure:
     """Return rounds against bits up of all settings that reached the target, and the front with its settings."""
-    rows = best.select(
+    rows = best[:SETTINGS].select(
         "point", "algorithm", bits=f"bits_up_{target}", rounds=f"rounds_{target}",
-        bits_ci=pl.col(f"bits_up_{target}_ci95").fill_null(0), rounds_ci=pl.col(f"rounds_{target}_ci95").fill_null(0),
-    )[:SETTINGS]  # fmt: skip
-    rows = rows.with_columns(setting=pl.col("point").replace_strict(words, return_dtype=pl.String))
-    x = Axis("bits", f"bits up to {best['goal'][0]} {target}")
-    x = x.fit(rows["bits"], *interval_ends(rows["bits"], rows["bits_ci"]))
-    y = Axis("rounds", "rounds", log=False).fit(rows["rounds"] + rows["rounds_ci"], rows["rounds"] - rows["rounds_ci"])
-    low = x.limits[0] if x.limits else 0.0
-    rows = rows.with_columns(
-        left=(pl.col("bits") - pl.col("bits_ci")).clip(low), right=pl.col("bits") + pl.col("bits_ci"),
-        down=pl.col("rounds") - pl.col("rounds_ci"), up=pl.col("rounds") + pl.col("rounds_ci"),
+        ci=pl.col(f"bits_up_{target}_ci95").fill_null(0), rounds_ci=pl.col(f"rounds_{target}_ci95").fill_null(0),
     )  # fmt: skip
-    algorithms = {
-        name: looks[words[p]][0]
-        for p, name in rank_all(best).select("point", "algorithm").iter_rows()
-        if words[p] in looks
-    }
+    x, rows = fit_intervals(rows, f"bits up to {best['goal'][0]} {target}")
+    rows = rows.with_columns(
+        down=pl.col("rounds") - pl.col("rounds_ci"), up=pl.col("rounds") + pl.col("rounds_ci"),
+        setting=pl.col("point").replace_strict(words, return_dtype=pl.String),
+    )  # fmt: skip
+    y = Axis("rounds", "rounds", log=False).fit(rows["up"], rows["down"])
+    ranked = rank_all(best).select("point", "algorithm").iter_rows()
+    algorithms = {name: looks[words[p]][0] for p, name in ranked if words[p] in looks}
     colors = list(algorithms.values()) if len(algorithms) > 1 else [style.GREY]
     color = alt.Color(
         "algorithm:N", scale=alt.Scale(domain=list(algorithms), range=colors), legend=style.build_legend("algorithm", symbolType="circle")
     )  # fmt: skip
-    tips = style.tooltips(
-        {"setting": "setting", "bits": x.title, "bits_ci": "±", "rounds": "rounds", "rounds_ci": "± "}, rows
-    )
-    base = alt.Chart(rows).encode(x.channel(alt.X), y.channel(alt.Y), tooltip=tips)
+    tips = {"setting": "setting", "bits": x.title, "ci": "±", "rounds": "rounds", "rounds_ci": "± "}
+    plane = alt.Chart().encode(x.channel(alt.X), y.channel(alt.Y), tooltip=style.tooltips(tips, rows))
+    base = plane.properties(data=rows)
     layers: list[Any] = [base.mark_circle(size=30, clip=True).encode(color=color)]
-    if (rows["bits_ci"] > 0).any():
+    if (rows["ci"] > 0).any():
         layers.append(base.mark_rule(opacity=0.5, clip=True).encode(x="left:Q", x2="right:Q", color=color))
         layers.append(base.mark_rule(opacity=0.5, clip=True).encode(y="down:Q", y2="up:Q", color=color))
     edge = pareto_front(best, target)["point"].to_list()
-    front = alt.Chart(rows.filter(pl.col("point").is_in(edge))).encode(x.channel(alt.X), y.channel(alt.Y), tooltip=tips)
     if len(edge) > 1:
+        front = plane.properties(data=rows.filter(pl.col("point").is_in(edge)))
         layers.append(front.mark_line(interpolate="step-after", color=style.GREY, strokeWidth=1))
     named = [p for p in edge if words[p] in looks][: len(style.SHAPES)]
-    labels = [style.wrap_label(words[p]) for p in named]
+    labels = {p: style.wrap_label(words[p]) for p in named}
     marks = rows.filter(pl.col("point").is_in(named)).with_columns(
-        front=pl.col("point").replace_strict(dict(zip(named, labels, strict=True)), return_dtype=pl.String)
+        front=pl.col("point").replace_strict(labels, return_dtype=pl.String)
     )
-    box, domain = (
-        style.build_legend("Pareto front"),
-        alt.Scale(domain=labels, range=[looks[words[p]][0] for p in named]),
-    )
-    shapes = alt.Scale(domain=labels, range=list(style.SHAPES[: len(named)]))
-    marked = alt.Chart(marks).mark_point(size=110, strokeWidth=2, filled=False).encode(
-        x.channel(alt.X), y.channel(alt.Y), tooltip=tips,
-        color=alt.Color("front:N", scale=domain, legend=box), shape=alt.Shape("front:N", scale=shapes, legend=box),
+    box, domain = style.build_legend("Pareto front"), list(labels.values())
+    shapes = alt.Scale(domain=domain, range=list(style.SHAPES[: len(named)]))
+    front_colors = alt.Scale(domain=domain, range=[looks[words[p]][0] for p in named])
+    marked = plane.properties(data=marks).mark_point(size=110, strokeWidth=2, filled=False).encode(
+        color=alt.Color("front:N", scale=front_colors, legend=box), shape=alt.Shape("front:N", scale=shapes, legend=box)
     )  # fmt: skip
     chart = alt.layer(alt.layer(*layers), marked).resolve_scale(color="independent", shape="independent")
     note = "A dot is a setting that reached the target on every seed, with 95 % intervals over seeds where there are several."
-    return Figure(
-        f"Rounds against bits up to {best['goal'][0]} {target}", chart.properties(width=480, height=300), note
-    )
+    return Figure(f"Rounds against {x.title}", chart.properties(width=480, height=300), note)
 
 
-def interval_ends(values: pl.Series, half: pl.Series) -> tuple[pl.Series, pl.Series]:
-    """Return the ends of intervals that a log axis shows; a lower end below a third of its value ends at the edge."""
-    low = values - half
-    return low.filter(low > values / 3), values + half
+def fit_intervals(rows: pl.DataFrame, title: str) -> tuple[Axis, pl.DataFrame]:
+    """Return a log axis for bits ± ci, and the rows with the ends; those below a third of the value end at its edge."""
+    left, right = rows["bits"] - rows["ci"], rows["bits"] + rows["ci"]
+    x = Axis("bits", title).fit(rows["bits"], left.filter(left > rows["bits"] / 3), right)
+    return x, rows.with_columns(left=left.clip(x.limits[0] if x.limits else None), right=right)
 
 
 def build_raster(masks: Mapping[str, np.ndarray], colors: Mapping[str, str]) -> Figure:
@@ -342,11 +331,9 @@ def build_raster(masks: Mapping[str, np.ndarray], colors: Mapping[str, str]) -> 
 def comparison_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
     """Yield the figures of `experiments.compare`; a method has one color among those of its kind in all of them."""
     best, tried = tables["best"], tables["tried"]
-    members: dict[str, list[str]] = {}
-    for method, kind in best.select("method", "kind").unique(maintain_order=True).iter_rows():
-        members.setdefault(kind, []).append(method)
-    looks = {kind: style.assign_looks({name: name for name in methods}) for kind, methods in members.items()}
-    rows = best.filter(pl.col("cheapest in") == "bits up") if "cheapest in" in best.columns else best
+    members = best.group_by(["kind"], maintain_order=True)
+    looks = {kind: style.assign_looks({name: name for name in rows["method"]}) for (kind,), rows in members}
+    rows = best.filter(pl.col("cheapest in") == "bits up")
     if (rows["bits_up"].fill_null(0) > 0).any():
         yield "bits", build_costs(rows, looks)
     for target in best["target"].unique(maintain_order=True):
@@ -359,7 +346,7 @@ def comparison_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
             panels = [
                 style.build_line_panel(part, Axis(x, COST_AXES[x]).fit(lines[x]), y, mine, COST_AXES, legend_title=kind)
                 for kind in looks
-                if len(part := lines.filter(pl.col("name").is_in(members[kind])))
+                if len(part := lines.filter(pl.col("name").is_in(list(looks[kind]))))
                 for x in ("round", "bits_up")
                 if (mine := {name: look for name, look in looks[kind].items() if name in set(part["name"])})
             ]
@@ -387,20 +374,14 @@ def build_costs(best: pl.DataFrame, looks: Mapping[str, Looks]) -> Figure:
     rows = best.filter(pl.col("bits_up") > 0).with_columns(
         pl.col("method").replace_strict(labels, return_dtype=pl.String).alias("label"),
         pl.col("method").replace_strict(colors, return_dtype=pl.String).alias("color"),
-        pl.col("bits_up_ci95").fill_null(0).alias("ci"), bits=pl.col("bits_up").cast(pl.Float64), what=pl.lit("mean"),
+        pl.col("bits_up_ci95").fill_null(0).alias("ci"), bits="bits_up", what=pl.lit("mean"),
     )  # fmt: skip
-    if theory in rows.columns:
-        first = rows.filter(pl.col(theory) > 0)
-        first = first.with_columns(bits=pl.col(theory).cast(pl.Float64), what=pl.lit("step of theory"), ci=pl.lit(0.0))
-        rows = pl.concat([rows, first.select(rows.columns)])
+    first = rows.filter(pl.col(theory) > 0).with_columns(bits=theory, what=pl.lit("step of theory"), ci=pl.lit(0.0))
+    rows = pl.concat([rows, first])
     goal, panels = f"bits up to {best['goal'][0]}", []
     shapes = alt.Scale(domain=rows["what"].unique(maintain_order=True).to_list(), range=["circle", "diamond"])
     for (target,), part in rows.group_by(["target"], maintain_order=True):
-        x = Axis("bits", f"{goal} {target}").fit(part["bits"], *interval_ends(part["bits"], part["ci"]))
-        low = x.limits[0] if x.limits else 0.0
-        part = part.with_columns(left=(pl.col("bits") - pl.col("ci")).clip(low), right=pl.col("bits") + pl.col("ci"))
-        kept = ("label", "color", "what", "setting", "bits", "ci", "left", "right")
-        part = part.select(name for name in kept if name in part.columns)
+        x, part = fit_intervals(part.select("label", "color", "what", "setting", "bits", "ci"), f"{goal} {target}")
         y = alt.Y("label:N", title=None, scale=alt.Scale(domain=list(labels.values())), axis=alt.Axis(grid=True))
         tips = style.tooltips({"label": "method", "what": "", "setting": "setting", "bits": x.title, "ci": "±"}, part)
         base = alt.Chart(part).encode(y=y, color=alt.Color("color:N", scale=None), tooltip=tips)
