@@ -201,12 +201,11 @@ def curve_figures(kind: str, tables: Tables) -> Iterator[tuple[str, Figure]]:
         methods = dict(points.select("point", "method").iter_rows())
         where = points.select("point", panel=pl.concat_str(others, separator=", "))
         rows = thin_curves(tables["curves"], methods, "residual").filter(pl.col("uploads") > 0)
-        rows, y = rows.join(where, on="point", maintain_order="left"), Axis("residual", residual_title(points))
+        rows = rows.join(where, on="point", maintain_order="left")
+        y = Axis("residual", residual_title(points)).fit(rows["residual"])
         colors = style.assign_looks({name: name for name in methods.values()})
         panels = [
-            style.build_line_panel(
-                part, Axis("uploads", "uploads"), y.fit(rows["residual"]), colors, COST_AXES, title=name
-            )
+            style.build_line_panel(part, Axis("uploads", "uploads"), y, colors, COST_AXES).properties(title=name)
             for (name,), part in rows.group_by(["panel"], maintain_order=True)
         ]
         yield "panels", Figure(f"{y.title} against uploads", style.concat_panels(panels, 4))
@@ -339,20 +338,19 @@ def comparison_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
     for target in best["target"].unique(maintain_order=True):
         if (figure := build_fronts(tried, target, looks)) is not None:
             yield f"fronts-{target}", figure
-    if "curves" in tables:
-        lines = thin_curves(tables["curves"], method_points(tables), "residual")
-        if len(lines):
-            y = Axis("residual", residual_title(tables["points"])).fit(lines["residual"])
-            panels = [
-                style.build_line_panel(part, Axis(x, COST_AXES[x]).fit(lines[x]), y, mine, COST_AXES, legend_title=kind)
-                for kind in looks
-                if len(part := lines.filter(pl.col("name").is_in(list(looks[kind]))))
-                for x in ("round", "bits_up")
-                if (mine := {name: look for name, look in looks[kind].items() if name in set(part["name"])})
-            ]
-            note = "The settings with the fewest bits up to the last target, on the seeds that are reported."
-            chart = style.concat_panels(panels, 2, ("color", "strokeDash"))
-            yield "loss", Figure(f"{y.title} against its costs, by kind of method", chart, note)
+    lines = thin_curves(tables["curves"], method_points(tables), "residual")
+    if len(lines):
+        y = Axis("residual", residual_title(tables["points"])).fit(lines["residual"])
+        panels = [
+            style.build_line_panel(part, Axis(x, COST_AXES[x]).fit(lines[x]), y, mine, COST_AXES, legend_title=kind)
+            for kind, members in looks.items()
+            if (mine := {name: look for name, look in members.items() if name in set(lines["name"])})
+            for part in [lines.filter(pl.col("name").is_in(list(mine)))]
+            for x in ("round", "bits_up")
+        ]
+        note = "The settings with the fewest bits up to the last target, on the seeds that are reported."
+        chart = style.concat_panels(panels, 2, ("color", "strokeDash"))
+        yield "loss", Figure(f"{y.title} against its costs, by kind of method", chart, note)
 
 
 def method_points(tables: Tables) -> dict[int, str]:
@@ -400,28 +398,24 @@ def build_costs(best: pl.DataFrame, looks: Mapping[str, Looks]) -> Figure:
 def build_fronts(tried: pl.DataFrame, target: str, looks: Mapping[str, Looks]) -> Figure | None:
     """Return rounds against bits up of each method's front, a panel for each kind, with all other fronts in grey."""
     reached = tried.filter(pl.col(f"bits_up_{target}") > 0)
-    words, parts = setting_labels(tried), []
-    for (name,), rows in reached.group_by(["algorithm"], maintain_order=True):
-        edge = pareto_front(rows, target).select("point", bits=f"bits_up_{target}", rounds=f"rounds_{target}")
-        parts.append(
-            edge.with_columns(name=pl.lit(name), setting=pl.col("point").replace_strict(words, return_dtype=pl.String))
-        )
-    if not parts:
+    if reached.is_empty():
         return None
-    rows = pl.concat(parts).with_columns(line="name", mark=pl.lit(True))
+    groups = reached.partition_by("algorithm")
+    rows = pl.concat(pareto_front(group, target) for group in groups).select(
+        "point", bits=f"bits_up_{target}", rounds=f"rounds_{target}", name="algorithm", line="algorithm",
+        setting=pl.col("point").replace_strict(setting_labels(tried), return_dtype=pl.String), mark=pl.lit(True),
+    )  # fmt: skip
     x = Axis("bits", f"bits up to {tried['goal'][0]} {target}").fit(rows["bits"])
     y = Axis("rounds", "rounds").fit(rows["rounds"])
     panels = []
-    for kind, mine in looks.items():
-        seen = {name: look for name, look in mine.items() if name in set(rows["name"])}
-        if not seen:
-            continue
-        grey = alt.Chart(rows.filter(~pl.col("name").is_in(list(mine)))).encode(detail="line:N")
-        grey = grey.mark_line(color="#dddddd", strokeWidth=1, point={"color": "#dddddd", "size": 12})
-        grey = grey.encode(x.channel(alt.X), y.channel(alt.Y))
-        mine = rows.filter(pl.col("name").is_in(list(seen)))
-        own = style.build_line_panel(mine, x, y, seen, {"setting": "setting"}, (240, 200), kind)
-        panels.append(alt.layer(grey, own).properties(width=240, height=200))
+    for kind, members in looks.items():
+        mine = {name: look for name, look in members.items() if name in set(rows["name"])}
+        if mine:
+            is_mine = pl.col("name").is_in(list(mine))
+            grey = alt.Chart(rows.filter(~is_mine)).encode(x.channel(alt.X), y.channel(alt.Y), detail="line:N")
+            grey = grey.mark_line(color="#dddddd", strokeWidth=1, point={"color": "#dddddd", "size": 12})
+            own = style.build_line_panel(rows.filter(is_mine), x, y, mine, {"setting": "setting"}, (240, 200), kind)
+            panels.append(alt.layer(grey, own).properties(width=240, height=200))
     note = (
         "The settings that no other of their method beats in both, on the seeds of the search. Grey: the other kinds."
     )
@@ -444,22 +438,17 @@ def tune_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
     last, first = int(tables["trials"]["trial"][-1]), tables["trials"]["bits_up"][0]
     dots = trials.select("trial", "bits_up", name=pl.lit("reached on every seed"), setting=pl.Series(words))
     fewest = dots.with_columns(pl.col("bits_up").cum_min(), name=pl.lit("fewest so far"))
-    fewest = pl.concat([fewest, fewest[-1:].with_columns(pl.lit(last).cast(fewest["trial"].dtype).alias("trial"))])
     x = Axis("trial", "trial", False, (-0.5, max(last, 1) + 0.5))
-    level = pl.DataFrame({"trial": x.limits, "bits_up": [float(first or 0)] * 2, "name": "the first trial"})
-    parts = [dots, *[fewest] * (len(dots) > 1), *[level] * bool(first)]
+    level = pl.DataFrame({"trial": x.limits, "bits_up": first, "name": "the first trial"})
+    parts = [dots, *[fewest, fewest[-1:].with_columns(trial=last)] * (len(dots) > 1), *[level] * bool(first)]
     rows = pl.concat(parts, how="diagonal_relaxed").with_columns(line="name", mark=pl.col("name") == dots["name"][0])
     looks = {"reached on every seed": (style.COLORS[0], [1, 0]), "fewest so far": (style.COLORS[3], [1, 0])}
-    looks = {name: looks.get(name, ("#222222", [6, 3])) for name in rows["name"].unique(maintain_order=True)}
+    looks |= {"the first trial": ("#222222", [6, 3])}
+    looks = {name: look for name, look in looks.items() if name in set(rows["name"])}
     y = Axis("bits_up", f"bits up to {trials['goal'][0]} {trials['target'][0]:g}").fit(rows["bits_up"])
     look: Any = {"dotted": True, "interpolate": "step-after"}
-    yield (
-        "trials",
-        Figure(
-            "Bits up over the trials",
-            style.build_line_panel(rows, x, y, looks, {"setting": "setting"}, (460, 260), **look),
-        ),
-    )
+    panel = style.build_line_panel(rows, x, y, looks, {"setting": "setting"}, (460, 260), **look)
+    yield "trials", Figure("Bits up over the trials", panel)
 
 
 def heterogeneity_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:

@@ -71,16 +71,13 @@ def build_look_channels(looks: Looks, title: str | None = None, dotted: bool = F
     """Return the channels color and strokeDash of the column `name`, in one legend; the first is a dot if `dotted`."""
     names = [wrap_label(name) for name in looks]
     box = build_legend(title, **({} if dotted else {"symbolType": "stroke", "symbolSize": 900}))
-    channels: dict[str, Any] = {"color": alt.Color, "strokeDash": alt.StrokeDash}
-    ranges: dict[str, Any] = {
-        "color": [color for color, _ in looks.values()],
-        "strokeDash": [dash for _, dash in looks.values()],
-    }
+    colors, dashes = zip(*looks.values(), strict=True)
+    channels: dict[str, Any] = {"color": (alt.Color, colors), "strokeDash": (alt.StrokeDash, dashes)}
     if dotted:
-        channels["shape"], ranges["shape"] = alt.Shape, ["circle", *["stroke"] * (len(names) - 1)]
+        channels["shape"] = alt.Shape, ["circle", *["stroke"] * (len(names) - 1)]
     return {
-        name: channel("name:N", legend=box, scale=alt.Scale(domain=names, range=ranges[name]))
-        for name, channel in channels.items()
+        name: channel("name:N", legend=box, scale=alt.Scale(domain=names, range=list(values)))
+        for name, (channel, values) in channels.items()
     }
 
 
@@ -144,7 +141,6 @@ def build_line_panel(
     tips: Mapping[str, str],
     size: tuple[int, int] = (220, 210),
     legend_title: str | None = None,
-    title: str | None = None,
     dotted: bool = False,
     **line: Any,
 ) -> Any:
@@ -171,7 +167,7 @@ def build_line_panel(
     dots = base.transform_filter("datum.mark || (hover && datum.dot)").mark_point(size=36, filled=True, clip=True)
     shown = alt.condition("datum.mark", alt.value(1), alt.value(0))
     dots = dots.encode(color=channels["color"], **shape, opacity=shown, tooltip=tooltips(tips, frame))
-    return alt.layer(lines, dots).properties(width=size[0], height=size[1], **({"title": title} if title else {}))
+    return alt.layer(lines, dots).properties(width=size[0], height=size[1])
 
 
 def concat_panels(panels: Sequence[Any], columns: int, independent: Sequence[str] = ()) -> Any:
