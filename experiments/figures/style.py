@@ -125,11 +125,9 @@ def tooltips(columns: Mapping[str, str], frame: pl.DataFrame) -> list[alt.Toolti
     """Return the columns, with their titles, that a mark shows under the pointer."""
     found = []
     for name, title in columns.items():
-        kind, more = frame.schema.get(name), dict[str, Any](title=title)
-        if kind is not None and kind.is_numeric():
-            more["format"] = "," if kind.is_integer() else ",.5~g"
-        if kind is not None:
-            found.append(alt.Tooltip(f"{name}:{'Q' if 'format' in more else 'N'}", **more))
+        if kind := frame.schema.get(name):
+            number: Any = {"format": "," if kind.is_integer() else ",.5~g"} if kind.is_numeric() else {}
+            found.append(alt.Tooltip(f"{name}:{'Q' if number else 'N'}", title=title, **number))
     return found
 
 
