@@ -9,10 +9,6 @@ The devices are forced ones on a CPU. Each has its own topics of Python's help t
 A stopped command resumes: each method and seed is a file in the folder `runs`.
 """
 
-import os
-
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +27,7 @@ import laqjax
 from experiments.examples import language_model
 from experiments.figures import style
 from experiments.harness import cli, results, storage
+from experiments.harness.grid import set_cpu_devices
 from laqjax import check_number
 from laqjax.algorithms import gd, topk_ef
 from laqjax.compressors import chunked_top_k, grid, quantized_values
@@ -144,6 +141,7 @@ def main(settings: Settings) -> None:
     """Train with all methods; write the curves, a table and a figure."""
     for name in ("steps", "batch", "seeds"):
         check_number(name, getattr(settings, name), np.int32, minimum=1)
+    set_cpu_devices(M)
     periods = PERIODS
     if settings.quick:
         jax.config.update("jax_disable_most_optimizations", True)  # nearly all of a quick run is compilation
