@@ -119,7 +119,7 @@ def measure_peak_growth(cell: dict[str, Any]) -> dict[str, Any]:
     options = {"chunk_size": cell["chunk"], "worker_batch_size": cell["at_once"]}
     for _ in laqjax.stream(**arguments, rounds=2 * cell["chunk"], **options):
         pass
-    return {"grown": peak_rss_bytes() - before, "peak": peak_rss_bytes(), "p": int(arguments["start"].size)}
+    return {"grown": peak_rss_bytes() - before, "peak": peak_rss_bytes()}
 
 
 # ---- constants of the model -------------------------------------------------------------------------------------

@@ -47,8 +47,7 @@ def run_workload(shards: laqjax.Shards, kind: str, rounds: int, algorithm: str =
     oracle, knobs = problem.oracle(), {"bits": BITS[kind]} if algorithm == "laq" else {}
     alg = getattr(laqjax.algorithms, algorithm)(oracle, lr=0.02, num_workers=len(shards.x), **knobs)
     theta0, key = problem.init_vector(oracle), jax.random.key(0)
-    run = repeat(lambda: laqjax.run(alg, theta0, shards, rounds, key), 1)
-    return Workload(run.call, rounds, FLOPS[kind])
+    return Workload(lambda: laqjax.run(alg, theta0, shards, rounds, key), rounds, FLOPS[kind])
 
 
 def sweep_workload(shards: laqjax.Shards, kind: str, points: int, rounds: int) -> Workload:
@@ -58,20 +57,19 @@ def sweep_workload(shards: laqjax.Shards, kind: str, points: int, rounds: int) -
     knobs: dict[str, Any] = {"lr": 0.02, "num_workers": len(shards.x), "bits": BITS[kind]}
     algs = laqjax.stack_algorithms([laqjax.algorithms.laq(oracle, max_silence=10 + i, **knobs) for i in range(points)])
     theta0, keys = problem.init_vector(oracle), jax.random.split(jax.random.key(0), points)
-    run = repeat(lambda: laqjax.sweep(algs, theta0, shards, rounds, keys, batch_size=points), 1)
-    return Workload(run.call, rounds * points, FLOPS[kind])
+    call = partial(laqjax.sweep, algs, theta0, shards, rounds, keys, batch_size=points)
+    return Workload(call, rounds * points, FLOPS[kind])
 
 
 def checkpoint_workload(shards: laqjax.Shards, every: int | None) -> Workload:
     """Create a workload of 1000 rounds of LAQ on softmax regression, with a checkpoint every so many or without."""
     problem = laqjax.problems.Softmax(shards.x.shape[-1], CLASSES)
     alg = laqjax.algorithms.laq(problem.oracle(), lr=0.02, num_workers=len(shards.x), bits=BITS["softmax"])
-    key = jax.random.key(0)
+    run = partial(laqjax.run, alg, problem.init_params(0), shards, 1000, jax.random.key(0), chunk_size=100)
 
     def call() -> None:
         with TemporaryDirectory() as folder:
-            save: Any = {"checkpoint_dir": folder if every else None, "checkpoint_every": every}
-            laqjax.run(alg, problem.init_params(0), shards, 1000, key, chunk_size=100, **save)
+            run(checkpoint_dir=folder if every else None, checkpoint_every=every)
 
     return Workload(call, 1000, FLOPS["softmax"])
 
@@ -86,8 +84,7 @@ def flax_kernel_workload(shards: laqjax.Shards) -> Workload:
     params = {"bias": jnp.zeros(CLASSES), "kernel": jnp.zeros((shards.x.shape[-1], CLASSES))}
     oracle = laqjax.oracles.from_loss(loss, params, l2=0.01)
     alg = laqjax.algorithms.laq(oracle, lr=0.02, num_workers=len(shards.x), bits=BITS["softmax"])
-    run = repeat(lambda: laqjax.run(alg, params, shards, 20, jax.random.key(0)), 1)
-    return Workload(run.call, 20, FLOPS["softmax"])
+    return Workload(lambda: laqjax.run(alg, params, shards, 20, jax.random.key(0)), 20, FLOPS["softmax"])
 
 
 def cnn_workload(shards: laqjax.Shards, form: str) -> Workload:
@@ -283,11 +280,9 @@ def load_mnist() -> laqjax.Shards:
     return laqjax.partition_data(data.x, data.y, 10, "contiguous")
 
 
-def large_models(name: str, hidden: int) -> dict[str, Callable[[laqjax.Shards], Workload]]:
-    """Return the workloads of a large model."""
-    return {
-        f"{name}-{form}": partial(large_model_workload, hidden=hidden, form=form) for form in ("plain", "gd", "laq")
-    }
+def make_forms(prefix: str, make: Callable[..., Workload], *forms: str, **options: Any) -> dict[str, Any]:
+    """Return workloads of one function, by the prefix and the form of each."""
+    return {f"{prefix}-{form}": partial(make, form=form, **options) for form in forms}
 
 
 # Each group takes turns with a GEMM of its own. A call takes half a second to a second.
@@ -310,14 +305,14 @@ WORKLOAD_GROUPS: dict[str, dict[str, Callable[[laqjax.Shards], Workload]]] = {
         "sweep-64": partial(sweep_workload, kind="softmax", points=64, rounds=4),
     },
     "kernel": {"out-in": partial(run_workload, kind="softmax", rounds=20), "in-out": flax_kernel_workload},
-    "cnn": {f"cnn-{form}": partial(cnn_workload, form=form) for form in ("calls", "laq", "sweep")},
-    "million": large_models("million", 1258),
-    "ten": large_models("ten-million", 12579),
+    "cnn": make_forms("cnn", cnn_workload, "calls", "laq", "sweep"),
+    "million": make_forms("million", large_model_workload, "plain", "gd", "laq", hidden=1258),
+    "ten": make_forms("ten-million", large_model_workload, "plain", "gd", "laq", hidden=12579),
     "checkpoint": {
         "unsaved": partial(checkpoint_workload, every=None),
         "saved": partial(checkpoint_workload, every=100),
     },
-    "message": {f"message-{form}": partial(wire_workload, form=form) for form in ("pack", "read")},
-    "federation": {f"federation-{form}": partial(federation_workload, form=form) for form in ("round", "gradients")},
+    "message": make_forms("message", wire_workload, "pack", "read"),
+    "federation": make_forms("federation", federation_workload, "round", "gradients"),
     "network-sweep": {"network-sweep-8": partial(sweep_workload, kind="network", points=8, rounds=2)},
 }

@@ -5,10 +5,6 @@ On 4 devices (forced ones on a CPU): gradients by pmean, lazily aggregated quant
     python -m experiments.examples.data_parallel --steps 300 --out results/parallel
 """
 
-import os
-
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import laqjax
 from experiments.figures import style
-from experiments.harness import cli, datasets
+from experiments.harness import cli, datasets, grid
 from laqjax import check_number
 from laqjax.algorithms import topk_ef
 
@@ -75,6 +71,7 @@ def milliseconds(ways, start, mesh, row, turns=20):
 
 def main(steps: int = 300, batch: int = 1024, lr: float = 0.1, out: Path = Path("results/parallel")) -> None:
     check_number("steps", steps, np.int32, minimum=1)
+    grid.set_cpu_devices(DEVICES)
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     data, rng = datasets.load("mnist"), np.random.default_rng(0)
     start = model.init(jax.random.key(0), jnp.zeros((1, 784)))

@@ -9,16 +9,13 @@ The devices are forced ones on a CPU. Each has its own topics of Python's help t
 A stopped command resumes: each method and seed is a file in the folder `runs`.
 """
 
-import os
-
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import polars as pl
@@ -30,6 +27,7 @@ import laqjax
 from experiments.examples import language_model
 from experiments.figures import style
 from experiments.harness import cli, results, storage
+from experiments.harness.grid import set_cpu_devices
 from laqjax import check_number
 from laqjax.algorithms import gd, topk_ef
 from laqjax.compressors import chunked_top_k, grid, quantized_values
@@ -68,8 +66,7 @@ class Settings:
 
 def error_feedback(oracle, *, compressor, decay=1.0, **server: Any):
     """Return the method whose workers send a compressed vector and add what was lost to the next one."""
-    kept: Any = np.float32(decay)
-    memory = laqjax.memories.ErrorFeedback(kept)
+    memory = laqjax.memories.ErrorFeedback(jnp.float32(decay))
     return laqjax.assemble(oracle, compressor, laqjax.rules.Always(), memory, **server)
 
 
@@ -78,28 +75,23 @@ def make_optimizer(name: str, period: int, settings: Settings) -> tuple[optax.Gr
     warmup = min(20, settings.steps // 4)
     lr = optax.warmup_cosine_decay_schedule(0.0, settings.lr, warmup, settings.steps, settings.lr / 10)
     inner = optax.adamw(lr, weight_decay=0.1)
-    if name in EVERY_STEP:
-        sends: Any = (
-            {"algorithm": topk_ef, "k": SIZE // 100} if "top" in name else {"algorithm": gd, "collective": "all_reduce"}
-        )
-        return optax.chain(laqjax.lazy_aggregate("data", M, **sends), inner), False
     values = quantized_values(chunked_top_k(1024, 32), grid(2))
-    nesterov = optax.sgd(0.7, momentum=settings.momentum, nesterov=True)
     ways: dict[str, Any] = {
+        EVERY_STEP[1]: {"algorithm": topk_ef, "k": SIZE // 100},
         LOW_BIT[0]: {"algorithm": error_feedback, "compressor": grid(4), "quantizer_blocks": "leaf"},
         LOW_BIT[1]: {"bits": 4, "xi": settings.xi, "max_silence": settings.max_silence, "quantizer_blocks": "leaf"},
         LOW_BIT[2]: {"algorithm": error_feedback, "compressor": values, "decay": 0.95, "outer": optax.sgd(1.0)},
     }
-    sends = {"outer": nesterov} | ways.get(name, {"algorithm": gd, "collective": "all_reduce"})
+    sends = ways.get(name, {"algorithm": gd, "collective": "all_reduce"})
+    if name in EVERY_STEP:
+        return optax.chain(laqjax.lazy_aggregate("data", M, **sends), inner), False
+    sends = {"outer": optax.sgd(0.7, momentum=settings.momentum, nesterov=True)} | sends
     return diloco_optimizer(inner, axis="data", num_workers=M, sync_every=period, **sends), True
 
 
 def mean_loss(params, x, y):
     """Return the mean loss of a batch."""
     return language_model.loss(params, x, y).mean()
-
-
-evaluate = jax.jit(mean_loss)
 
 
 def train(name: str, period: int, seed: int, settings: Settings, console: Console) -> pl.DataFrame:
@@ -114,8 +106,8 @@ def train(name: str, period: int, seed: int, settings: Settings, console: Consol
     params = replicate(start, M) if differ else start
     specs = laqjax.aggregation.partition_specs(jax.eval_shape(tx.init, params), "data")
     place = P("data") if differ else P()
-    params, state = jax.device_put(params, NamedSharding(mesh, place)), jax.jit(tx.init)(params)
-    state = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), state, specs)
+    state = jax.jit(tx.init, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))(params)
+    params = jax.device_put(params, NamedSharding(mesh, place))
 
     def step(params, state, x, y):
         def loss(params):
@@ -136,7 +128,7 @@ def train(name: str, period: int, seed: int, settings: Settings, console: Consol
         sent = state.aggregate_state if differ else state[0]
         moved, billed = moved + int(sent.bytes_received), billed + int(sent.bits_up.sum())
         if (number + 1) % max(settings.steps // 10, 5) == 0 or number + 1 == settings.steps:
-            loss = float(evaluate(jax.device_get(collapse(state) if differ else params), *test))
+            loss = float(jax.jit(mean_loss)(jax.device_get(collapse(state) if differ else params), *test))
             found.append(
                 (number + 1, billed / 1e6, moved / 1e6, loss, int(sent.total_uploads), time.perf_counter() - began)
             )
@@ -149,6 +141,7 @@ def main(settings: Settings) -> None:
     """Train with all methods; write the curves, a table and a figure."""
     for name in ("steps", "batch", "seeds"):
         check_number(name, getattr(settings, name), np.int32, minimum=1)
+    set_cpu_devices(M)
     periods = PERIODS
     if settings.quick:
         jax.config.update("jax_disable_most_optimizations", True)  # nearly all of a quick run is compilation
@@ -180,10 +173,8 @@ def report(curves: pl.DataFrame, best: int, out: Path, console: Console) -> None
     """Write and print the table and the figure."""
     storage.save_frame(curves, out / "curves", csv=True)
     means = curves.group_by("name", "step", maintain_order=True).agg(pl.col("megabits", "megabytes", "loss").mean())
-    y, looks = (
-        style.Axis("loss", "test loss, nats per byte", log=False),
-        style.assign_looks({n: n for n in means["name"]}),
-    )
+    y = style.Axis("loss", "test loss, nats per byte", log=False)
+    looks = style.assign_looks({name: name for name in means["name"]})
     titles = {"step": "step", "megabits": "Mbit up, billed, all devices", "megabytes": "MB received by each device"}
     rows = means.with_columns(line="name", mark=pl.lit(True))
     panels = [
@@ -195,19 +186,16 @@ def report(curves: pl.DataFrame, best: int, out: Path, console: Console) -> None
         f"The 4-bit and 2-bit methods synchronize every {best} step(s). All of them but the lazy one, and top 1 %, have "
         f"error feedback. Mean of {seeds} seed(s)."
     )
-    style.save(
-        style.Figure("Test loss of the language model against steps and traffic", style.concat_panels(panels, 3), note),
-        out / "diloco",
-    )
+    title = "Test loss of the language model against steps and traffic"
+    style.save(style.Figure(title, style.concat_panels(panels, 3), note), out / "diloco")
     last = curves.filter(pl.col("step") == pl.col("step").max())
     spread = last.group_by("name", maintain_order=True).agg(
         pl.col("loss").mean(), pl.col("loss").std().alias("±"), pl.col("megabits").mean().alias("Mbit billed"),
         pl.col("megabytes").mean().alias("MB to each"), pl.col("uploads").mean(), pl.col("seconds").mean().round().cast(pl.Int64),
     )  # fmt: skip
     storage.save_frame(spread, out / "table", csv=True)
-    storage.write_json(
-        out / "run.json", storage.provenance() | {"text": language_model.text_digest(), "parameters": SIZE}
-    )
+    facts = {"text": language_model.text_digest(), "parameters": SIZE}
+    storage.write_json(out / "run.json", storage.provenance() | facts)
     results.report_result(console, out, {f"{SIZE:,} parameters, {last['step'][0]} steps": spread}, [note])
 
 

@@ -15,11 +15,8 @@ WORDS, HALF, SIZE = 16, 8, 32
 
 def load():
     tokens = np.random.default_rng(0).integers(1, WORDS, (1200, HALF)).astype(np.int32)
-    x = {
-        "tokens": np.concatenate([tokens, 0 * tokens[:, :1], tokens[:, :-1]], axis=1),
-        "mask": np.arange(2 * HALF) > HALF - 1,
-    }
-    x["mask"] = np.broadcast_to(x["mask"], x["tokens"].shape)
+    row = np.concatenate([tokens, 0 * tokens[:, :1], tokens[:, :-1]], axis=1)
+    x = {"tokens": row, "mask": np.broadcast_to(np.arange(2 * HALF) >= HALF, row.shape)}
     y = np.concatenate([0 * tokens, tokens], axis=1)
     parts = [jax.tree.map(lambda a, s=s: a[s], (x, y)) for s in (slice(1000), slice(1000, None))]
     return *parts[0], *parts[1]

@@ -17,19 +17,18 @@ import numpy as np
 import optax
 
 VOCABULARY, CONTEXT, WIDTH, HEADS, LAYERS = 128, 64, 64, 4, 4
+TEXTS = [text for _, text in sorted(pydoc_data.topics.topics.items())]
 
 
 def text_digest():
     """Return 12 digits of the hash of the text, which differs between versions of Python."""
-    return hashlib.sha256("".join(text for _, text in sorted(pydoc_data.topics.topics.items())).encode()).hexdigest()[
-        :12
-    ]
+    return hashlib.sha256("".join(TEXTS).encode()).hexdigest()[:12]
 
 
 def load():
     """Return bytes [N, 64] and the bytes that follow them [N, 64], of the training rows and of the test rows."""
     train, test = [], []
-    for _, text in sorted(pydoc_data.topics.topics.items()):
+    for text in TEXTS:
         tokens = np.minimum(np.frombuffer(text.encode(), np.uint8), VOCABULARY - 1)
         rows = np.lib.stride_tricks.sliding_window_view(tokens, CONTEXT + 1)[::CONTEXT]
         held_out = len(rows) // 10

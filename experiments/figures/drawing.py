@@ -105,41 +105,37 @@ def residual_title(points: pl.DataFrame) -> str:
 def thin_curves(curves: pl.DataFrame, names: Mapping[int, str], column: str, share: int = 1) -> pl.DataFrame:
     """Return the rows of the points in `names` for `build_line_panel`, thinned; the first seed of a setting has the widest line."""
     known = curves.filter(pl.col("point").is_in(list(names)), pl.col(column).is_finite(), pl.col("round") > 0)
-    groups = {key[0]: rows for key, rows in known.group_by(["point"], maintain_order=True) if len(rows)}
+    groups = known.partition_by("point", as_dict=True)
     parts, seen = [], set()
-    for point in (point for point in names if point in groups):
-        rows = groups[point]
-        rows = rows[thin_indices(len(rows), max(ROWS // share // len(groups), 10))]
-        dots = np.isin(np.arange(len(rows)), thin_indices(len(rows), max(DOTS // share // len(groups), 6)))
-        width = 0.8 if names[point] in seen else 1.6
-        seen.add(names[point])
-        rows = rows.with_columns(
-            pl.lit(names[point]).alias("name"), pl.lit(width).alias("width"), line="point", dot=pl.Series(dots)
-        )
-        parts.append(rows.with_columns(mark=pl.lit(len(rows) < 3)))
+    for point, name in names.items():
+        if (point,) in groups:
+            rows = groups[point,]
+            rows = rows[thin_indices(len(rows), max(ROWS // share // len(groups), 10))]
+            dots = np.isin(np.arange(len(rows)), thin_indices(len(rows), max(DOTS // share // len(groups), 6)))
+            looks: Any = {"width": pl.lit(0.8 if name in seen else 1.6), "mark": pl.lit(len(rows) < 3)}
+            parts.append(rows.with_columns(name=pl.lit(name), line="point", dot=pl.Series(dots), **looks))
+            seen.add(name)
     rows = pl.concat(parts) if parts else known.head(0)
     return rows.with_columns(pl.col(column).clip(FLOOR)) if column == "residual" else rows
 
 
 def build_curves(rows: pl.DataFrame, column: str, title: str, looks: Looks, against: Mapping[str, str]) -> Any | None:
     """Return a measure against each cost, a panel each; None where there is nothing to draw."""
-    log = column == "residual"
-    costs = [name for name in against if len(rows) and (rows[name] > 0).any()]
-    y = Axis(column, title, log).fit(rows[column]) if costs else None
-    tips = {**against, column: title}
-    kept = ["name", "line", "width", "dot", "mark", column, *costs]
-    looks = {name: look for name, look in looks.items() if costs and name in set(rows["name"])}
-    panels = [style.build_line_panel(rows.select(kept), Axis(x, against[x]), y, looks, tips) for x in costs if y]
-    return style.concat_panels(panels, len(panels)) if panels else None
+    costs = {name: cost for name, cost in against.items() if (rows[name] > 0).any()}
+    if not costs:
+        return None
+    y = Axis(column, title, column == "residual").fit(rows[column])
+    looks = {name: look for name, look in looks.items() if name in set(rows["name"])}
+    panels = [style.build_line_panel(rows, Axis(*cost), y, looks, costs) for cost in costs.items()]
+    return style.concat_panels(panels, len(panels))
 
 
-def measure_figures(
-    tables: Tables, names: Mapping[int, str], looks: Looks, against: Mapping[str, str], first: str = "loss"
-) -> Iterator[tuple[str, Figure]]:
+def measure_figures(kind: str, tables: Tables, names: Mapping[int, str], looks: Looks) -> Iterator[tuple[str, Figure]]:
     """Yield the loss, and the test accuracy where it is known, against the costs; the measure of the goal first."""
     measures = [("residual", residual_title(tables["points"]), "loss"), ("accuracy", "test accuracy", "accuracy")]
     if "accuracy" in tables["points"]["goal"][0]:
         measures.reverse()
+    against = FEDERATED_AXES if kind == "federated" else COST_AXES
     for number, (column, title, name) in enumerate(measures):
         rows = thin_curves(tables["curves"], names, column)
         longest, known = (count_longest(part, column, names) for part in (rows, tables["curves"]))
@@ -153,7 +149,7 @@ def measure_figures(
             f"At most {longest} points of a curve are drawn." * (longest < known),
         ]
         note = " ".join(filter(None, parts))
-        yield (name if number or first == "loss" else first), Figure(f"{title} against its costs", chart, note)
+        yield ("front" if kind == "sweep" and not number else name), Figure(f"{title} against its costs", chart, note)
 
 
 def count_longest(curves: pl.DataFrame, column: str, names: Mapping[int, str]) -> int:
@@ -190,8 +186,7 @@ def curve_figures(kind: str, tables: Tables) -> Iterator[tuple[str, Figure]]:
     if kind == "sweep" and (cells := heat_map_cells(summary, target)) is not None:
         yield "bits-to-target", build_heat_map(cells, summary, target)
     names, looks = choose_settings(kind, tables)
-    against, first = FEDERATED_AXES if kind == "federated" else COST_AXES, "front" if kind == "sweep" else "loss"
-    yield from measure_figures(tables, names, looks, against, first)
+    yield from measure_figures(kind, tables, names, looks)
     if len(best):
         yield "pareto", build_pareto(best, setting_labels(summary), target, looks)
     masks: dict[str, np.ndarray] = {}
@@ -206,12 +201,11 @@ def curve_figures(kind: str, tables: Tables) -> Iterator[tuple[str, Figure]]:
         methods = dict(points.select("point", "method").iter_rows())
         where = points.select("point", panel=pl.concat_str(others, separator=", "))
         rows = thin_curves(tables["curves"], methods, "residual").filter(pl.col("uploads") > 0)
-        rows, y = rows.join(where, on="point", maintain_order="left"), Axis("residual", residual_title(points))
+        rows = rows.join(where, on="point", maintain_order="left")
+        y = Axis("residual", residual_title(points)).fit(rows["residual"])
         colors = style.assign_looks({name: name for name in methods.values()})
         panels = [
-            style.build_line_panel(
-                part, Axis("uploads", "uploads"), y.fit(rows["residual"]), colors, COST_AXES, title=name
-            )
+            style.build_line_panel(part, Axis("uploads", "uploads"), y, colors, COST_AXES).properties(title=name)
             for (name,), part in rows.group_by(["panel"], maintain_order=True)
         ]
         yield "panels", Figure(f"{y.title} against uploads", style.concat_panels(panels, 4))
@@ -252,65 +246,54 @@ def build_heat_map(cells: pl.DataFrame, summary: pl.DataFrame, target: str) -> F
 
 def build_pareto(best: pl.DataFrame, words: Mapping[int, str], target: str, looks: Looks) -> Figure:
     """Return rounds against bits up of all settings that reached the target, and the front with its settings."""
-    rows = best.select(
+    rows = best[:SETTINGS].select(
         "point", "algorithm", bits=f"bits_up_{target}", rounds=f"rounds_{target}",
-        bits_ci=pl.col(f"bits_up_{target}_ci95").fill_null(0), rounds_ci=pl.col(f"rounds_{target}_ci95").fill_null(0),
-    )[:SETTINGS]  # fmt: skip
-    rows = rows.with_columns(setting=pl.col("point").replace_strict(words, return_dtype=pl.String))
-    x = Axis("bits", f"bits up to {best['goal'][0]} {target}")
-    x = x.fit(rows["bits"], *interval_ends(rows["bits"], rows["bits_ci"]))
-    y = Axis("rounds", "rounds", log=False).fit(rows["rounds"] + rows["rounds_ci"], rows["rounds"] - rows["rounds_ci"])
-    low = x.limits[0] if x.limits else 0.0
-    rows = rows.with_columns(
-        left=(pl.col("bits") - pl.col("bits_ci")).clip(low), right=pl.col("bits") + pl.col("bits_ci"),
-        down=pl.col("rounds") - pl.col("rounds_ci"), up=pl.col("rounds") + pl.col("rounds_ci"),
+        ci=pl.col(f"bits_up_{target}_ci95").fill_null(0), rounds_ci=pl.col(f"rounds_{target}_ci95").fill_null(0),
     )  # fmt: skip
-    algorithms = {
-        name: looks[words[p]][0]
-        for p, name in rank_all(best).select("point", "algorithm").iter_rows()
-        if words[p] in looks
-    }
+    x, rows = fit_intervals(rows, f"bits up to {best['goal'][0]} {target}")
+    rows = rows.with_columns(
+        down=pl.col("rounds") - pl.col("rounds_ci"), up=pl.col("rounds") + pl.col("rounds_ci"),
+        setting=pl.col("point").replace_strict(words, return_dtype=pl.String),
+    )  # fmt: skip
+    y = Axis("rounds", "rounds", log=False).fit(rows["up"], rows["down"])
+    ranked = rank_all(best).select("point", "algorithm").iter_rows()
+    algorithms = {name: looks[words[p]][0] for p, name in ranked if words[p] in looks}
     colors = list(algorithms.values()) if len(algorithms) > 1 else [style.GREY]
     color = alt.Color(
         "algorithm:N", scale=alt.Scale(domain=list(algorithms), range=colors), legend=style.build_legend("algorithm", symbolType="circle")
     )  # fmt: skip
-    tips = style.tooltips(
-        {"setting": "setting", "bits": x.title, "bits_ci": "±", "rounds": "rounds", "rounds_ci": "± "}, rows
-    )
-    base = alt.Chart(rows).encode(x.channel(alt.X), y.channel(alt.Y), tooltip=tips)
+    tips = {"setting": "setting", "bits": x.title, "ci": "±", "rounds": "rounds", "rounds_ci": "± "}
+    plane = alt.Chart().encode(x.channel(alt.X), y.channel(alt.Y), tooltip=style.tooltips(tips, rows))
+    base = plane.properties(data=rows)
     layers: list[Any] = [base.mark_circle(size=30, clip=True).encode(color=color)]
-    if (rows["bits_ci"] > 0).any():
+    if (rows["ci"] > 0).any():
         layers.append(base.mark_rule(opacity=0.5, clip=True).encode(x="left:Q", x2="right:Q", color=color))
         layers.append(base.mark_rule(opacity=0.5, clip=True).encode(y="down:Q", y2="up:Q", color=color))
     edge = pareto_front(best, target)["point"].to_list()
-    front = alt.Chart(rows.filter(pl.col("point").is_in(edge))).encode(x.channel(alt.X), y.channel(alt.Y), tooltip=tips)
     if len(edge) > 1:
+        front = plane.properties(data=rows.filter(pl.col("point").is_in(edge)))
         layers.append(front.mark_line(interpolate="step-after", color=style.GREY, strokeWidth=1))
     named = [p for p in edge if words[p] in looks][: len(style.SHAPES)]
-    labels = [style.wrap_label(words[p]) for p in named]
+    labels = {p: style.wrap_label(words[p]) for p in named}
     marks = rows.filter(pl.col("point").is_in(named)).with_columns(
-        front=pl.col("point").replace_strict(dict(zip(named, labels, strict=True)), return_dtype=pl.String)
+        front=pl.col("point").replace_strict(labels, return_dtype=pl.String)
     )
-    box, domain = (
-        style.build_legend("Pareto front"),
-        alt.Scale(domain=labels, range=[looks[words[p]][0] for p in named]),
-    )
-    shapes = alt.Scale(domain=labels, range=list(style.SHAPES[: len(named)]))
-    marked = alt.Chart(marks).mark_point(size=110, strokeWidth=2, filled=False).encode(
-        x.channel(alt.X), y.channel(alt.Y), tooltip=tips,
-        color=alt.Color("front:N", scale=domain, legend=box), shape=alt.Shape("front:N", scale=shapes, legend=box),
+    box, domain = style.build_legend("Pareto front"), list(labels.values())
+    shapes = alt.Scale(domain=domain, range=list(style.SHAPES[: len(named)]))
+    front_colors = alt.Scale(domain=domain, range=[looks[words[p]][0] for p in named])
+    marked = plane.properties(data=marks).mark_point(size=110, strokeWidth=2, filled=False).encode(
+        color=alt.Color("front:N", scale=front_colors, legend=box), shape=alt.Shape("front:N", scale=shapes, legend=box)
     )  # fmt: skip
     chart = alt.layer(alt.layer(*layers), marked).resolve_scale(color="independent", shape="independent")
     note = "A dot is a setting that reached the target on every seed, with 95 % intervals over seeds where there are several."
-    return Figure(
-        f"Rounds against bits up to {best['goal'][0]} {target}", chart.properties(width=480, height=300), note
-    )
+    return Figure(f"Rounds against {x.title}", chart.properties(width=480, height=300), note)
 
 
-def interval_ends(values: pl.Series, half: pl.Series) -> tuple[pl.Series, pl.Series]:
-    """Return the ends of intervals that a log axis shows; a lower end below a third of its value ends at the edge."""
-    low = values - half
-    return low.filter(low > values / 3), values + half
+def fit_intervals(rows: pl.DataFrame, title: str) -> tuple[Axis, pl.DataFrame]:
+    """Return a log axis for bits ± ci, and the rows with the ends; those below a third of the value end at its edge."""
+    left, right = rows["bits"] - rows["ci"], rows["bits"] + rows["ci"]
+    x = Axis("bits", title).fit(rows["bits"], left.filter(left > rows["bits"] / 3), right)
+    return x, rows.with_columns(left=left.clip(x.limits[0] if x.limits else None), right=right)
 
 
 def build_raster(masks: Mapping[str, np.ndarray], colors: Mapping[str, str]) -> Figure:
@@ -347,30 +330,27 @@ def build_raster(masks: Mapping[str, np.ndarray], colors: Mapping[str, str]) -> 
 def comparison_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
     """Yield the figures of `experiments.compare`; a method has one color among those of its kind in all of them."""
     best, tried = tables["best"], tables["tried"]
-    members: dict[str, list[str]] = {}
-    for method, kind in best.select("method", "kind").unique(maintain_order=True).iter_rows():
-        members.setdefault(kind, []).append(method)
-    looks = {kind: style.assign_looks({name: name for name in methods}) for kind, methods in members.items()}
-    rows = best.filter(pl.col("cheapest in") == "bits up") if "cheapest in" in best.columns else best
+    members = best.group_by(["kind"], maintain_order=True)
+    looks = {kind: style.assign_looks({name: name for name in rows["method"]}) for (kind,), rows in members}
+    rows = best.filter(pl.col("cheapest in") == "bits up")
     if (rows["bits_up"].fill_null(0) > 0).any():
         yield "bits", build_costs(rows, looks)
     for target in best["target"].unique(maintain_order=True):
         if (figure := build_fronts(tried, target, looks)) is not None:
             yield f"fronts-{target}", figure
-    if "curves" in tables:
-        lines = thin_curves(tables["curves"], method_points(tables), "residual")
-        if len(lines):
-            y = Axis("residual", residual_title(tables["points"])).fit(lines["residual"])
-            panels = [
-                style.build_line_panel(part, Axis(x, COST_AXES[x]).fit(lines[x]), y, mine, COST_AXES, legend_title=kind)
-                for kind in looks
-                if len(part := lines.filter(pl.col("name").is_in(members[kind])))
-                for x in ("round", "bits_up")
-                if (mine := {name: look for name, look in looks[kind].items() if name in set(part["name"])})
-            ]
-            note = "The settings with the fewest bits up to the last target, on the seeds that are reported."
-            chart = style.concat_panels(panels, 2, ("color", "strokeDash"))
-            yield "loss", Figure(f"{y.title} against its costs, by kind of method", chart, note)
+    lines = thin_curves(tables["curves"], method_points(tables), "residual")
+    if len(lines):
+        y = Axis("residual", residual_title(tables["points"])).fit(lines["residual"])
+        panels = [
+            style.build_line_panel(part, Axis(x, COST_AXES[x]).fit(lines[x]), y, mine, COST_AXES, legend_title=kind)
+            for kind, members in looks.items()
+            if (mine := {name: look for name, look in members.items() if name in set(lines["name"])})
+            for part in [lines.filter(pl.col("name").is_in(list(mine)))]
+            for x in ("round", "bits_up")
+        ]
+        note = "The settings with the fewest bits up to the last target, on the seeds that are reported."
+        chart = style.concat_panels(panels, 2, ("color", "strokeDash"))
+        yield "loss", Figure(f"{y.title} against its costs, by kind of method", chart, note)
 
 
 def method_points(tables: Tables) -> dict[int, str]:
@@ -392,20 +372,14 @@ def build_costs(best: pl.DataFrame, looks: Mapping[str, Looks]) -> Figure:
     rows = best.filter(pl.col("bits_up") > 0).with_columns(
         pl.col("method").replace_strict(labels, return_dtype=pl.String).alias("label"),
         pl.col("method").replace_strict(colors, return_dtype=pl.String).alias("color"),
-        pl.col("bits_up_ci95").fill_null(0).alias("ci"), bits=pl.col("bits_up").cast(pl.Float64), what=pl.lit("mean"),
+        pl.col("bits_up_ci95").fill_null(0).alias("ci"), bits="bits_up", what=pl.lit("mean"),
     )  # fmt: skip
-    if theory in rows.columns:
-        first = rows.filter(pl.col(theory) > 0)
-        first = first.with_columns(bits=pl.col(theory).cast(pl.Float64), what=pl.lit("step of theory"), ci=pl.lit(0.0))
-        rows = pl.concat([rows, first.select(rows.columns)])
+    first = rows.filter(pl.col(theory) > 0).with_columns(bits=theory, what=pl.lit("step of theory"), ci=pl.lit(0.0))
+    rows = pl.concat([rows, first])
     goal, panels = f"bits up to {best['goal'][0]}", []
     shapes = alt.Scale(domain=rows["what"].unique(maintain_order=True).to_list(), range=["circle", "diamond"])
     for (target,), part in rows.group_by(["target"], maintain_order=True):
-        x = Axis("bits", f"{goal} {target}").fit(part["bits"], *interval_ends(part["bits"], part["ci"]))
-        low = x.limits[0] if x.limits else 0.0
-        part = part.with_columns(left=(pl.col("bits") - pl.col("ci")).clip(low), right=pl.col("bits") + pl.col("ci"))
-        kept = ("label", "color", "what", "setting", "bits", "ci", "left", "right")
-        part = part.select(name for name in kept if name in part.columns)
+        x, part = fit_intervals(part.select("label", "color", "what", "setting", "bits", "ci"), f"{goal} {target}")
         y = alt.Y("label:N", title=None, scale=alt.Scale(domain=list(labels.values())), axis=alt.Axis(grid=True))
         tips = style.tooltips({"label": "method", "what": "", "setting": "setting", "bits": x.title, "ci": "±"}, part)
         base = alt.Chart(part).encode(y=y, color=alt.Color("color:N", scale=None), tooltip=tips)
@@ -424,28 +398,24 @@ def build_costs(best: pl.DataFrame, looks: Mapping[str, Looks]) -> Figure:
 def build_fronts(tried: pl.DataFrame, target: str, looks: Mapping[str, Looks]) -> Figure | None:
     """Return rounds against bits up of each method's front, a panel for each kind, with all other fronts in grey."""
     reached = tried.filter(pl.col(f"bits_up_{target}") > 0)
-    words, parts = setting_labels(tried), []
-    for (name,), rows in reached.group_by(["algorithm"], maintain_order=True):
-        edge = pareto_front(rows, target).select("point", bits=f"bits_up_{target}", rounds=f"rounds_{target}")
-        parts.append(
-            edge.with_columns(name=pl.lit(name), setting=pl.col("point").replace_strict(words, return_dtype=pl.String))
-        )
-    if not parts:
+    if reached.is_empty():
         return None
-    rows = pl.concat(parts).with_columns(line="name", mark=pl.lit(True))
+    groups = reached.partition_by("algorithm")
+    rows = pl.concat(pareto_front(group, target) for group in groups).select(
+        "point", bits=f"bits_up_{target}", rounds=f"rounds_{target}", name="algorithm", line="algorithm",
+        setting=pl.col("point").replace_strict(setting_labels(tried), return_dtype=pl.String), mark=pl.lit(True),
+    )  # fmt: skip
     x = Axis("bits", f"bits up to {tried['goal'][0]} {target}").fit(rows["bits"])
     y = Axis("rounds", "rounds").fit(rows["rounds"])
     panels = []
-    for kind, mine in looks.items():
-        seen = {name: look for name, look in mine.items() if name in set(rows["name"])}
-        if not seen:
-            continue
-        grey = alt.Chart(rows.filter(~pl.col("name").is_in(list(mine)))).encode(detail="line:N")
-        grey = grey.mark_line(color="#dddddd", strokeWidth=1, point={"color": "#dddddd", "size": 12})
-        grey = grey.encode(x.channel(alt.X), y.channel(alt.Y))
-        mine = rows.filter(pl.col("name").is_in(list(seen)))
-        own = style.build_line_panel(mine, x, y, seen, {"setting": "setting"}, (240, 200), kind)
-        panels.append(alt.layer(grey, own).properties(width=240, height=200))
+    for kind, members in looks.items():
+        mine = {name: look for name, look in members.items() if name in set(rows["name"])}
+        if mine:
+            is_mine = pl.col("name").is_in(list(mine))
+            grey = alt.Chart(rows.filter(~is_mine)).encode(x.channel(alt.X), y.channel(alt.Y), detail="line:N")
+            grey = grey.mark_line(color="#dddddd", strokeWidth=1, point={"color": "#dddddd", "size": 12})
+            own = style.build_line_panel(rows.filter(is_mine), x, y, mine, {"setting": "setting"}, (240, 200), kind)
+            panels.append(alt.layer(grey, own).properties(width=240, height=200))
     note = (
         "The settings that no other of their method beats in both, on the seeds of the search. Grey: the other kinds."
     )
@@ -463,26 +433,22 @@ def tune_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:
         return
     known = {"trial", "goal", "target", "reached", "diverged", *results.COST_COLUMNS} - {"bits"}
     settings = [name for name in trials.columns if name not in known]
-    words = [style.describe(row, settings) for row in trials.iter_rows(named=True)]
+    values = [{n: row[n] for n in settings if row[n] is not None} for row in trials.iter_rows(named=True)]
+    words = [results.format_setting(row, " = ") for row in values]
     last, first = int(tables["trials"]["trial"][-1]), tables["trials"]["bits_up"][0]
     dots = trials.select("trial", "bits_up", name=pl.lit("reached on every seed"), setting=pl.Series(words))
     fewest = dots.with_columns(pl.col("bits_up").cum_min(), name=pl.lit("fewest so far"))
-    fewest = pl.concat([fewest, fewest[-1:].with_columns(pl.lit(last).cast(fewest["trial"].dtype).alias("trial"))])
     x = Axis("trial", "trial", False, (-0.5, max(last, 1) + 0.5))
-    level = pl.DataFrame({"trial": x.limits, "bits_up": [float(first or 0)] * 2, "name": "the first trial"})
-    parts = [dots, *[fewest] * (len(dots) > 1), *[level] * bool(first)]
+    level = pl.DataFrame({"trial": x.limits, "bits_up": first, "name": "the first trial"})
+    parts = [dots, *[fewest, fewest[-1:].with_columns(trial=last)] * (len(dots) > 1), *[level] * bool(first)]
     rows = pl.concat(parts, how="diagonal_relaxed").with_columns(line="name", mark=pl.col("name") == dots["name"][0])
     looks = {"reached on every seed": (style.COLORS[0], [1, 0]), "fewest so far": (style.COLORS[3], [1, 0])}
-    looks = {name: looks.get(name, ("#222222", [6, 3])) for name in rows["name"].unique(maintain_order=True)}
+    looks |= {"the first trial": ("#222222", [6, 3])}
+    looks = {name: look for name, look in looks.items() if name in set(rows["name"])}
     y = Axis("bits_up", f"bits up to {trials['goal'][0]} {trials['target'][0]:g}").fit(rows["bits_up"])
     look: Any = {"dotted": True, "interpolate": "step-after"}
-    yield (
-        "trials",
-        Figure(
-            "Bits up over the trials",
-            style.build_line_panel(rows, x, y, looks, {"setting": "setting"}, (460, 260), **look),
-        ),
-    )
+    panel = style.build_line_panel(rows, x, y, looks, {"setting": "setting"}, (460, 260), **look)
+    yield "trials", Figure("Bits up over the trials", panel)
 
 
 def heterogeneity_figures(tables: Tables) -> Iterator[tuple[str, Figure]]:

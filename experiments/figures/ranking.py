@@ -1,13 +1,12 @@
 """Which settings of a result folder are the best, and what each is called in figures and tables."""
 
-import itertools
+import math
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import polars as pl
 
-from experiments.harness.results import COLUMN_TITLES, format_value, setting_columns, target_labels
+from experiments.harness.results import format_setting, setting_columns, target_labels
 
 
 def rank_by_bits(summary: pl.DataFrame, target: str) -> pl.DataFrame:
@@ -45,10 +44,8 @@ def setting_labels(summary: pl.DataFrame) -> dict[int, str]:
     shown = [name for name in setting_columns(summary) if name != "algorithm" and summary[name].n_unique() > 1]
     words = {}
     for row in summary.iter_rows(named=True):
-        values = [
-            f"{COLUMN_TITLES.get(name, name)}={format_value(row[name])}" for name in shown if row[name] is not None
-        ]
-        words[row["point"]] = ", ".join([row["algorithm"], *values])
+        setting = format_setting({name: row[name] for name in shown if row[name] is not None})
+        words[row["point"]] = ", ".join(filter(None, (row["algorithm"], setting)))
     often = Counter(words.values())
     return {point: f"{word} (point {point})" if often[word] > 1 else word for point, word in words.items()}
 
@@ -69,20 +66,13 @@ def heat_map_cells(summary: pl.DataFrame, target: str) -> pl.DataFrame | None:
 
     None where the settings are no grid or a single cell, or none reached the target.
     """
-    axes = ["window", "bits", "max_silence"]
-    lazy = summary.drop_nulls(axes) if set(axes) <= set(summary.columns) else summary.head(0)
-    values = [sorted(lazy[name].unique()) for name in axes] if len(lazy) else []
-    if (
-        not values
-        or max(map(len, values)) == 1
-        or lazy.select(axes).n_unique() < np.prod([len(axis) for axis in values])
-    ):  # drawn at random
+    axes: Any = {"D": "window", "b": "bits", "C": "max_silence"}
+    if not set(axes.values()) <= set(summary.columns):
         return None
-    cheapest: Any = {key: group[f"bits_up_{target}"].min() for key, group in lazy.group_by(axes)}
-    rows = [(*key, cheapest[key]) for key in itertools.product(*values)]
-    cells = pl.DataFrame(rows, schema=["D", "b", "C", "bits"], orient="row", infer_schema_length=None)
-    cells = cells.with_columns(mbit=pl.col("bits").cast(pl.Float64) / 1e6).drop("bits")
-    return cells if (cells["mbit"].fill_null(0) > 0).any() else None
+    lazy = summary.drop_nulls(list(axes.values())).group_by(**axes)
+    cells = lazy.agg(mbit=pl.col(f"bits_up_{target}").min() / 1e6).sort(*axes)
+    is_grid = 1 < len(cells) == math.prod(cells[name].n_unique() for name in axes)  # settings drawn at random are none
+    return cells if is_grid and (cells["mbit"] > 0).any() else None
 
 
 def methods_by_cost(best: pl.DataFrame) -> list[str]:

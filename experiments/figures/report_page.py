@@ -213,7 +213,7 @@ def render_side_by_side(sections: list[ResultFolder], figures: list[dict[str, An
     parts: list[pl.DataFrame] = []
     looks: dict[str, style.Look] = {}
     numbers: dict[str, int] = {}
-    titles = []
+    titles, problems = set(), set()
     for number, (folder, section) in enumerate(zip(folders, sections, strict=True)):
         if "curves" not in section.tables:
             continue
@@ -224,28 +224,22 @@ def render_side_by_side(sections: list[ResultFolder], figures: list[dict[str, An
         named = {point: f"{folder}: {name}" for point, name in names.items()}
         rows = drawing.thin_curves(section.tables["curves"], named, "residual", len(sections))
         parts.append(rows.with_columns(line=pl.format("{} {}", pl.lit(folder), "line")))
-        titles.append(drawing.residual_title(section.tables["points"]))
-    problems = {
-        json.dumps([s.asked.get(name) for name in ("dataset", "problem")]) for s in sections if "curves" in s.tables
-    }
+        titles.add(drawing.residual_title(section.tables["points"]))
+        problems.add(json.dumps([section.asked.get(name) for name in ("dataset", "problem")]))
     if len(problems) > 1:
-        lines.append(
-            '<p class="notice">The folders have other data or another problem, so no figure compares them.</p>'
-        )
+        notice = "The folders have other data or another problem, so no figure compares them."
+        lines.append(f'<p class="notice">{notice}</p>')
     elif parts:
-        title = titles[0] if len(set(titles)) == 1 else "f - f*, or training loss f where f* is not known"
+        title = titles.pop() if len(titles) == 1 else "f - f*, or training loss f where f* is not known"
         rows = pl.concat(parts, how="diagonal_relaxed")
         chart = drawing.build_curves(rows, "residual", title, looks, drawing.COST_AXES)
         note = "A color for each setting, a dash for each folder."
         if chart is not None:
             lines.append(render_figure(style.Figure(f"{title} against its costs", chart, note), figures))
-    asked = [{"experiment": s.kind} | {n: format_setting(v) or None for n, v in s.asked.items()} for s in sections]
-    every = dict.fromkeys(setting for one in asked for setting in one)
-    differ = [setting for setting in every if len({one.get(setting) for one in asked}) > 1]
-    table = pl.DataFrame(
-        [{"folder": name} | {n: one.get(n) or "" for n in differ} for name, one in zip(folders, asked, strict=True)]
-    )
-    return "\n".join([*lines, render_table(table, "Settings that differ"), "</section>"])
+    asked = [{"experiment": s.kind} | {n: format_setting(v) for n, v in s.asked.items()} for s in sections]
+    table = pl.DataFrame(asked, infer_schema_length=None).fill_null("")
+    differ = table.select(pl.Series("folder", folders), *(column for column in table if column.n_unique() > 1))
+    return "\n".join([*lines, render_table(differ, "Settings that differ"), "</section>"])
 
 
 def choose_names(section: ResultFolder, number: int) -> dict[int, str]:

@@ -37,34 +37,25 @@ def scaling_figures(tables: Mapping[str, pl.DataFrame]) -> Iterator[tuple[str, F
             name = f"{devices} device(s): slope {power:.2f} above {1e3 * fixed:.2g} ms"
             names[name] = str(devices)
             parts.append(rows.select(column, "seconds", name=pl.lit(name), line=pl.lit(name), mark=pl.lit(True)))
-        if parts:
-            y = Axis("seconds", "seconds of a run" if column == "rounds" else "seconds of a round")
-            panels.append(
-                style.build_line_panel(pl.concat(parts), Axis(column, title), y, style.assign_looks(names), {})
-            )
-    if panels:
-        chart = style.concat_panels(panels, 3, ("color", "strokeDash"))
-        yield "cost", Figure("Seconds over workers, parameters and rounds", chart)
+        y = Axis("seconds", "seconds of a run" if column == "rounds" else "seconds of a round")
+        panels.append(style.build_line_panel(pl.concat(parts), Axis(column, title), y, style.assign_looks(names), {}))
+    chart = style.concat_panels(panels, 3, ("color", "strokeDash"))
+    yield "cost", Figure("Seconds over workers, parameters and rounds", chart)
     panels = []
     for name in ("strong", "weak"):
         rows = tables["cost"].filter(axis=name)
-        if len(rows):
-            bars = rows.select(
-                "processes", on=pl.format("{} x {}", "processes", "devices of each"), ms=pl.col("seconds") * 1e3
-            )
-            work = f"M = {rows['M'][0]}" + " a device" * (name == "weak")
-            chart = alt.Chart(bars).mark_bar().encode(
-                alt.X("on:N", sort=None, title="processes x devices of each", axis=alt.Axis(labelAngle=0)),
-                alt.Y("ms:Q", title="milliseconds of a round", axis=alt.Axis(tickCount=6)),
-                color=alt.Color("processes:O", scale=alt.Scale(domain=[1, 2, 4], range=list(style.COLORS[:3]))),
-                tooltip=style.tooltips({"on": "processes x devices of each", "ms": "ms of a round"}, bars),
-            )  # fmt: skip
-            panels.append(chart.properties(title=f"{name} scaling, {work}", height=220))
-    if panels:
-        yield (
-            "devices",
-            Figure("Milliseconds of a round over processes and devices", style.concat_panels(panels, 2)),
+        bars = rows.select(
+            "processes", on=pl.format("{} x {}", "processes", "devices of each"), ms=pl.col("seconds") * 1e3
         )
+        work = f"M = {rows['M'][0]}" + " a device" * (name == "weak")
+        chart = alt.Chart(bars).mark_bar().encode(
+            alt.X("on:N", sort=None, title="processes x devices of each", axis=alt.Axis(labelAngle=0)),
+            alt.Y("ms:Q", title="milliseconds of a round", axis=alt.Axis(tickCount=6)),
+            color=alt.Color("processes:O", scale=alt.Scale(domain=[1, 2, 4], range=list(style.COLORS[:3]))),
+            tooltip=style.tooltips({"on": "processes x devices of each", "ms": "ms of a round"}, bars),
+        )  # fmt: skip
+        panels.append(chart.properties(title=f"{name} scaling, {work}", height=220))
+    yield "devices", Figure("Milliseconds of a round over processes and devices", style.concat_panels(panels, 2))
     if "model" in tables:
         rows = tables["model"].with_columns(name="collective", line="collective")
         looks = style.assign_looks({name: name for name in rows["name"].unique(maintain_order=True)})

@@ -12,7 +12,6 @@ import polars as pl
 import polars.selectors as cs
 import vl_convert
 
-from experiments.harness.results import format_value
 from experiments.harness.storage import atomic_write
 
 alt.data_transformers.disable_max_rows()
@@ -72,16 +71,13 @@ def build_look_channels(looks: Looks, title: str | None = None, dotted: bool = F
     """Return the channels color and strokeDash of the column `name`, in one legend; the first is a dot if `dotted`."""
     names = [wrap_label(name) for name in looks]
     box = build_legend(title, **({} if dotted else {"symbolType": "stroke", "symbolSize": 900}))
-    channels: dict[str, Any] = {"color": alt.Color, "strokeDash": alt.StrokeDash}
-    ranges: dict[str, Any] = {
-        "color": [color for color, _ in looks.values()],
-        "strokeDash": [dash for _, dash in looks.values()],
-    }
+    colors, dashes = zip(*looks.values(), strict=True)
+    channels: dict[str, Any] = {"color": (alt.Color, colors), "strokeDash": (alt.StrokeDash, dashes)}
     if dotted:
-        channels["shape"], ranges["shape"] = alt.Shape, ["circle", *["stroke"] * (len(names) - 1)]
+        channels["shape"] = alt.Shape, ["circle", *["stroke"] * (len(names) - 1)]
     return {
-        name: channel("name:N", legend=box, scale=alt.Scale(domain=names, range=ranges[name]))
-        for name, channel in channels.items()
+        name: channel("name:N", legend=box, scale=alt.Scale(domain=names, range=list(values)))
+        for name, (channel, values) in channels.items()
     }
 
 
@@ -129,11 +125,9 @@ def tooltips(columns: Mapping[str, str], frame: pl.DataFrame) -> list[alt.Toolti
     """Return the columns, with their titles, that a mark shows under the pointer."""
     found = []
     for name, title in columns.items():
-        kind, more = frame.schema.get(name), dict[str, Any](title=title)
-        if kind is not None and kind.is_numeric():
-            more["format"] = "," if kind.is_integer() else ",.5~g"
-        if kind is not None:
-            found.append(alt.Tooltip(f"{name}:{'Q' if 'format' in more else 'N'}", **more))
+        if kind := frame.schema.get(name):
+            number: Any = {"format": "," if kind.is_integer() else ",.5~g"} if kind.is_numeric() else {}
+            found.append(alt.Tooltip(f"{name}:{'Q' if number else 'N'}", title=title, **number))
     return found
 
 
@@ -145,7 +139,6 @@ def build_line_panel(
     tips: Mapping[str, str],
     size: tuple[int, int] = (220, 210),
     legend_title: str | None = None,
-    title: str | None = None,
     dotted: bool = False,
     **line: Any,
 ) -> Any:
@@ -172,7 +165,7 @@ def build_line_panel(
     dots = base.transform_filter("datum.mark || (hover && datum.dot)").mark_point(size=36, filled=True, clip=True)
     shown = alt.condition("datum.mark", alt.value(1), alt.value(0))
     dots = dots.encode(color=channels["color"], **shape, opacity=shown, tooltip=tooltips(tips, frame))
-    return alt.layer(lines, dots).properties(width=size[0], height=size[1], **({"title": title} if title else {}))
+    return alt.layer(lines, dots).properties(width=size[0], height=size[1])
 
 
 def concat_panels(panels: Sequence[Any], columns: int, independent: Sequence[str] = ()) -> Any:
@@ -220,8 +213,3 @@ def save(figure: Figure, path: Path, pdf: bool = False) -> None:
     for suffix, content in files.items():
         with atomic_write(path.with_name(path.name + suffix)) as part:
             part.write_bytes(content)
-
-
-def describe(row: Mapping[str, Any], names: Iterable[str]) -> str:
-    """Return the values of a row as text."""
-    return ", ".join(f"{name} = {format_value(row[name])}" for name in names if row[name] is not None)

@@ -299,7 +299,6 @@ def test_commands_take_what_they_are_given(command: str, monkeypatch: pytest.Mon
     if module in ("experiments.federated", "experiments.deployment"):
         pytest.importorskip("flwr")
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("XLA_FLAGS", "")  # an example would set it, and the processes of other tests have its devices
     if ".examples." in module:
         tyro.cli(idle(importlib.import_module(module).main), args=arguments)  # SystemExit for what it does not take
         return

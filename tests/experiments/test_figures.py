@@ -117,7 +117,8 @@ def make_comparison(summary: pl.DataFrame) -> dict[str, pl.DataFrame]:
             row = {"method": name, "kind": KINDS.get(str(name), "your own"), "target": target, "cheapest in": "bits up"}
             row |= {f"bits_up{end}": cheapest[f"bits_up_{target}{end}"] for end in ("", "_ci95")}
             theory = mine[f"bits_up_{target}"][0]
-            rows.append(row | {"bits_up of theory": theory if len(mine) > 1 else None, "goal": cheapest["goal"]})
+            row |= {"bits_up of theory": theory if len(mine) > 1 else None, "goal": cheapest["goal"]}
+            rows.append(row | {"setting": f"point={cheapest['point']}"})
     kinds: Any = dict.fromkeys(("bits_up", "bits_up_ci95", "bits_up of theory"), pl.Float64)
     return {"best": pl.DataFrame(rows, schema_overrides=kinds), "tried": summary}
 

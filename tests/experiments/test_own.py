@@ -188,8 +188,7 @@ def test_a_flax_cnn_in_sweep_tune_and_compare(
     assert "theory" not in specs
 
 
-def test_the_example_of_a_loop_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XLA_FLAGS", "")  # the import would set it for the processes of other tests
+def test_the_example_of_a_loop_takes_few_steps() -> None:
     from experiments.examples import data_parallel
 
     np.testing.assert_allclose(data_parallel.smooth([3.0, 2.0, 1.0]), [2.0])
@@ -198,9 +197,8 @@ def test_the_example_of_a_loop_takes_few_steps(monkeypatch: pytest.MonkeyPatch) 
         data_parallel.main(steps=0)
 
 
-def test_the_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_language_model() -> None:
     """Rows of text and the bytes that follow; a prediction does not see later bytes; the methods of the example exist."""
-    monkeypatch.setenv("XLA_FLAGS", "")  # the import would set it for the processes of other tests
     from experiments.examples import diloco, language_model
 
     x, y, x_test, y_test = language_model.load()
@@ -226,7 +224,7 @@ def test_the_methods_of_the_diloco_example(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout.strip().startswith(begin or "211,328 parameters")
     table = pl.read_parquet(tmp_path / "here-quick" / "table.parquet")
-    assert len(table) == 8
+    assert len(table) == 6
     assert table["loss"].is_between(1, 6).all()
     assert (tmp_path / "here-quick" / "diloco.png").exists()
 

@@ -189,7 +189,7 @@ def test_the_other_experiments_have_their_figures() -> None:
         "fewest so far": [5.0, 3.0, 3.0],
         "the first trial": [5.0, 5.0],
     }
-    assert rows[0]["setting"] == "bits = 4"
+    assert rows[0]["setting"] == "b = 4"
     table = {"axis": ["decades of L_m", "Dirichlet alpha"], "value": [1.0, 0.1], "laq saves": [0.8, 0.7], "lag_wk saves": [0.5, math.nan]}  # fmt: skip
     ((_, figure),) = drawing.build_figures("heterogeneity", {"heterogeneity": pl.DataFrame(table)})
     drawn = [(row["name"], row["value"], row["saves"]) for row in rows_of(style.to_spec(figure))]
