@@ -163,7 +163,8 @@ def write_tables(settings: Settings, points: Sequence[SweepPoint], found: Sequen
         active = arrays["gradients"] > 0
         seconds = arrays["compute"][active] / arrays["gradients"][active]
         per_gradient = 1e3 * float(np.median(seconds)) if len(seconds) else 0.0  # the first round compiles
-        spent = record.cumulative_costs(settings.link, settings.link.compute_ms or per_gradient)
+        compute_ms = per_gradient if settings.link.compute_ms is None else settings.link.compute_ms
+        spent = record.cumulative_costs(settings.link, compute_ms)
         for name in BYTE_FIELDS:  # row k holds the costs before model k
             total = np.cumsum(arrays[name].sum(axis=1, dtype=np.int64))[:, None]
             spent[name] = np.concatenate([0 * total[:1], total])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from laqjax._core.wire_format import float_bits, message_bytes
+from laqjax._core.wire_format import decode_message, float_bits, message_bytes
 from laqjax.types import Broadcast, Compressor, register_dataclass, static_field
 
 __all__ = ["CompressedDirection", "CompressedModel", "CompressedStep", "FullModelDownlink"]
@@ -118,4 +118,5 @@ def _compress(
 ) -> tuple[Any, Float[Array, " p"], Int[Array, ""]]:
     """Compress `target`, and return the payload, the decoded vector [p] and the bytes of the message."""
     payload = compressor.encode(target, keys)
-    return payload, compressor.decode(payload, target), message_bytes(compressor.wire_fields(payload, target))
+    decoded = decode_message(compressor, payload, target)
+    return payload, decoded, message_bytes(compressor.wire_fields(payload, target))

@@ -40,10 +40,13 @@ class NetworkModel:
     """Time of one gradient of a worker, in milliseconds. Default: measured on this machine."""
 
     def check(self) -> None:
-        """Raise ValueError for a rate that is not positive."""
+        """Raise ValueError for a rate that is not positive, or a negative time."""
         for name in ("uplink_mbps", "downlink_mbps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be a number > 0")
+        for name in ("latency_ms", "compute_ms"):
+            if not (getattr(self, name) is None or getattr(self, name) >= 0):
+                raise ValueError(f"{name} = {getattr(self, name)}: must be a number >= 0")
 
 
 DEFAULT_NETWORK = NetworkModel()

@@ -42,7 +42,7 @@ from laqjax._core.validation import (
     oracle_dtype,
     suggest,
 )
-from laqjax._core.wire_format import message_bytes
+from laqjax._core.wire_format import decode_message, message_bytes
 from laqjax.downlinks import FullModelDownlink
 from laqjax.types import (
     AlgorithmState,
@@ -427,7 +427,7 @@ def worker_step(
     loss, grad, oracle_state = evaluate(state.params, examples)
     target, renewed = alg.memory.compression_target(worker.memory_state, grad, context)
     payload = alg.compressor.encode(target, keys)
-    decoded = alg.compressor.decode(payload, target)
+    decoded = decode_message(alg.compressor, payload, target)
     norms = {"target_sq": squared_norm(target), "decoded_sq": squared_norm(decoded)}
     norms["error_sq"] = squared_norm(target - decoded)
     fields: dict[str, Any] = vars(context) | norms

@@ -88,6 +88,20 @@ def from_bytes(compressor: Compressor, data: bytes, like: Any) -> Float[Array, "
     return compressor.decode(read_payload(compressor, data, like), like)
 
 
+def decode_message(compressor: Compressor, payload: Any, like: Any) -> Float[Array, " p"]:
+    """Decode a message inside a compiled program.
+
+    XLA may keep more digits of a 16-bit float than its type has, where a loop computes and reads it. The vector of a
+    message is rounded here, so that all programs add and store the same numbers.
+    """
+    decoded = compressor.decode(payload, like)
+    if decoded.dtype.itemsize >= 4:
+        return decoded
+    info = jnp.finfo(decoded.dtype)
+    wide = jax.lax.reduce_precision(decoded.astype(jnp.float32), info.nexp, info.nmant)
+    return wide.astype(decoded.dtype)
+
+
 def read_payload(compressor: Compressor, data: bytes, like: Any) -> dict[str, Any]:
     """Read the payload of a message; see `from_bytes`."""
     stream, at, payload = np.append(np.frombuffer(data, np.uint8), np.uint8(0)), 0, {}

@@ -30,6 +30,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, UInt32
 
 from laqjax._core.validation import get_declaration, suggest
+from laqjax._core.wire_format import decode_message
 from laqjax.types import Collective, Compressor, CompressorTraits, Shards, WorkerUpload
 
 WORD_BITS = 32
@@ -374,7 +375,7 @@ def unpack_message(
         size = num_packed_words(field.like, bits)
         field.payload[field.name] = unpack(words[:size], bits, field.like)
         words = words[size:]
-    return compressor.decode(payload, like)
+    return decode_message(compressor, payload, like)
 
 
 def num_packed_words(like: Any, bits: int) -> int:

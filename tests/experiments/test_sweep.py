@@ -427,6 +427,7 @@ def test_a_loss_that_averages_is_named(tmp_path: Path) -> None:
         (["--rounds", "0"], "rounds = 0: must be"),
         (["--batch-size", "-1"], "batch_size = -1: must be"),
         (["--uplink-mbps", "0"], "uplink_mbps = 0.0: must be a number > 0"),
+        (["--latency-ms", "-1"], "latency_ms = -1.0: must be a number >= 0"),
         (["--algorithm"], "axis algorithm has no values"),
         (["--set", "momentum"], "--set momentum has no values"),
         (["--set", "momentum", "0.5"], "--set momentum: must be an argument of laq: ['force_first_upload', 'lr', "),
