@@ -1,6 +1,6 @@
 """Measure how a round scales with workers, parameters, devices, processes.
 
-    python -m experiments.scaling                six minutes on two quiet cores
+    python -m experiments.scaling                six to eight minutes on two quiet cores
     python -m experiments.scaling --quick        one minute: rougher times, small sizes
 
 Starts its own processes on this machine, with CPU devices that XLA makes of its cores. More devices than cores cannot be

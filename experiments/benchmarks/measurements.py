@@ -192,12 +192,12 @@ def evaluate_goals(cost: pl.DataFrame, moved: pl.DataFrame, memory: pl.DataFrame
     speed = {(r["processes"], r["devices"]): r["seconds"] for r in cost.filter(axis="reference").iter_rows(named=True)}
     for devices in (2, 4):
         if (2, devices) in speed:
-            name = f"rounds/s, 2 processes / 1 process, {devices} devices together"
+            name = f"rounds/s of 2 processes / 1, on {devices} devices"
             found.append((name, 0.8, np.inf, speed[1, devices] / speed[2, devices]))
     for row in moved.filter(collective="all_gather").iter_rows(named=True):
         on = f"{row['processes']} x {row['devices of each']}"
         once, run = row["one collective / float32"], row["the run / float32"]
-        found.append((f"all_gather / float32 all-gather, one collective, {on}", 0, 0.14, once))
+        found.append((f"bytes of an all_gather / of float32, {on}", 0, 0.14, once))
         found.append((f"the same over {row['rounds']} rounds, {on}", 0, 0.05, run))
     for layout, rows in memory.filter(M=8).group_by(["processes", "devices of each"], maintain_order=True):
         if len(rows) > 2:

@@ -34,11 +34,12 @@ def scaling_figures(tables: Mapping[str, pl.DataFrame]) -> Iterator[tuple[str, F
         names, parts = {}, []
         for (devices,), rows in tables["cost"].filter(axis=column).group_by(["devices"], maintain_order=True):
             fixed, power = fit_power_law(rows[column], rows["seconds"])
-            name = f"{devices} device(s): slope {power:.2f} above {1e3 * fixed:.2g} ms"
+            name = f"{devices} device{'s' * (devices > 1)}: slope {power:.2f} above {1e3 * fixed:.2g} ms"
             names[name] = str(devices)
             parts.append(rows.select(column, "seconds", name=pl.lit(name), line=pl.lit(name), mark=pl.lit(True)))
         y = Axis("seconds", "seconds of a run" if column == "rounds" else "seconds of a round")
-        panels.append(style.build_line_panel(pl.concat(parts), Axis(column, title), y, style.assign_looks(names), {}))
+        given = pl.concat(parts), Axis(column, title), y, style.assign_looks(names), {}
+        panels.append(style.build_line_panel(*given, below=True))
     chart = style.concat_panels(panels, 3, ("color", "strokeDash"))
     yield "cost", Figure("Seconds over workers, parameters and rounds", chart)
     panels = []
@@ -51,7 +52,7 @@ def scaling_figures(tables: Mapping[str, pl.DataFrame]) -> Iterator[tuple[str, F
         chart = alt.Chart(bars).mark_bar().encode(
             alt.X("on:N", sort=None, title="processes x devices of each", axis=alt.Axis(labelAngle=0)),
             alt.Y("ms:Q", title="milliseconds of a round", axis=alt.Axis(tickCount=6)),
-            color=alt.Color("processes:O", scale=alt.Scale(domain=[1, 2, 4], range=list(style.COLORS[:3]))),
+            color=alt.Color("processes:O", scale=alt.Scale(domain=[1, 2], range=list(style.COLORS[:2]))),
             tooltip=style.tooltips({"on": "processes x devices of each", "ms": "ms of a round"}, bars),
         )  # fmt: skip
         panels.append(chart.properties(title=f"{name} scaling, {work}", height=220))

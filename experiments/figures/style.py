@@ -67,10 +67,10 @@ def build_legend(title: str | None = None, **more: Any) -> alt.Legend:
     return alt.Legend(title=title, labelExpr=WRAPPED, **more)
 
 
-def build_look_channels(looks: Looks, title: str | None = None, dotted: bool = False) -> dict[str, Any]:
+def build_look_channels(looks: Looks, dotted: bool = False, **legend: Any) -> dict[str, Any]:
     """Return the channels color and strokeDash of the column `name`, in one legend; the first is a dot if `dotted`."""
     names = [wrap_label(name) for name in looks]
-    box = build_legend(title, **({} if dotted else {"symbolType": "stroke", "symbolSize": 900}))
+    box = build_legend(**legend, **({} if dotted else {"symbolType": "stroke", "symbolSize": 900}))
     colors, dashes = zip(*looks.values(), strict=True)
     channels: dict[str, Any] = {"color": (alt.Color, colors), "strokeDash": (alt.StrokeDash, dashes)}
     if dotted:
@@ -140,13 +140,14 @@ def build_line_panel(
     size: tuple[int, int] = (220, 210),
     legend_title: str | None = None,
     dotted: bool = False,
+    below: bool = False,
     **line: Any,
 ) -> Any:
     """Return a panel of lines through the rows of `frame`, one for each value of `line`.
 
     The rows have the columns of the axes, `name` (of the look), `line` and, for the hover, the columns of `tips`. Optional:
     `width` of the stroke, `dot` (whether the row answers to the pointer) and `mark` (whether a marker is drawn). With `dotted`
-    the first name has markers only.
+    the first name has markers only. The legend is beside the panel, or `below` it.
     """
     defaults = {"width": pl.lit(1.6), "dot": pl.lit(True), "mark": pl.lit(False)}
     frame = frame.with_columns(value.alias(name) for name, value in defaults.items() if name not in frame.columns)
@@ -156,7 +157,8 @@ def build_line_panel(
     x, y = (axis if axis.limits else axis.fit(frame[axis.column]) for axis in (x, y))
     base = alt.Chart(frame).transform_filter(f"{x.inside()} && {y.inside()}")
     base = base.encode(x.channel(alt.X), y.channel(alt.Y))
-    channels = build_look_channels(looks, legend_title, dotted)
+    place = {"orient": "bottom", "columns": 1} if below else {}  # elsewhere the report chooses
+    channels = build_look_channels(looks, dotted, title=legend_title, **place)
     shape = {"shape": channels.pop("shape")} if dotted else {}
     picked: Any = {"condition": {"param": "pick", "value": 1}, "value": 0.12}
     stroke = alt.StrokeWidth("width:Q", scale=None, legend=None)

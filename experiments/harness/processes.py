@@ -58,4 +58,4 @@ def monitor_foreign_cpu() -> Callable[[], float]:
         return machine.user + machine.nice + machine.system - sum(os.times()[:4])
 
     start, begin = read(), time.perf_counter()
-    return lambda: (read() - start) / (time.perf_counter() - begin) / count_available_cores()
+    return lambda: max(read() - start, 0.0) / (time.perf_counter() - begin) / count_available_cores()
