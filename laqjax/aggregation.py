@@ -197,91 +197,124 @@ def lazy_aggregate(
         if quantizer_blocks not in (None, "leaf"):
             raise ValueError(f"quantizer_blocks = {quantizer_blocks!r} with param_specs: must be None or 'leaf'")
 
-    def build(size: int, dtype: Any) -> Algorithm:
-        """Build the algorithm for vectors of `size` numbers."""
-        oracle = _PrecomputedGradient(size, dtype)
-        return algorithm(oracle, lr=1.0, optimizer=_PASS_DIRECTION, num_workers=num_workers, **settings)
-
+    settings = {"num_workers": num_workers, **settings}
+    transformation = _LazyAggregation(
+        axis,
+        num_workers,
+        algorithm,
+        settings,
+        quantizer_blocks,
+        collective,
+        mean,
+        seed,
+        param_specs,
+        skip_small,
+        memory_dtype,
+    )
     # report wrong settings in this call, not in `init`; p is large, since a method may derive k from p
-    example = build(10**6, np.dtype(np.float32))
+    example = transformation.build(10**6, np.dtype(np.float32))
     _check_memory_dtype(memory_dtype, example)
     _check_history(example)
+    return optax.GradientTransformation(transformation.init, transformation.update)  # pyright: ignore[reportArgumentType]
 
-    def make_algorithm(params: Any, on_device: bool) -> tuple[Algorithm, ParameterLayout]:
+
+@dataclass(frozen=True)
+class _LazyAggregation:
+    """Functions of the transformation that `lazy_aggregate` returns; the fields are its checked arguments."""
+
+    axis: str
+    num_workers: int
+    algorithm: Callable[..., Algorithm]
+    settings: dict[str, Any]
+    quantizer_blocks: Any
+    collective: Any
+    mean: bool
+    seed: int
+    param_specs: Any
+    skip_small: int
+    memory_dtype: Any
+
+    def build(self, size: int, dtype: Any) -> Algorithm:
+        """Build the algorithm for vectors of `size` numbers."""
+        return self.algorithm(_PrecomputedGradient(size, dtype), lr=1.0, optimizer=_PASS_DIRECTION, **self.settings)
+
+    def make_algorithm(self, params: Any, on_device: bool) -> tuple[Algorithm, ParameterLayout]:
         """Build the algorithm for these parameters, and their layout."""
-        layout = make_layout(params, param_specs, skip_small, on_device=on_device)
+        layout = make_layout(params, self.param_specs, self.skip_small, on_device=on_device)
         leaves = jax.tree.leaves(params)
         dtype = np.dtype(np.float64 if any(leaf.dtype == np.float64 for leaf in leaves) else np.float32)
-        alg = build(sum(layout.sizes), dtype)
-        if param_specs is not None:
-            compressor = layout.split_compressor(alg.compressor, per_leaf=quantizer_blocks == "leaf")
-        elif quantizer_blocks is not None:
-            blocks: Any = layout.sizes if quantizer_blocks == "leaf" else quantizer_blocks
+        alg = self.build(sum(layout.sizes), dtype)
+        if self.param_specs is not None:
+            compressor = layout.split_compressor(alg.compressor, per_leaf=self.quantizer_blocks == "leaf")
+        elif self.quantizer_blocks is not None:
+            blocks: Any = layout.sizes if self.quantizer_blocks == "leaf" else self.quantizer_blocks
             compressor = blockwise(alg.compressor, blocks)
         else:
             return alg, layout
         return dataclasses.replace(alg, compressor=compressor), layout
 
-    def store(alg: Algorithm, layout: ParameterLayout, state: AlgorithmState) -> AlgorithmState:
+    def store(self, alg: Algorithm, layout: ParameterLayout, state: AlgorithmState) -> AlgorithmState:
         """Convert a state of the algorithm to the form that is kept between updates."""
-        if memory_dtype is not None:
-            state = _cast_memory(state, memory_dtype)
-        if param_specs is None:
+        if self.memory_dtype is not None:
+            state = _cast_memory(state, self.memory_dtype)
+        if self.param_specs is None:
             return state
-        return jax.tree.map(lambda vector, a: layout.split(a) if vector else a, _find_vectors(alg, build), state)
+        return jax.tree.map(lambda vector, a: layout.split(a) if vector else a, _find_vectors(alg, self.build), state)
 
-    def load(alg: Algorithm, layout: ParameterLayout, state: AlgorithmState) -> AlgorithmState:
+    def load(self, alg: Algorithm, layout: ParameterLayout, state: AlgorithmState) -> AlgorithmState:
         """Convert a kept state back to one of the algorithm."""
-        if param_specs is not None:
+        if self.param_specs is not None:
             state = jax.tree.map(
                 lambda node: layout.join(node) if is_split_vector(node) else node, state, is_leaf=is_split_vector
             )
-        return state if memory_dtype is None else _cast_memory(state, alg.oracle.dtype)
+        return state if self.memory_dtype is None else _cast_memory(state, alg.oracle.dtype)
 
-    def init(params: Any, on_device: bool = False) -> LazyAggregateState:
+    def init(self, params: Any, on_device: bool = False) -> LazyAggregateState:
         """Create the states of all workers; with `on_device`, those of one device inside `jax.shard_map`."""
-        alg, layout = make_algorithm(params, on_device)
-        state = store(alg, layout, alg.init(layout.select(params, layout.compressed))._replace(params=None))
-        nothing = jnp.zeros((num_workers,), jnp.int32)
+        alg, layout = self.make_algorithm(params, on_device)
+        state = self.store(alg, layout, alg.init(layout.select(params, layout.compressed))._replace(params=None))
+        nothing = jnp.zeros((self.num_workers,), jnp.int32)
         return LazyAggregateState(state, nothing > 0, nothing, jnp.int32(0), jnp.int32(0))
 
-    def update(gradients: Any, state: LazyAggregateState, params: Any = None) -> tuple[Any, LazyAggregateState]:
+    def update(self, gradients: Any, state: LazyAggregateState, params: Any = None) -> tuple[Any, LazyAggregateState]:
         """Run one round with the gradients of this device; return the direction and the next state."""
         if params is None:
             raise ValueError("lazy_aggregate's update with params = None: must be the parameters")
-        _check_axis("lazy_aggregate", axis, num_workers)
-        alg, layout = make_algorithm(params, on_device=True)
-        expected = jax.eval_shape(partial(init, on_device=True), params)
-        _check_state(state, expected, param_specs is not None)
-        how = collectives.resolve_collective(collective, alg, axis)
+        _check_axis("lazy_aggregate", self.axis, self.num_workers)
+        alg, layout = self.make_algorithm(params, on_device=True)
+        expected = jax.eval_shape(partial(self.init, on_device=True), params)
+        _check_state(state, expected, self.param_specs is not None)
+        how = collectives.resolve_collective(self.collective, alg, self.axis)
         given = layout.select(gradients, layout.compressed)
         shards = Shards(alg.oracle.ravel(given)[None], None, jnp.ones((1, 1), alg.oracle.dtype))
         here = alg.oracle.ravel(layout.select(params, layout.compressed))
-        before = load(alg, layout, state.algorithm_state)._replace(params=here)
-        key = jax.random.key(seed)
+        before = self.load(alg, layout, state.algorithm_state)._replace(params=here)
+        key = jax.random.key(self.seed)
         with norms_over(layout.segments if layout.mesh_axes else None):
             _check_branches(alg, before, shards, key)
             after, info = alg.step(before, shards, key, worker_batch_size=1, collective=how)
-        direction = after.optimizer_state / num_workers if mean else after.optimizer_state
-        received = how.bytes_received(alg, num_workers)
+        direction = after.optimizer_state / self.num_workers if self.mean else after.optimizer_state
         kept = LazyAggregateState(
-            algorithm_state=store(alg, layout, after._replace(params=None, optimizer_state=())),
+            algorithm_state=self.store(alg, layout, after._replace(params=None, optimizer_state=())),
             sent=info.sent,
             bytes_up=jax.lax.psum(info.bytes_up, layout.mesh_axes) if layout.mesh_axes else info.bytes_up,
-            bytes_received=jnp.where(jnp.any(info.sent), received, 0).astype(jnp.int32),
+            bytes_received=jnp.where(jnp.any(info.sent), how.bytes_received(alg, self.num_workers), 0).astype(
+                jnp.int32
+            ),
             total_uploads=state.total_uploads + jnp.sum(info.sent, dtype=jnp.int32),
         )
         directions, averages = _unravel_like(direction, given), layout.select(gradients, layout.averaged)
         if averages:
-            vector = alg.oracle.ravel(averages)
-            averages = _unravel_like((jax.lax.pmean if mean else jax.lax.psum)(vector, axis), averages)
-            kept = kept._replace(
-                bytes_up=kept.bytes_up + layout.num_averaged * vector.dtype.itemsize,
-                bytes_received=kept.bytes_received + collectives.ring_bytes(vector, num_workers),
-            )
+            averages, kept = self.average(alg.oracle.ravel(averages), averages, layout, kept)
         return layout.merge(directions, averages), kept
 
-    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+    def average(self, vector: Array, leaves: Any, layout: ParameterLayout, kept: LazyAggregateState) -> Any:
+        """Average the small leaves over the devices in full precision, and count their bytes."""
+        averages = _unravel_like((jax.lax.pmean if self.mean else jax.lax.psum)(vector, self.axis), leaves)
+        return averages, kept._replace(
+            bytes_up=kept.bytes_up + layout.num_averaged * vector.dtype.itemsize,
+            bytes_received=kept.bytes_received + collectives.ring_bytes(vector, self.num_workers),
+        )
 
 
 def _unshard(leaf: Any) -> Any:
