@@ -321,6 +321,17 @@ def check_shards(shards: Shards, num_workers: int, num_slots: int = 0) -> None:
                 raise ValueError(
                     f"shards.{name} holds {type(array)}: must be arrays [M, N, ...] of numbers; use np.asarray"
                 )
+    x, y, weight = ([np.shape(a) for a in jax.tree.leaves(tree)] for tree in shards)
+    shape = weight[0] if len(weight) == 1 else ()
+    if len(shape) != 2 or not x or any(a[:2] != shape for a in (*x, *y)):
+        x, y, weight = (", ".join(str(list(a)) for a in shapes) for shapes in (x, y, weight))
+        raise ValueError(f"shards of shapes {x}, {y}, {weight}: must be x [M, N, ...], y [M, N, ...] and weight [M, N]")
+    if shape[0] not in (num_workers, num_slots):
+        raise ValueError(
+            f"shards of {shape[0]} workers: must be {num_workers} workers, the num_workers of the algorithm"
+        )
+    for name, tree in zip(Shards._fields, shards, strict=True):
+        for array in jax.tree.leaves(tree):
             if np.dtype(array.dtype).kind in "SUT":
                 raise ValueError(
                     f"shards.{name} holds strings (dtype {array.dtype}): must be numbers; number the classes with "
@@ -332,15 +343,6 @@ def check_shards(shards: Shards, num_workers: int, num_slots: int = 0) -> None:
                 )
             if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(array))):
                 raise ValueError(f"shards.{name} holds NaN or infinity: must be finite; correct or drop those rows")
-    x, y, weight = ([np.shape(a) for a in jax.tree.leaves(tree)] for tree in shards)
-    shape = weight[0] if len(weight) == 1 else ()
-    if len(shape) != 2 or not x or any(a[:2] != shape for a in (*x, *y)):
-        x, y, weight = (", ".join(str(list(a)) for a in shapes) for shapes in (x, y, weight))
-        raise ValueError(f"shards of shapes {x}, {y}, {weight}: must be x [M, N, ...], y [M, N, ...] and weight [M, N]")
-    if shape[0] not in (num_workers, num_slots):
-        raise ValueError(
-            f"shards of {shape[0]} workers: must be {num_workers} workers, the num_workers of the algorithm"
-        )
     if is_readable(shards.weight):  # otherwise each process has checked its own shards
         _check_weights(np.asarray(shards.weight))
 
