@@ -131,9 +131,9 @@ class ClagRule(BaseUploadRule):
     A worker always sends in its first round. The inequality is strict: if the compressor loses nothing and zeta = 1,
     both sides are equal in the round after an upload, and the worker is silent.
 
-    The memory must be `memories.Innovation`, where target = grad - h and an upload adds the decoded message to h. The
-    worker state is (h - grad after its last round [p], whether there was such a round). So grad - last grad is the
-    target plus this vector, which is exactly zero after an upload without loss.
+    The memory must be `memories.Innovation` with damping 1, which is not checked: target = grad - h, and an upload adds
+    the decoded message to h. The worker state is (h - grad after its last round [p], whether there was such a round).
+    The change of the gradient is the target plus this vector, which is exactly zero after an upload without loss.
 
     Attributes:
         zeta: weight of the change of the gradient, >= 0.

@@ -199,8 +199,12 @@ def check_minibatch(size: int, num_local_steps: int) -> None:
 
 def check_implements(name: str, value: Any, protocol: type, allowed: str) -> None:
     """Raise ValueError unless `value` is an instance (not a class) with the members of a protocol."""
-    members = [member for member in vars(protocol) if not member.startswith("_") or member == "__call__"]
-    missing = ", ".join(member for member in members if not hasattr(value, member))
+
+    def lacks(member: str, wanted: Any) -> bool:
+        return not hasattr(value, member) or (callable(wanted) and not callable(getattr(value, member)))
+
+    members = {name: wanted for name, wanted in vars(protocol).items() if name[0] != "_" or name == "__call__"}
+    missing = ", ".join(member for member, wanted in members.items() if lacks(member, wanted))
     if isinstance(value, type) or missing:
         raise ValueError(f"{name} = {value!r}: must be {allowed}{missing and f'; it lacks {missing}'}")
 

@@ -97,9 +97,12 @@ def decode_message(compressor: Compressor, payload: Any, like: Any) -> Float[Arr
     decoded = compressor.decode(payload, like)
     if decoded.dtype.itemsize >= 4:
         return decoded
-    info = jnp.finfo(decoded.dtype)
-    wide = jax.lax.reduce_precision(decoded.astype(jnp.float32), info.nexp, info.nmant)
-    return wide.astype(decoded.dtype)
+    info, wide = jnp.finfo(decoded.dtype), decoded.astype(jnp.float32)
+    rounded = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
+    if decoded.dtype == jnp.float16:  # `reduce_precision` flushes its subnormals to zero
+        step = float(info.smallest_subnormal)
+        rounded = jnp.where(jnp.abs(wide) < float(info.tiny), jnp.round(wide / step) * step, rounded)
+    return rounded.astype(decoded.dtype)
 
 
 def read_payload(compressor: Compressor, data: bytes, like: Any) -> dict[str, Any]:

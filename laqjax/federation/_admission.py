@@ -14,7 +14,7 @@ from flwr.app import Message, MessageType
 from jaxtyping import Array
 
 from laqjax._core.round import Algorithm
-from laqjax._core.wire_format import read_payload
+from laqjax._core.wire_format import decode_message, read_payload
 from laqjax.compressors import identity
 from laqjax.federation import _protocol
 from laqjax.federation._polling import ReplyPoller
@@ -49,7 +49,7 @@ class ExpectedReply(NamedTuple):
 @jax.jit
 def _decode(compressor: Compressor, payload: Any, like: Array) -> Array:
     """Decode a message as one compiled program."""
-    return compressor.decode(payload, like)
+    return decode_message(compressor, payload, like)
 
 
 def validate_reply(

@@ -82,7 +82,7 @@ def short_digest(*parts: Any) -> bytes:
     """
     whole = hashlib.sha256()
     for part in parts:
-        whole.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+        whole.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).view(np.uint8).data)
     return whole.digest()[:8]
 
 

@@ -232,7 +232,7 @@ class LazyStrategy(Strategy):
         return [Message(content, node, MessageType.EVALUATE, ttl=self.server._timeout) for node in chosen]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return the mean of the clients' metrics, without replies that are damaged or have other metrics than most."""
+        """Return the mean of the metrics in the replies, one of each node, without damaged and unusual ones."""
         valid: dict[frozenset[str], list[RecordDict]] = defaultdict(list)  # by the names of the metrics
         for reply in replies:
             try:

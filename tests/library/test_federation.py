@@ -87,6 +87,24 @@ def test_it_is_the_simulation(
         np.testing.assert_allclose(column(stats, "loss"), out.info.loss, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_half_precision_is_the_simulation(dtype: Any) -> None:
+    """Also for subnormal numbers, which are ordinary gradients in float16."""
+    targets = np.asarray([[4e-5, 3e-4, 1.0], [3e-5, 3e-4, 1.0]], np.float32)
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        return jnp.sum((params[None] - x.astype(dtype)) ** 2, axis=-1) / jnp.asarray(2, dtype)
+
+    shards = laqjax.Shards(targets[:, None], np.zeros((2, 1), np.float32), np.ones((2, 1), np.float32))
+    oracle = laqjax.oracles.from_loss(loss, np.zeros(3, dtype))
+    alg = algorithms.ef21(oracle, lr=0.25, num_workers=2, compressor=compressors.identity())
+    out = laqjax.run(alg, np.zeros(3, dtype), shards, 8, KEY)
+    _, server, _ = federated(alg, np.zeros(3, dtype), shards, 8)
+    assert server.state.params.dtype == out.state.params.dtype == dtype
+    for params in (out.state.params, server.state.params):
+        np.testing.assert_allclose(np.asarray(params, np.float32), targets.mean(axis=0), rtol=0.05)
+
+
 @pytest.mark.long
 def test_the_reference_problem(mnist: laqjax.Shards) -> None:
     """60 rounds: the masks of the simulation, and of the authors' program as far as the simulation has them."""

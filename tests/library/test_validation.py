@@ -156,6 +156,8 @@ def test_a_rule_that_selects_is_known_to_select(toy: Toy) -> None:
     parts: Any = toy.oracle, compressors.identity(), HalfARule(), memories.make_innovation_memory(toy.oracle)
     lacks = "must be an upload rule, such as rules.Always(); it lacks needs_persistent_memory, server_selects"
     refused(lambda: laqjax.assemble(*parts, lr=0.1, num_workers=4), lacks)
+    parts[2].should_send = None
+    refused(lambda: laqjax.assemble(*parts, lr=0.1, num_workers=4), "server_selects, should_send")
 
 
 ORACLE: list[tuple[dict[str, Any], str]] = [
