@@ -33,8 +33,8 @@ pytestmark = pytest.mark.optimized  # the examples run on all of MNIST
 ROOT = Path(__file__).parents[2]
 TEXTS = {path.name: path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
 QUOTE = re.compile(r'```python title="(.*?)"\n(.*?)```', re.DOTALL)
-PLACES = ("DIR", "FILE", "HOST", "example.org", "{1..8}", "part-", "--shard")  # of the reader's
-HOURS = ("reproduce laq-nn", "examples.diloco")  # or a quarter of one, on a CPU
+PLACES = ("DIR", "FILE", "HOST", "example.org", "127.0.0.1:", "{1..8}", "part-", "--shard")  # of the reader's
+HOURS = ("experiments.compare", "reproduce laq-nn", "examples.diloco")  # or a quarter of one, on a CPU
 
 
 def block(page: str, word: str) -> str:
