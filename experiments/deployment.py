@@ -14,11 +14,13 @@ import shutil
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 from rich.console import Console
 
 from experiments.federation import local
 from experiments.harness import cli
+from laqjax import check_number
 
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 ServerNames = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
@@ -34,6 +36,8 @@ def keys(folder: Folder, /, server_names: ServerNames, workers: int, days: int =
         workers: Number of nodes M.
         days: Days until the SuperLink's certificate expires.
     """
+    for name, value in (("workers", workers), ("days", days)):
+        check_number(name, value, np.int32, minimum=1)
     folder.mkdir(parents=True)
     local.write_certificates(folder, dict.fromkeys([*server_names, "localhost", "127.0.0.1"]), days)
     shutil.copy(local.PROXY_CONFIG, folder)
@@ -49,7 +53,9 @@ def register(folder: Folder, /, superlink: str) -> None:
         folder: Folder that `keys` wrote.
         superlink: HOST:PORT of the SuperLink.
     """
-    local.register_nodes(sorted(folder.glob("node-*.pub")), superlink, folder / "ca.crt", Console())
+    if not (public_keys := sorted(folder.glob("node-*.pub"))):
+        raise FileNotFoundError(f"{folder} holds no node-*.pub: must be a folder that `keys` wrote")
+    local.register_nodes(public_keys, superlink, folder / "ca.crt", Console())
 
 
 def node(words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="...")] = (), /) -> None:

@@ -165,6 +165,14 @@ def test_certificates_are_good_for_this_machine_only(tmp_path: Path) -> None:
         assert handshake(client, server.wrap_bio(ends[1], ends[0], server_side=True)) is good
 
 
+def test_keys_that_are_not_there_are_not_registered(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no node-\*\.pub: must be a folder that `keys` wrote"):
+        deployment.register(tmp_path, superlink="127.0.0.1:1")
+    with pytest.raises(ValueError, match="workers = 0: must be a whole number >= 1"):
+        deployment.keys(tmp_path / "keys", server_names=("a.example.org",), workers=0)
+    assert not list(tmp_path.iterdir())
+
+
 def handshake(client: Any, server: Any) -> bool:
     done = [False, False]
     for _ in range(20):
